@@ -1,0 +1,94 @@
+"""What `check --data` tells before a GPU is spent: windows, cut answers, padding, parameters, steps and memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoModelForQuestionAnswering
+
+from runner.batches import epoch_batches
+from runner.engine import batch_layout, learning_rate_factor
+from runner.features import Windows
+from runner.job import Job
+from runner.model import freeze, load_tokenizer, model_location, parameter_table
+from runner.prepare import Questions, load_questions
+from runner.tables import markdown
+
+
+def check_data(job: Job, ranks: int) -> Iterator[str]:
+    """Yield the lines of the report; no weights are loaded and nothing is trained.
+
+    Raises:
+        RunnerError: of the kind that the run itself would end with.
+    """
+    layout = batch_layout(job.train, ranks)
+    tokenizer = load_tokenizer(job.model)
+    training, validation = load_questions(job.data, job.seed, tokenizer)
+    yield f"{job.name}: {job.model.name} on {job.data.train}"
+    yield ""
+    yield markdown([_data_row("train", training), _data_row("validation", validation)]).rstrip()
+    for part in (training, validation):
+        yield from (f"dropped: {line}" for line in part.dataset.dropped[:5])
+
+    lengths_N = training.windows.lengths_N
+    batches = epoch_batches(lengths_N, job.train.batch_size, job.seed, 0, buckets=job.train.length_buckets)
+    padded = sum(int(lengths_N[rows].max()) * len(rows) for rows in batches)
+    whole = job.data.max_length * len(lengths_N)
+    tokens = int(lengths_N.sum())
+    yield ""
+    yield (
+        f"padding: {100 * (1 - tokens / padded):.1f} % of the tokens computed "
+        f"({100 * (1 - tokens / whole):.1f} % if every window were padded to {job.data.max_length})"
+    )
+    steps = len(batches) * job.train.epochs
+    factor = learning_rate_factor(job.train, steps)
+    peak = next((step for step in range(steps) if factor(step) >= 1), 0)
+    yield (
+        f"steps: {len(batches)} an epoch, {steps} in all; {job.train.batch_size} windows each = {ranks} rank(s) x "
+        f"{layout.micro_batch_size} x {layout.micro_batches}; learning rate at its peak from step {peak}"
+    )
+    config = AutoConfig.from_pretrained(model_location(job.model), revision=job.model.revision, trust_remote_code=False)
+    with torch.device("meta"):
+        model = AutoModelForQuestionAnswering.from_config(config)
+    freeze(model, job.model.freeze)
+    rows = parameter_table(model)
+    yield ""
+    yield markdown(rows).rstrip()
+    total, trained = int(str(rows[-1]["parameters"])), int(str(rows[-1]["trained"]))
+    yield ""
+    yield (
+        f"memory for weights, gradients and AdamW's state: {_states(total, trained, job.zero.stage, ranks) / 2**30:.2f} "
+        f"GiB a rank in fp32 with ZeRO-{job.zero.stage}; activations come on top"
+    )
+
+
+def _data_row(name: str, part: Questions) -> dict[str, str | int | float | None]:
+    windows = part.windows
+    return {
+        "slice": name,
+        "questions": len(part.dataset.examples),
+        "dropped": len(part.dataset.dropped),
+        "windows": len(windows),
+        "mean tokens": float(windows.lengths_N.mean()),
+        "longest": int(windows.lengths_N.max()),
+        "answers in no window": _cut_answers(part, windows),
+    }
+
+
+def _cut_answers(part: Questions, windows: Windows) -> int:
+    """Questions with an answer that no window holds whole: longer than the stride, or than a window."""
+    found_Q = np.zeros(len(part.dataset.examples), dtype=bool)
+    found_Q[windows.questions_N[windows.answered_N]] = True
+    has_Q = np.array([bool(example.answers) for example in part.dataset.examples])
+    return int((has_Q & ~found_Q).sum())
+
+
+def _states(total: int, trained: int, stage: int, ranks: int) -> float:
+    """Bytes of fp32 weights, gradients and two moments on one rank, by what the ZeRO stage shares out."""
+    weights = 4 * total / (ranks if stage >= 3 else 1)
+    gradients = 4 * trained / (ranks if stage >= 2 else 1)
+    # ZeRO 1 to 3 keep a second copy of the trained weights beside AdamW's two moments.
+    optimiser = (12 if stage else 8) * trained / (ranks if stage >= 1 else 1)
+    return weights + gradients + optimiser

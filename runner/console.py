@@ -1,0 +1,95 @@
+"""What a run says: tables and a live bar on a terminal, one plain line every few steps in a batch log."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
+
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from runner.rundir import storage_errors
+
+LOG_WIDTH = 100
+
+
+class Step(Protocol):
+    """Told after each step of a phase; `note` is a few words such as the loss."""
+
+    def __call__(self, done: int, note: str = "") -> None: ...
+
+
+class Reporter:
+    """Speaks for rank 0 to the terminal and to the run's log; on other ranks every method is silent."""
+
+    def __init__(self, log: Path | None, *, speaks: bool) -> None:
+        self._screen = Console(quiet=not speaks, highlight=False)
+        self._log: Console | None = None
+        if speaks and log is not None:
+            with storage_errors(log):
+                self._file = log.open("a", encoding="utf-8", buffering=1)
+            self._log = Console(file=self._file, width=LOG_WIDTH, highlight=False, no_color=True)
+        self.live = speaks and self._screen.is_terminal
+
+    def say(self, text: str = "") -> None:
+        """Print one line, as it is (no markup: texts hold brackets)."""
+        self._screen.print(text, markup=False, soft_wrap=True)
+        if self._log:
+            self._log.print(f"{time.strftime('%H:%M:%S')} {text}" if text else "", markup=False, soft_wrap=True)
+
+    def show(self, renderable: RenderableType) -> None:
+        """Print a table."""
+        self._screen.print(renderable)
+        if self._log:
+            self._log.print(renderable)
+
+    @contextmanager
+    def steps(self, title: str, total: int, every: int) -> Iterator[Step]:
+        """Follow a phase of `total` steps: a bar on a terminal, else a line every `every` steps."""
+        if self.live:
+            bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=20),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+                console=self._screen,
+                transient=True,
+            )
+            with bar:
+                task = bar.add_task(title, total=total, note="")
+
+                def follow(done: int, note: str = "") -> None:
+                    bar.update(task, completed=done, **({"note": note} if note else {}))
+                    if self._log and note and (done % every == 0 or done == total):
+                        self._log.print(f"{time.strftime('%H:%M:%S')} {title} {done}/{total}  {note}", markup=False)
+
+                yield follow
+            return
+        began = time.monotonic()
+
+        def line(done: int, note: str = "") -> None:
+            if note and (done % every == 0 or done == total):
+                left = (time.monotonic() - began) / max(1, done) * (total - done)
+                self.say(f"{title} {done}/{total}  {note}  {duration(left)} left")
+
+        yield line
+
+
+def duration(seconds: float) -> str:
+    """Spell seconds as a person would: 48 s, 7 min 5 s, 2 h 10 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def complain(text: str) -> None:
+    """Write an error sentence to stderr."""
+    Console(file=sys.stderr, highlight=False).print(text, markup=False, soft_wrap=True)

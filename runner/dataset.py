@@ -1,0 +1,378 @@
+"""Reads questions from a file or the hub, cuts the declared slice, and checks every row before a model loads."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from runner.errors import AssetError, DataError
+from runner.job import Columns
+from runner.sources import DataSource, parse_data
+
+
+@dataclass(frozen=True)
+class Example:
+    """One question.
+
+    Attributes:
+        id: unique within its data set.
+        question: the question's text.
+        context: the text that holds the answer.
+        answers: right answers, verbatim in the context; empty for an unanswerable question.
+        answer_starts: character offset of each answer in the context.
+    """
+
+    id: str
+    question: str
+    context: str
+    answers: tuple[str, ...]
+    answer_starts: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """The questions of one declared slice.
+
+    Attributes:
+        source: the name as the job gives it.
+        examples: in the order of the file.
+        sha256: hash of the examples' content, whatever file they came from.
+        dropped: one line for each row left out by `on_bad_row = "drop"`.
+    """
+
+    source: str
+    examples: tuple[Example, ...]
+    sha256: str
+    dropped: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A raw row and the place to name when it is wrong."""
+
+    place: str
+    id: Any
+    question: Any
+    context: Any
+    answers: list[tuple[Any, Any]]
+
+
+def load_dataset(
+    name: str,
+    *,
+    columns: Columns,
+    unanswerable: bool,
+    on_bad_row: Literal["fail", "drop"],
+    sample: int | None = None,
+    seed: int = 0,
+) -> Dataset:
+    """Load a declared data set: slice first, then sample, both in questions, then check each row that is left.
+
+    Args:
+        name: data name as in a job file, file paths absolute or relative to the current folder.
+        columns: column names of flat files.
+        unanswerable: whether a question may have no answer.
+        on_bad_row: refuse the data set, or leave the row out.
+        sample: number of questions drawn without replacement, kept in file order.
+        seed: decides the draw.
+
+    Raises:
+        DataError: naming the rows (file:row or id) and what is wrong with each kind.
+        AssetError: if the data is neither here nor reachable.
+    """
+    source = parse_data(name)
+    rows = _hub_rows(source, columns) if source.kind == "hub" else _file_rows(Path(source.location), columns)
+    if not rows:
+        raise DataError(f"{name}: holds no questions")
+    if source.slice is not None:
+        start, stop = source.slice.bounds(len(rows))
+        if start == stop:
+            raise DataError(f"{name}: the slice is empty; the data has {len(rows)} questions")
+        rows = rows[start:stop]
+    if sample is not None:
+        rows = [rows[place] for place in sample_places(len(rows), sample, seed, name)]
+    examples, bad = _check(rows, unanswerable)
+    if bad and on_bad_row == "fail":
+        raise DataError(_report(name, bad, len(rows)))
+    if not examples:
+        raise DataError(f"{name}: no row is left after dropping bad ones\n{_report(name, bad, len(rows))}")
+    return Dataset(name, tuple(examples), content_sha256(examples), tuple(f"{p}: {why}" for p, why in bad))
+
+
+def sample_places(total: int, sample: int, seed: int, name: str = "data") -> list[int]:
+    """Draw `sample` of `total` positions: the head of numpy's seeded permutation, ascending."""
+    if sample > total:
+        raise DataError(f"{name}: cannot draw a sample of {sample} from {total} questions")
+    return sorted(np.random.default_rng(seed).permutation(total)[:sample].tolist())
+
+
+def content_sha256(examples: Iterable[Example]) -> str:
+    """Hash of ids, questions, contexts and answers, independent of the file format they came in."""
+    digest = hashlib.sha256()
+    for example in examples:
+        row = [example.id, example.question, example.context, example.answers, example.answer_starts]
+        digest.update(json.dumps(row, ensure_ascii=True).encode() + b"\n")
+    return digest.hexdigest()
+
+
+# --- reading -----------------------------------------------------------------------------------------------------
+
+
+def _file_rows(path: Path, columns: Columns) -> list[_Row]:
+    try:
+        if path.suffix == ".parquet":
+            import pyarrow.parquet  # noqa: PLC0415  (only readers of Parquet pay for it)
+
+            try:
+                table = pyarrow.parquet.read_table(path)
+            except (pyarrow.ArrowInvalid, pyarrow.ArrowIOError) as error:
+                raise DataError(f"{path}: not a Parquet file: {error}") from None
+            return _flat_rows(path.name, table.to_pylist(), table.column_names, columns)
+        text = _decode(path)
+    except OSError as error:
+        kind = AssetError if isinstance(error, FileNotFoundError) else DataError
+        raise kind(f"{path}: cannot be read: {error.strerror}") from None
+    if path.suffix == ".csv":
+        csv.field_size_limit(2**31 - 1)
+        reader = csv.DictReader(io.StringIO(text, newline=""))
+        try:
+            return _flat_rows(path.name, list(reader), list(reader.fieldnames or ()), columns)
+        except csv.Error as error:
+            raise DataError(f"{path}:{reader.line_num}: not valid CSV: {error}") from None
+    if path.suffix == ".jsonl":
+        table = [_parse_json(line, f"{path}:{n}") for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+        return _flat_rows(path.name, table, None, columns)
+    parsed = _parse_json(text, str(path))
+    if isinstance(parsed, dict) and isinstance(parsed.get("data"), list):
+        parsed = parsed["data"]
+    if not isinstance(parsed, list):
+        raise DataError(f"{path}: expected SQuAD's {{'data': [...]}} or a list of rows, found {_kind(parsed)}")
+    if parsed and isinstance(parsed[0], dict) and "paragraphs" in parsed[0]:
+        return list(_squad_rows(path.name, parsed))
+    return _flat_rows(path.name, parsed, None, columns)
+
+
+def _decode(path: Path) -> str:
+    raw = path.read_bytes()
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise DataError(f"{path}:{line}: byte 0x{raw[error.start]:02x} is not UTF-8; convert the file to UTF-8") from None
+
+
+def _parse_json(text: str, place: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        where = place if error.lineno == 1 and ":" in place else f"{place}:{error.lineno}"
+        raise DataError(f"{where}: not valid JSON: {error.msg} (column {error.colno})") from None
+    except RecursionError:
+        raise DataError(f"{place}: JSON is nested too deeply to be a data set") from None
+
+
+def _squad_rows(file: str, articles: Sequence[Any]) -> Iterator[_Row]:
+    for a, article in enumerate(articles, 1):
+        for p, paragraph in enumerate(_member(article, "paragraphs", list, f"{file}: article {a}"), 1):
+            place = f"{file}: article {a} paragraph {p}"
+            context = paragraph.get("context") if isinstance(paragraph, dict) else None
+            for q, qa in enumerate(_member(paragraph, "qas", list, place), 1):
+                if not isinstance(qa, dict):
+                    raise DataError(f"{place} question {q}: expected a table, found {_kind(qa)}")
+                identity = qa.get("id")
+                yield _Row(
+                    place=f"{file}: {identity or f'{place} question {q}'}",
+                    id=identity,
+                    question=qa.get("question"),
+                    context=context,
+                    answers=_answers(qa.get("answers"), f"{place} question {q}"),
+                )
+
+
+def _flat_rows(file: str, table: Sequence[Any], names: Sequence[str] | None, columns: Columns) -> list[_Row]:
+    if not table:
+        return []
+    if not isinstance(table[0], dict):
+        raise DataError(f"{file}: expected rows with named columns, found {_kind(table[0])}")
+    names = list(table[0]) if names is None else names
+    answer = columns.answer or ("answer" if "answers" not in names and "answer" in names else None)
+    start = columns.answer_start or ("answer_start" if "answer_start" in names else None)
+    wanted = [columns.question, columns.context, answer or "answers", columns.id, columns.answer_start]
+    missing = [name for name in wanted if name is not None and name not in names]
+    if missing:
+        raise DataError(
+            f"{file}: no column {missing[0]!r}; the columns are {', '.join(map(repr, names))}; "
+            "name them in [data.columns]"
+        )
+    identity = columns.id or ("id" if "id" in names else None)
+    rows = []
+    for number, row in enumerate(table, 1):
+        place = f"{file}:{number}"
+        if not isinstance(row, dict):
+            raise DataError(f"{place}: expected a row with named columns, found {_kind(row)}")
+        if answer is not None:
+            text = row.get(answer)
+            offset = row.get(start) if start else None
+            answers = [] if text in (None, "") else [(text, _number(offset))]
+        else:
+            answers = _answers(row.get("answers"), place)
+        key = row.get(identity) if identity else str(number)
+        question, context = row.get(columns.question), row.get(columns.context)
+        rows.append(_Row(place, str(key) if isinstance(key, int) else key, question, context, answers))
+    return rows
+
+
+def _hub_rows(source: DataSource, columns: Columns) -> list[_Row]:
+    import datasets  # noqa: PLC0415  (a second of imports that jobs on local files do not need)
+
+    try:
+        table = datasets.load_dataset(
+            source.location, source.config, split=source.split, revision=source.revision
+        )
+    except (ConnectionError, FileNotFoundError, OSError) as error:
+        raise AssetError(
+            f"{source.text}: not in the local cache and the hub cannot be reached ({_first_line(error)}); on a machine "
+            f"with network run: python -c \"import datasets; datasets.load_dataset('{source.location}')\""
+        ) from None
+    except ValueError as error:
+        raise DataError(f"{source.text}: {_first_line(error)}") from None
+    return _flat_rows(source.text, table.to_list(), table.column_names, columns)
+
+
+def _answers(value: Any, place: str) -> list[tuple[Any, Any]]:
+    """Accept SQuAD's two spellings: a list of {text, answer_start}, or {text: [...], answer_start: [...]}."""
+    if value is None:
+        return []
+    if isinstance(value, dict):
+        texts, starts = value.get("text", []), value.get("answer_start", [])
+        texts, starts = (v if isinstance(v, list) else [v] for v in (texts, starts))
+        return [(text, starts[n] if n < len(starts) else None) for n, text in enumerate(texts)]
+    if isinstance(value, list):
+        if not all(isinstance(item, dict) for item in value):
+            raise DataError(f"{place}: answers must be tables with text and answer_start")
+        return [(item.get("text"), item.get("answer_start")) for item in value]
+    raise DataError(f"{place}: answers must be a list, found {_kind(value)}")
+
+
+def _member(value: Any, key: str, kind: type, place: str) -> Any:
+    if not isinstance(value, dict) or not isinstance(value.get(key), kind):
+        raise DataError(f"{place}: expected a table with a list called {key!r}")
+    return value[key]
+
+
+def _number(value: Any) -> Any:
+    """CSV has no numbers: read what looks like one."""
+    if isinstance(value, str):
+        return int(value) if value.strip().lstrip("-").isdigit() else None if not value.strip() else value
+    return value
+
+
+# --- checking ----------------------------------------------------------------------------------------------------
+
+
+def _check(rows: Sequence[_Row], unanswerable: bool) -> tuple[list[Example], list[tuple[str, str]]]:
+    examples: list[Example] = []
+    bad: list[tuple[str, str]] = []
+    seen: dict[str, int] = {}
+    # A context is shared by several questions: check its encoding once.
+    texts: dict[str, str | None] = {}
+    for row in rows:
+        why = _problem(row, texts)
+        if why is None and not row.answers and not unanswerable:
+            why = "no answer (set data.unanswerable = true for SQuAD v2 data)"
+        if why is None and row.id in seen:
+            why = f"id repeated (first seen in question {seen[row.id] + 1})"
+        spans: list[tuple[str, int]] = []
+        if why is None:
+            spans, why = _spans(row)
+        if why is not None:
+            bad.append((row.place, why))
+            continue
+        seen[row.id] = len(seen)
+        examples.append(
+            Example(row.id, row.question, row.context, tuple(t for t, _ in spans), tuple(s for _, s in spans))
+        )
+    return examples, bad
+
+
+def _problem(row: _Row, texts: dict[str, str | None]) -> str | None:
+    if not isinstance(row.id, str) or not row.id:
+        return "no id"
+    for name, value in (("question", row.question), ("context", row.context)):
+        if value is None:
+            return f"no {name}"
+        if not isinstance(value, str):
+            return f"{name} is {_kind(value)}, not text"
+        if value not in texts:
+            texts[value] = _text_problem(value)
+        if texts[value] is not None:
+            return f"{name} {texts[value]}"
+    return None
+
+
+def _text_problem(text: str) -> str | None:
+    if not text.strip():
+        return "is empty"
+    if "\0" in text:
+        return "holds a NUL character"
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return "holds a lone surrogate (broken encoding)"
+    return None
+
+
+def _spans(row: _Row) -> tuple[list[tuple[str, int]], str | None]:
+    spans = []
+    for text, start in row.answers:
+        if not isinstance(text, str):
+            return [], f"answer is {_kind(text)}, not text"
+        if not text.strip():
+            return [], "answer is empty"
+        if start is None:
+            start = row.context.find(text)
+            if start < 0:
+                return [], f"answer {_short(text)} is not in the context"
+            if row.context.find(text, start + 1) >= 0:
+                return [], f"answer {_short(text)} occurs more than once and has no answer_start"
+        if not isinstance(start, int) or isinstance(start, bool):
+            return [], f"answer_start is {_kind(start)}, not a whole number"
+        if not 0 <= start < len(row.context):
+            return [], f"answer_start {start} is outside the context of {len(row.context)} characters"
+        if row.context[start : start + len(text)] != text:
+            found = row.context[start : start + len(text)]
+            return [], f"answer text not at answer_start ({_short(text)} declared at {start}, {_short(found)} found)"
+        spans.append((text, start))
+    return spans, None
+
+
+def _report(name: str, bad: Sequence[tuple[str, str]], total: int) -> str:
+    classes = Counter(why.split(" (")[0] if " (" in why else why for _, why in bad)
+    common = "; ".join(f"{count} x {why}" for why, count in classes.most_common(5))
+    lines = [f"{name}: {len(bad)} of {total} rows refused: {common}; set data.on_bad_row = \"drop\" to leave them out"]
+    lines += [f"  {place}: {why}" for place, why in bad[:5]]
+    if len(bad) > 5:
+        lines.append(f"  and {len(bad) - 5} more")
+    return "\n".join(lines)
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "a table", list: "a list", str: "text", int: "a number", float: "a number", bool: "true or false"}
+    return "nothing" if value is None else names.get(type(value), type(value).__name__)
+
+
+def _short(text: str) -> str:
+    return json.dumps(text if len(text) <= 40 else text[:37] + "...", ensure_ascii=False)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0] or type(error).__name__

@@ -1,0 +1,212 @@
+"""DeepSpeed: its configuration as a pure function of the job, starting it, and the collectives that the run needs."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from runner.errors import JobError, RunnerError
+from runner.job import Train, Zero, divisors, one_of
+from runner.ranks import Rank
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one optimiser step's windows are spread: batch_size = world * micro_batch_size * micro_batches."""
+
+    world: int
+    micro_batch_size: int
+    micro_batches: int
+
+
+def batch_layout(train: Train, world: int) -> Layout:
+    """Divide the global batch over the ranks.
+
+    Raises:
+        JobError: if it does not divide, listing what would.
+    """
+    if train.batch_size % world:
+        fitting = [n for n in divisors(train.batch_size) if n <= max(world, 8)]
+        below, above = train.batch_size // world * world, (train.batch_size // world + 1) * world
+        sizes = one_of([size for size in (below, above) if size])
+        raise JobError(
+            [
+                f"train.batch_size: {train.batch_size} windows per step do not divide over {world} ranks; "
+                f"use {one_of(fitting)} ranks, or a batch_size of {sizes}"
+            ]
+        )
+    share = train.batch_size // world
+    micro = train.micro_batch_size if train.micro_batch_size is not None else share
+    if share % micro:
+        raise JobError(
+            [
+                f"train.micro_batch_size: each of {world} ranks has {share} windows per step, not a multiple of {micro}; "
+                f"micro_batch_size may be {one_of(divisors(share))}"
+            ]
+        )
+    return Layout(world, micro, share // micro)
+
+
+def deepspeed_config(zero: Zero, train: Train, layout: Layout, precision: str) -> dict[str, Any]:
+    """Build DeepSpeed's configuration; `[zero.deepspeed]` is laid over it key by key."""
+    config: dict[str, Any] = {
+        "train_batch_size": train.batch_size,
+        "train_micro_batch_size_per_gpu": layout.micro_batch_size,
+        "gradient_accumulation_steps": layout.micro_batches,
+        "gradient_clipping": train.max_grad_norm,
+        # The optimiser is torch's own AdamW: DeepSpeed's would start a compiler.
+        "zero_optimization": {"stage": zero.stage, "overlap_comm": False, "round_robin_gradients": False},
+        "steps_per_print": 2**31 - 1,
+        "wall_clock_breakdown": False,
+        # The throughput timer drains the device twice a step.
+        "timers": {"throughput": {"enabled": False}},
+    }
+    if precision == "bf16":
+        config["bf16"] = {"enabled": True}
+        config["data_types"] = {"grad_accum_dtype": "fp32"} if layout.micro_batches > 1 else {}
+    elif precision == "fp16":
+        config["fp16"] = {"enabled": True, "loss_scale": 0, "initial_scale_power": 16}
+    return _overlaid(config, zero.deepspeed)
+
+
+def _overlaid(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in extra.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _overlaid(merged[key], value) if both else value
+    return merged
+
+
+def learning_rate_factor(train: Train, total_steps: int) -> Callable[[int], float]:
+    """Return the share of the peak learning rate at each optimiser step, counted from 0."""
+    warmup = round(train.warmup * total_steps)
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return step / max(1, warmup)
+        left = max(0.0, (total_steps - step) / max(1, total_steps - warmup))
+        if train.schedule == "constant":
+            return 1.0
+        return left if train.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * (1 - left)))
+
+    return factor
+
+
+def start_distributed(rank: Rank, threads: int | None = None) -> torch.device:
+    """Choose the device, the CPU threads, and join the process group (also for a single process)."""
+    use_cuda = torch.cuda.is_available()
+    if use_cuda:
+        torch.cuda.set_device(rank.local)
+    elif "OMP_NUM_THREADS" not in os.environ or threads is not None:
+        # Ranks of one machine share its cores; each with a thread for every core would only fight.
+        torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // rank.local_world))
+    os.environ.setdefault("RANK", str(rank.index))
+    os.environ.setdefault("LOCAL_RANK", str(rank.local))
+    os.environ.setdefault("WORLD_SIZE", str(rank.world))
+    os.environ.setdefault("LOCAL_SIZE", str(rank.local_world))
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    if "MASTER_PORT" not in os.environ:
+        os.environ["MASTER_PORT"] = str(_free_port()) if rank.world == 1 else "29500"
+    import deepspeed  # noqa: PLC0415  (four seconds of imports; the process group's variables must be set first)
+
+    if not use_cuda:
+        # A shared-memory reduction that is compiled at first use, for one to two minutes; a start killed meanwhile
+        # leaves a lock on which later starts hang. gloo does without it.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # type: ignore[attr-defined]
+    if not dist.is_initialized():
+        deepspeed.init_distributed(
+            dist_backend="nccl" if use_cuda else "gloo",
+            auto_mpi_discovery=False,
+            verbose=False,
+            timeout=timedelta(minutes=30),
+        )
+    return torch.device("cuda", rank.local) if use_cuda else torch.device("cpu")
+
+
+def start_engine(
+    model: nn.Module, groups: list[dict[str, Any]], train: Train, config: dict[str, Any], total_steps: int
+) -> Any:
+    """Wrap the model in a DeepSpeed engine with torch's AdamW and the declared schedule.
+
+    Raises:
+        JobError: if DeepSpeed refuses a key of [zero.deepspeed].
+    """
+    import deepspeed  # noqa: PLC0415
+
+    on_cuda = torch.cuda.is_available()
+    optimiser = torch.optim.AdamW(
+        groups, lr=train.learning_rate, betas=train.adam_betas, eps=train.adam_epsilon, fused=on_cuda or None
+    )
+    factor = learning_rate_factor(train, total_steps)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
+    try:
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimiser, lr_scheduler=schedule, config=config)
+    except (ValueError, AssertionError) as error:
+        if not config_is_refused(error):
+            raise
+        raise JobError([f"zero.deepspeed: DeepSpeed refuses its configuration: {' '.join(str(error).split())}"]) from None
+    return engine
+
+
+def config_is_refused(error: Exception) -> bool:
+    """Whether an error of `deepspeed.initialize` speaks of the configuration (pydantic's, or DeepSpeed's own)."""
+    return "validation error" in str(error) or "config" in str(error).lower()
+
+
+def main_first(rank: Rank, work: Callable[[], Result]) -> Result:
+    """Let rank 0 do `work` first (it may fill a cache), then the others; a failure of rank 0 ends all of them."""
+    failure: list[Any] = [None]
+    result: Result | None = None
+    if rank.is_main:
+        try:
+            result = work()
+        except RunnerError as error:
+            failure = [error]
+        except Exception as error:
+            failure = [error]
+            _announce(failure)
+            raise
+    _announce(failure)
+    if failure[0] is not None:
+        raise failure[0]
+    return result if rank.is_main else work()  # type: ignore[return-value]
+
+
+def _announce(failure: list[Any]) -> None:
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.broadcast_object_list(failure, src=0)
+
+
+def share(value: Result | None) -> Result:
+    """Give rank 0's value to every rank."""
+    box = [value]
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.broadcast_object_list(box, src=0)
+    return box[0]  # type: ignore[return-value]
+
+
+def gather(value: Result) -> list[Result] | None:
+    """Collect every rank's value on rank 0, in rank order; None elsewhere."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    box: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(value, box, dst=0)
+    return box
+
+
+def _free_port() -> int:
+    import socket  # noqa: PLC0415
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,65 @@
+"""What a user can get wrong, each with the exit code that the command documents.
+
+The codes follow sysexits.h where one fits, so that batch scripts can tell a bad job file (64, never requeue) from an
+interruption after a checkpoint (75, requeue me).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class RunnerError(Exception):
+    """A failure explained in sentences: where, what was found, what is allowed, the likely fix.
+
+    `cli` prints the text without a traceback and exits with `exit_code`. Anything that is not a RunnerError is our own
+    mistake: it keeps its traceback and exits with 70.
+    """
+
+    exit_code = 70
+
+
+class JobError(RunnerError):
+    """The job file or an override cannot be used; `problems` holds one line for each problem found (64)."""
+
+    exit_code = 64
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        self.problems = tuple(problems)
+        super().__init__("\n".join(self.problems))
+
+
+class DataError(RunnerError):
+    """A data set, model folder or checkpoint was read and refused (65)."""
+
+    exit_code = 65
+
+
+class AssetError(RunnerError):
+    """A data set or model is neither on this machine nor reachable (69)."""
+
+    exit_code = 69
+
+
+class RunDirError(RunnerError):
+    """The run folder already belongs to another run (73)."""
+
+    exit_code = 73
+
+
+class StorageError(RunnerError):
+    """Reading or writing a file failed: disk full, quota, permission (74)."""
+
+    exit_code = 74
+
+
+class Interrupted(RunnerError):
+    """The run was told to stop and has committed its state; start it again to go on (75)."""
+
+    exit_code = 75
+
+
+class ExpectationError(RunnerError):
+    """The run finished, but its scores are outside what the job's [expect] declares (78)."""
+
+    exit_code = 78

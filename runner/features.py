@@ -1,0 +1,421 @@
+"""Cuts contexts into windows of tokens and maps character answers to token labels; cached as memory-mapped arrays.
+
+Legend: N windows, T tokens of all windows end to end, C context tokens of all distinct contexts, Q questions.
+Each context and each question is tokenised once; windows are ranges into them, assembled by array arithmetic
+(Hugging Face's example tokenises a context again for each of its questions).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from runner.dataset import Example
+from runner.errors import DataError, StorageError
+from runner.rundir import storage_errors
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_CHUNK = 2048  # texts handed to the tokenizer at once: enough for its threads, little enough for memory
+
+
+@dataclass(frozen=True)
+class Windows:
+    """The windows of a data set as flat arrays.
+
+    Attributes:
+        tokens_T: int32, token ids of all windows end to end, special tokens included, no padding.
+        types_T: uint8, segment ids (0 question, 1 context where the tokenizer distinguishes them).
+        firsts_N1: int64, window n is tokens_T[firsts_N1[n]:firsts_N1[n + 1]].
+        questions_N: int32, position of the window's question in the data set, ascending.
+        contexts_N2: int32, [lo, hi) positions in the window that hold context tokens.
+        starts_N: int32, position of the answer's first token; the [CLS] position where the answer is not inside.
+        ends_N: int32, position of the answer's last token (inclusive).
+        cls_N: int32, position of the token that stands for "no answer here".
+        chars_C2: int32, [start, end) character offsets of each context token.
+        chars_firsts_N: int64, row of chars_C2 that a token at position 0 of the window would have; the token at
+            position p of the context has row chars_firsts_N[n] + p.
+    """
+
+    tokens_T: np.ndarray
+    types_T: np.ndarray
+    firsts_N1: np.ndarray
+    questions_N: np.ndarray
+    contexts_N2: np.ndarray
+    starts_N: np.ndarray
+    ends_N: np.ndarray
+    cls_N: np.ndarray
+    chars_C2: np.ndarray
+    chars_firsts_N: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.questions_N)
+
+    @property
+    def lengths_N(self) -> np.ndarray:
+        """Tokens in each window, int64."""
+        return np.diff(self.firsts_N1)
+
+    @property
+    def answered_N(self) -> np.ndarray:
+        """Whether the answer lies inside the window, bool."""
+        return self.starts_N != self.cls_N
+
+
+def build_windows(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int, stride: int
+) -> Windows:
+    """Make the windows that the tokenizer's own `truncation="only_second"` with overflow would make.
+
+    The question is stripped on the left, as in Hugging Face's run_qa.py. Labels come from a question's first answer.
+
+    Args:
+        examples: questions, in order.
+        tokenizer: a fast tokenizer; its padding and truncation settings are ignored.
+        max_length: tokens in a window at most.
+        stride: tokens shared by neighbouring windows of a context.
+
+    Raises:
+        DataError: if a question leaves too little room for its context, or the tokenizer is not a fast one.
+    """
+    backend = plain_backend(tokenizer)
+    template = _Template.of(backend, tokenizer)
+    context_of: dict[str, int] = {}
+    place_Q = np.array([context_of.setdefault(e.context, len(context_of)) for e in examples], dtype=np.int64)
+    questions = _encode(backend, [e.question.lstrip() for e in examples], offsets=False)
+    contexts = _encode(backend, list(context_of), offsets=True)
+
+    room_Q = max_length - template.specials - questions.lengths
+    tight = np.flatnonzero((room_Q <= stride) & ((contexts.lengths[place_Q] > room_Q) | (room_Q < 1)))
+    if len(tight):
+        worst = tight[np.argmin(room_Q[tight])]
+        raise DataError(
+            f"question {examples[worst].id}: its {questions.lengths[worst]} tokens and {template.specials} special "
+            f"tokens leave {max(0, room_Q[worst])} of max_length {max_length} for the context, which must be more than "
+            f"stride {stride} ({len(tight)} such questions); raise data.max_length or lower data.stride"
+        )
+
+    # Windows of one question start every `room - stride` context tokens until one reaches the context's end.
+    length_Q = contexts.lengths[place_Q]
+    step_Q = np.maximum(room_Q - stride, 1)
+    count_Q = 1 + np.maximum(0, -(-(length_Q - room_Q) // step_Q))
+    questions_N = np.repeat(np.arange(len(examples)), count_Q)
+    nth_N = np.arange(len(questions_N)) - np.repeat(np.cumsum(count_Q) - count_Q, count_Q)
+    from_N = nth_N * step_Q[questions_N]
+    to_N = np.minimum(from_N + room_Q[questions_N], length_Q[questions_N])
+
+    tokens_T, types_T, firsts_N1 = _assemble(template, questions, contexts, place_Q, questions_N, from_N, to_N)
+    low_N = template.before + questions.lengths[questions_N] + template.between
+    cls_N = np.full(len(questions_N), template.cls, dtype=np.int64)
+    if template.cls < 0:  # counted from the end, as in XLNet
+        cls_N += np.diff(firsts_N1)
+    chars_firsts_N = contexts.firsts[place_Q[questions_N]] + from_N - low_N
+    starts_N, ends_N = _labels(examples, contexts, place_Q, questions_N, from_N, to_N, low_N, cls_N)
+    windows = Windows(
+        tokens_T=tokens_T,
+        types_T=types_T,
+        firsts_N1=firsts_N1,
+        questions_N=questions_N.astype(np.int32),
+        contexts_N2=np.stack([low_N, low_N + to_N - from_N], axis=1).astype(np.int32),
+        starts_N=starts_N.astype(np.int32),
+        ends_N=ends_N.astype(np.int32),
+        cls_N=cls_N.astype(np.int32),
+        chars_C2=contexts.offsets,
+        chars_firsts_N=chars_firsts_N,
+    )
+    _compare_with_tokenizer(windows, examples[:2], tokenizer, max_length, stride)
+    return windows
+
+
+def cached_windows(
+    examples: Sequence[Example],
+    content_sha256: str,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    stride: int,
+) -> tuple[Windows, bool]:
+    """Load the windows from the cache, or build and store them. Returns them and whether the cache had them.
+
+    The key is made of the questions' content, the tokenizer, both settings and this file's code, so nothing stale is
+    ever read. Only one rank should build; the others call this afterwards and map the same files.
+    """
+    key = cache_key(content_sha256, tokenizer, max_length, stride)
+    folder = cache_root() / "features" / key
+    found = _load(folder)
+    if found is not None:
+        return found, True
+    windows = build_windows(examples, tokenizer, max_length, stride)
+    try:
+        _store(windows, folder)
+    except StorageError:
+        return windows, False  # a full cache disk costs time, never the run
+    return _load(folder) or windows, False
+
+
+def cache_key(content_sha256: str, tokenizer: PreTrainedTokenizerBase, max_length: int, stride: int) -> str:
+    """Name of the cache folder, 32 hex digits."""
+    parts = {
+        "content": content_sha256,
+        "tokenizer": tokenizer_sha256(tokenizer),
+        "max_length": max_length,
+        "stride": stride,
+        "code": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash of all that decides the tokens: vocabulary, merges, normaliser, special tokens."""
+    return hashlib.sha256(plain_backend(tokenizer).to_str().encode()).hexdigest()
+
+
+def cache_root() -> Path:
+    """`$SPANTUNE_CACHE`, else the user's cache folder."""
+    given = os.environ.get("SPANTUNE_CACHE")
+    if given:
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "spantune"
+
+
+def plain_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
+    """Copy the Rust tokenizer without padding and truncation, which some checkpoints carry in their settings."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise DataError(f"{type(tokenizer).__name__} has no fast tokenizer; character offsets need one")
+    copy = Tokenizer.from_str(backend.to_str())
+    copy.no_padding()
+    copy.no_truncation()
+    return copy
+
+
+# --- tokenising --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Template:
+    """The special tokens around a question and its context, read off the tokenizer itself."""
+
+    ids: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+    types: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+    question_type: int
+    context_type: int
+    cls: int
+
+    @property
+    def specials(self) -> int:
+        return sum(map(len, self.ids))
+
+    @property
+    def before(self) -> int:
+        return len(self.ids[0])
+
+    @property
+    def between(self) -> int:
+        return len(self.ids[1])
+
+    @classmethod
+    def of(cls, backend: Tokenizer, tokenizer: PreTrainedTokenizerBase) -> _Template:
+        pair = backend.encode("a", "b")
+        sequence = list(pair.sequence_ids)
+        first, last = sequence.index(0), len(sequence) - 1 - sequence[::-1].index(0)
+        second, final = sequence.index(1), len(sequence) - 1 - sequence[::-1].index(1)
+        parts = (slice(0, first), slice(last + 1, second), slice(final + 1, None))
+        place = pair.ids.index(tokenizer.cls_token_id) if tokenizer.cls_token_id in pair.ids else 0
+        return cls(
+            ids=tuple(tuple(pair.ids[part]) for part in parts),  # type: ignore[arg-type]
+            types=tuple(tuple(pair.type_ids[part]) for part in parts),  # type: ignore[arg-type]
+            question_type=pair.type_ids[first],
+            context_type=pair.type_ids[second],
+            cls=place if place < second else place - len(sequence),
+        )
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """Texts as flat token ids; text i is ids[firsts[i]:firsts[i] + lengths[i]]."""
+
+    ids: np.ndarray
+    offsets: np.ndarray
+    firsts: np.ndarray
+    lengths: np.ndarray
+
+
+def _encode(backend: Tokenizer, texts: Sequence[str], *, offsets: bool) -> _Encoded:
+    ids: list[np.ndarray] = []
+    spans: list[np.ndarray] = []
+    lengths: list[int] = []
+    for place in range(0, len(texts), _CHUNK):
+        chunk = texts[place : place + _CHUNK]
+        for encoding in backend.encode_batch(list(chunk), add_special_tokens=False):
+            ids.append(np.array(encoding.ids, dtype=np.int32))
+            lengths.append(len(ids[-1]))
+            if offsets:
+                spans.append(np.array(encoding.offsets, dtype=np.int32).reshape(-1, 2))
+    length = np.array(lengths, dtype=np.int64)
+    return _Encoded(
+        ids=np.concatenate(ids) if ids else np.zeros(0, np.int32),
+        offsets=np.concatenate(spans) if spans else np.zeros((0, 2), np.int32),
+        firsts=np.cumsum(length) - length,
+        lengths=length,
+    )
+
+
+def _assemble(
+    template: _Template,
+    questions: _Encoded,
+    contexts: _Encoded,
+    place_Q: np.ndarray,
+    questions_N: np.ndarray,
+    from_N: np.ndarray,
+    to_N: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Gather every window as five ranges of one pool: special, question, special, context, special."""
+    specials = np.array([token for part in template.ids for token in part], dtype=np.int32)
+    special_types = np.array([kind for part in template.types for kind in part], dtype=np.uint8)
+    pool = np.concatenate([specials, questions.ids, contexts.ids])
+    pool_types = np.concatenate(
+        [
+            special_types,
+            np.full(len(questions.ids), template.question_type, np.uint8),
+            np.full(len(contexts.ids), template.context_type, np.uint8),
+        ]
+    )
+    before, between = template.before, template.between
+    after = template.specials - before - between
+    count = len(questions_N)
+    starts = np.stack(
+        [
+            np.zeros(count, np.int64),
+            len(specials) + questions.firsts[questions_N],
+            np.full(count, before),
+            len(specials) + len(questions.ids) + contexts.firsts[place_Q[questions_N]] + from_N,
+            np.full(count, before + between),
+        ],
+        axis=1,
+    ).reshape(-1)
+    sizes = np.stack(
+        [
+            np.full(count, before),
+            questions.lengths[questions_N],
+            np.full(count, between),
+            to_N - from_N,
+            np.full(count, after),
+        ],
+        axis=1,
+    ).reshape(-1)
+    index_T = ranges(starts, sizes)
+    firsts_N1 = np.concatenate([[0], np.cumsum(sizes.reshape(-1, 5).sum(axis=1))]).astype(np.int64)
+    return pool[index_T], pool_types[index_T], firsts_N1
+
+
+def ranges(starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Concatenate `arange(start, start + size)` over all pairs, without a Python loop. int64."""
+    ends = np.cumsum(sizes)
+    return np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - (ends - sizes), sizes)
+
+
+def _labels(
+    examples: Sequence[Example],
+    contexts: _Encoded,
+    place_Q: np.ndarray,
+    questions_N: np.ndarray,
+    from_N: np.ndarray,
+    to_N: np.ndarray,
+    low_N: np.ndarray,
+    cls_N: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """First and last token of each question's first answer: the last token that starts at or before the answer's
+    first character, and the first that ends at or after its last one."""
+    first_Q = np.full(len(examples), -1, dtype=np.int64)
+    last_Q = np.full(len(examples), -1, dtype=np.int64)
+    char_Q2 = np.zeros((len(examples), 2), dtype=np.int64)
+    for place, example in enumerate(examples):
+        if not example.answers:
+            continue
+        start, end = example.answer_starts[0], example.answer_starts[0] + len(example.answers[0])
+        begin = contexts.firsts[place_Q[place]]
+        offsets = contexts.offsets[begin : begin + contexts.lengths[place_Q[place]]]
+        char_Q2[place] = start, end
+        first_Q[place] = np.searchsorted(offsets[:, 0], start, side="right") - 1
+        last_Q[place] = np.searchsorted(offsets[:, 1], end, side="left")
+    context_first_N = contexts.firsts[place_Q[questions_N]]
+    some_N = (first_Q[questions_N] >= 0) & (to_N > from_N)
+    row = np.minimum(context_first_N + from_N, max(0, len(contexts.offsets) - 1))
+    last_row = np.maximum(context_first_N + to_N - 1, 0)
+    inside_N = some_N.copy()
+    if len(contexts.offsets):
+        inside_N &= contexts.offsets[row, 0] <= char_Q2[questions_N, 0]
+        inside_N &= contexts.offsets[last_row, 1] >= char_Q2[questions_N, 1]
+    # Byte-level tokens of one character share their offsets, so a range may begin before the window: keep it inside.
+    first_N = np.clip(first_Q[questions_N], from_N, np.maximum(from_N, to_N - 1))
+    last_N = np.clip(last_Q[questions_N], from_N, np.maximum(from_N, to_N - 1))
+    starts_N = np.where(inside_N, low_N + first_N - from_N, cls_N)
+    ends_N = np.where(inside_N, low_N + last_N - from_N, cls_N)
+    if not (starts_N <= ends_N).all():
+        raise AssertionError("an answer's last token lies before its first")
+    return starts_N, ends_N
+
+
+def _compare_with_tokenizer(
+    windows: Windows, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int, stride: int
+) -> None:
+    """Hold the first windows against the tokenizer's own: a template we misread must not train a wrong model."""
+    for place, example in enumerate(examples):
+        backend = plain_backend(tokenizer)
+        backend.enable_truncation(max_length, stride=stride, strategy="only_second")
+        encoding = backend.encode(example.question.lstrip(), example.context)
+        theirs = [encoding.ids, *(piece.ids for piece in encoding.overflowing)]
+        mine = [
+            windows.tokens_T[windows.firsts_N1[n] : windows.firsts_N1[n + 1]].tolist()
+            for n in np.flatnonzero(windows.questions_N == place)
+        ]
+        if mine != theirs:
+            raise DataError(
+                f"question {example.id}: {type(tokenizer).__name__} builds pairs in a way that spantune does not know; "
+                "please report the model's name"
+            )
+
+
+# --- cache -------------------------------------------------------------------------------------------------------
+
+
+def _store(windows: Windows, folder: Path) -> None:
+    aside = folder.with_name(f".{folder.name}.{os.getpid()}")
+    with storage_errors(folder):
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        try:
+            for field in dataclasses.fields(windows):
+                np.save(aside / f"{field.name}.npy", getattr(windows, field.name))
+            try:
+                aside.rename(folder)
+            except OSError:
+                if not folder.is_dir():
+                    raise  # somebody else stored the same windows first: theirs will do
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+def _load(folder: Path) -> Windows | None:
+    """Map the arrays of a cache folder; None where it is absent or damaged (it is then built again)."""
+    arrays: dict[str, Any] = {}
+    try:
+        for field in dataclasses.fields(Windows):
+            arrays[field.name] = np.load(folder / f"{field.name}.npy", mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError):
+        shutil.rmtree(folder, ignore_errors=True)
+        return None
+    return Windows(**arrays)

@@ -1,0 +1,33 @@
+"""Starts deepspeed's launcher on this machine, for those who would rather write `spantune run JOB.toml`."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+MAIN = Path(__file__).with_name("main.py")
+
+
+def launch(arguments: Sequence[str], ranks: int | None) -> int:
+    """Run `deepspeed runner/main.py ARGUMENTS` and return its exit code.
+
+    Args:
+        arguments: the job file first, then options.
+        ranks: processes to start; None: one for each GPU, or one where there is none.
+    """
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    # deepspeed starts `python` by name from the path; it must be the interpreter that runs now.
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", str(_free_port())]
+    command += ["--num_gpus", str(ranks)] if ranks else []
+    return subprocess.run([*command, str(MAIN), *arguments], env=environment, check=False).returncode
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,277 @@
+"""Loads the pretrained model and tokenizer, freezes parts of it, and turns a batch into span logits.
+
+Legend: B windows, L padded length, T = B * L rows of logits, column 0 for the start and 1 for the end of the answer.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForQuestionAnswering, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedTokenizerBase
+
+from runner.batches import Padded
+from runner.errors import AssetError, DataError, JobError
+from runner.job import Model
+from runner.provenance import file_sha256
+from runner.sources import package_folder
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# Names under which configurations keep their two kinds of dropout.
+_DROPOUT_KEYS = ("hidden_dropout_prob", "dropout", "hidden_dropout", "embedding_dropout", "mlp_dropout")
+_ATTENTION_DROPOUT_KEYS = ("attention_probs_dropout_prob", "attention_dropout")
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A model ready to be trained, its tokenizer, and where the weights came from."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    location: str
+    weights_sha256: str | None
+
+
+def load_tokenizer(section: Model) -> PreTrainedTokenizerBase:
+    """Load the fast tokenizer alone, for feature preparation and `check --data`."""
+    location = model_location(section)
+    with _asset_errors(section):
+        return AutoTokenizer.from_pretrained(location, revision=section.revision, trust_remote_code=False)
+
+
+def load_pretrained(section: Model, seed: int) -> Pretrained:
+    """Load weights in float32 and give a missing head its first weights from the seed, alike on every rank.
+
+    Raises:
+        AssetError: if the model is neither here nor reachable.
+        DataError: if its weights do not have the declared sha256, or it has no span head.
+    """
+    location = model_location(section)
+    weights_sha256 = _weights_sha256(section, location)
+    tokenizer = load_tokenizer(section)
+    with _asset_errors(section):
+        config = AutoConfig.from_pretrained(location, revision=section.revision, trust_remote_code=False)
+        _set_dropout(config, section)
+        torch.manual_seed(seed)
+        try:
+            model = AutoModelForQuestionAnswering.from_pretrained(
+                location,
+                config=config,
+                revision=section.revision,
+                dtype=torch.float32,
+                trust_remote_code=False,
+                # Weights come as safetensors only: pickles can run code.
+                use_safetensors=True,
+            )
+        except ValueError as error:
+            if "Unrecognized configuration" not in str(error):
+                raise
+            raise DataError(f"{section.name}: {config.model_type} has no question-answering head in transformers") from None
+    return Pretrained(model, tokenizer, location, weights_sha256)
+
+
+def span_logits(model: Any, padded: Padded, *, segment_ids: bool) -> Tensor:
+    """Run the model and return its logits as [B * L, 2], in the model's dtype.
+
+    Args:
+        model: a transformers question-answering model, or the DeepSpeed engine around one.
+        padded: the batch, on the model's device.
+        segment_ids: whether the model takes token_type_ids.
+    """
+    inputs: dict[str, Tensor] = {"input_ids": padded.input_ids_BL}
+    if padded.mask_BL is not None:
+        inputs["attention_mask"] = padded.mask_BL
+    if segment_ids:
+        inputs["token_type_ids"] = padded.types_BL
+    output = model(**inputs)
+    return torch.stack([output.start_logits, output.end_logits], dim=-1).reshape(-1, 2)
+
+
+def takes_segment_ids(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the model of this tokenizer is given segment ids."""
+    return "token_type_ids" in tokenizer.model_input_names
+
+
+def choose_precision(wanted: str, device: torch.device) -> str:
+    """Resolve "auto": bf16 on a GPU that computes in it, else fp32."""
+    if wanted != "auto":
+        return wanted
+    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+
+
+# --- freezing ----------------------------------------------------------------------------------------------------
+
+
+def freeze(model: PreTrainedModel, patterns: Sequence[str]) -> None:
+    """Stop training every parameter that a pattern names.
+
+    A pattern is a module or parameter name without the model's own prefix ("embeddings", "encoder.layer.3"), may hold a
+    range of numbers ("encoder.layer.0-5"), or is a glob over parameter names ("*.LayerNorm.*").
+
+    Raises:
+        JobError: if a pattern matches nothing (listing what there is) or nothing is left to train.
+    """
+    prefix = f"{model.base_model_prefix}."
+    names = {name: name.removeprefix(prefix) for name, _ in model.named_parameters()}
+    parameters = dict(model.named_parameters())
+    for pattern in patterns:
+        wanted = [
+            name
+            for name, short in names.items()
+            if any(_matches(p, short) or _matches(p, name) for p in _spell_out(pattern))
+        ]
+        if not wanted:
+            raise JobError(
+                [f"model.freeze: {pattern!r} matches no parameter; there are {', '.join(module_outline(names.values()))}"]
+            )
+        for name in wanted:
+            parameters[name].requires_grad_(False)
+    if not any(p.requires_grad for p in parameters.values()):
+        raise JobError([f"model.freeze: {list(patterns)} freezes every parameter; nothing is left to train"])
+
+
+def module_outline(names: Iterable[str]) -> list[str]:
+    """Name what can be frozen in a few words: top modules, numbered layers as a range."""
+    outline: dict[str, list[int]] = {}
+    for name in names:
+        found = re.match(r"(.+?)\.(\d+)\.", name)
+        if found:
+            outline.setdefault(found[1], []).append(int(found[2]))
+        else:
+            outline.setdefault(name.split(".")[0], [])
+    return [f"{key}.{min(n)}-{max(n)}" if n and max(n) > 0 else f"{key}.0" if n else key for key, n in outline.items()]
+
+
+def parameter_table(model: PreTrainedModel) -> list[dict[str, str | int | float | None]]:
+    """One row for each top module and for all: parameters, how many of them are trained."""
+    prefix = f"{model.base_model_prefix}."
+    counts: dict[str, list[int]] = {}
+    for name, parameter in model.named_parameters():
+        short = name.removeprefix(prefix)
+        found = re.match(r"(.+?\.\d+)\.", short)
+        row = counts.setdefault(found[1] if found else short.split(".")[0], [0, 0])
+        row[0] += parameter.numel()
+        row[1] += parameter.numel() if parameter.requires_grad else 0
+    rows: list[dict[str, str | int | float | None]] = [
+        {"part": part, "parameters": total, "trained": trained} for part, (total, trained) in _merge(counts).items()
+    ]
+    totals = [sum(pair[n] for pair in counts.values()) for n in (0, 1)]
+    rows.append({"part": "all", "parameters": totals[0], "trained": totals[1]})
+    return rows
+
+
+def _merge(counts: dict[str, list[int]]) -> dict[str, list[int]]:
+    """Join neighbouring numbered layers that are alike: encoder.layer.0-5."""
+    merged: dict[str, list[int]] = {}
+    run: tuple[str, int, int, list[int]] | None = None
+    for name, pair in [*counts.items(), ("", [0, 0])]:
+        stem, _, number = name.rpartition(".")
+        if run and number.isdigit() and stem == run[0] and pair == run[3]:
+            run = (run[0], run[1], int(number), pair)
+            continue
+        if run:
+            stem_before, first, last, each = run
+            label = f"{stem_before}.{first}-{last}" if last > first else f"{stem_before}.{first}"
+            merged[label] = [value * (last - first + 1) for value in each]
+            run = None
+        if number.isdigit():
+            run = (stem, int(number), int(number), pair)
+        elif name:
+            merged[name] = pair
+    return merged
+
+
+def _spell_out(pattern: str) -> list[str]:
+    found = re.search(r"(?<=\.)(\d+)-(\d+)(?=\.|$)", pattern)
+    if not found:
+        return [pattern]
+    numbers = range(int(found[1]), int(found[2]) + 1)
+    return [f"{pattern[: found.start()]}{n}{pattern[found.end() :]}" for n in numbers]
+
+
+def _matches(pattern: str, name: str) -> bool:
+    return name == pattern or name.startswith(f"{pattern}.") or fnmatchcase(name, pattern)
+
+
+def optimiser_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Two groups of trained parameters: matrices decay, biases and norm weights (one dimension) never do."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+# --- finding -----------------------------------------------------------------------------------------------------
+
+
+def model_location(section: Model) -> str:
+    """Where the model's files are: a folder, or the hub id as it stands."""
+    if section.name.startswith("package:"):
+        folder = package_folder(section.name.removeprefix("package:"))
+        if folder is None:
+            raise AssetError(f"model.name: {section.name} is not installed")
+        return str(folder)
+    return section.name
+
+
+def _weights_sha256(section: Model, location: str) -> str | None:
+    """Hash the weights where they are a local file; compare with the job's."""
+    files = sorted(Path(location).glob("*.safetensors")) if Path(location).is_dir() else []
+    if not files:
+        if section.sha256 is not None:
+            raise DataError(f"{section.name}: model.sha256 is declared, but there is no local *.safetensors to hash")
+        return None
+    if len(files) > 1:
+        return None
+    found = file_sha256(files[0])
+    if section.sha256 is not None and found != section.sha256:
+        raise DataError(
+            f"{files[0]}: sha256 is {found}, the job declares {section.sha256}; another or a damaged version of the weights"
+        )
+    return found
+
+
+def _set_dropout(config: Any, section: Model) -> None:
+    for keys, value, field in (
+        (_DROPOUT_KEYS, section.dropout, "dropout"),
+        (_ATTENTION_DROPOUT_KEYS, section.attention_dropout, "attention_dropout"),
+    ):
+        if value is None:
+            continue
+        known = [key for key in keys if hasattr(config, key)]
+        if not known:
+            raise JobError([f"model.{field}: {config.model_type} has no such setting"])
+        for key in known:
+            setattr(config, key, value)
+    if section.dropout is not None:
+        for key in ("qa_dropout", "classifier_dropout"):
+            if getattr(config, key, None) is not None:
+                setattr(config, key, section.dropout)
+
+
+class _asset_errors:  # noqa: N801  (reads as a statement)
+    """Say in one line that a model is not at hand, and how to fetch it."""
+
+    def __init__(self, section: Model) -> None:
+        self.section = section
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> bool:
+        if isinstance(error, OSError):
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise AssetError(
+                f"model.name: {self.section.name}: {first}; to fetch it on a machine with network: "
+                f"hf download {self.section.name}"
+            ) from error
+        return False

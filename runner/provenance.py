@@ -1,0 +1,88 @@
+"""Where a run's numbers come from: commit, versions, machine and content hashes, gathered without importing torch."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "deepspeed", "evaluate", "triton", "numpy", "safetensors")
+CHECKOUT = Path(__file__).resolve().parent.parent
+
+
+def collect(seed: int, world: int, threads: int, devices: list[str]) -> dict[str, Any]:
+    """Gather what could make a second run differ from this one.
+
+    Args:
+        seed: the job's seed.
+        world: number of ranks.
+        threads: CPU threads of each rank (on a CPU the bits depend on them).
+        devices: the accelerator's name for each local rank.
+    """
+    return {
+        "command": sys.argv,
+        "git": git_state(),
+        "versions": versions(),
+        "machine": {
+            "system": f"{platform.system()} {platform.release()}",
+            "python": platform.python_version(),
+            "processor": processor_name(),
+            "cores": os.cpu_count(),
+            "devices": devices,
+        },
+        "ranks": world,
+        "threads_per_rank": threads,
+        "seed": seed,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that decide the numbers; those not installed are left out."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def git_state() -> dict[str, str | None]:
+    """Commit of the checkout and a hash of what differs from it; both None outside a git checkout."""
+    commit = _git("rev-parse", "HEAD")
+    if commit is None:
+        return {"commit": None, "diff_sha256": None}
+    diff = _git("diff", "HEAD") or ""
+    return {"commit": commit.strip(), "diff_sha256": hashlib.sha256(diff.encode()).hexdigest() if diff else None}
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file's bytes, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def processor_name() -> str:
+    """The processor's model name, as the system tells it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(CHECKOUT), *arguments], capture_output=True, text=True, timeout=20, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout

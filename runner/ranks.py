@@ -1,0 +1,54 @@
+"""Which rank this process is, read from the environment that its launcher set (no torch needed)."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Rank:
+    """One process of a distributed run.
+
+    Attributes:
+        index: global rank, 0 <= index < world.
+        world: number of ranks over all nodes.
+        local: rank within this node.
+        local_world: number of ranks on this node.
+    """
+
+    index: int
+    world: int
+    local: int
+    local_world: int
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank prints and writes the run's tables."""
+        return self.index == 0
+
+
+def current_rank() -> Rank:
+    """Read the rank from `deepspeed`, `torchrun` or plain `srun` (one task a rank); alone, it is rank 0 of 1.
+
+    SLURM's own variables count only inside a step (`SLURM_STEP_ID` is set by srun): in the batch script itself
+    `SLURM_NTASKS` is set too, although only one process runs there.
+    """
+    env = os.environ
+    if "RANK" in env and "WORLD_SIZE" in env:
+        world = int(env["WORLD_SIZE"])
+        return Rank(
+            index=int(env["RANK"]),
+            world=world,
+            local=int(env.get("LOCAL_RANK", env["RANK"])),
+            local_world=int(env.get("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", world))),
+        )
+    if "SLURM_STEP_ID" in env and "SLURM_PROCID" in env:
+        world = int(env["SLURM_NTASKS"])
+        return Rank(
+            index=int(env["SLURM_PROCID"]),
+            world=world,
+            local=int(env["SLURM_LOCALID"]),
+            local_world=max(1, world // int(env.get("SLURM_STEP_NUM_NODES", "1"))),
+        )
+    return Rank(index=0, world=1, local=0, local_world=1)

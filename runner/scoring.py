@@ -1,0 +1,222 @@
+"""Scores a model over held-out windows, shared over the ranks, and turns logits into answers on rank 0.
+
+Legend: N windows of the data set, B windows of a batch, L longest of them, K candidate spans, T rows of logits.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from span_kernels import reference_span_loss
+from torch import Tensor
+
+from runner.batches import Padded, collate, pad, score_batches
+from runner.console import Step
+from runner.dataset import Example
+from runner.engine import gather
+from runner.features import Windows
+from runner.job import Score
+from runner.metrics import squad_scores, squad_v2_scores
+from runner.model import span_logits
+from runner.ranks import Rank
+from runner.spans import Answer, Spans, answers, join, search
+
+
+@dataclass(frozen=True)
+class Reader:
+    """What is needed to run a model over windows.
+
+    Attributes:
+        model: a transformers question-answering model, or the DeepSpeed engine around one.
+        device: where it lives.
+        pad_id: token id of padding.
+        segment_ids: whether the model takes token_type_ids.
+        multiple: padded lengths are rounded up to this (8 suits tensor cores).
+    """
+
+    model: Any
+    device: torch.device
+    pad_id: int
+    segment_ids: bool
+    multiple: int
+
+    def logits(self, windows: Windows, rows: np.ndarray) -> tuple[Tensor, Padded, Tensor, Tensor, int]:
+        """Run the model over some windows.
+
+        Returns:
+            logits [B * L, 2], the padded batch, start and end labels [B], and how many windows count.
+        """
+        batch = collate(windows, rows)
+        padded = to_device(pad(batch, self.pad_id, self.multiple), self.device)
+        logits_T2 = span_logits(self.model, padded, segment_ids=self.segment_ids)
+        starts_B, ends_B = (t.to(self.device, non_blocking=True) for t in (batch.starts_B, batch.ends_B))
+        return logits_T2, padded, starts_B, ends_B, batch.counted
+
+
+@dataclass(frozen=True)
+class Readings:
+    """What a model says about a set of windows.
+
+    Attributes:
+        loss: mean span loss in nats over all windows (a window without the answer points at [CLS]).
+        start_accuracy, end_accuracy, span_accuracy: percent of windows whose likeliest start, end, both are right.
+        answers: one for each question, in order.
+        seconds: wall time.
+    """
+
+    loss: float
+    start_accuracy: float
+    end_accuracy: float
+    span_accuracy: float
+    answers: tuple[Answer, ...]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Readings held against the right answers.
+
+    Attributes:
+        readings: loss, token accuracies and answers.
+        exact_match, f1: percent over questions, by SQuAD's official definition.
+        details: further scores (SQuAD v2's HasAns and NoAns), name to percent.
+    """
+
+    readings: Readings
+    exact_match: float
+    f1: float
+    details: dict[str, float]
+
+    def metric(self, name: str) -> float:
+        """A score by the name that [stop] and [expect] use."""
+        return float(getattr(self if name in ("exact_match", "f1") else self.readings, name))
+
+
+def to_device(padded: Padded, device: torch.device) -> Padded:
+    """Copy a batch to the device without waiting for the copy."""
+    if device.type == "cpu":
+        return padded
+    move = {"device": device, "non_blocking": True}
+    mask_BL = padded.mask_BL
+    return Padded(
+        padded.input_ids_BL.pin_memory().to(**move),
+        padded.types_BL.pin_memory().to(**move),
+        None if mask_BL is None else mask_BL.pin_memory().to(**move),
+        padded.segments_B2.pin_memory().to(**move),
+    )
+
+
+def token_accuracy(logits_T2: Tensor, segments_B2: Tensor, starts_B: Tensor, ends_B: Tensor) -> Tensor:
+    """Count windows whose highest start, end, and both logits are at the labels: float32 [3], no host sync.
+
+    Args:
+        logits_T2: [T, 2] logits of a padded batch of equal strides or of a packed one.
+        segments_B2: (offset, length) of each window in them.
+        starts_B, ends_B: labels.
+    """
+    offset_B1, length_B1 = segments_B2[:, :1], segments_B2[:, 1:]
+    columns_L = torch.arange(_longest(logits_T2, segments_B2), device=logits_T2.device)
+    index_BL = (offset_B1 + columns_L).clamp(max=len(logits_T2) - 1)
+    logits_BL2 = logits_T2.detach()[index_BL].float()
+    logits_BL2 = logits_BL2.masked_fill((columns_L >= length_B1)[:, :, None], -torch.inf)
+    best_B2 = logits_BL2.argmax(dim=1)
+    right_B2 = best_B2 == torch.stack([starts_B, ends_B], dim=1)
+    return torch.cat([right_B2.sum(0), right_B2.all(1).sum()[None]]).float()
+
+
+def _longest(logits_T2: Tensor, segments_B2: Tensor) -> int:
+    """Upper bound of the lengths without reading them from the device: padded batches have equal strides."""
+    if segments_B2.device.type == "cpu":
+        return int(segments_B2[:, 1].max())
+    return -(-len(logits_T2) // len(segments_B2))
+
+
+@torch.no_grad()
+def read_windows(
+    reader: Reader,
+    windows: Windows,
+    examples: Sequence[Example],
+    score: Score,
+    rank: Rank,
+    *,
+    unanswerable: bool,
+    step: Step | None = None,
+) -> Readings | None:
+    """Run the model over all windows and find each question's answer.
+
+    Every rank must call this; only rank 0 gets the result.
+    """
+    began = time.monotonic()
+    was_training = reader.model.training
+    reader.model.eval()
+    batches = score_batches(windows.lengths_N, score.batch_size, rank.index, rank.world)
+    totals = torch.zeros(4, dtype=torch.float64, device=reader.device)  # loss, then start, end, span
+    parts: list[tuple[np.ndarray, Spans]] = []
+    for done, rows in enumerate(batches, 1):
+        logits_T2, padded, starts_B, ends_B, counted = reader.logits(windows, rows)
+        if counted:
+            loss = reference_span_loss(logits_T2, padded.segments_B2, starts_B, ends_B)
+            right = token_accuracy(logits_T2, padded.segments_B2, starts_B, ends_B)
+            totals += torch.cat([loss[None] * counted, right]).to(totals)
+            spans = search(
+                logits_T2,
+                padded.segments_B2,
+                torch.from_numpy(windows.contexts_N2[rows]).to(reader.device),
+                n_best=score.n_best,
+                max_answer_length=score.max_answer_length,
+                mode=score.mode,
+                cls_N=torch.from_numpy(windows.cls_N[rows]).to(reader.device),
+            )
+            parts.append((rows, spans.cpu()))
+        if step is not None:
+            step(done)
+    reader.model.train(was_training)
+    everything = gather((totals.cpu().numpy(), parts))
+    if everything is None:
+        return None
+    totals_4 = np.sum([totals for totals, _ in everything], axis=0) / max(1, len(windows))
+    merged = _in_order([part for _, parts in everything for part in parts])
+    found = answers(
+        merged,
+        question_N=windows.questions_N,
+        # The context's token at position p of window n has its characters in row chars_firsts_N[n] + p.
+        segments_N2=np.stack([windows.chars_firsts_N, windows.lengths_N], axis=1),
+        chars_T2=windows.chars_C2,
+        ids=[e.id for e in examples],
+        contexts=[e.context for e in examples],
+        n_best=score.n_best,
+        null_threshold=score.null_threshold if unanswerable else None,
+        mode=score.mode,
+    )
+    return Readings(
+        loss=float(totals_4[0]),
+        start_accuracy=100 * float(totals_4[1]),
+        end_accuracy=100 * float(totals_4[2]),
+        span_accuracy=100 * float(totals_4[3]),
+        answers=tuple(found),
+        seconds=time.monotonic() - began,
+    )
+
+
+def _in_order(parts: Sequence[tuple[np.ndarray, Spans]]) -> Spans:
+    """Put the ranks' batches back into the windows' order."""
+    place_N = torch.from_numpy(np.concatenate([rows for rows, _ in parts])).argsort()
+    spans = join([spans for _, spans in parts])
+    return Spans(
+        spans.score_NK[place_N], spans.start_NK[place_N], spans.end_NK[place_N], spans.null_score_N[place_N]
+    )
+
+
+def evaluate(readings: Readings, examples: Sequence[Example], *, unanswerable: bool) -> Evaluation:
+    """Hold answers against the right ones by the official evaluation of SQuAD v1.1, or of v2.0 where there may be none."""
+    predictions = {answer.id: answer.text for answer in readings.answers}
+    references = {example.id: example.answers for example in examples}
+    if unanswerable:
+        return _evaluate_v2(readings, predictions, references)
+    scores = squad_scores(predictions, references)
+    return Evaluation(readings, scores.exact_match, scores.f1, {})

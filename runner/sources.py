@@ -1,0 +1,108 @@
+"""What the name of a data set or of a model in a job points to: a file, a hub repository, an installed package."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+FILE_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
+
+_SLICE = re.compile(r"\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\]$")
+_HUB = re.compile(
+    r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(?:@(?P<revision>[\w./-]+))?(?:#(?P<config>[\w.-]+))?"
+    r"(?::(?P<split>[\w.+-]+))?$"
+)
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A range of questions, `[start:stop]` as in Python, each bound a count or a percentage."""
+
+    start: str | None
+    stop: str | None
+
+    def bounds(self, total: int) -> tuple[int, int]:
+        """Return the half-open range of question positions for a data set of `total` questions."""
+        start, stop, _ = slice(self._place(self.start, total), self._place(self.stop, total)).indices(total)
+        return start, max(start, stop)
+
+    @staticmethod
+    def _place(bound: str | None, total: int) -> int | None:
+        if bound is None:
+            return None
+        if bound.endswith("%"):
+            return round(int(bound[:-1]) * total / 100)
+        return int(bound)
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """A parsed data name: `path/file.json[:1000]` or `owner/name@revision#config:split[10%:20%]`."""
+
+    text: str
+    kind: Literal["file", "hub"]
+    location: str
+    split: str | None = None
+    revision: str | None = None
+    config: str | None = None
+    slice: Slice | None = None
+
+    def at(self, location: Path) -> str:
+        """Spell this source with another file location, the slice kept."""
+        return f"{location}{self.text[len(self.text) - len(self._tail()) :]}" if self._tail() else str(location)
+
+    def _tail(self) -> str:
+        found = _SLICE.search(self.text)
+        return found[0] if found else ""
+
+
+def parse_data(text: str) -> DataSource:
+    """Read a data name; raise ValueError with a sentence where it has no meaning."""
+    name, part = text, None
+    found = _SLICE.search(text)
+    if found:
+        name, part = text[: found.start()], Slice(found["start"], found["stop"])
+    elif text.endswith("]"):
+        raise ValueError(
+            f"{text!r} ends in a slice that cannot be read; write [:1000], [100:200] or [10%:20%], counted in questions"
+        )
+    if Path(name).suffix.lower() in FILE_SUFFIXES:
+        return DataSource(text=text, kind="file", location=name, slice=part)
+    hub = _HUB.match(name)
+    if hub is None:
+        raise ValueError(
+            f"{text!r} is neither a file ({', '.join(FILE_SUFFIXES)}) nor a hub name such as rajpurkar/squad:train[:1000]"
+        )
+    return DataSource(
+        text=text,
+        kind="hub",
+        location=hub["repo"],
+        split=hub["split"] or "train",
+        revision=hub["revision"],
+        config=hub["config"],
+        slice=part,
+    )
+
+
+def find_file(location: str, beside: Path) -> Path | None:
+    """Find a relative path beside the job file first, then in the current folder; None if it is in neither."""
+    path = Path(location).expanduser()
+    if path.is_absolute():
+        return path if path.exists() else None
+    for folder in (beside, Path.cwd()):
+        if (folder / path).exists():
+            return (folder / path).resolve()
+    return None
+
+
+def package_folder(name: str) -> Path | None:
+    """Find `PACKAGE/SUBFOLDER` (what follows `package:`) without importing the package; None if it is not installed."""
+    package, _, subfolder = name.partition("/")
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    folder = Path(next(iter(spec.submodule_search_locations))) / subfolder
+    return folder if folder.is_dir() else None

@@ -1,0 +1,77 @@
+"""Metric tables: append a row to a CSV whose header carries units, and show rows as Markdown or on a terminal."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich import box
+from rich.table import Table
+
+from runner.rundir import storage_errors
+
+Value = str | int | float | None
+
+
+def append_row(path: Path, row: Mapping[str, Value]) -> None:
+    """Append one row; the first row's keys become the header, and every later row must have the same keys.
+
+    Raises:
+        StorageError: if the file cannot be written.
+    """
+    with storage_errors(path), path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(row), lineterminator="\n")
+        if file.tell() == 0:
+            writer.writeheader()
+        writer.writerow({key: _cell(value) for key, value in row.items()})
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """Read a table back; a run that has not written it yet has no rows."""
+    if not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def markdown(rows: Sequence[Mapping[str, Value]]) -> str:
+    """Show rows as a Markdown table, numbers to the right."""
+    if not rows:
+        return ""
+    keys = list(rows[0])
+    numeric = [all(isinstance(row[key], int | float | None) for row in rows) for key in keys]
+    out = io.StringIO()
+    out.write("| " + " | ".join(keys) + " |\n")
+    out.write("|" + "|".join("---:" if right else "---" for right in numeric) + "|\n")
+    for row in rows:
+        out.write("| " + " | ".join(_shown(row[key]).replace("|", "\\|") for key in keys) + " |\n")
+    return out.getvalue()
+
+
+def terminal(title: str, rows: Sequence[Mapping[str, Value]]) -> Table:
+    """Show rows as a rich table that stays readable at 80 columns."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    for key in rows[0] if rows else ():
+        right = all(isinstance(row[key], int | float | None) for row in rows)
+        table.add_column(key, justify="right" if right else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(_shown(value) for value in row.values()))
+    return table
+
+
+def _cell(value: Value) -> Value:
+    # Full precision for other programs; `repr` of a float round-trips.
+    return "" if value is None else repr(value) if isinstance(value, float) else value
+
+
+def _shown(value: Value) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.2e}" if value and abs(value) < 1e-3 else f"{value:.4g}" if abs(value) < 10 else f"{value:.1f}"
+    return str(value)
