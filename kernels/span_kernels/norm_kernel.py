@@ -1,0 +1,68 @@
+"""Triton: squared norm and finiteness of a flat gradient in one pass.
+
+Importing this file imports Triton; `ops.py` does so at the first call on a GPU.
+
+Shapes: N elements, P programs, E elements of one block.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from span_kernels.launch import on_device, power_of_two, wide_dtype
+
+PROGRAMS = 1024
+"""One wave of 8 programs on each of 132 multiprocessors. A constant, not the device's count, so
+that the order of the sum and with it the bits do not depend on the GPU's size."""
+
+
+@triton.jit
+def _partial_kernel(flat_N, sum_P, finite_P, size, PROGRAMS: tl.constexpr, BLOCK: tl.constexpr):
+    ACC: tl.constexpr = sum_P.dtype.element_ty
+    program = tl.program_id(0)
+    element_E = program.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    sum_E = tl.zeros([BLOCK], ACC)
+    finite_E = tl.full([BLOCK], 1, tl.int32)
+    for first in tl.range(0, size, PROGRAMS * BLOCK, num_stages=3):
+        x_E = tl.load(flat_N + first + element_E, mask=first + element_E < size, other=0.0).to(ACC)
+        sum_E += x_E * x_E
+        # Not read off the sum: a finite gradient of 1e20 overflows it. False for NaN, too.
+        finite_E &= (tl.abs(x_E) < float("inf")).to(tl.int32)
+    tl.store(sum_P + program, tl.sum(sum_E, 0))
+    tl.store(finite_P + program, tl.min(finite_E, 0))
+
+
+@triton.jit
+def _total_kernel(sum_P, finite_P, total, finite, programs, BLOCK: tl.constexpr):
+    program_P = tl.arange(0, BLOCK)
+    real_P = program_P < programs
+    tl.store(total, tl.sum(tl.load(sum_P + program_P, mask=real_P, other=0.0), 0))
+    tl.store(finite, tl.min(tl.load(finite_P + program_P, mask=real_P, other=1), 0) == 1)
+
+
+def norm_and_finite(
+    flat_N: Tensor, programs: int = PROGRAMS, block: int = 4096
+) -> tuple[Tensor, Tensor]:
+    """See `span_kernels.grad_norm_and_finite`; `programs` and `block` are for tests."""
+    size = flat_N.numel()
+    programs = max(min(programs, -(-size // block)), 1)
+    sum_P = torch.empty(programs, dtype=wide_dtype(flat_N), device=flat_N.device)
+    finite_P = torch.empty(programs, dtype=torch.int32, device=flat_N.device)
+    total = sum_P.new_empty(())
+    finite = torch.empty((), dtype=torch.bool, device=flat_N.device)
+    with on_device(flat_N):
+        _partial_kernel[(programs,)](
+            flat_N,
+            sum_P,
+            finite_P,
+            size,
+            PROGRAMS=programs,
+            BLOCK=block,
+            num_warps=8,
+            enable_fp_fusion=True,
+        )
+        _total_kernel[(1,)](
+            sum_P, finite_P, total, finite, programs, BLOCK=power_of_two(programs), num_warps=4
+        )
+    return total, finite
