@@ -20,6 +20,13 @@ from torch import Tensor
 
 from span_kernels.launch import on_device, power_of_two
 
+BLOCK_TILES = 256
+"""Tiles that a program of the weight's gradient reads at once: its time is the length of the chain
+of dependent loads, not their bytes."""
+
+BLOCK_TOKENS = 32
+"""Tokens that a program of the hidden gradient writes."""
+
 
 @triton.jit
 def _weight_grad_kernel(
@@ -160,10 +167,10 @@ def weight_grad(
     """
     pooled_N2D = tiles[2]
     slots, _, width = pooled_N2D.shape
-    loss = pooled_N2D.new_empty(())
-    grad_2D = pooled_N2D.new_empty((2, width))
-    # 32 float32 columns are one 128-byte line; few columns and many tiles a program keep the
-    # number of dependent loads short, which is what this kernel's time consists of.
+    like = {"dtype": pooled_N2D.dtype, "device": pooled_N2D.device}
+    loss = torch.empty((), **like)
+    grad_2D = torch.empty((2, width), **like)
+    # 32 float32 columns are one 128-byte line: narrow programs are many, and each reads few bytes.
     block_c = min(32, power_of_two(width))
     with on_device(hidden_TD):
         _weight_grad_kernel[(-(-width // block_c), 2)](
@@ -179,7 +186,7 @@ def weight_grad(
             slots,
             *hidden_TD.stride(),
             D=width,
-            BLOCK_M=min(256, power_of_two(slots)),
+            BLOCK_M=min(BLOCK_TILES, power_of_two(slots)),
             BLOCK_C=block_c,
             num_warps=8,
             enable_fp_fusion=True,
@@ -196,9 +203,8 @@ def hidden_grad(
     weight_grad_2D = torch.empty((2, width), dtype=weight_2D.dtype, device=grad_T2.device)
     # A pure write stream: 512 bytes to a row, so that every warp stores 16 bytes a thread.
     block_c = min(512 // dtype.itemsize, power_of_two(width))
-    block_m = 32
     with on_device(grad_T2):
-        _hidden_grad_kernel[(max(-(-tokens // block_m), 1), -(-width // block_c))](
+        _hidden_grad_kernel[(max(-(-tokens // BLOCK_TOKENS), 1), -(-width // block_c))](
             grad_output,
             grad_T2,
             grad_2D,
@@ -208,7 +214,7 @@ def hidden_grad(
             tokens,
             *weight_2D.stride(),
             D=width,
-            BLOCK_M=block_m,
+            BLOCK_M=BLOCK_TOKENS,
             BLOCK_C=block_c,
             num_warps=4,
             enable_fp_fusion=True,

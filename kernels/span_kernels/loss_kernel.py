@@ -109,7 +109,11 @@ def _window_kernel(
 
 
 def span_loss_forward(
-    logits_T2: Tensor, segments_B2: Tensor, starts_B: Tensor, ends_B: Tensor, block: int | None = None
+    logits_T2: Tensor,
+    segments_B2: Tensor,
+    starts_B: Tensor,
+    ends_B: Tensor,
+    block: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss of every row and what its gradients need; two columns at once, one read of the logits.
 
@@ -123,14 +127,14 @@ def span_loss_forward(
         all contiguous, float64 for float64 logits and float32 otherwise.
     """
     tokens, rows = logits_T2.shape[0], segments_B2.shape[0]
-    dtype = wide_dtype(logits_T2)
+    like = {"dtype": wide_dtype(logits_T2), "device": logits_T2.device}
     if tokens == 0 or rows == 0:
-        zero_B2 = logits_T2.new_zeros((rows, 2), dtype=dtype)
-        return zero_B2[:, 0], zero_B2, zero_B2, logits_T2.new_zeros((tokens, 2), dtype=dtype)
-    losses_B = torch.empty(rows, dtype=dtype, device=logits_T2.device)
-    lse_B2 = torch.empty((rows, 2), dtype=dtype, device=logits_T2.device)
-    scale_B2 = torch.empty_like(lse_B2)
-    grad_T2 = torch.empty((tokens, 2), dtype=dtype, device=logits_T2.device)
+        zero_B2 = torch.zeros((rows, 2), **like)
+        return zero_B2[:, 0], zero_B2, zero_B2, torch.zeros((tokens, 2), **like)
+    losses_B = torch.empty(rows, **like)
+    lse_B2 = torch.empty((rows, 2), **like)
+    scale_B2 = torch.empty((rows, 2), **like)
+    grad_T2 = torch.empty((tokens, 2), **like)
     # 512 covers the usual window of 384 tokens; a longer window loops, it is not refused.
     block = block or (512 if tokens <= 512 * rows else 1024)
     with on_device(logits_T2):

@@ -49,7 +49,7 @@ def norm_and_finite(
     programs = max(min(programs, -(-size // block)), 1)
     sum_P = torch.empty(programs, dtype=wide_dtype(flat_N), device=flat_N.device)
     finite_P = torch.empty(programs, dtype=torch.int32, device=flat_N.device)
-    total = sum_P.new_empty(())
+    total = torch.empty((), dtype=sum_P.dtype, device=flat_N.device)
     finite = torch.empty((), dtype=torch.bool, device=flat_N.device)
     with on_device(flat_N):
         _partial_kernel[(programs,)](

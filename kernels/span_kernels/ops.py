@@ -208,9 +208,7 @@ def _qa_head_loss_backward(ctx, grad_loss, _grad_of_grad_T2, _grad_of_grad_2D):
         return tuple(grads)
     weight_2D, grad_T2, grad_2D = ctx.saved_tensors
     if ctx.needs_input_grad[0]:
-        grads[0], grads[1] = _qa_head_grad(
-            grad_loss, grad_T2, grad_2D, weight_2D, ctx.hidden_dtype
-        )
+        grads[0], grads[1] = _qa_head_grad(grad_loss, grad_T2, grad_2D, weight_2D, ctx.hidden_dtype)
     elif ctx.needs_input_grad[1]:  # the encoder is frozen
         grads[1] = _scaled(grad_2D, grad_loss, weight_2D.dtype)
     if ctx.needs_input_grad[2]:

@@ -166,11 +166,11 @@ def pool(
     rows = segments_B2.shape[0]
     # Disjoint segments fill at most T // tile whole tiles, and each ends with at most one more.
     slots = tokens // plan.tile + rows
-    device, dtype = hidden_TD.device, wide_dtype(hidden_TD)
-    logits_T2 = torch.empty((tokens, 2), dtype=dtype, device=device)
-    owner_N = torch.empty(slots, dtype=torch.int32, device=device)
-    peak_N2 = torch.empty((slots, 2), dtype=dtype, device=device)
-    pooled_N2D = torch.empty((slots, 2, width), dtype=dtype, device=device)
+    like = {"dtype": wide_dtype(hidden_TD), "device": hidden_TD.device}
+    logits_T2 = torch.empty((tokens, 2), **like)
+    owner_N = torch.empty(slots, dtype=torch.int32, device=hidden_TD.device)
+    peak_N2 = torch.empty((slots, 2), **like)
+    pooled_N2D = torch.empty((slots, 2, width), **like)
     with on_device(hidden_TD):
         _pool_kernel[(slots,)](
             hidden_TD,

@@ -96,8 +96,8 @@ def reference_qa_head_loss(
 
     Returns:
         Scalar, in nats; the product and the softmax are taken in float32 (in float64 for float64
-        hidden states), so a bfloat16 head does not round its logits. Hidden states of no segment, and
-        those of a row ignored on both sides, never matter, whatever they hold.
+        hidden states), so a bfloat16 head does not round its logits. Hidden states of no segment,
+        and those of a row ignored on both sides, never matter, whatever they hold.
     """
     segments_B2, starts_B, ends_B = narrow(segments_B2, starts_B, ends_B, limits_B2)
     tokens = hidden_TD.shape[0]
