@@ -1,7 +1,8 @@
 """Which windows each optimiser step sees, on which rank, and how they become tensors.
 
-Legend: N windows of the data set, B windows of a batch, T tokens of a batch end to end, L longest window, padded.
-The order is a pure function of (seed, epoch): position in it is all that a resumed run needs to know.
+Legend: N windows of the data set, B windows of a batch, T tokens of a batch end to end, L longest
+window, padded. The order is a pure function of (seed, epoch): position in it is all that a resumed
+run needs to know.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from torch import Tensor
 
 from runner.features import Windows, ranges
 
-BUCKET_BATCHES = 50  # windows are sorted by length inside chunks of this many batches, then batches are shuffled
+BUCKET_BATCHES = (
+    50  # windows are sorted by length inside chunks of this many batches, then batches are shuffled
+)
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,8 @@ class Batch:
 
 @dataclass(frozen=True)
 class Padded:
-    """A batch in the rectangular layout that every transformers model takes; segments point into [B * L]."""
+    """A batch in the rectangular layout that every transformers model takes; segments point into [B
+    * L]."""
 
     input_ids_BL: Tensor
     types_BL: Tensor
@@ -53,9 +57,11 @@ class Padded:
 def epoch_batches(
     lengths_N: np.ndarray, batch_size: int, seed: int, epoch: int, *, buckets: bool = True
 ) -> list[np.ndarray]:
-    """Split all windows into the batches of one epoch, each sorted by length; a short batch comes last.
+    """Split all windows into the batches of one epoch, each sorted by length; a short batch comes
+    last.
 
-    With `buckets`, windows of similar length share a batch: shuffle, sort inside chunks, cut, shuffle the batches.
+    With `buckets`, windows of similar length share a batch: shuffle, sort inside chunks, cut,
+    shuffle the batches.
 
     Args:
         lengths_N: tokens of each window.
@@ -83,18 +89,24 @@ def epoch_batches(
     return shuffled
 
 
-def rank_share(rows: np.ndarray, rank: int, world: int, micro_batch_size: int, micro_batches: int) -> list[np.ndarray]:
+def rank_share(
+    rows: np.ndarray, rank: int, world: int, micro_batch_size: int, micro_batches: int
+) -> list[np.ndarray]:
     """Deal one step's windows to a rank, as the rows of its forward passes.
 
-    Windows go round the ranks one by one, so that each gets the same mix of lengths. Every rank makes the same number of
+    Windows go round the ranks one by one, so that each gets the same mix of lengths. Every rank
+    makes the same number of
     forward passes: a short last batch leaves some of them empty.
     """
     mine = rows[rank::world]
     return [mine[n * micro_batch_size : (n + 1) * micro_batch_size] for n in range(micro_batches)]
 
 
-def score_batches(lengths_N: np.ndarray, batch_size: int, rank: int, world: int) -> list[np.ndarray]:
-    """Share all windows out for scoring, longest first, the same number of batches on every rank (some may be empty)."""
+def score_batches(
+    lengths_N: np.ndarray, batch_size: int, rank: int, world: int
+) -> list[np.ndarray]:
+    """Share all windows out for scoring, longest first, the same number of batches on every rank
+    (some may be empty)."""
     order = np.argsort(-lengths_N, kind="stable")
     batches = [order[place : place + batch_size] for place in range(0, len(order), batch_size)]
     while len(batches) % world:
@@ -105,7 +117,8 @@ def score_batches(lengths_N: np.ndarray, batch_size: int, rank: int, world: int)
 def collate(windows: Windows, rows: np.ndarray) -> Batch:
     """Gather windows into a batch; for no rows, the shortest stand-in whose labels are ignored.
 
-    A rank without rows must still run its forward and backward pass, or the collectives of the others would wait.
+    A rank without rows must still run its forward and backward pass, or the collectives of the
+    others would wait.
     """
     counted = len(rows)
     if counted == 0:
@@ -120,7 +133,9 @@ def collate(windows: Windows, rows: np.ndarray) -> Batch:
         rows_B=rows,
         tokens_T=torch.from_numpy(windows.tokens_T[index_T].astype(np.int64)),
         types_T=torch.from_numpy(windows.types_T[index_T].astype(np.int64)),
-        segments_B2=torch.from_numpy(np.stack([np.cumsum(lengths_B) - lengths_B, lengths_B], axis=1)),
+        segments_B2=torch.from_numpy(
+            np.stack([np.cumsum(lengths_B) - lengths_B, lengths_B], axis=1)
+        ),
         starts_B=torch.from_numpy(labels[0].astype(np.int64)),
         ends_B=torch.from_numpy(labels[1].astype(np.int64)),
         counted=counted,
@@ -128,7 +143,8 @@ def collate(windows: Windows, rows: np.ndarray) -> Batch:
 
 
 def pad(batch: Batch, pad_id: int, multiple: int = 1) -> Padded:
-    """Lay a batch out as [B, L], L its longest window rounded up to `multiple`; no mask where nothing was padded."""
+    """Lay a batch out as [B, L], L its longest window rounded up to `multiple`; no mask where
+    nothing was padded."""
     lengths_B = batch.segments_B2[:, 1]
     longest = -(-int(lengths_B.max()) // multiple) * multiple
     count = len(lengths_B)

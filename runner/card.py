@@ -1,4 +1,5 @@
-"""The model card: what the exported model is, from which data and recipe, how it scored, and its limits."""
+"""The model card: what the exported model is, from which data and recipe, how it scored, and its
+limits."""
 
 from __future__ import annotations
 
@@ -8,7 +9,9 @@ from collections.abc import Mapping
 from runner.job import Job
 
 
-def model_card(job: Job, scores: Mapping[str, float], data: Mapping[str, str], job_text: str) -> str:
+def model_card(
+    job: Job, scores: Mapping[str, float], data: Mapping[str, str], job_text: str
+) -> str:
     """Write the card in the hub's format: YAML front matter, then Markdown.
 
     Args:
@@ -22,10 +25,18 @@ def model_card(job: Job, scores: Mapping[str, float], data: Mapping[str, str], j
         for name, label in (("exact_match", "Exact match (%)"), ("f1", "F1 (%)"))
         if name in scores
     )
-    base = "" if job.model.name.startswith(("/", "package:")) else f"base_model: {json.dumps(job.model.name)}\n"
+    base = (
+        ""
+        if job.model.name.startswith(("/", "package:"))
+        else f"base_model: {json.dumps(job.model.name)}\n"
+    )
     rows = "\n".join(f"| {name} | {value:.2f} |" for name, value in scores.items())
     slices = "\n".join(f"| `{name}` | `{digest}` |" for name, digest in data.items())
-    precise = "The model may answer nothing." if job.data.unanswerable else "The model always answers, also where the text holds no answer."
+    precise = (
+        "The model may answer nothing."
+        if job.data.unanswerable
+        else "The model always answers, also where the text holds no answer."
+    )
     return f"""---
 library_name: transformers
 pipeline_tag: question-answering

@@ -1,4 +1,5 @@
-"""What `check --data` tells before a GPU is spent: windows, cut answers, padding, parameters, steps and memory."""
+"""What `check --data` tells before a GPU is spent: windows, cut answers, padding, parameters, steps
+and memory."""
 
 from __future__ import annotations
 
@@ -33,7 +34,9 @@ def check_data(job: Job, ranks: int) -> Iterator[str]:
         yield from (f"dropped: {line}" for line in part.dataset.dropped[:5])
 
     lengths_N = training.windows.lengths_N
-    batches = epoch_batches(lengths_N, job.train.batch_size, job.seed, 0, buckets=job.train.length_buckets)
+    batches = epoch_batches(
+        lengths_N, job.train.batch_size, job.seed, 0, buckets=job.train.length_buckets
+    )
     padded = sum(int(lengths_N[rows].max()) * len(rows) for rows in batches)
     whole = job.data.max_length * len(lengths_N)
     tokens = int(lengths_N.sum())
@@ -46,10 +49,13 @@ def check_data(job: Job, ranks: int) -> Iterator[str]:
     factor = learning_rate_factor(job.train, steps)
     peak = next((step for step in range(steps) if factor(step) >= 1), 0)
     yield (
-        f"steps: {len(batches)} an epoch, {steps} in all; {job.train.batch_size} windows each = {ranks} rank(s) x "
-        f"{layout.micro_batch_size} x {layout.micro_batches}; learning rate at its peak from step {peak}"
+        f"steps: {len(batches)} an epoch, {steps} in all; {job.train.batch_size} windows each ="
+        f" {ranks} rank(s) x {layout.micro_batch_size} x {layout.micro_batches}; learning rate at"
+        f" its peak from step {peak}"
     )
-    config = AutoConfig.from_pretrained(model_location(job.model), revision=job.model.revision, trust_remote_code=False)
+    config = AutoConfig.from_pretrained(
+        model_location(job.model), revision=job.model.revision, trust_remote_code=False
+    )
     with torch.device("meta"):
         model = AutoModelForQuestionAnswering.from_config(config)
     freeze(model, job.model.freeze)
@@ -59,8 +65,9 @@ def check_data(job: Job, ranks: int) -> Iterator[str]:
     total, trained = int(str(rows[-1]["parameters"])), int(str(rows[-1]["trained"]))
     yield ""
     yield (
-        f"memory for weights, gradients and AdamW's state: {_states(total, trained, job.zero.stage, ranks) / 2**30:.2f} "
-        f"GiB a rank in fp32 with ZeRO-{job.zero.stage}; activations come on top"
+        "memory for weights, gradients and AdamW's state:"
+        f" {_states(total, trained, job.zero.stage, ranks) / 2**30:.2f} GiB a rank in fp32 with"
+        f" ZeRO-{job.zero.stage}; activations come on top"
     )
 
 
@@ -78,7 +85,8 @@ def _data_row(name: str, part: Questions) -> dict[str, str | int | float | None]
 
 
 def _cut_answers(part: Questions, windows: Windows) -> int:
-    """Questions with an answer that no window holds whole: longer than the stride, or than a window."""
+    """Questions with an answer that no window holds whole: longer than the stride, or than a
+    window."""
     found_Q = np.zeros(len(part.dataset.examples), dtype=bool)
     found_Q[windows.questions_N[windows.answered_N]] = True
     has_Q = np.array([bool(example.answers) for example in part.dataset.examples])
@@ -86,7 +94,8 @@ def _cut_answers(part: Questions, windows: Windows) -> int:
 
 
 def _states(total: int, trained: int, stage: int, ranks: int) -> float:
-    """Bytes of fp32 weights, gradients and two moments on one rank, by what the ZeRO stage shares out."""
+    """Bytes of fp32 weights, gradients and two moments on one rank, by what the ZeRO stage shares
+    out."""
     weights = 4 * total / (ranks if stage >= 3 else 1)
     gradients = 4 * trained / (ranks if stage >= 2 else 1)
     # ZeRO 1 to 3 keep a second copy of the trained weights beside AdamW's two moments.

@@ -1,4 +1,5 @@
-"""The command: reads arguments, calls one verb, and turns errors into one sentence and an exit code."""
+"""The command: reads arguments, calls one verb, and turns errors into one sentence and an exit
+code."""
 
 from __future__ import annotations
 
@@ -16,10 +17,10 @@ from runner.job import Job
 from runner.jobfile import job_schema, load_job
 from runner.ranks import current_rank
 
-VERBS = ("run", "check", "schema")
 EPILOG = """\
-exit codes: 0 done, 64 job file, 65 data or model refused, 69 asset missing offline, 70 our bug, 73 run folder taken,
-74 reading or writing failed, 75 interrupted after a checkpoint, 78 an [expect] gate missed
+exit codes: 0 done, 64 job file, 65 data or model refused, 69 asset missing offline,
+70 our bug, 73 run folder taken, 74 reading or writing failed, 75 interrupted after a
+checkpoint, 78 an [expect] gate missed
 """
 
 
@@ -37,7 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except Exception:
         traceback.print_exc()
-        complain("This is a mistake in spantune, not in your job; please report it with the lines above.")
+        complain(
+            "This is a mistake in spantune, not in your job; please report it with the lines above."
+        )
         return 70
 
 
@@ -55,16 +58,28 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--version", action="version", version=f"spantune {__version__}")
     verbs = parser.add_subparsers(metavar="VERB", required=True)
 
-    check = verbs.add_parser("check", help="every problem of a job file; --data also reads data and tokenizer")
+    check = verbs.add_parser(
+        "check", help="every problem of a job file; --data also reads data and tokenizer"
+    )
     _job_arguments(check)
-    check.add_argument("--data", action="store_true", help="also read the data, the tokenizer and the configuration")
-    check.add_argument("--ranks", type=_count, default=1, metavar="N", help="ranks that the job is to run on (1)")
+    check.add_argument(
+        "--data",
+        action="store_true",
+        help="also read the data, the tokenizer and the configuration",
+    )
+    check.add_argument(
+        "--ranks", type=_count, default=1, metavar="N", help="ranks that the job is to run on (1)"
+    )
     check.set_defaults(act=_check)
 
-    run = verbs.add_parser("run", help="train; starts deepspeed itself (a bare JOB.toml means the same)")
+    run = verbs.add_parser(
+        "run", help="train; starts deepspeed itself (a bare JOB.toml means the same)"
+    )
     _job_arguments(run)
     _run_arguments(run)
-    run.add_argument("--ranks", type=_count, metavar="N", help="processes to start: GPUs here, or CPU ranks")
+    run.add_argument(
+        "--ranks", type=_count, metavar="N", help="processes to start: GPUs here, or CPU ranks"
+    )
     run.set_defaults(act=_run)
 
     rank = verbs.add_parser("rank")  # what deepspeed, torchrun or srun start on each rank
@@ -80,14 +95,22 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 def _job_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("job", metavar="JOB.toml", help="the job file")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="A.B=VALUE", help="override one value, e.g. train.epochs=2"
+        "--set",
+        action="append",
+        default=[],
+        metavar="A.B=VALUE",
+        help="override one value, e.g. train.epochs=2",
     )
 
 
 def _run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of all runs (runs)")
-    parser.add_argument("--run-dir", type=Path, metavar="DIR", help="this run's own folder, instead of a new one")
-    parser.add_argument("--threads", type=_count, metavar="N", help="CPU threads of each rank (cores / ranks)")
+    parser.add_argument(
+        "--run-dir", type=Path, metavar="DIR", help="this run's own folder, instead of a new one"
+    )
+    parser.add_argument(
+        "--threads", type=_count, metavar="N", help="CPU threads of each rank (cores / ranks)"
+    )
 
 
 def _count(text: str) -> int:

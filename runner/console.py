@@ -1,4 +1,5 @@
-"""What a run says: tables and a live bar on a terminal, one plain line every few steps in a batch log."""
+"""What a run says: tables and a live bar on a terminal, one plain line every few steps in a batch
+log."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ class Step(Protocol):
 
 
 class Reporter:
-    """Speaks for rank 0 to the terminal and to the run's log; on other ranks every method is silent."""
+    """Speaks for rank 0 to the terminal and to the run's log; on other ranks every method is
+    silent."""
 
     def __init__(self, log: Path | None, *, speaks: bool) -> None:
         self._screen = Console(quiet=not speaks, highlight=False)
@@ -39,7 +41,9 @@ class Reporter:
         """Print one line, as it is (no markup: texts hold brackets)."""
         self._screen.print(text, markup=False, soft_wrap=True)
         if self._log:
-            self._log.print(f"{time.strftime('%H:%M:%S')} {text}" if text else "", markup=False, soft_wrap=True)
+            self._log.print(
+                f"{time.strftime('%H:%M:%S')} {text}" if text else "", markup=False, soft_wrap=True
+            )
 
     def show(self, renderable: RenderableType) -> None:
         """Print a table."""
@@ -66,7 +70,10 @@ class Reporter:
                 def follow(done: int, note: str = "") -> None:
                     bar.update(task, completed=done, **({"note": note} if note else {}))
                     if self._log and note and (done % every == 0 or done == total):
-                        self._log.print(f"{time.strftime('%H:%M:%S')} {title} {done}/{total}  {note}", markup=False)
+                        self._log.print(
+                            f"{time.strftime('%H:%M:%S')} {title} {done}/{total}  {note}",
+                            markup=False,
+                        )
 
                 yield follow
             return

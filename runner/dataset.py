@@ -1,4 +1,5 @@
-"""Reads questions from a file or the hub, cuts the declared slice, and checks every row before a model loads."""
+"""Reads questions from a file or the hub, cuts the declared slice, and checks every row before a
+model loads."""
 
 from __future__ import annotations
 
@@ -75,7 +76,8 @@ def load_dataset(
     sample: int | None = None,
     seed: int = 0,
 ) -> Dataset:
-    """Load a declared data set: slice first, then sample, both in questions, then check each row that is left.
+    """Load a declared data set: slice first, then sample, both in questions, then check each row
+    that is left.
 
     Args:
         name: data name as in a job file, file paths absolute or relative to the current folder.
@@ -90,7 +92,11 @@ def load_dataset(
         AssetError: if the data is neither here nor reachable.
     """
     source = parse_data(name)
-    rows = _hub_rows(source, columns) if source.kind == "hub" else _file_rows(Path(source.location), columns)
+    rows = (
+        _hub_rows(source, columns)
+        if source.kind == "hub"
+        else _file_rows(Path(source.location), columns)
+    )
     if not rows:
         raise DataError(f"{name}: holds no questions")
     if source.slice is not None:
@@ -104,8 +110,12 @@ def load_dataset(
     if bad and on_bad_row == "fail":
         raise DataError(_report(name, bad, len(rows)))
     if not examples:
-        raise DataError(f"{name}: no row is left after dropping bad ones\n{_report(name, bad, len(rows))}")
-    return Dataset(name, tuple(examples), content_sha256(examples), tuple(f"{p}: {why}" for p, why in bad))
+        raise DataError(
+            f"{name}: no row is left after dropping bad ones\n{_report(name, bad, len(rows))}"
+        )
+    return Dataset(
+        name, tuple(examples), content_sha256(examples), tuple(f"{p}: {why}" for p, why in bad)
+    )
 
 
 def sample_places(total: int, sample: int, seed: int, name: str = "data") -> list[int]:
@@ -119,18 +129,24 @@ def content_sha256(examples: Iterable[Example]) -> str:
     """Hash of ids, questions, contexts and answers, independent of the file format they came in."""
     digest = hashlib.sha256()
     for example in examples:
-        row = [example.id, example.question, example.context, example.answers, example.answer_starts]
+        row = [
+            example.id,
+            example.question,
+            example.context,
+            example.answers,
+            example.answer_starts,
+        ]
         digest.update(json.dumps(row, ensure_ascii=True).encode() + b"\n")
     return digest.hexdigest()
 
 
-# --- reading -----------------------------------------------------------------------------------------------------
+# --- reading -----------------------------------------------------------------------------------
 
 
 def _file_rows(path: Path, columns: Columns) -> list[_Row]:
     try:
         if path.suffix == ".parquet":
-            import pyarrow.parquet  # noqa: PLC0415  (only readers of Parquet pay for it)
+            import pyarrow.parquet
 
             try:
                 table = pyarrow.parquet.read_table(path)
@@ -149,13 +165,19 @@ def _file_rows(path: Path, columns: Columns) -> list[_Row]:
         except csv.Error as error:
             raise DataError(f"{path}:{reader.line_num}: not valid CSV: {error}") from None
     if path.suffix == ".jsonl":
-        table = [_parse_json(line, f"{path}:{n}") for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+        table = [
+            _parse_json(line, f"{path}:{n}")
+            for n, line in enumerate(text.split("\n"), 1)
+            if line.strip()
+        ]
         return _flat_rows(path.name, table, None, columns)
     parsed = _parse_json(text, str(path))
     if isinstance(parsed, dict) and isinstance(parsed.get("data"), list):
         parsed = parsed["data"]
     if not isinstance(parsed, list):
-        raise DataError(f"{path}: expected SQuAD's {{'data': [...]}} or a list of rows, found {_kind(parsed)}")
+        raise DataError(
+            f"{path}: expected SQuAD's {{'data': [...]}} or a list of rows, found {_kind(parsed)}"
+        )
     if parsed and isinstance(parsed[0], dict) and "paragraphs" in parsed[0]:
         return list(_squad_rows(path.name, parsed))
     return _flat_rows(path.name, parsed, None, columns)
@@ -167,7 +189,9 @@ def _decode(path: Path) -> str:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{path}:{line}: byte 0x{raw[error.start]:02x} is not UTF-8; convert the file to UTF-8") from None
+        raise DataError(
+            f"{path}:{line}: byte 0x{raw[error.start]:02x} is not UTF-8; convert the file to UTF-8"
+        ) from None
 
 
 def _parse_json(text: str, place: str) -> Any:
@@ -182,7 +206,9 @@ def _parse_json(text: str, place: str) -> Any:
 
 def _squad_rows(file: str, articles: Sequence[Any]) -> Iterator[_Row]:
     for a, article in enumerate(articles, 1):
-        for p, paragraph in enumerate(_member(article, "paragraphs", list, f"{file}: article {a}"), 1):
+        for p, paragraph in enumerate(
+            _member(article, "paragraphs", list, f"{file}: article {a}"), 1
+        ):
             place = f"{file}: article {a} paragraph {p}"
             context = paragraph.get("context") if isinstance(paragraph, dict) else None
             for q, qa in enumerate(_member(paragraph, "qas", list, place), 1):
@@ -198,7 +224,9 @@ def _squad_rows(file: str, articles: Sequence[Any]) -> Iterator[_Row]:
                 )
 
 
-def _flat_rows(file: str, table: Sequence[Any], names: Sequence[str] | None, columns: Columns) -> list[_Row]:
+def _flat_rows(
+    file: str, table: Sequence[Any], names: Sequence[str] | None, columns: Columns
+) -> list[_Row]:
     if not table:
         return []
     if not isinstance(table[0], dict):
@@ -206,7 +234,13 @@ def _flat_rows(file: str, table: Sequence[Any], names: Sequence[str] | None, col
     names = list(table[0]) if names is None else names
     answer = columns.answer or ("answer" if "answers" not in names and "answer" in names else None)
     start = columns.answer_start or ("answer_start" if "answer_start" in names else None)
-    wanted = [columns.question, columns.context, answer or "answers", columns.id, columns.answer_start]
+    wanted = [
+        columns.question,
+        columns.context,
+        answer or "answers",
+        columns.id,
+        columns.answer_start,
+    ]
     missing = [name for name in wanted if name is not None and name not in names]
     if missing:
         raise DataError(
@@ -227,12 +261,14 @@ def _flat_rows(file: str, table: Sequence[Any], names: Sequence[str] | None, col
             answers = _answers(row.get("answers"), place)
         key = row.get(identity) if identity else str(number)
         question, context = row.get(columns.question), row.get(columns.context)
-        rows.append(_Row(place, str(key) if isinstance(key, int) else key, question, context, answers))
+        rows.append(
+            _Row(place, str(key) if isinstance(key, int) else key, question, context, answers)
+        )
     return rows
 
 
 def _hub_rows(source: DataSource, columns: Columns) -> list[_Row]:
-    import datasets  # noqa: PLC0415  (a second of imports that jobs on local files do not need)
+    import datasets
 
     try:
         table = datasets.load_dataset(
@@ -240,16 +276,20 @@ def _hub_rows(source: DataSource, columns: Columns) -> list[_Row]:
         )
     except (ConnectionError, FileNotFoundError, OSError) as error:
         raise AssetError(
-            f"{source.text}: not in the local cache and the hub cannot be reached ({_first_line(error)}); on a machine "
-            f"with network run: python -c \"import datasets; datasets.load_dataset('{source.location}')\""
+            f"{source.text}: not in the local cache and the hub cannot be reached"
+            f' ({_first_line(error)}); on a machine with network run: python -c "import datasets;'
+            f" datasets.load_dataset('{source.location}')\""
         ) from None
     except ValueError as error:
         raise DataError(f"{source.text}: {_first_line(error)}") from None
+    if not isinstance(table, datasets.Dataset):
+        raise DataError(f"{source.text}: names no single split")
     return _flat_rows(source.text, table.to_list(), table.column_names, columns)
 
 
 def _answers(value: Any, place: str) -> list[tuple[Any, Any]]:
-    """Accept SQuAD's two spellings: a list of {text, answer_start}, or {text: [...], answer_start: [...]}."""
+    """Accept SQuAD's two spellings: a list of {text, answer_start}, or {text: [...], answer_start:
+    [...]}."""
     if value is None:
         return []
     if isinstance(value, dict):
@@ -272,11 +312,17 @@ def _member(value: Any, key: str, kind: type, place: str) -> Any:
 def _number(value: Any) -> Any:
     """CSV has no numbers: read what looks like one."""
     if isinstance(value, str):
-        return int(value) if value.strip().lstrip("-").isdigit() else None if not value.strip() else value
+        return (
+            int(value)
+            if value.strip().lstrip("-").isdigit()
+            else None
+            if not value.strip()
+            else value
+        )
     return value
 
 
-# --- checking ----------------------------------------------------------------------------------------------------
+# --- checking ----------------------------------------------------------------------------------
 
 
 def _check(rows: Sequence[_Row], unanswerable: bool) -> tuple[list[Example], list[tuple[str, str]]]:
@@ -299,7 +345,13 @@ def _check(rows: Sequence[_Row], unanswerable: bool) -> tuple[list[Example], lis
             continue
         seen[row.id] = len(seen)
         examples.append(
-            Example(row.id, row.question, row.context, tuple(t for t, _ in spans), tuple(s for _, s in spans))
+            Example(
+                row.id,
+                row.question,
+                row.context,
+                tuple(t for t, _ in spans),
+                tuple(s for _, s in spans),
+            )
         )
     return examples, bad
 
@@ -347,10 +399,19 @@ def _spans(row: _Row) -> tuple[list[tuple[str, int]], str | None]:
         if not isinstance(start, int) or isinstance(start, bool):
             return [], f"answer_start is {_kind(start)}, not a whole number"
         if not 0 <= start < len(row.context):
-            return [], f"answer_start {start} is outside the context of {len(row.context)} characters"
+            return (
+                [],
+                f"answer_start {start} is outside the context of {len(row.context)} characters",
+            )
         if row.context[start : start + len(text)] != text:
             found = row.context[start : start + len(text)]
-            return [], f"answer text not at answer_start ({_short(text)} declared at {start}, {_short(found)} found)"
+            return (
+                [],
+                (
+                    f"answer text not at answer_start ({_short(text)} declared at {start},"
+                    f" {_short(found)} found)"
+                ),
+            )
         spans.append((text, start))
     return spans, None
 
@@ -358,7 +419,10 @@ def _spans(row: _Row) -> tuple[list[tuple[str, int]], str | None]:
 def _report(name: str, bad: Sequence[tuple[str, str]], total: int) -> str:
     classes = Counter(why.split(" (")[0] if " (" in why else why for _, why in bad)
     common = "; ".join(f"{count} x {why}" for why, count in classes.most_common(5))
-    lines = [f"{name}: {len(bad)} of {total} rows refused: {common}; set data.on_bad_row = \"drop\" to leave them out"]
+    lines = [
+        f'{name}: {len(bad)} of {total} rows refused: {common}; set data.on_bad_row = "drop" to'
+        " leave them out"
+    ]
     lines += [f"  {place}: {why}" for place, why in bad[:5]]
     if len(bad) > 5:
         lines.append(f"  and {len(bad) - 5} more")
@@ -366,7 +430,14 @@ def _report(name: str, bad: Sequence[tuple[str, str]], total: int) -> str:
 
 
 def _kind(value: Any) -> str:
-    names = {dict: "a table", list: "a list", str: "text", int: "a number", float: "a number", bool: "true or false"}
+    names = {
+        dict: "a table",
+        list: "a list",
+        str: "text",
+        int: "a number",
+        float: "a number",
+        bool: "true or false",
+    }
     return "nothing" if value is None else names.get(type(value), type(value).__name__)
 
 

@@ -1,4 +1,5 @@
-"""DeepSpeed: its configuration as a pure function of the job, starting it, and the collectives that the run needs."""
+"""DeepSpeed: its configuration as a pure function of the job, starting it, and the collectives that
+the run needs."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Layout:
-    """How one optimiser step's windows are spread: batch_size = world * micro_batch_size * micro_batches."""
+    """How one optimiser step's windows are spread: batch_size = world * micro_batch_size *
+    micro_batches."""
 
     world: int
     micro_batch_size: int
@@ -41,8 +43,8 @@ def batch_layout(train: Train, world: int) -> Layout:
         sizes = one_of([size for size in (below, above) if size])
         raise JobError(
             [
-                f"train.batch_size: {train.batch_size} windows per step do not divide over {world} ranks; "
-                f"use {one_of(fitting)} ranks, or a batch_size of {sizes}"
+                f"train.batch_size: {train.batch_size} windows per step do not divide over {world}"
+                f" ranks; use {one_of(fitting)} ranks, or a batch_size of {sizes}"
             ]
         )
     share = train.batch_size // world
@@ -50,8 +52,8 @@ def batch_layout(train: Train, world: int) -> Layout:
     if share % micro:
         raise JobError(
             [
-                f"train.micro_batch_size: each of {world} ranks has {share} windows per step, not a multiple of {micro}; "
-                f"micro_batch_size may be {one_of(divisors(share))}"
+                f"train.micro_batch_size: each of {world} ranks has {share} windows per step, not a"
+                f" multiple of {micro}; micro_batch_size may be {one_of(divisors(share))}"
             ]
         )
     return Layout(world, micro, share // micro)
@@ -65,7 +67,11 @@ def deepspeed_config(zero: Zero, train: Train, layout: Layout, precision: str) -
         "gradient_accumulation_steps": layout.micro_batches,
         "gradient_clipping": train.max_grad_norm,
         # The optimiser is torch's own AdamW: DeepSpeed's would start a compiler.
-        "zero_optimization": {"stage": zero.stage, "overlap_comm": False, "round_robin_gradients": False},
+        "zero_optimization": {
+            "stage": zero.stage,
+            "overlap_comm": False,
+            "round_robin_gradients": False,
+        },
         "steps_per_print": 2**31 - 1,
         "wall_clock_breakdown": False,
         # The throughput timer drains the device twice a step.
@@ -103,7 +109,8 @@ def learning_rate_factor(train: Train, total_steps: int) -> Callable[[int], floa
 
 
 def start_distributed(rank: Rank, threads: int | None = None) -> torch.device:
-    """Choose the device, the CPU threads, and join the process group (also for a single process)."""
+    """Choose the device, the CPU threads, and join the process group (also for a single
+    process)."""
     use_cuda = torch.cuda.is_available()
     if use_cuda:
         torch.cuda.set_device(rank.local)
@@ -117,11 +124,11 @@ def start_distributed(rank: Rank, threads: int | None = None) -> torch.device:
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     if "MASTER_PORT" not in os.environ:
         os.environ["MASTER_PORT"] = str(_free_port()) if rank.world == 1 else "29500"
-    import deepspeed  # noqa: PLC0415  (four seconds of imports; the process group's variables must be set first)
+    import deepspeed
 
     if not use_cuda:
-        # A shared-memory reduction that is compiled at first use, for one to two minutes; a start killed meanwhile
-        # leaves a lock on which later starts hang. gloo does without it.
+        # A shared-memory reduction that is compiled at first use, for one to two minutes; a start
+        # killed meanwhile leaves a lock on which later starts hang. gloo does without it.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # type: ignore[attr-defined]
     if not dist.is_initialized():
         deepspeed.init_distributed(
@@ -134,37 +141,55 @@ def start_distributed(rank: Rank, threads: int | None = None) -> torch.device:
 
 
 def start_engine(
-    model: nn.Module, groups: list[dict[str, Any]], train: Train, config: dict[str, Any], total_steps: int
+    model: nn.Module,
+    device: torch.device,
+    groups: list[dict[str, Any]],
+    train: Train,
+    config: dict[str, Any],
+    total_steps: int,
 ) -> Any:
     """Wrap the model in a DeepSpeed engine with torch's AdamW and the declared schedule.
 
     Raises:
         JobError: if DeepSpeed refuses a key of [zero.deepspeed].
     """
-    import deepspeed  # noqa: PLC0415
+    import deepspeed
 
-    on_cuda = torch.cuda.is_available()
+    model = model.to(device)
     optimiser = torch.optim.AdamW(
-        groups, lr=train.learning_rate, betas=train.adam_betas, eps=train.adam_epsilon, fused=on_cuda or None
+        groups,
+        lr=train.learning_rate,
+        betas=train.adam_betas,
+        eps=train.adam_epsilon,
+        fused=device.type == "cuda" or None,
     )
     factor = learning_rate_factor(train, total_steps)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
     try:
-        engine, *_ = deepspeed.initialize(model=model, optimizer=optimiser, lr_scheduler=schedule, config=config)
+        engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=optimiser,
+            lr_scheduler=schedule,  # type: ignore[arg-type]  (any torch scheduler will do)
+            config=config,
+        )
     except (ValueError, AssertionError) as error:
         if not config_is_refused(error):
             raise
-        raise JobError([f"zero.deepspeed: DeepSpeed refuses its configuration: {' '.join(str(error).split())}"]) from None
+        raise JobError(
+            [f"zero.deepspeed: DeepSpeed refuses its configuration: {' '.join(str(error).split())}"]
+        ) from None
     return engine
 
 
 def config_is_refused(error: Exception) -> bool:
-    """Whether an error of `deepspeed.initialize` speaks of the configuration (pydantic's, or DeepSpeed's own)."""
+    """Whether an error of `deepspeed.initialize` speaks of the configuration (pydantic's, or
+    DeepSpeed's own)."""
     return "validation error" in str(error) or "config" in str(error).lower()
 
 
 def main_first(rank: Rank, work: Callable[[], Result]) -> Result:
-    """Let rank 0 do `work` first (it may fill a cache), then the others; a failure of rank 0 ends all of them."""
+    """Let rank 0 do `work` first (it may fill a cache), then the others; a failure of rank 0 ends
+    all of them."""
     failure: list[Any] = [None]
     result: Result | None = None
     if rank.is_main:
@@ -205,7 +230,7 @@ def gather(value: Result) -> list[Result] | None:
 
 
 def _free_port() -> int:
-    import socket  # noqa: PLC0415
+    import socket
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -1,7 +1,7 @@
 """What a user can get wrong, each with the exit code that the command documents.
 
-The codes follow sysexits.h where one fits, so that batch scripts can tell a bad job file (64, never requeue) from an
-interruption after a checkpoint (75, requeue me).
+The codes follow sysexits.h where one fits, so that batch scripts can tell a bad job file (64, never
+requeue) from an interruption after a checkpoint (75, requeue me).
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from collections.abc import Sequence
 class RunnerError(Exception):
     """A failure explained in sentences: where, what was found, what is allowed, the likely fix.
 
-    `cli` prints the text without a traceback and exits with `exit_code`. Anything that is not a RunnerError is our own
+    `cli` prints the text without a traceback and exits with `exit_code`. Anything that is not a
+    RunnerError is our own
     mistake: it keeps its traceback and exits with 70.
     """
 
@@ -20,7 +21,8 @@ class RunnerError(Exception):
 
 
 class JobError(RunnerError):
-    """The job file or an override cannot be used; `problems` holds one line for each problem found (64)."""
+    """The job file or an override cannot be used; `problems` holds one line for each problem found
+    (64)."""
 
     exit_code = 64
 

@@ -1,4 +1,5 @@
-"""Writes `model/` as transformers reads it, and proves in a fresh process that it gives the run's own logits."""
+"""Writes `model/` as transformers reads it, and proves in a fresh process that it gives the run's
+own logits."""
 
 from __future__ import annotations
 
@@ -23,24 +24,38 @@ from runner.rundir import storage_errors, write_atomic
 from runner.scoring import Reader
 
 CHECKED_WINDOWS = 8
-# How far two computations of the same logits may lie apart, as a share of the largest: same operations on the same
-# device usually give the same bits, but a fresh process may pick another thread count or matrix kernel.
+# How far two computations of the same logits may lie apart, as a share of the largest: same
+# operations on the same device usually give the same bits, but a fresh process may pick another
+# thread count or matrix kernel.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 # What a launcher sets for its ranks: a fresh process is none of them.
-_RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_RANK_VARIABLES = (
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "LOCAL_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
 
 
 def gathered_state(engine: Any, stage: int) -> dict[str, Tensor]:
-    """Return all weights on the CPU: on rank 0 complete, elsewhere empty. Every rank must call this.
+    """Return all weights on the CPU: on rank 0 complete, elsewhere empty. Every rank must call
+    this.
 
-    Taken from the module itself and never from optimiser shards, so that frozen parameters are always in it. The
-    weights keep the precision that was trained and scored.
+    Taken from the module itself and never from optimiser shards, so that frozen parameters are
+    always in it. The weights keep the precision that was trained and scored.
     """
     module = engine.module
     main = engine.global_rank == 0
     if stage < 3:
-        return {name: t.detach().cpu().clone() for name, t in module.state_dict().items()} if main else {}
-    import deepspeed  # noqa: PLC0415
+        return (
+            {name: t.detach().cpu().clone() for name, t in module.state_dict().items()}
+            if main
+            else {}
+        )
+    import deepspeed
 
     state: dict[str, Tensor] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
@@ -48,14 +63,23 @@ def gathered_state(engine: Any, stage: int) -> dict[str, Tensor]:
             if main:
                 state[name] = parameter.detach().cpu().clone()
     if main:
-        state |= {name: t.detach().cpu().clone() for name, t in module.named_buffers() if name in module.state_dict()}
+        state |= {
+            name: t.detach().cpu().clone()
+            for name, t in module.named_buffers()
+            if name in module.state_dict()
+        }
     return state
 
 
 def export_model(
-    folder: Path, model: Any, state: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase, card: str
+    folder: Path,
+    model: Any,
+    state: dict[str, Tensor],
+    tokenizer: PreTrainedTokenizerBase,
+    card: str,
 ) -> None:
-    """Write weights (safetensors), configuration, tokenizer and model card aside, then rename the folder into place."""
+    """Write weights (safetensors), configuration, tokenizer and model card aside, then rename the
+    folder into place."""
     aside, old = folder.with_name(".model.new"), folder.with_name(".model.old")
     with storage_errors(folder):
         for leftover in (aside, old):
@@ -71,32 +95,42 @@ def export_model(
 
 @torch.no_grad()
 def own_logits(reader: Reader, windows: Windows) -> list[np.ndarray]:
-    """Logits [L, 2] of the first few windows, one window a pass, as float32. Every rank must call this."""
+    """Logits [L, 2] of the first few windows, one window a pass, as float32. Every rank must call
+    this."""
     was_training = reader.model.training
     reader.model.eval()
     logits = []
     for row in range(min(CHECKED_WINDOWS, len(windows))):
-        logits_T2, _, _, _, _ = reader.logits(windows, np.array([row]))
-        logits.append(logits_T2[: int(windows.lengths_N[row])].float().cpu().numpy())
+        read = reader.read(windows, np.array([row]))
+        logits.append(read.logits_T2[: int(windows.lengths_N[row])].float().cpu().numpy())
     reader.model.train(was_training)
     return logits
 
 
 def verify_export(
-    folder: Path, examples: Sequence[Example], windows: Windows, logits: Sequence[np.ndarray], max_length: int, stride: int
+    folder: Path,
+    examples: Sequence[Example],
+    windows: Windows,
+    logits: Sequence[np.ndarray],
+    max_length: int,
+    stride: int,
 ) -> float:
-    """Compare `logits` with those of a new process that knows only transformers and the exported folder.
+    """Compare `logits` with those of a new process that knows only transformers and the exported
+    folder.
 
     Returns:
         the largest difference, as a share of the largest logit.
 
     Raises:
-        RunnerError: if they differ by more than rounding: the export is not the model that was scored.
+        RunnerError: if they differ by more than rounding: the export is not the model that was
+            scored.
     """
     questions = [int(q) for q in windows.questions_N[: len(logits)]]
     request = {
         "model": str(folder),
-        "pairs": [[examples[q].question.lstrip(), examples[q].context] for q in dict.fromkeys(questions)],
+        "pairs": [
+            [examples[q].question.lstrip(), examples[q].context] for q in dict.fromkeys(questions)
+        ],
         "max_length": max_length,
         "stride": stride,
         "windows": len(logits),
@@ -130,7 +164,7 @@ def verify_export(
     allowed = TOLERANCE[getattr(torch, answer["dtype"])]
     if not share <= allowed:
         raise RunnerError(
-            f"{folder}: the exported model's logits differ from the run's by {share:.1e} of the largest "
-            f"(allowed {allowed:.0e}); the export is not the model that was scored"
+            f"{folder}: the exported model's logits differ from the run's by {share:.1e} of the"
+            f" largest (allowed {allowed:.0e}); the export is not the model that was scored"
         )
     return share

@@ -1,8 +1,9 @@
-"""Cuts contexts into windows of tokens and maps character answers to token labels; cached as memory-mapped arrays.
+"""Cuts contexts into windows of tokens and maps character answers to token labels; cached as
+memory-mapped arrays.
 
-Legend: N windows, T tokens of all windows end to end, C context tokens of all distinct contexts, Q questions.
-Each context and each question is tokenised once; windows are ranges into them, assembled by array arithmetic
-(Hugging Face's example tokenises a context again for each of its questions).
+Legend: N windows, T tokens of all windows end to end, C context tokens of all distinct contexts, Q
+questions. Each context and each question is tokenised once; windows are ranges into them, assembled
+by array arithmetic (Hugging Face's example tokenises a context again for each of its questions).
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ from runner.rundir import storage_errors
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_CHUNK = 2048  # texts handed to the tokenizer at once: enough for its threads, little enough for memory
+_CHUNK = (
+    2048  # texts handed to the tokenizer at once: enough for its threads, little enough for memory
+)
 
 
 @dataclass(frozen=True)
@@ -40,12 +43,13 @@ class Windows:
         firsts_N1: int64, window n is tokens_T[firsts_N1[n]:firsts_N1[n + 1]].
         questions_N: int32, position of the window's question in the data set, ascending.
         contexts_N2: int32, [lo, hi) positions in the window that hold context tokens.
-        starts_N: int32, position of the answer's first token; the [CLS] position where the answer is not inside.
+        starts_N: int32, position of the answer's first token; the [CLS] position where the answer
+            is not inside.
         ends_N: int32, position of the answer's last token (inclusive).
         cls_N: int32, position of the token that stands for "no answer here".
         chars_C2: int32, [start, end) character offsets of each context token.
-        chars_firsts_N: int64, row of chars_C2 that a token at position 0 of the window would have; the token at
-            position p of the context has row chars_firsts_N[n] + p.
+        chars_firsts_N: int64, row of chars_C2 that a token at position 0 of the window would have;
+            the token at position p of the context has row chars_firsts_N[n] + p.
     """
 
     tokens_T: np.ndarray
@@ -76,9 +80,11 @@ class Windows:
 def build_windows(
     examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int, stride: int
 ) -> Windows:
-    """Make the windows that the tokenizer's own `truncation="only_second"` with overflow would make.
+    """Make the windows that the tokenizer's own `truncation="only_second"` with overflow would
+    make.
 
-    The question is stripped on the left, as in Hugging Face's run_qa.py. Labels come from a question's first answer.
+    The question is stripped on the left, as in Hugging Face's run_qa.py. Labels come from a
+    question's first answer.
 
     Args:
         examples: questions, in order.
@@ -87,26 +93,33 @@ def build_windows(
         stride: tokens shared by neighbouring windows of a context.
 
     Raises:
-        DataError: if a question leaves too little room for its context, or the tokenizer is not a fast one.
+        DataError: if a question leaves too little room for its context, or the tokenizer is not a
+            fast one.
     """
     backend = plain_backend(tokenizer)
     template = _Template.of(backend, tokenizer)
     context_of: dict[str, int] = {}
-    place_Q = np.array([context_of.setdefault(e.context, len(context_of)) for e in examples], dtype=np.int64)
+    place_Q = np.array(
+        [context_of.setdefault(e.context, len(context_of)) for e in examples], dtype=np.int64
+    )
     questions = _encode(backend, [e.question.lstrip() for e in examples], offsets=False)
     contexts = _encode(backend, list(context_of), offsets=True)
 
     room_Q = max_length - template.specials - questions.lengths
-    tight = np.flatnonzero((room_Q <= stride) & ((contexts.lengths[place_Q] > room_Q) | (room_Q < 1)))
+    tight = np.flatnonzero(
+        (room_Q <= stride) & ((contexts.lengths[place_Q] > room_Q) | (room_Q < 1))
+    )
     if len(tight):
         worst = tight[np.argmin(room_Q[tight])]
         raise DataError(
-            f"question {examples[worst].id}: its {questions.lengths[worst]} tokens and {template.specials} special "
-            f"tokens leave {max(0, room_Q[worst])} of max_length {max_length} for the context, which must be more than "
-            f"stride {stride} ({len(tight)} such questions); raise data.max_length or lower data.stride"
+            f"question {examples[worst].id}: its {questions.lengths[worst]} tokens and"
+            f" {template.specials} special tokens leave {max(0, room_Q[worst])} of max_length"
+            f" {max_length} for the context, which must be more than stride {stride} ({len(tight)}"
+            " such questions); raise data.max_length or lower data.stride"
         )
 
-    # Windows of one question start every `room - stride` context tokens until one reaches the context's end.
+    # Windows of one question start every `room - stride` context tokens until one reaches the
+    # context's end.
     length_Q = contexts.lengths[place_Q]
     step_Q = np.maximum(room_Q - stride, 1)
     count_Q = 1 + np.maximum(0, -(-(length_Q - room_Q) // step_Q))
@@ -115,7 +128,9 @@ def build_windows(
     from_N = nth_N * step_Q[questions_N]
     to_N = np.minimum(from_N + room_Q[questions_N], length_Q[questions_N])
 
-    tokens_T, types_T, firsts_N1 = _assemble(template, questions, contexts, place_Q, questions_N, from_N, to_N)
+    tokens_T, types_T, firsts_N1 = _assemble(
+        template, questions, contexts, place_Q, questions_N, from_N, to_N
+    )
     low_N = template.before + questions.lengths[questions_N] + template.between
     cls_N = np.full(len(questions_N), template.cls, dtype=np.int64)
     if template.cls < 0:  # counted from the end, as in XLNet
@@ -145,10 +160,12 @@ def cached_windows(
     max_length: int,
     stride: int,
 ) -> tuple[Windows, bool]:
-    """Load the windows from the cache, or build and store them. Returns them and whether the cache had them.
+    """Load the windows from the cache, or build and store them. Returns them and whether the cache
+    had them.
 
-    The key is made of the questions' content, the tokenizer, both settings and this file's code, so nothing stale is
-    ever read. Only one rank should build; the others call this afterwards and map the same files.
+    The key is made of the questions' content, the tokenizer, both settings and this file's code, so
+    nothing stale is ever read. Only one rank should build; the others call this afterwards and map
+    the same files.
     """
     key = cache_key(content_sha256, tokenizer, max_length, stride)
     folder = cache_root() / "features" / key
@@ -163,7 +180,9 @@ def cached_windows(
     return _load(folder) or windows, False
 
 
-def cache_key(content_sha256: str, tokenizer: PreTrainedTokenizerBase, max_length: int, stride: int) -> str:
+def cache_key(
+    content_sha256: str, tokenizer: PreTrainedTokenizerBase, max_length: int, stride: int
+) -> str:
     """Name of the cache folder, 32 hex digits."""
     parts = {
         "content": content_sha256,
@@ -189,17 +208,20 @@ def cache_root() -> Path:
 
 
 def plain_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
-    """Copy the Rust tokenizer without padding and truncation, which some checkpoints carry in their settings."""
+    """Copy the Rust tokenizer without padding and truncation, which some checkpoints carry in their
+    settings."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        raise DataError(f"{type(tokenizer).__name__} has no fast tokenizer; character offsets need one")
+        raise DataError(
+            f"{type(tokenizer).__name__} has no fast tokenizer; character offsets need one"
+        )
     copy = Tokenizer.from_str(backend.to_str())
     copy.no_padding()
     copy.no_truncation()
     return copy
 
 
-# --- tokenising --------------------------------------------------------------------------------------------------
+# --- tokenising --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -280,7 +302,8 @@ def _assemble(
     from_N: np.ndarray,
     to_N: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Gather every window as five ranges of one pool: special, question, special, context, special."""
+    """Gather every window as five ranges of one pool: special, question, special, context,
+    special."""
     specials = np.array([token for part in template.ids for token in part], dtype=np.int32)
     special_types = np.array([kind for part in template.types for kind in part], dtype=np.uint8)
     pool = np.concatenate([specials, questions.ids, contexts.ids])
@@ -335,8 +358,8 @@ def _labels(
     low_N: np.ndarray,
     cls_N: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """First and last token of each question's first answer: the last token that starts at or before the answer's
-    first character, and the first that ends at or after its last one."""
+    """First and last token of each question's first answer: the last token that starts at or before
+    the answer's first character, and the first that ends at or after its last one."""
     first_Q = np.full(len(examples), -1, dtype=np.int64)
     last_Q = np.full(len(examples), -1, dtype=np.int64)
     char_Q2 = np.zeros((len(examples), 2), dtype=np.int64)
@@ -357,7 +380,8 @@ def _labels(
     if len(contexts.offsets):
         inside_N &= contexts.offsets[row, 0] <= char_Q2[questions_N, 0]
         inside_N &= contexts.offsets[last_row, 1] >= char_Q2[questions_N, 1]
-    # Byte-level tokens of one character share their offsets, so a range may begin before the window: keep it inside.
+    # Byte-level tokens of one character share their offsets, so a range may begin before the
+    # window: keep it inside.
     first_N = np.clip(first_Q[questions_N], from_N, np.maximum(from_N, to_N - 1))
     last_N = np.clip(last_Q[questions_N], from_N, np.maximum(from_N, to_N - 1))
     starts_N = np.where(inside_N, low_N + first_N - from_N, cls_N)
@@ -368,9 +392,14 @@ def _labels(
 
 
 def _compare_with_tokenizer(
-    windows: Windows, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int, stride: int
+    windows: Windows,
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    stride: int,
 ) -> None:
-    """Hold the first windows against the tokenizer's own: a template we misread must not train a wrong model."""
+    """Hold the first windows against the tokenizer's own: a template we misread must not train a
+    wrong model."""
     for place, example in enumerate(examples):
         backend = plain_backend(tokenizer)
         backend.enable_truncation(max_length, stride=stride, strategy="only_second")
@@ -382,12 +411,12 @@ def _compare_with_tokenizer(
         ]
         if mine != theirs:
             raise DataError(
-                f"question {example.id}: {type(tokenizer).__name__} builds pairs in a way that spantune does not know; "
-                "please report the model's name"
+                f"question {example.id}: {type(tokenizer).__name__} builds pairs in a way that"
+                " spantune does not know; please report the model's name"
             )
 
 
-# --- cache -------------------------------------------------------------------------------------------------------
+# --- cache -------------------------------------------------------------------------------------
 
 
 def _store(windows: Windows, folder: Path) -> None:
@@ -408,11 +437,14 @@ def _store(windows: Windows, folder: Path) -> None:
 
 
 def _load(folder: Path) -> Windows | None:
-    """Map the arrays of a cache folder; None where it is absent or damaged (it is then built again)."""
+    """Map the arrays of a cache folder; None where it is absent or damaged (it is then built
+    again)."""
     arrays: dict[str, Any] = {}
     try:
         for field in dataclasses.fields(Windows):
-            arrays[field.name] = np.load(folder / f"{field.name}.npy", mmap_mode="r", allow_pickle=False)
+            arrays[field.name] = np.load(
+                folder / f"{field.name}.npy", mmap_mode="r", allow_pickle=False
+            )
     except FileNotFoundError:
         return None
     except (OSError, ValueError):

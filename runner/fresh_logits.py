@@ -1,4 +1,5 @@
-"""Stands alone: opens an exported model with plain transformers and prints its logits (started by `export`)."""
+"""Stands alone: opens an exported model with plain transformers and prints its logits (started by
+`export`)."""
 
 import json
 import sys
@@ -6,13 +7,15 @@ import sys
 
 def main() -> None:
     """Read a request from stdin, write {"dtype", "logits"} to stdout."""
-    import torch  # noqa: PLC0415
-    from transformers import AutoModelForQuestionAnswering, AutoTokenizer  # noqa: PLC0415
+    import torch
+    from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 
     request = json.load(sys.stdin)
     torch.set_num_threads(request["threads"])
     tokenizer = AutoTokenizer.from_pretrained(request["model"])
-    model = AutoModelForQuestionAnswering.from_pretrained(request["model"]).to(request["device"]).eval()
+    model = (
+        AutoModelForQuestionAnswering.from_pretrained(request["model"]).to(request["device"]).eval()
+    )
     logits: list[list[list[float]]] = []
     for question, context in request["pairs"]:
         encoded = tokenizer(

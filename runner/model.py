@@ -1,6 +1,8 @@
-"""Loads the pretrained model and tokenizer, freezes parts of it, and turns a batch into span logits.
+"""Loads the pretrained model and tokenizer, freezes parts of it, and turns a batch into span
+logits.
 
-Legend: B windows, L padded length, T = B * L rows of logits, column 0 for the start and 1 for the end of the answer.
+Legend: B windows, L padded length, T = B * L rows of logits, column 0 for the start and 1 for the
+    end of the answer.
 """
 
 from __future__ import annotations
@@ -14,8 +16,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForQuestionAnswering, AutoTokenizer, PreTrainedModel
-from transformers import PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForQuestionAnswering,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from runner.batches import Padded
 from runner.errors import AssetError, DataError, JobError
@@ -25,7 +32,13 @@ from runner.sources import package_folder
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Names under which configurations keep their two kinds of dropout.
-_DROPOUT_KEYS = ("hidden_dropout_prob", "dropout", "hidden_dropout", "embedding_dropout", "mlp_dropout")
+_DROPOUT_KEYS = (
+    "hidden_dropout_prob",
+    "dropout",
+    "hidden_dropout",
+    "embedding_dropout",
+    "mlp_dropout",
+)
 _ATTENTION_DROPOUT_KEYS = ("attention_probs_dropout_prob", "attention_dropout")
 
 
@@ -43,11 +56,14 @@ def load_tokenizer(section: Model) -> PreTrainedTokenizerBase:
     """Load the fast tokenizer alone, for feature preparation and `check --data`."""
     location = model_location(section)
     with _asset_errors(section):
-        return AutoTokenizer.from_pretrained(location, revision=section.revision, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(
+            location, revision=section.revision, trust_remote_code=False
+        )
 
 
 def load_pretrained(section: Model, seed: int) -> Pretrained:
-    """Load weights in float32 and give a missing head its first weights from the seed, alike on every rank.
+    """Load weights in float32 and give a missing head its first weights from the seed, alike on
+    every rank.
 
     Raises:
         AssetError: if the model is neither here nor reachable.
@@ -57,7 +73,9 @@ def load_pretrained(section: Model, seed: int) -> Pretrained:
     weights_sha256 = _weights_sha256(section, location)
     tokenizer = load_tokenizer(section)
     with _asset_errors(section):
-        config = AutoConfig.from_pretrained(location, revision=section.revision, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(
+            location, revision=section.revision, trust_remote_code=False
+        )
         _set_dropout(config, section)
         torch.manual_seed(seed)
         try:
@@ -73,7 +91,10 @@ def load_pretrained(section: Model, seed: int) -> Pretrained:
         except ValueError as error:
             if "Unrecognized configuration" not in str(error):
                 raise
-            raise DataError(f"{section.name}: {config.model_type} has no question-answering head in transformers") from None
+            raise DataError(
+                f"{section.name}: {config.model_type} has no question-answering head in"
+                " transformers"
+            ) from None
     return Pretrained(model, tokenizer, location, weights_sha256)
 
 
@@ -103,17 +124,22 @@ def choose_precision(wanted: str, device: torch.device) -> str:
     """Resolve "auto": bf16 on a GPU that computes in it, else fp32."""
     if wanted != "auto":
         return wanted
-    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    return (
+        "bf16"
+        if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        else "fp32"
+    )
 
 
-# --- freezing ----------------------------------------------------------------------------------------------------
+# --- freezing ----------------------------------------------------------------------------------
 
 
 def freeze(model: PreTrainedModel, patterns: Sequence[str]) -> None:
     """Stop training every parameter that a pattern names.
 
-    A pattern is a module or parameter name without the model's own prefix ("embeddings", "encoder.layer.3"), may hold a
-    range of numbers ("encoder.layer.0-5"), or is a glob over parameter names ("*.LayerNorm.*").
+    A pattern is a module or parameter name without the model's own prefix ("embeddings",
+    "encoder.layer.3"), may hold a range of numbers ("encoder.layer.0-5"), or is a glob over
+    parameter names ("*.LayerNorm.*").
 
     Raises:
         JobError: if a pattern matches nothing (listing what there is) or nothing is left to train.
@@ -129,12 +155,17 @@ def freeze(model: PreTrainedModel, patterns: Sequence[str]) -> None:
         ]
         if not wanted:
             raise JobError(
-                [f"model.freeze: {pattern!r} matches no parameter; there are {', '.join(module_outline(names.values()))}"]
+                [
+                    f"model.freeze: {pattern!r} matches no parameter; there are"
+                    f" {', '.join(module_outline(names.values()))}"
+                ]
             )
         for name in wanted:
             parameters[name].requires_grad_(False)
     if not any(p.requires_grad for p in parameters.values()):
-        raise JobError([f"model.freeze: {list(patterns)} freezes every parameter; nothing is left to train"])
+        raise JobError(
+            [f"model.freeze: {list(patterns)} freezes every parameter; nothing is left to train"]
+        )
 
 
 def module_outline(names: Iterable[str]) -> list[str]:
@@ -146,7 +177,10 @@ def module_outline(names: Iterable[str]) -> list[str]:
             outline.setdefault(found[1], []).append(int(found[2]))
         else:
             outline.setdefault(name.split(".")[0], [])
-    return [f"{key}.{min(n)}-{max(n)}" if n and max(n) > 0 else f"{key}.0" if n else key for key, n in outline.items()]
+    return [
+        f"{key}.{min(n)}-{max(n)}" if n and max(n) > 0 else f"{key}.0" if n else key
+        for key, n in outline.items()
+    ]
 
 
 def parameter_table(model: PreTrainedModel) -> list[dict[str, str | int | float | None]]:
@@ -160,7 +194,8 @@ def parameter_table(model: PreTrainedModel) -> list[dict[str, str | int | float 
         row[0] += parameter.numel()
         row[1] += parameter.numel() if parameter.requires_grad else 0
     rows: list[dict[str, str | int | float | None]] = [
-        {"part": part, "parameters": total, "trained": trained} for part, (total, trained) in _merge(counts).items()
+        {"part": part, "parameters": total, "trained": trained}
+        for part, (total, trained) in _merge(counts).items()
     ]
     totals = [sum(pair[n] for pair in counts.values()) for n in (0, 1)]
     rows.append({"part": "all", "parameters": totals[0], "trained": totals[1]})
@@ -201,7 +236,8 @@ def _matches(pattern: str, name: str) -> bool:
 
 
 def optimiser_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups of trained parameters: matrices decay, biases and norm weights (one dimension) never do."""
+    """Two groups of trained parameters: matrices decay, biases and norm weights (one dimension)
+    never do."""
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
@@ -210,7 +246,7 @@ def optimiser_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     return [group for group in groups if group["params"]]
 
 
-# --- finding -----------------------------------------------------------------------------------------------------
+# --- finding -----------------------------------------------------------------------------------
 
 
 def model_location(section: Model) -> str:
@@ -228,14 +264,18 @@ def _weights_sha256(section: Model, location: str) -> str | None:
     files = sorted(Path(location).glob("*.safetensors")) if Path(location).is_dir() else []
     if not files:
         if section.sha256 is not None:
-            raise DataError(f"{section.name}: model.sha256 is declared, but there is no local *.safetensors to hash")
+            raise DataError(
+                f"{section.name}: model.sha256 is declared, but there is no local *.safetensors to"
+                " hash"
+            )
         return None
     if len(files) > 1:
         return None
     found = file_sha256(files[0])
     if section.sha256 is not None and found != section.sha256:
         raise DataError(
-            f"{files[0]}: sha256 is {found}, the job declares {section.sha256}; another or a damaged version of the weights"
+            f"{files[0]}: sha256 is {found}, the job declares {section.sha256}; another or a"
+            " damaged version of the weights"
         )
     return found
 
@@ -258,7 +298,7 @@ def _set_dropout(config: Any, section: Model) -> None:
                 setattr(config, key, section.dropout)
 
 
-class _asset_errors:  # noqa: N801  (reads as a statement)
+class _asset_errors:
     """Say in one line that a model is not at hand, and how to fetch it."""
 
     def __init__(self, section: Model) -> None:
@@ -267,11 +307,12 @@ class _asset_errors:  # noqa: N801  (reads as a statement)
     def __enter__(self) -> None:
         return None
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> bool:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: object
+    ) -> None:
         if isinstance(error, OSError):
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise AssetError(
                 f"model.name: {self.section.name}: {first}; to fetch it on a machine with network: "
                 f"hf download {self.section.name}"
             ) from error
-        return False

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from runner.rundir import RunDir, storage_errors
 from runner.tables import read_rows
 
-# Okabe and Ito's colours differ for every kind of colour blindness; markers and dashes differ in black and white.
+# Okabe and Ito's colours differ for every kind of colour blindness; markers and dashes differ in
+# black and white.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#8A8A8A"
 Rows = Sequence[Mapping[str, str]]
 
@@ -19,15 +21,15 @@ def draw_curves(run: RunDir, title: str) -> None:
     Raises:
         StorageError: if the pictures cannot be written.
     """
-    import matplotlib  # noqa: PLC0415  (half a second; only rank 0 draws)
+    import matplotlib
 
     matplotlib.use("Agg")
-    import matplotlib.pyplot as plt  # noqa: PLC0415
+    import matplotlib.pyplot as plt
 
     steps, evals = read_rows(run.train_table), read_rows(run.eval_table)
     if not evals:
         return
-    style = {
+    style: dict[Any, Any] = {
         "font.size": 9,
         "axes.spines.top": False,
         "axes.spines.right": False,
@@ -39,9 +41,29 @@ def draw_curves(run: RunDir, title: str) -> None:
     with plt.rc_context(style):
         figure, (left, right) = plt.subplots(1, 2, figsize=(8.4, 3.4), layout="constrained")
         epochs = _column(evals, "epoch")
-        left.plot(_column(steps, "epoch"), _column(steps, "loss_nats"), color=GREY, lw=0.8, label="training, per step")
-        left.plot(epochs, _column(evals, "train_loss_nats"), "o--", color=BLUE, ms=4, label="training, epoch mean")
-        left.plot(epochs, _column(evals, "validation_loss_nats"), "s-", color=ORANGE, ms=4, label="validation")
+        left.plot(
+            _column(steps, "epoch"),
+            _column(steps, "loss_nats"),
+            color=GREY,
+            lw=0.8,
+            label="training, per step",
+        )
+        left.plot(
+            epochs,
+            _column(evals, "train_loss_nats"),
+            "o--",
+            color=BLUE,
+            ms=4,
+            label="training, epoch mean",
+        )
+        left.plot(
+            epochs,
+            _column(evals, "validation_loss_nats"),
+            "s-",
+            color=ORANGE,
+            ms=4,
+            label="validation",
+        )
         left.set(xlabel="epoch", ylabel="loss (nats)", ylim=(0, None))
         for key, name, mark, colour in (
             ("f1_percent", "F1", "o-", BLUE),

@@ -1,4 +1,5 @@
-"""Gets a job's questions and windows ready: read, checked, tokenised; for the run and for `check --data`."""
+"""Gets a job's questions and windows ready: read, checked, tokenised; for the run and for `check
+--data`."""
 
 from __future__ import annotations
 
@@ -21,10 +22,13 @@ class Questions:
     cached: bool
 
 
-def load_questions(section: Data, seed: int, tokenizer: PreTrainedTokenizerBase) -> tuple[Questions, Questions]:
+def load_questions(
+    section: Data, seed: int, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Questions, Questions]:
     """Return training and validation questions.
 
-    Both data sets are read and checked before either is tokenised: what is wrong in the second must not wait.
+    Both data sets are read and checked before either is tokenised: what is wrong in the second must
+        not wait.
     """
     slices = ((section.train, section.sample), (section.validation, section.validation_sample))
     datasets = [
@@ -41,7 +45,9 @@ def load_questions(section: Data, seed: int, tokenizer: PreTrainedTokenizerBase)
     train, validation = (
         Questions(
             dataset,
-            *cached_windows(dataset.examples, dataset.sha256, tokenizer, section.max_length, section.stride),
+            *cached_windows(
+                dataset.examples, dataset.sha256, tokenizer, section.max_length, section.stride
+            ),
         )
         for dataset in datasets
     )
@@ -49,7 +55,8 @@ def load_questions(section: Data, seed: int, tokenizer: PreTrainedTokenizerBase)
 
 
 def probe_examples(probes: Sequence[Probe]) -> list[Example]:
-    """Spell probes as questions; one whose right answer is not verbatim in its context is asked without a label."""
+    """Spell probes as questions; one whose right answer is not verbatim in its context is asked
+    without a label."""
     examples = []
     for number, probe in enumerate(probes, 1):
         start = probe.context.find(probe.answer) if probe.answer else -1

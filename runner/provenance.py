@@ -1,4 +1,5 @@
-"""Where a run's numbers come from: commit, versions, machine and content hashes, gathered without importing torch."""
+"""Where a run's numbers come from: commit, versions, machine and content hashes, gathered without
+importing torch."""
 
 from __future__ import annotations
 
@@ -11,7 +12,17 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "deepspeed", "evaluate", "triton", "numpy", "safetensors")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "datasets",
+    "deepspeed",
+    "evaluate",
+    "triton",
+    "numpy",
+    "safetensors",
+)
 CHECKOUT = Path(__file__).resolve().parent.parent
 
 
@@ -53,12 +64,16 @@ def versions() -> dict[str, str]:
 
 
 def git_state() -> dict[str, str | None]:
-    """Commit of the checkout and a hash of what differs from it; both None outside a git checkout."""
+    """Commit of the checkout and a hash of what differs from it; both None outside a git
+    checkout."""
     commit = _git("rev-parse", "HEAD")
     if commit is None:
         return {"commit": None, "diff_sha256": None}
     diff = _git("diff", "HEAD") or ""
-    return {"commit": commit.strip(), "diff_sha256": hashlib.sha256(diff.encode()).hexdigest() if diff else None}
+    return {
+        "commit": commit.strip(),
+        "diff_sha256": hashlib.sha256(diff.encode()).hexdigest() if diff else None,
+    }
 
 
 def file_sha256(path: Path) -> str:
@@ -81,7 +96,11 @@ def processor_name() -> str:
 def _git(*arguments: str) -> str | None:
     try:
         done = subprocess.run(
-            ["git", "-C", str(CHECKOUT), *arguments], capture_output=True, text=True, timeout=20, check=True
+            ["git", "-C", str(CHECKOUT), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=True,
         )
     except (OSError, subprocess.SubprocessError):
         return None

@@ -29,10 +29,11 @@ class Rank:
 
 
 def current_rank() -> Rank:
-    """Read the rank from `deepspeed`, `torchrun` or plain `srun` (one task a rank); alone, it is rank 0 of 1.
+    """Read the rank from `deepspeed`, `torchrun` or plain `srun` (one task a rank); alone, it is
+    rank 0 of 1.
 
-    SLURM's own variables count only inside a step (`SLURM_STEP_ID` is set by srun): in the batch script itself
-    `SLURM_NTASKS` is set too, although only one process runs there.
+    SLURM's own variables count only inside a step (`SLURM_STEP_ID` is set by srun): in the batch
+    script itself `SLURM_NTASKS` is set too, although only one process runs there.
     """
     env = os.environ
     if "RANK" in env and "WORLD_SIZE" in env:

@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ from runner.errors import RunDirError, StorageError
 
 
 class RunDir:
-    """The folder of one run: `runs/<job name>/<stamp>/`. `result.json` is there if and only if the run succeeded."""
+    """The folder of one run: `runs/<job name>/<stamp>/`. `result.json` is there if and only if the
+    run succeeded."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -36,7 +37,8 @@ class RunDir:
 
     @classmethod
     def create(cls, root: Path, job_name: str, exact: Path | None = None) -> RunDir:
-        """Make a new run folder under `root`, or at `exact`; one that already holds a run is refused.
+        """Make a new run folder under `root`, or at `exact`; one that already holds a run is
+        refused.
 
         Raises:
             RunDirError: if `exact` already holds a run.
@@ -50,10 +52,11 @@ class RunDir:
                     run.job.touch(exist_ok=False)
                 except FileExistsError:
                     raise RunDirError(
-                        f"{exact} already holds a run; give another folder to --run-dir or move that one away"
+                        f"{exact} already holds a run; give another folder to --run-dir or move"
+                        " that one away"
                     ) from None
                 return run
-            stamp = datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S")
+            stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
             for attempt in range(100):
                 path = root / job_name / (stamp if attempt == 0 else f"{stamp}-{attempt}")
                 try:
@@ -109,7 +112,8 @@ def write_json(path: Path, value: Any) -> None:
 
 @contextmanager
 def storage_errors(path: Path | None = None) -> Iterator[None]:
-    """Turn an OSError into one sentence that names the file and, for a full disk or quota, what to do."""
+    """Turn an OSError into one sentence that names the file and, for a full disk or quota, what to
+    do."""
     try:
         yield
     except OSError as error:

@@ -1,6 +1,8 @@
-"""Scores a model over held-out windows, shared over the ranks, and turns logits into answers on rank 0.
+"""Scores a model over held-out windows, shared over the ranks, and turns logits into answers on
+rank 0.
 
-Legend: N windows of the data set, B windows of a batch, L longest of them, K candidate spans, T rows of logits.
+Legend: N windows of the data set, B windows of a batch, L longest of them, K candidate spans, T
+    rows of logits.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from runner.dataset import Example
 from runner.engine import gather
 from runner.features import Windows
 from runner.job import Score
-from runner.metrics import squad_scores, squad_v2_scores
+from runner.metrics import squad_scores
 from runner.model import span_logits
 from runner.ranks import Rank
 from runner.spans import Answer, Spans, answers, join, search
@@ -45,17 +47,34 @@ class Reader:
     segment_ids: bool
     multiple: int
 
-    def logits(self, windows: Windows, rows: np.ndarray) -> tuple[Tensor, Padded, Tensor, Tensor, int]:
-        """Run the model over some windows.
-
-        Returns:
-            logits [B * L, 2], the padded batch, start and end labels [B], and how many windows count.
-        """
+    def read(self, windows: Windows, rows: np.ndarray) -> Read:
+        """Run the model over the windows at `rows`; for no rows, over a stand-in that counts
+        nothing."""
         batch = collate(windows, rows)
         padded = to_device(pad(batch, self.pad_id, self.multiple), self.device)
         logits_T2 = span_logits(self.model, padded, segment_ids=self.segment_ids)
-        starts_B, ends_B = (t.to(self.device, non_blocking=True) for t in (batch.starts_B, batch.ends_B))
-        return logits_T2, padded, starts_B, ends_B, batch.counted
+        starts_B, ends_B = (
+            t.to(self.device, non_blocking=True) for t in (batch.starts_B, batch.ends_B)
+        )
+        return Read(logits_T2, padded.segments_B2, starts_B, ends_B, batch.counted)
+
+
+@dataclass(frozen=True)
+class Read:
+    """A model's logits over a batch.
+
+    Attributes:
+        logits_T2: [T, 2] start and end logits; T counts padding too.
+        segments_B2: (offset, length) of each window in them.
+        starts_B, ends_B: labels relative to the window.
+        counted: windows that count; 0 for a stand-in.
+    """
+
+    logits_T2: Tensor
+    segments_B2: Tensor
+    starts_B: Tensor
+    ends_B: Tensor
+    counted: int
 
 
 @dataclass(frozen=True)
@@ -64,7 +83,8 @@ class Readings:
 
     Attributes:
         loss: mean span loss in nats over all windows (a window without the answer points at [CLS]).
-        start_accuracy, end_accuracy, span_accuracy: percent of windows whose likeliest start, end, both are right.
+        start_accuracy, end_accuracy, span_accuracy: percent of windows whose likeliest start, end,
+            both are right.
         answers: one for each question, in order.
         seconds: wall time.
     """
@@ -111,8 +131,11 @@ def to_device(padded: Padded, device: torch.device) -> Padded:
     )
 
 
-def token_accuracy(logits_T2: Tensor, segments_B2: Tensor, starts_B: Tensor, ends_B: Tensor) -> Tensor:
-    """Count windows whose highest start, end, and both logits are at the labels: float32 [3], no host sync.
+def token_accuracy(
+    logits_T2: Tensor, segments_B2: Tensor, starts_B: Tensor, ends_B: Tensor
+) -> Tensor:
+    """Count windows whose highest start, end, and both logits are at the labels: float32 [3], no
+    host sync.
 
     Args:
         logits_T2: [T, 2] logits of a padded batch of equal strides or of a packed one.
@@ -130,7 +153,8 @@ def token_accuracy(logits_T2: Tensor, segments_B2: Tensor, starts_B: Tensor, end
 
 
 def _longest(logits_T2: Tensor, segments_B2: Tensor) -> int:
-    """Upper bound of the lengths without reading them from the device: padded batches have equal strides."""
+    """Upper bound of the lengths without reading them from the device: padded batches have equal
+    strides."""
     if segments_B2.device.type == "cpu":
         return int(segments_B2[:, 1].max())
     return -(-len(logits_T2) // len(segments_B2))
@@ -155,36 +179,40 @@ def read_windows(
     was_training = reader.model.training
     reader.model.eval()
     batches = score_batches(windows.lengths_N, score.batch_size, rank.index, rank.world)
-    totals = torch.zeros(4, dtype=torch.float64, device=reader.device)  # loss, then start, end, span
+    totals_4 = torch.zeros(
+        4, dtype=torch.float64, device=reader.device
+    )  # loss, then start, end, span
     parts: list[tuple[np.ndarray, Spans]] = []
     for done, rows in enumerate(batches, 1):
-        logits_T2, padded, starts_B, ends_B, counted = reader.logits(windows, rows)
-        if counted:
-            loss = reference_span_loss(logits_T2, padded.segments_B2, starts_B, ends_B)
-            right = token_accuracy(logits_T2, padded.segments_B2, starts_B, ends_B)
-            totals += torch.cat([loss[None] * counted, right]).to(totals)
+        read = reader.read(windows, rows)
+        if read.counted:
+            loss = reference_span_loss(read.logits_T2, read.segments_B2, read.starts_B, read.ends_B)
+            right_3 = token_accuracy(read.logits_T2, read.segments_B2, read.starts_B, read.ends_B)
+            totals_4 += torch.cat([loss[None] * read.counted, right_3]).to(totals_4)
             spans = search(
-                logits_T2,
-                padded.segments_B2,
-                torch.from_numpy(windows.contexts_N2[rows]).to(reader.device),
+                read.logits_T2,
+                read.segments_B2,
+                torch.from_numpy(windows.contexts_N2[rows]),
                 n_best=score.n_best,
                 max_answer_length=score.max_answer_length,
                 mode=score.mode,
-                cls_N=torch.from_numpy(windows.cls_N[rows]).to(reader.device),
+                cls_N=torch.from_numpy(windows.cls_N[rows]),
             )
+            # Kept in main memory, candidates only: the device holds one batch at a time.
             parts.append((rows, spans.cpu()))
         if step is not None:
             step(done)
     reader.model.train(was_training)
-    everything = gather((totals.cpu().numpy(), parts))
+    everything = gather((totals_4.cpu().numpy(), parts))
     if everything is None:
         return None
-    totals_4 = np.sum([totals for totals, _ in everything], axis=0) / max(1, len(windows))
+    loss, *right_3 = np.sum([totals for totals, _ in everything], axis=0) / max(1, len(windows))
     merged = _in_order([part for _, parts in everything for part in parts])
     found = answers(
         merged,
         question_N=windows.questions_N,
-        # The context's token at position p of window n has its characters in row chars_firsts_N[n] + p.
+        # The context's token at position p of window n has its characters in row chars_firsts_N[n]
+        # + p.
         segments_N2=np.stack([windows.chars_firsts_N, windows.lengths_N], axis=1),
         chars_T2=windows.chars_C2,
         ids=[e.id for e in examples],
@@ -194,10 +222,10 @@ def read_windows(
         mode=score.mode,
     )
     return Readings(
-        loss=float(totals_4[0]),
-        start_accuracy=100 * float(totals_4[1]),
-        end_accuracy=100 * float(totals_4[2]),
-        span_accuracy=100 * float(totals_4[3]),
+        loss=float(loss),
+        start_accuracy=100 * float(right_3[0]),
+        end_accuracy=100 * float(right_3[1]),
+        span_accuracy=100 * float(right_3[2]),
         answers=tuple(found),
         seconds=time.monotonic() - began,
     )
@@ -208,12 +236,16 @@ def _in_order(parts: Sequence[tuple[np.ndarray, Spans]]) -> Spans:
     place_N = torch.from_numpy(np.concatenate([rows for rows, _ in parts])).argsort()
     spans = join([spans for _, spans in parts])
     return Spans(
-        spans.score_NK[place_N], spans.start_NK[place_N], spans.end_NK[place_N], spans.null_score_N[place_N]
+        spans.score_NK[place_N],
+        spans.start_NK[place_N],
+        spans.end_NK[place_N],
+        spans.null_score_N[place_N],
     )
 
 
 def evaluate(readings: Readings, examples: Sequence[Example], *, unanswerable: bool) -> Evaluation:
-    """Hold answers against the right ones by the official evaluation of SQuAD v1.1, or of v2.0 where there may be none."""
+    """Hold answers against the right ones by the official evaluation of SQuAD v1.1, or of v2.0
+    where there may be none."""
     predictions = {answer.id: answer.text for answer in readings.answers}
     references = {example.id: example.answers for example in examples}
     if unanswerable:

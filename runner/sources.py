@@ -1,4 +1,5 @@
-"""What the name of a data set or of a model in a job points to: a file, a hub repository, an installed package."""
+"""What the name of a data set or of a model in a job points to: a file, a hub repository, an
+installed package."""
 
 from __future__ import annotations
 
@@ -26,7 +27,9 @@ class Slice:
 
     def bounds(self, total: int) -> tuple[int, int]:
         """Return the half-open range of question positions for a data set of `total` questions."""
-        start, stop, _ = slice(self._place(self.start, total), self._place(self.stop, total)).indices(total)
+        start, stop, _ = slice(
+            self._place(self.start, total), self._place(self.stop, total)
+        ).indices(total)
         return start, max(start, stop)
 
     @staticmethod
@@ -40,7 +43,8 @@ class Slice:
 
 @dataclass(frozen=True)
 class DataSource:
-    """A parsed data name: `path/file.json[:1000]` or `owner/name@revision#config:split[10%:20%]`."""
+    """A parsed data name: `path/file.json[:1000]` or
+    `owner/name@revision#config:split[10%:20%]`."""
 
     text: str
     kind: Literal["file", "hub"]
@@ -52,7 +56,11 @@ class DataSource:
 
     def at(self, location: Path) -> str:
         """Spell this source with another file location, the slice kept."""
-        return f"{location}{self.text[len(self.text) - len(self._tail()) :]}" if self._tail() else str(location)
+        return (
+            f"{location}{self.text[len(self.text) - len(self._tail()) :]}"
+            if self._tail()
+            else str(location)
+        )
 
     def _tail(self) -> str:
         found = _SLICE.search(self.text)
@@ -67,14 +75,16 @@ def parse_data(text: str) -> DataSource:
         name, part = text[: found.start()], Slice(found["start"], found["stop"])
     elif text.endswith("]"):
         raise ValueError(
-            f"{text!r} ends in a slice that cannot be read; write [:1000], [100:200] or [10%:20%], counted in questions"
+            f"{text!r} ends in a slice that cannot be read; write [:1000], [100:200] or [10%:20%],"
+            " counted in questions"
         )
     if Path(name).suffix.lower() in FILE_SUFFIXES:
         return DataSource(text=text, kind="file", location=name, slice=part)
     hub = _HUB.match(name)
     if hub is None:
         raise ValueError(
-            f"{text!r} is neither a file ({', '.join(FILE_SUFFIXES)}) nor a hub name such as rajpurkar/squad:train[:1000]"
+            f"{text!r} is neither a file ({', '.join(FILE_SUFFIXES)}) nor a hub name such as"
+            " rajpurkar/squad:train[:1000]"
         )
     return DataSource(
         text=text,
@@ -88,7 +98,8 @@ def parse_data(text: str) -> DataSource:
 
 
 def find_file(location: str, beside: Path) -> Path | None:
-    """Find a relative path beside the job file first, then in the current folder; None if it is in neither."""
+    """Find a relative path beside the job file first, then in the current folder; None if it is in
+    neither."""
     path = Path(location).expanduser()
     if path.is_absolute():
         return path if path.exists() else None
@@ -99,7 +110,8 @@ def find_file(location: str, beside: Path) -> Path | None:
 
 
 def package_folder(name: str) -> Path | None:
-    """Find `PACKAGE/SUBFOLDER` (what follows `package:`) without importing the package; None if it is not installed."""
+    """Find `PACKAGE/SUBFOLDER` (what follows `package:`) without importing the package; None if it
+    is not installed."""
     package, _, subfolder = name.partition("/")
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:

@@ -16,6 +16,7 @@ decided by the key itself, on every device alike, without a stable sort.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -26,6 +27,8 @@ from torch.nn.functional import pad
 
 Mode = Literal["exact", "run_qa"]
 NEVER = float("-inf")
+# More rows than this no longer fit a core's cache together; a GPU is the faster the more it gets.
+_CPU_CHUNK = 256
 _HALF_OF_MAX = torch.finfo(torch.float32).max / 2
 
 
@@ -114,6 +117,7 @@ def search(
         shift_N, width_N = low_N, (high_N - low_N).clamp(min=0)
     else:  # every token of the window competes
         shift_N, width_N = torch.zeros_like(low_N), length_N
+    chunk = min(chunk, _CPU_CHUNK) if device.type == "cpu" else chunk
     order_N = width_N.argsort(descending=True, stable=True)
     widest = width_N[order_N[::chunk]].tolist()
     pair_T, dtype = _pairs(logits_T2)
@@ -192,26 +196,55 @@ def _exact(
     """
     num_rows, width = start_RW.shape
     longest = min(max_answer_length, width)
-    end_RV = pad(end_RW, (0, longest - 1), value=NEVER)  # so that every start has A ends
-    # best_end[r, w] = max(end[r, w : w + A]), from maxima over 1, 2, 4, ... ends, and two
-    # overlapping ones at the last.
-    best_end_RW, covered = end_RV, 1
-    while covered < longest:
-        step = min(covered, longest - covered)
-        best_end_RW = torch.maximum(best_end_RW[:, :-step], best_end_RW[:, step:])
-        covered += step
-    # Ties go to the start with the most positions after it, the lowest.
+    # A start's ends fall into blocks of `side`, the last of `rest`. One block will do for K = 1.
+    side = longest if n_best == 1 else math.isqrt(longest)
+    num_blocks = -(-longest // side)
+    rest, last = longest - (num_blocks - 1) * side, (num_blocks - 1) * side
+    end_RV = pad(end_RW, (0, num_blocks * side - 1), value=NEVER)  # every start has all its ends
+    block_RV, last_block_RV = _sliding_max(end_RV, side), _sliding_max(end_RV, rest)
+
+    # 1. The K starts whose best span is best. Ties go to the start with the most positions after
+    # it, which is the lowest.
+    best_end_RW = last_block_RV[:, last : last + width]
+    for first in range(0, last, side):
+        best_end_RW = torch.maximum(best_end_RW, block_RV[:, first : first + width])
     after_W = torch.arange(width - 1, -1, -1, device=start_RW.device)
-    _, after_RK = _unpack(_largest(_pack(start_RW + best_end_RW, after_W), n_best))
+    _, after_RK = _unpack(_largest(_pack(start_RW + best_end_RW, after_W), n_best, ordered=False))
+
+    # 2. The K best blocks of these starts.
     start_RK = width - 1 - after_RK
-    length_A = torch.arange(longest, device=start_RW.device)
-    end_RC = end_RV.gather(1, (start_RK[:, :, None] + length_A).view(num_rows, -1))
-    score_RKA = start_RW.gather(1, start_RK)[:, :, None] + end_RC.view(num_rows, -1, longest)
-    tie_RKA = after_RK[:, :, None] * longest + length_A.flip(0)
-    key_RC = _pack(score_RKA, tie_RKA).view(num_rows, -1)
+    firsts = torch.arange(0, last, side, device=start_RW.device)
+    block_RC = block_RV.gather(1, (start_RK[:, :, None] + firsts).view(num_rows, -1))
+    last_block_RK1 = last_block_RV.gather(1, start_RK + last)[:, :, None]
+    best_RKB = torch.cat([block_RC.view(*start_RK.shape, -1), last_block_RK1], 2)
+    best_RKB += start_RW.gather(1, start_RK)[:, :, None]
+    blocks_after_B = torch.arange(num_blocks - 1, -1, -1, device=start_RW.device)
+    tie_RKB = after_RK[:, :, None] * num_blocks + blocks_after_B
+    key_RC = _pack(best_RKB, tie_RKB).view(num_rows, -1)
+    _, tie_RK = _unpack(_largest(key_RC, n_best, ordered=False))
+
+    # 3. The K best spans of these blocks.
+    start_RK = width - 1 - tie_RK // num_blocks
+    first_RK = (num_blocks - 1 - tie_RK % num_blocks) * side
+    length_RKS = first_RK[:, :, None] + torch.arange(side, device=start_RW.device)
+    end_RC = end_RV.gather(1, (start_RK[:, :, None] + length_RKS).view(num_rows, -1))
+    score_RKS = start_RW.gather(1, start_RK)[:, :, None] + end_RC.view_as(length_RKS)
+    score_RKS = torch.where(length_RKS < longest, score_RKS, NEVER)
+    tie_RKS = (width - 1 - start_RK)[:, :, None] * longest + (longest - 1 - length_RKS).clamp_(0)
+    key_RC = _pack(score_RKS, tie_RKS).view(num_rows, -1)
     score_RK, tie_RK = _unpack(_largest(key_RC, n_best))
     start_RK = width - 1 - tie_RK // longest
     return score_RK, start_RK, start_RK + longest - 1 - tie_RK % longest
+
+
+def _sliding_max(value_RV: Tensor, num: int) -> Tensor:
+    # max(value[r, v : v + num]), from maxima over 1, 2, 4, ... and two overlapping ones at the last.
+    covered = 1
+    while covered < num:
+        step = min(covered, num - covered)
+        value_RV = torch.maximum(value_RV[:, :-step], value_RV[:, step:])
+        covered += step
+    return value_RV
 
 
 def _run_qa(
@@ -223,10 +256,10 @@ def _run_qa(
     start_score_RK, start_after_RK = _unpack(_largest(_pack(start_RW, after_W), n_best))
     end_score_RK, end_after_RK = _unpack(_largest(_pack(end_RW, after_W), n_best))
     start_RK, end_RK = width - 1 - start_after_RK, width - 1 - end_after_RK
-    length_RKK = end_RK[:, None, :] - start_RK[:, :, None] + 1
-    valid_RKK = (length_RKK >= 1) & (length_RKK <= max_answer_length)
-    valid_RKK &= (start_RK >= contexts_R2[:, :1])[:, :, None]
-    valid_RKK &= (end_RK < contexts_R2[:, 1:])[:, None, :]
+    start_score_RK.masked_fill_(start_RK < contexts_R2[:, :1], NEVER)
+    end_score_RK.masked_fill_(end_RK >= contexts_R2[:, 1:], NEVER)
+    distance_RKK = end_RK.int()[:, None, :] - start_RK.int()[:, :, None]
+    valid_RKK = (distance_RKK >= 0) & (distance_RKK < max_answer_length)
     score_RKK = start_score_RK[:, :, None] + end_score_RK[:, None, :]
     score_RKK = torch.where(valid_RKK, score_RKK, NEVER)
     # Ties go to the cell that comes first when the grid is walked start by start.
@@ -238,15 +271,25 @@ def _run_qa(
     return score_RK, start_RK.gather(1, cell_RK // side), end_RK.gather(1, cell_RK % side)
 
 
-def _largest(key_RC: Tensor, num: int) -> Tensor:
+def _largest(key_RC: Tensor, num: int, *, ordered: bool = True) -> Tensor:
+    """The `num` largest keys of each row, or all if there are fewer; descending if `ordered`."""
     if num == 1:  # a maximum is many times cheaper than topk
         return key_RC.amax(1, keepdim=True)
-    return key_RC.topk(min(num, key_RC.shape[1]), dim=1).values
+    num_rows, count = key_RC.shape
+    side = 4
+    if count >= 3 * side * num:
+        # They lie in the `num` groups with the largest maxima: two small topk cost less than one.
+        key_RC = pad(key_RC, (0, -count % side), value=-(1 << 63))
+        key_RSG = key_RC.view(num_rows, side, -1)
+        group_RK = key_RSG.amax(1).topk(num, sorted=False).indices
+        key_RC = key_RSG.gather(2, group_RK[:, None].expand(-1, side, -1)).flatten(1)
+    return key_RC.topk(min(num, count), sorted=ordered).values
 
 
 def _pack(score: Tensor, tie: Tensor) -> Tensor:
     # int64 keys ordered by score, then by tie (0 <= tie < 2**32), the greater first.
-    return (_ordered(score.view(torch.int32)).to(torch.int64) << 32) | tie
+    key = _ordered(score.view(torch.int32)).to(torch.int64)
+    return key.bitwise_left_shift_(32).bitwise_or_(tie)
 
 
 def _unpack(key: Tensor) -> tuple[Tensor, Tensor]:

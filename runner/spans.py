@@ -138,8 +138,7 @@ def answers(
     places = zip(question_C.tolist(), start_C.tolist(), end_C.tolist(), strict=True)
     texts = [contexts[question][start:end] for question, start, end in places]
     columns = share_C, logit_C, start_C, end_C, window_C - first_Q[question_C]
-    with _collector_paused():
-        candidates = list(map(Candidate, texts, *(column.tolist() for column in columns)))
+    candidates = list(map(Candidate, texts, *(column.tolist() for column in columns)))
     nothing = Candidate("empty" if mode == "run_qa" else "", 0.0, 0.0, 0, 0, -1)
     bounds = np.searchsorted(question_C, np.arange(num + 1)).tolist()
     found = np.minimum(found_Q, n_best).tolist()

@@ -1,4 +1,5 @@
-"""Metric tables: append a row to a CSV whose header carries units, and show rows as Markdown or on a terminal."""
+"""Metric tables: append a row to a CSV whose header carries units, and show rows as Markdown or on
+a terminal."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ Value = str | int | float | None
 
 
 def append_row(path: Path, row: Mapping[str, Value]) -> None:
-    """Append one row; the first row's keys become the header, and every later row must have the same keys.
+    """Append one row; the first row's keys become the header, and every later row must have the
+    same keys.
 
     Raises:
         StorageError: if the file cannot be written.
@@ -55,7 +57,9 @@ def markdown(rows: Sequence[Mapping[str, Value]]) -> str:
 
 def terminal(title: str, rows: Sequence[Mapping[str, Value]]) -> Table:
     """Show rows as a rich table that stays readable at 80 columns."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    table = Table(
+        title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1)
+    )
     for key in rows[0] if rows else ():
         right = all(isinstance(row[key], int | float | None) for row in rows)
         table.add_column(key, justify="right" if right else "left", overflow="fold")
@@ -73,5 +77,11 @@ def _shown(value: Value) -> str:
     if value is None:
         return "-"
     if isinstance(value, float):
-        return f"{value:.2e}" if value and abs(value) < 1e-3 else f"{value:.4g}" if abs(value) < 10 else f"{value:.1f}"
+        return (
+            f"{value:.2e}"
+            if value and abs(value) < 1e-3
+            else f"{value:.4g}"
+            if abs(value) < 10
+            else f"{value:.1f}"
+        )
     return str(value)

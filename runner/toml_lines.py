@@ -12,15 +12,17 @@ _HEADER = re.compile(rf"\s*(\[\[|\[)\s*({_KEY})\s*(?:\]\]|\])")
 _ASSIGNMENT = re.compile(rf"\s*({_KEY})\s*=")
 # What can open or close inside a value: strings of four kinds, comments, brackets.
 _TOKEN = re.compile(
-    r'"""(?:[^\\]|\\.)*?"""|\'\'\'.*?\'\'\'|"(?:[^"\\\n]|\\.)*"|\'[^\'\n]*\'|#[^\n]*|[\[\]{}]|\n', re.DOTALL
+    r'"""(?:[^\\]|\\.)*?"""|\'\'\'.*?\'\'\'|"(?:[^"\\\n]|\\.)*"|\'[^\'\n]*\'|#[^\n]*|[\[\]{}]|\n',
+    re.DOTALL,
 )
 
 
 def key_lines(text: str) -> dict[Path, int]:
     """Map each key path of a valid TOML document to its line, counted from 1.
 
-    Tables and elements of arrays of tables get the line of their header (`("probe", 1)` is the second `[[probe]]`);
-    keys inside an inline table have no line of their own and are found through `line_of`.
+    Tables and elements of arrays of tables get the line of their header (`("probe", 1)` is the
+    second `[[probe]]`); keys inside an inline table have no line of their own and are found through
+    `line_of`.
     """
     lines: dict[Path, int] = {}
     counts: dict[Path, int] = {}
@@ -56,7 +58,8 @@ def key_lines(text: str) -> dict[Path, int]:
 
 
 def line_of(lines: dict[Path, int], path: Path) -> int | None:
-    """Return the line of `path`, or of the nearest key around it; None if nothing around it is in the file."""
+    """Return the line of `path`, or of the nearest key around it; None if nothing around it is in
+    the file."""
     for length in range(len(path), 0, -1):
         if path[:length] in lines:
             return lines[path[:length]]
@@ -68,7 +71,8 @@ def _parts(key: str) -> list[str]:
 
 
 def _through_arrays(parts: list[str], counts: dict[Path, int]) -> Path:
-    """Spell `[probe.x]` after a `[[probe]]` as ("probe", index, "x"): it belongs to the last element."""
+    """Spell `[probe.x]` after a `[[probe]]` as ("probe", index, "x"): it belongs to the last
+    element."""
     path: Path = ()
     for place, part in enumerate(parts):
         path = (*path, part)
