@@ -80,9 +80,9 @@ def qa_head_grad(
 def norm_and_finite(flat_N: Tensor) -> tuple[Tensor, Tensor]:
     """Squared norm in the dtype of the statistics, and whether every element is finite."""
     dtype = wide_dtype(flat_N)
-    # vector_norm adds one by one, which costs 1e-3 over ten million numbers; rows of 4,096 do not.
-    whole = flat_N.numel() // 4096 * 4096
-    norms = torch.linalg.vector_norm(flat_N[:whole].view(-1, 4096), dim=1, dtype=dtype)
+    # vector_norm adds one by one, which costs 1e-3 over ten million numbers; rows of 512 do not.
+    whole = flat_N.numel() // 512 * 512
+    norms = torch.linalg.vector_norm(flat_N[:whole].view(-1, 512), dim=1, dtype=dtype)
     rest = torch.linalg.vector_norm(flat_N[whole:], dtype=dtype)
     # The spare zero keeps the maximum defined for an empty gradient.
     top = torch.cat((flat_N[whole:].abs(), flat_N.new_zeros(1))).max()

@@ -63,6 +63,13 @@ def norm_and_finite(
             enable_fp_fusion=True,
         )
         _total_kernel[(1,)](
-            sum_P, finite_P, total, finite, programs, BLOCK=power_of_two(programs), num_warps=4
+            sum_P,
+            finite_P,
+            total,
+            finite,
+            programs,
+            BLOCK=power_of_two(programs),
+            num_warps=4,
+            enable_fp_fusion=True,
         )
     return total, finite

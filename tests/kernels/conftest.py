@@ -8,6 +8,10 @@ Shapes: T tokens, B windows (segments), D hidden width, 2 = (start, end) or (off
 """
 
 import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -70,9 +74,7 @@ def _make_batch(
         offsets = [sum(n + 3 for n in lengths[b + 1 :]) + 3 for b in range(len(lengths))]
         tokens = sum(lengths) + 3 * (len(lengths) + 1)
     if labels is None:
-        labels = [
-            torch.randint(0, max(n, 1), (2,), generator=generator).tolist() for n in lengths
-        ]
+        labels = [torch.randint(0, max(n, 1), (2,), generator=generator).tolist() for n in lengths]
     starts_B, ends_B = torch.tensor(labels, dtype=index_dtype).reshape(-1, 2).unbind(1)
     rows = list(zip(offsets, lengths, strict=True))
 
@@ -173,3 +175,45 @@ def differentiate():
 @pytest.fixture
 def assert_as_good_as_eager():
     return _assert_as_good_as_eager
+
+
+_COUNTS = pytest.StashKey[dict[str, str]]()
+
+
+@pytest.fixture
+def run_pytest_apart(request, tmp_path):
+    """A function that runs pytest in a process of its own; its counts go to our summary.
+
+    Triton's interpreter and its compiler exclude each other in one process, and both exclude the
+    plain CPU implementation that the rest of the tests use.
+    """
+
+    def run(name: str, paths: list[str], options: list[str], **variables: str) -> int:
+        root = Path(__file__).parents[2]
+        inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+        variables["TRITON_CACHE_DIR"] = str(tmp_path)
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *options, *paths],
+            cwd=root,
+            env=inherited | variables,
+            capture_output=True,
+            text=True,
+        )
+        counts = re.findall(r"\d+ (?:passed|failed|skipped|error|deselected)\w*", done.stdout)
+        summary = ", ".join(counts) or "no tests ran"
+        request.config.stash.setdefault(_COUNTS, {})[name] = summary
+        assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+        return int(re.search(r"(\d+) passed", summary)[1])
+
+    return run
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    for name, summary in config.stash.get(_COUNTS, {}).items():
+        terminalreporter.write_line(f"{name}, in a process of its own: {summary}")
+
+
+@pytest.fixture(scope="session")
+def kernel_helpers():
+    """The same functions for tests by hypothesis, which takes no function-scoped fixtures."""
+    return _make_batch, _by_cross_entropy, _differentiate

@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from torch.nn.functional import linear
-
 from span_kernels import qa_head_loss, span_loss
+from torch.nn.functional import linear
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from span_kernels import span_loss
 
 RAGGED = (

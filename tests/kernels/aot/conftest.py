@@ -39,16 +39,15 @@ if ACTIVE:
             return 0
 
     class Target(NamedTuple):
-        name: str
         gpu: GPUTarget
         shared_limit: int  # bytes of shared memory that one program may have
 
-    TARGETS = (
-        Target("sm_80", GPUTarget("cuda", 80, 32), 166_912),
-        Target("sm_90", GPUTarget("cuda", 90, 32), 232_448),
-        Target("sm_100", GPUTarget("cuda", 100, 32), 232_448),
-        Target("gfx942", GPUTarget("hip", "gfx942", 64), 65_536),
-    )
+    TARGETS = {
+        "sm_80": Target(GPUTarget("cuda", 80, 32), 166_912),
+        "sm_90": Target(GPUTarget("cuda", 90, 32), 232_448),
+        "sm_100": Target(GPUTarget("cuda", 100, 32), 232_448),
+        "gfx942": Target(GPUTarget("hip", "gfx942", 64), 65_536),
+    }
 
     class Compiled(NamedTuple):
         kernel: object
@@ -75,10 +74,11 @@ if ACTIVE:
         registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", text).groups()
         return int(registers), int(stack)
 
-    @pytest.fixture(params=TARGETS, ids=lambda target: target.name)
+    @pytest.fixture(params=TARGETS)
     def target(request):
-        driver.set_active(Offline(request.param.gpu))
-        yield request.param
+        target = TARGETS[request.param]
+        driver.set_active(Offline(target.gpu))
+        yield target
         driver._active = None
 
     @pytest.fixture

@@ -17,11 +17,10 @@ import numpy as np
 import pytest
 import torch
 import triton.language as tl
+from span_kernels import ops
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder as Builder
 from triton.runtime.interpreter import TensorHandle
-
-from span_kernels import ops
 
 
 def _bf16_bits(values: np.ndarray) -> np.ndarray:
@@ -132,18 +131,3 @@ def _unwritten_memory_is_nan():
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture
-def backwards(monkeypatch):
-    """A function that makes every later launch visit its grid from the last program on."""
-    stock = Builder.set_grid_idx
-
-    def turn_round():
-        def set_grid_idx(self, x, y, z):
-            size = self.grid_dim
-            stock(self, size[0] - 1 - x, size[1] - 1 - y, size[2] - 1 - z)
-
-        monkeypatch.setattr(Builder, "set_grid_idx", set_grid_idx)
-
-    return turn_round

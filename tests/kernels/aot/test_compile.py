@@ -1,0 +1,99 @@
+"""What the host functions launch compiles for every GPU we name, and what the machine code shows.
+
+The functions run on meta tensors, which have shapes but no values: a host read would raise. Only
+collected in the process that `test_ahead_of_time.py` starts.
+"""
+
+import re
+
+import pytest
+import torch
+from span_kernels import ops
+
+SHAPES = [
+    (32, 384, 768, torch.bfloat16),
+    (256, 384, 1024, torch.bfloat16),
+    (3, 100, 100, torch.float32),
+]
+MORE_SHAPES = [
+    (32, 384, 768, torch.float16),
+    (32, 384, 768, torch.float32),
+    (4, 37, 24, torch.bfloat16),
+    (4, 2000, 4096, torch.bfloat16),
+]
+
+
+def _inputs(rows, length, width, dtype, index_dtype=torch.int64):
+    def meta(*shape, dtype=dtype):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    table = (meta(rows, 2, dtype=index_dtype), *(meta(rows, dtype=index_dtype) for _ in range(2)))
+    return (meta(rows * length, width), meta(2, width), meta(2)), table
+
+
+def _train(head, table):
+    loss, grad_T2, grad_2D = ops._qa_head_loss_triton(*head, *table)
+    ops._qa_head_grad_triton(loss, grad_T2, grad_2D, head[1], head[0].dtype)
+
+
+def _check(compiled, target):
+    for kernel in compiled:
+        assert kernel.spilled == 0, kernel.name
+        assert kernel.shared <= target.shared_limit, kernel.name
+        # One program of 4 or 8 warps must fit: 255 is the hardware's end on NVIDIA, 512 on AMD.
+        assert kernel.registers <= (512 if target.gpu.backend == "hip" else 255), kernel.name
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_head_compiles_without_spills_in_four_launches(shape, launches, target):
+    compiled = launches(lambda: _train(*_inputs(*shape)))
+    assert [kernel.name for kernel in compiled] == [
+        "_pool_kernel",
+        "_window_kernel",
+        "_weight_grad_kernel",
+        "_hidden_grad_kernel",
+    ]
+    _check(compiled, target)
+
+
+@pytest.mark.parametrize("shape", MORE_SHAPES, ids=str)
+@pytest.mark.parametrize("target", ["sm_90"], indirect=True)
+def test_further_shapes_on_hopper(shape, launches, target):
+    _check(launches(lambda: _train(*_inputs(*shape, index_dtype=torch.int32))), target)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_loss_from_logits_and_norm(dtype, launches, target):
+    (logits_T2, _, _), table = _inputs(32, 384, 2, dtype)
+    compiled = launches(lambda: ops._span_loss_triton(logits_T2, *table))
+    assert len(compiled) == 1
+    _check(compiled, target)
+    flat = torch.empty(1_000_000, dtype=dtype, device="meta")
+    compiled = launches(lambda: ops._norm_and_finite_triton(flat))
+    assert [kernel.name for kernel in compiled] == ["_partial_kernel", "_total_kernel"]
+    _check(compiled, target)
+
+
+@pytest.mark.parametrize("target", ["sm_90"], indirect=True)
+def test_sizes_of_one_which_triton_turns_into_constants(launches, target):
+    """An int argument equal to 1 becomes a Python int, on which .to() and the like fail."""
+    for shape in ((1, 1, 1, torch.float32), (1, 5, 8, torch.bfloat16), (3, 1, 8, torch.float32)):
+        (hidden_TD, *_), table = inputs = _inputs(*shape)
+        _check(launches(lambda inputs=inputs: _train(*inputs)), target)
+        logits_T2 = hidden_TD[:, :1].expand(-1, 2)
+        _check(launches(lambda x=logits_T2, table=table: ops._span_loss_triton(x, *table)), target)
+    flat = torch.empty(1, device="meta")
+    _check(launches(lambda: ops._norm_and_finite_triton(flat)), target)
+
+
+@pytest.mark.parametrize("target", ["sm_90"], indirect=True)
+def test_the_streams_move_sixteen_bytes_a_thread_and_no_float_is_added_atomically(launches, target):
+    compiled = launches(lambda: _train(*_inputs(*SHAPES[0])))
+    pool, _, _, hidden_grad = (kernel.kernel.asm["ptx"] for kernel in compiled)
+    copies = re.findall(r"cp\.async\.c[ag]\.shared\.global \[[^]]*\], \[[^]]*\], (\w+)", pool)
+    assert copies
+    assert set(copies) == {"0x10"}
+    assert "st.global.v4" in hidden_grad
+    assert not re.search(r"st\.global\.(b16|b32)", hidden_grad.split("st.global.v4", 1)[0])
+    for kernel in compiled:
+        assert not re.search(r"\b(atom|red)\.", kernel.kernel.asm["ptx"]), kernel.name
