@@ -68,7 +68,7 @@ class Reporter:
                 task = bar.add_task(title, total=total, note="")
 
                 def follow(done: int, note: str = "") -> None:
-                    bar.update(task, completed=done, **({"note": note} if note else {}))
+                    bar.update(task, completed=done, note=note)
                     if self._log and note and (done % every == 0 or done == total):
                         self._log.print(
                             f"{time.strftime('%H:%M:%S')} {title} {done}/{total}  {note}",

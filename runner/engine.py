@@ -3,8 +3,11 @@ the run needs."""
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
+import socket
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -109,35 +112,56 @@ def learning_rate_factor(train: Train, total_steps: int) -> Callable[[int], floa
 
 
 def start_distributed(rank: Rank, threads: int | None = None) -> torch.device:
-    """Choose the device, the CPU threads, and join the process group (also for a single
-    process)."""
-    use_cuda = torch.cuda.is_available()
-    if use_cuda:
+    """Choose the device, the CPU threads, and join the process group (also for a single process)."""
+    on_cuda = torch.cuda.is_available()
+    if on_cuda:
         torch.cuda.set_device(rank.local)
-    elif "OMP_NUM_THREADS" not in os.environ or threads is not None:
-        # Ranks of one machine share its cores; each with a thread for every core would only fight.
-        torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // rank.local_world))
-    os.environ.setdefault("RANK", str(rank.index))
-    os.environ.setdefault("LOCAL_RANK", str(rank.local))
-    os.environ.setdefault("WORLD_SIZE", str(rank.world))
-    os.environ.setdefault("LOCAL_SIZE", str(rank.local_world))
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    if "MASTER_PORT" not in os.environ:
-        os.environ["MASTER_PORT"] = str(_free_port()) if rank.world == 1 else "29500"
-    import deepspeed
+    else:
+        _keep_freed_memory()
+        if threads is not None or "OMP_NUM_THREADS" not in os.environ:
+            # Ranks of one machine share its cores; a thread for every core in each would only fight.
+            torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // rank.local_world))
+    for name, value in (
+        ("RANK", rank.index),
+        ("LOCAL_RANK", rank.local),
+        ("WORLD_SIZE", rank.world),
+        ("LOCAL_SIZE", rank.local_world),
+        ("MASTER_ADDR", "127.0.0.1"),
+        ("MASTER_PORT", _free_port() if rank.world == 1 else 29500),
+    ):
+        os.environ.setdefault(name, str(value))
+    import deepspeed  # reads the variables above, and takes seconds
 
-    if not use_cuda:
+    if not on_cuda:
         # A shared-memory reduction that is compiled at first use, for one to two minutes; a start
         # killed meanwhile leaves a lock on which later starts hang. gloo does without it.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # type: ignore[attr-defined]
+    # torch's deprecation of a call that DeepSpeed makes at each step is no news to our user.
+    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
     if not dist.is_initialized():
         deepspeed.init_distributed(
-            dist_backend="nccl" if use_cuda else "gloo",
+            dist_backend="nccl" if on_cuda else "gloo",
             auto_mpi_discovery=False,
             verbose=False,
             timeout=timedelta(minutes=30),
         )
-    return torch.device("cuda", rank.local) if use_cuda else torch.device("cpu")
+    return torch.device("cuda", rank.local) if on_cuda else torch.device("cpu")
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc reuse large blocks instead of returning them to the kernel after each operation.
+
+    Activations above 32 MiB would else be mapped, zeroed page by page and unmapped again in every
+    step. Where the C library is another one, nothing happens.
+    """
+    m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4  # malloc.h
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return
+    mallopt(m_mmap_max, 0)
+    mallopt(m_trim_threshold, 2**31 - 1)
+    mallopt(m_top_pad, 2**26)
 
 
 def start_engine(
@@ -230,8 +254,6 @@ def gather(value: Result) -> list[Result] | None:
 
 
 def _free_port() -> int:
-    import socket
-
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

@@ -6,6 +6,7 @@ default stands anywhere else. Reading a file, overrides and messages are in `job
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -13,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from runner.sources import parse_data
 
 Text = Annotated[str, Field(min_length=1, pattern=r"\S")]
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=1_000_000_000)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Percent = Annotated[float, Field(ge=0, le=100)]
 
@@ -120,7 +121,7 @@ class Model(Section):
     )
     precision: Literal["auto", "bf16", "fp16", "fp32"] = Field(
         default="auto",
-        description="arithmetic of the model; auto: bf16 on a GPU that has it, else fp32",
+        description="arithmetic of the model; auto: bf16 on a GPU or CPU that multiplies in it, else fp32",
     )
     dropout: Share | None = Field(
         default=None, description="dropout of hidden states; unset: the model's own"
@@ -171,6 +172,16 @@ class Train(Section):
         description="only algorithms that repeat their bits on the same hardware (slower on a GPU)",
     )
 
+    @model_validator(mode="after")
+    def _batch_divides(self) -> Train:
+        micro = self.micro_batch_size
+        if micro is not None and self.batch_size % micro:
+            raise ValueError(
+                f"batch_size {self.batch_size} is not a multiple of micro_batch_size {micro};"
+                f" micro_batch_size may be {one_of(divisors(self.batch_size))}"
+            )
+        return self
+
 
 class Stop(Section):
     """Early stopping: end when a validation metric stops improving, and export the best epoch's
@@ -194,8 +205,11 @@ class Stop(Section):
 class Zero(Section):
     """DeepSpeed ZeRO."""
 
-    stage: Literal[0, 1, 2, 3] = Field(
-        default=2, description="what ranks share out: 1 optimiser, 2 + gradients, 3 + weights"
+    stage: int = Field(
+        default=2,
+        ge=0,
+        le=3,
+        description="what ranks share out: 0 nothing, 1 optimiser, 2 + gradients, 3 + weights",
     )
     deepspeed: dict[str, Any] = Field(
         default_factory=dict,
@@ -283,20 +297,11 @@ class Job(Section):
     )
     expect: Expect | None = None
 
-    @model_validator(mode="after")
-    def _batch_divides(self) -> Job:
-        micro = self.train.micro_batch_size
-        if micro is not None and self.train.batch_size % micro:
-            raise ValueError(
-                f"batch_size {self.train.batch_size} is not a multiple of micro_batch_size {micro};"
-                f" micro_batch_size may be {one_of(divisors(self.train.batch_size))}"
-            )
-        return self
-
 
 def divisors(number: int) -> list[int]:
     """All whole numbers that divide `number`, ascending."""
-    return [candidate for candidate in range(1, number + 1) if number % candidate == 0]
+    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return sorted({*small, *(number // n for n in small)})
 
 
 def one_of(values: list[int] | tuple[str, ...]) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -27,7 +28,7 @@ from transformers import (
 from runner.batches import Padded
 from runner.errors import AssetError, DataError, JobError
 from runner.job import Model
-from runner.provenance import file_sha256
+from runner.provenance import cpu_features, file_sha256
 from runner.sources import package_folder
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -55,6 +56,7 @@ class Pretrained:
 def load_tokenizer(section: Model) -> PreTrainedTokenizerBase:
     """Load the fast tokenizer alone, for feature preparation and `check --data`."""
     location = model_location(section)
+    quiet_libraries()
     with _asset_errors(section):
         return AutoTokenizer.from_pretrained(
             location, revision=section.revision, trust_remote_code=False
@@ -121,14 +123,18 @@ def takes_segment_ids(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def choose_precision(wanted: str, device: torch.device) -> str:
-    """Resolve "auto": bf16 on a GPU that computes in it, else fp32."""
+    """Resolve "auto": bf16 where the device multiplies in it, else fp32."""
     if wanted != "auto":
         return wanted
-    return (
-        "bf16"
-        if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        else "fp32"
-    )
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    return "bf16" if "avx512_bf16" in cpu_features() else "fp32"
+
+
+def quiet_libraries() -> None:
+    """Silence what transformers prints while it loads: a run's own lines say what matters."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
 
 
 # --- freezing ----------------------------------------------------------------------------------

@@ -93,6 +93,16 @@ def processor_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def cpu_features() -> frozenset[str]:
+    """Instruction sets of this processor by Linux's names (avx512_bf16, ...); elsewhere empty."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return frozenset()
+    flags = next((line for line in text.splitlines() if line.startswith("flags")), "")
+    return frozenset(flags.partition(":")[2].split())
+
+
 def _git(*arguments: str) -> str | None:
     try:
         done = subprocess.run(
