@@ -9,14 +9,11 @@ A padded batch [B, L] is the flat case offset = b * L. Positions count from thei
 
 How the exact search needs O(L log A) steps: a sliding maximum of the end logits, by doubling, gives
 each start the score of its best span. A span that starts elsewhere than at the K best of these
-starts has K spans ahead of it, so the K best spans all lie among K starts x A lengths. Scores
-travel as integer keys: order-preserving bits of the float above, the tie-break below. So ties are
-decided by the key itself, on every device alike, without a stable sort.
+starts has K spans ahead of it, so the K best spans all lie among K starts x A lengths.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -28,7 +25,8 @@ from torch.nn.functional import pad
 Mode = Literal["exact", "run_qa"]
 NEVER = float("-inf")
 # More rows than this no longer fit a core's cache together; a GPU is the faster the more it gets.
-_CPU_CHUNK = 256
+_CPU_CHUNK = 512
+_GROUP = 4  # scores that `_top` treats as one at first
 _HALF_OF_MAX = torch.finfo(torch.float32).max / 2
 
 
@@ -112,7 +110,7 @@ def search(
 
     offset_N, length_N = segments_N2.unbind(1)
     low_N, high_N = contexts_N2.unbind(1)
-    null_score_N = _usable(logits_T2[offset_N + cls_N].float()).sum(1)
+    null_score_N = _usable(logits_T2[offset_N + cls_N].float(), 0.0).sum(1)
     if mode == "exact":  # it need not read anything but the context
         shift_N, width_N = low_N, (high_N - low_N).clamp(min=0)
     else:  # every token of the window competes
@@ -125,22 +123,25 @@ def search(
         if width == 0:
             break  # sorted: only empty contexts from here on
         row_R = order_N[first : first + chunk]
-        shift_R1 = shift_N[row_R, None]
-        position_W = torch.arange(width, device=device)
-        # Behind a short window's end its row runs on into other windows: masked below, but it must
-        # stay inside the tensor.
-        index_RW = (offset_N[row_R, None] + shift_R1 + position_W).clamp_(max=len(pair_T) - 1)
-        logits_RW2 = pair_T.index_select(0, index_RW.view(-1)).view(dtype)
-        logits_RW2 = logits_RW2.view(*index_RW.shape, 2).float()
-        real_RW = position_W < width_N[row_R, None]
-        start_RW = _usable(torch.where(real_RW, logits_RW2[..., 0], NEVER))
-        end_RW = _usable(torch.where(real_RW, logits_RW2[..., 1], NEVER))
+        # Row r holds `width` neighbouring tokens, in which what is searched of its window stands at
+        # columns [left, right). The rest belongs to other windows and is masked.
+        wanted_R = offset_N[row_R] + shift_N[row_R]
+        first_R = wanted_R.clamp(max=len(pair_T) - width)
+        left_R1 = (wanted_R - first_R)[:, None]
+        right_R1 = left_R1 + width_N[row_R, None]
+        logits_RW2 = pair_T.unfold(0, width, 1).index_select(0, first_R).view(dtype)
+        logits_RW2 = logits_RW2.view(-1, width, 2).float()
+        column_W = torch.arange(width, device=device)
+        inside_RW = (column_W >= left_R1) & (column_W < right_R1)
+        outside_RW1 = torch.where(inside_RW, 0.0, NEVER)[..., None]
+        start_RW, end_RW = _usable(logits_RW2, outside_RW1).unbind(2)
         if mode == "exact":
             found = _exact(start_RW, end_RW, n_best, max_answer_length)
         else:
-            found = _run_qa(start_RW, end_RW, contexts_N2[row_R], n_best, max_answer_length)
+            bounds_R2 = left_R1 + contexts_N2[row_R]
+            found = _run_qa(start_RW, end_RW, bounds_R2, n_best, max_answer_length)
         score_RK, first_RK, last_RK = found
-        exists_RK = score_RK > NEVER
+        exists_RK, shift_R1 = score_RK > NEVER, shift_N[row_R, None] - left_R1
         columns = slice(score_RK.shape[1])  # windows of a few tokens have fewer than K spans
         score_NK[row_R, columns] = score_RK
         start_NK[row_R, columns] = torch.where(exists_RK, first_RK + shift_R1, -1).int()
@@ -182,9 +183,10 @@ def _pairs(logits_T2: Tensor) -> tuple[Tensor, torch.dtype]:
     return logits_T2.view(pair).view(-1), logits_T2.dtype
 
 
-def _usable(logits: Tensor) -> Tensor:
-    # NaN: no span there. +inf: its sum with -inf would be NaN. -0.0: its key would differ from 0.0.
-    return logits.nan_to_num(nan=NEVER, posinf=_HALF_OF_MAX, neginf=NEVER).add_(0.0)
+def _usable(logits: Tensor, mask: Tensor | float) -> Tensor:
+    # In place: logits + mask, without NaN (no span there) and +inf (its sum with -inf is NaN). The
+    # addition also turns -0.0 into the 0.0 that it equals.
+    return logits.add_(mask).nan_to_num_(nan=NEVER, posinf=_HALF_OF_MAX, neginf=NEVER)
 
 
 def _exact(
@@ -196,107 +198,77 @@ def _exact(
     """
     num_rows, width = start_RW.shape
     longest = min(max_answer_length, width)
-    # A start's ends fall into blocks of `side`, the last of `rest`. One block will do for K = 1.
-    side = longest if n_best == 1 else math.isqrt(longest)
-    num_blocks = -(-longest // side)
-    rest, last = longest - (num_blocks - 1) * side, (num_blocks - 1) * side
-    end_RV = pad(end_RW, (0, num_blocks * side - 1), value=NEVER)  # every start has all its ends
-    block_RV, last_block_RV = _sliding_max(end_RV, side), _sliding_max(end_RV, rest)
-
-    # 1. The K starts whose best span is best. Ties go to the start with the most positions after
-    # it, which is the lowest.
-    best_end_RW = last_block_RV[:, last : last + width]
-    for first in range(0, last, side):
-        best_end_RW = torch.maximum(best_end_RW, block_RV[:, first : first + width])
-    after_W = torch.arange(width - 1, -1, -1, device=start_RW.device)
-    _, after_RK = _unpack(_largest(_pack(start_RW + best_end_RW, after_W), n_best, ordered=False))
-
-    # 2. The K best blocks of these starts.
-    start_RK = width - 1 - after_RK
-    firsts = torch.arange(0, last, side, device=start_RW.device)
-    block_RC = block_RV.gather(1, (start_RK[:, :, None] + firsts).view(num_rows, -1))
-    last_block_RK1 = last_block_RV.gather(1, start_RK + last)[:, :, None]
-    best_RKB = torch.cat([block_RC.view(*start_RK.shape, -1), last_block_RK1], 2)
-    best_RKB += start_RW.gather(1, start_RK)[:, :, None]
-    blocks_after_B = torch.arange(num_blocks - 1, -1, -1, device=start_RW.device)
-    tie_RKB = after_RK[:, :, None] * num_blocks + blocks_after_B
-    key_RC = _pack(best_RKB, tie_RKB).view(num_rows, -1)
-    _, tie_RK = _unpack(_largest(key_RC, n_best, ordered=False))
-
-    # 3. The K best spans of these blocks.
-    start_RK = width - 1 - tie_RK // num_blocks
-    first_RK = (num_blocks - 1 - tie_RK % num_blocks) * side
-    length_RKS = first_RK[:, :, None] + torch.arange(side, device=start_RW.device)
-    end_RC = end_RV.gather(1, (start_RK[:, :, None] + length_RKS).view(num_rows, -1))
-    score_RKS = start_RW.gather(1, start_RK)[:, :, None] + end_RC.view_as(length_RKS)
-    score_RKS = torch.where(length_RKS < longest, score_RKS, NEVER)
-    tie_RKS = (width - 1 - start_RK)[:, :, None] * longest + (longest - 1 - length_RKS).clamp_(0)
-    key_RC = _pack(score_RKS, tie_RKS).view(num_rows, -1)
-    score_RK, tie_RK = _unpack(_largest(key_RC, n_best))
-    start_RK = width - 1 - tie_RK // longest
-    return score_RK, start_RK, start_RK + longest - 1 - tie_RK % longest
-
-
-def _sliding_max(value_RV: Tensor, num: int) -> Tensor:
-    # max(value[r, v : v + num]), from maxima over 1, 2, 4, ... and two overlapping ones at the last.
-    covered = 1
-    while covered < num:
-        step = min(covered, num - covered)
-        value_RV = torch.maximum(value_RV[:, :-step], value_RV[:, step:])
+    end_RV = pad(end_RW, (0, longest - 1), value=NEVER)  # so that every start has A ends
+    # best_end[r, w] = max(end[r, w : w + A]): maxima over 1, 2, 4, ... ends, then two that overlap.
+    best_end_RW, covered = end_RV, 1
+    while covered < longest:
+        step = min(covered, longest - covered)
+        best_end_RW = torch.maximum(best_end_RW[:, :-step], best_end_RW[:, step:])
         covered += step
-    return value_RV
+    _, start_RK = _top(start_RW + best_end_RW, n_best)
+    start_RK = start_RK.sort(1).values  # then the candidates below stand in the order of ties
+    # Each start's ends are A neighbours in memory: rows of a sliding view are the fastest copy.
+    first_R1 = torch.arange(num_rows, device=end_RV.device)[:, None] * end_RV.shape[1]
+    score_CA = end_RV.view(-1).unfold(0, longest, 1).index_select(0, (first_R1 + start_RK).view(-1))
+    score_CA += start_RW.gather(1, start_RK).view(-1, 1)
+    score_RK, place_RK = _top(score_CA.view(num_rows, -1), n_best)
+    start_RK = start_RK.gather(1, place_RK // longest)
+    return score_RK, start_RK, start_RK + place_RK % longest
 
 
 def _run_qa(
-    start_RW: Tensor, end_RW: Tensor, contexts_R2: Tensor, n_best: int, max_answer_length: int
+    start_RW: Tensor, end_RW: Tensor, bounds_R2: Tensor, n_best: int, max_answer_length: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `_exact`, from the valid cells of the grid of the K best starts x the K best ends."""
-    num_rows, width = start_RW.shape
-    after_W = torch.arange(width - 1, -1, -1, device=start_RW.device)
-    start_score_RK, start_after_RK = _unpack(_largest(_pack(start_RW, after_W), n_best))
-    end_score_RK, end_after_RK = _unpack(_largest(_pack(end_RW, after_W), n_best))
-    start_RK, end_RK = width - 1 - start_after_RK, width - 1 - end_after_RK
-    start_score_RK.masked_fill_(start_RK < contexts_R2[:, :1], NEVER)
-    end_score_RK.masked_fill_(end_RK >= contexts_R2[:, 1:], NEVER)
+    start_score_RK, start_RK = _top(start_RW, n_best)
+    end_score_RK, end_RK = _top(end_RW, n_best)
+    start_score_RK = start_score_RK.masked_fill(start_RK < bounds_R2[:, :1], NEVER)
+    end_score_RK = end_score_RK.masked_fill(end_RK >= bounds_R2[:, 1:], NEVER)
     distance_RKK = end_RK.int()[:, None, :] - start_RK.int()[:, :, None]
     valid_RKK = (distance_RKK >= 0) & (distance_RKK < max_answer_length)
     score_RKK = start_score_RK[:, :, None] + end_score_RK[:, None, :]
-    score_RKK = torch.where(valid_RKK, score_RKK, NEVER)
-    # Ties go to the cell that comes first when the grid is walked start by start.
+    score_RKK.masked_fill_(~valid_RKK, NEVER)
+    score_RK, cell_RK = _top(score_RKK.flatten(1), n_best)
     side = start_RK.shape[1]
-    after_C = torch.arange(side * side - 1, -1, -1, device=start_RW.device)
-    key_RC = _pack(score_RKK.view(num_rows, -1), after_C)
-    score_RK, after_RK = _unpack(_largest(key_RC, n_best))
-    cell_RK = side * side - 1 - after_RK
     return score_RK, start_RK.gather(1, cell_RK // side), end_RK.gather(1, cell_RK % side)
 
 
-def _largest(key_RC: Tensor, num: int, *, ordered: bool = True) -> Tensor:
-    """The `num` largest keys of each row, or all if there are fewer; descending if `ordered`."""
-    if num == 1:  # a maximum is many times cheaper than topk
-        return key_RC.amax(1, keepdim=True)
-    num_rows, count = key_RC.shape
-    side = 4
-    if count >= 3 * side * num:
-        # They lie in the `num` groups with the largest maxima: two small topk cost less than one.
-        key_RC = pad(key_RC, (0, -count % side), value=-(1 << 63))
-        key_RSG = key_RC.view(num_rows, side, -1)
-        group_RK = key_RSG.amax(1).topk(num, sorted=False).indices
-        key_RC = key_RSG.gather(2, group_RK[:, None].expand(-1, side, -1)).flatten(1)
-    return key_RC.topk(min(num, count), sorted=ordered).values
+def _top(score_RC: Tensor, num: int) -> tuple[Tensor, Tensor]:
+    """The `num` best scores of each row, or all if there are fewer, best first, and their places.
+
+    Equal scores come in the order of their places. Scores must not hold NaN or -0.0.
+    """
+    if num == 1:
+        return score_RC.max(1, keepdim=True)  # the first of equal maxima, on every device
+    count, device = score_RC.shape[1], score_RC.device
+    if count >= 3 * _GROUP * num:
+        # The best lie in the groups of neighbours with the best maxima: two small topk are cheaper
+        # than a large one, and most scores never become a key.
+        if count % _GROUP:
+            score_RC = pad(score_RC, (0, -count % _GROUP), value=NEVER)
+        best_RG = score_RC.reshape(len(score_RC), -1, _GROUP).amax(2)
+        last = best_RG.shape[1] - 1
+        group_G = torch.arange(last + 1, device=device)
+        key_RK = _pack(best_RG, last - group_G).topk(num, sorted=False).values
+        first_RK1 = (last - _unpack(key_RK)[1])[:, :, None] * _GROUP
+        place_RC = (first_RK1 + torch.arange(_GROUP, device=device)).flatten(1)
+        score_RC = score_RC.gather(1, place_RC)
+    else:
+        place_RC = torch.arange(count, device=device)
+    last = count + _GROUP
+    key_RK = _pack(score_RC, last - place_RC).topk(min(num, count)).values
+    score_RK, behind_RK = _unpack(key_RK)
+    return score_RK, last - behind_RK
 
 
-def _pack(score: Tensor, tie: Tensor) -> Tensor:
-    # int64 keys ordered by score, then by tie (0 <= tie < 2**32), the greater first.
-    key = _ordered(score.view(torch.int32)).to(torch.int64)
-    return key.bitwise_left_shift_(32).bitwise_or_(tie)
+def _pack(score: Tensor, behind: Tensor) -> Tensor:
+    # int64 keys that order by score, then by `behind`: order-preserving bits of the float above,
+    # 0 <= behind < 2**32 below. Negative floats order backwards as integers: flip all but the sign.
+    bits = score.view(torch.int32)
+    key = (bits >> 31).bitwise_and_(0x7FFFFFFF).bitwise_xor_(bits).to(torch.int64)
+    return key.bitwise_left_shift_(32).bitwise_or_(behind)
 
 
 def _unpack(key: Tensor) -> tuple[Tensor, Tensor]:
-    return _ordered((key >> 32).to(torch.int32)).view(torch.float32), key & 0xFFFFFFFF
-
-
-def _ordered(bits: Tensor) -> Tensor:
-    # Negative floats order backwards as integers: flip all bits but the sign. Applied twice it
-    # gives the bits back.
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    bits = (key >> 32).to(torch.int32)
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).view(torch.float32), key & 0xFFFFFFFF

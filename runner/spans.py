@@ -58,6 +58,20 @@ class Answer:
     n_best: tuple[Candidate, ...]
 
 
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    # Making 200,000 small objects starts several full collections, each over every object of
+    # torch: together more than all other work on 10,000 questions. No cycle is made here.
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+@_collector_paused()
 def answers(
     spans: Spans,
     question_N: np.ndarray,
@@ -160,19 +174,6 @@ def answers(
         nullness = null_score, null_share, null_difference
         result.append(Answer(ids[question], *chosen, *nullness, listed))
     return result
-
-
-@contextmanager
-def _collector_paused() -> Iterator[None]:
-    # Making 200,000 small objects starts several full collections, each over every object of
-    # torch: together more than all other work on 10,000 questions. No cycle is made here.
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def _is_first(*keys_C: np.ndarray) -> np.ndarray:
