@@ -13,12 +13,16 @@ Shapes: T tokens, B rows (segments), D hidden width, N tiles, 2 = (start, end); 
 of one block.
 """
 
+# Triton exists for Linux only, and its functions are not the Python that pyright takes them for.
+# pyright: reportMissingImports=false, reportCallIssue=false, reportIndexIssue=false
+# pyright: reportGeneralTypeIssues=false, reportArgumentType=false
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from span_kernels.launch import on_device, power_of_two
+from span_kernels.launch import Statistics, Tiles, on_device, power_of_two
 
 BLOCK_TILES = 256
 """Tiles that a program of the weight's gradient reads at once: its time is the length of the chain
@@ -154,20 +158,18 @@ def weight_grad(
     segments_B2: Tensor,
     starts_B: Tensor,
     ends_B: Tensor,
-    tiles: tuple[Tensor, Tensor, Tensor],
-    statistics: tuple[Tensor, Tensor, Tensor],
+    tiles: Tiles,
+    statistics: Statistics,
 ) -> tuple[Tensor, Tensor]:
     """The scalar loss and d loss / d weight, [2, D] in the dtype of the statistics.
 
     Args:
         hidden_TD: floating; only the labelled tokens' rows are read.
         segments_B2, starts_B, ends_B: integer, contiguous.
-        tiles: owner_N, peak_N2, pooled_N2D of `pool`.
-        statistics: losses_B, lse_B2, scale_B2 of `span_loss_forward`.
+        tiles, statistics: of `pool` and `span_loss_forward`.
     """
-    pooled_N2D = tiles[2]
-    slots, _, width = pooled_N2D.shape
-    like = {"dtype": pooled_N2D.dtype, "device": pooled_N2D.device}
+    slots, _, width = tiles.pooled_N2D.shape
+    like = {"dtype": tiles.pooled_N2D.dtype, "device": hidden_TD.device}
     loss = torch.empty((), **like)
     grad_2D = torch.empty((2, width), **like)
     # 32 float32 columns are one 128-byte line: narrow programs are many, and each reads few bytes.

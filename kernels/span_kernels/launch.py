@@ -35,6 +35,22 @@ def row_block(rows: int) -> int:
     return min(max(power_of_two(rows), 32), 1024)
 
 
+class Statistics(NamedTuple):
+    """What the softmax of every row leaves behind; an ignored side has scale 0."""
+
+    losses_B: Tensor  # scaled, so that their sum is the loss
+    lse_B2: Tensor
+    scale_B2: Tensor  # 1 / (2 * valid rows of that side)
+
+
+class Tiles(NamedTuple):
+    """What the pass over the hidden states leaves behind, for each of N work slots."""
+
+    owner_N: Tensor  # int32: the row that the slot's tile belongs to, or -1 for a slot without work
+    peak_N2: Tensor  # the tile's largest logit
+    pooled_N2D: Tensor  # sum over the tile of exp(logit - peak) times the hidden state
+
+
 class HeadPlan(NamedTuple):
     """How the fused head cuts its work; the numbers are arguments of the compiled kernel."""
 

@@ -5,12 +5,16 @@ Importing this file imports Triton; `ops.py` does so at the first call on a GPU.
 Shapes: T tokens, B rows (segments), L tokens of one block, 2 = (start, end).
 """
 
+# Triton exists for Linux only, and its functions are not the Python that pyright takes them for.
+# pyright: reportMissingImports=false, reportCallIssue=false, reportIndexIssue=false
+# pyright: reportGeneralTypeIssues=false, reportArgumentType=false
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from span_kernels.launch import on_device, row_block, wide_dtype
+from span_kernels.launch import Statistics, on_device, row_block, wide_dtype
 from span_kernels.rows import gap_after, row_extent, row_scales
 
 
@@ -114,7 +118,7 @@ def span_loss_forward(
     starts_B: Tensor,
     ends_B: Tensor,
     block: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Statistics, Tensor]:
     """Loss of every row and what its gradients need; two columns at once, one read of the logits.
 
     Args:
@@ -123,17 +127,19 @@ def span_loss_forward(
         block: tokens held in registers, a power of two; by default from T / B.
 
     Returns:
-        losses_B (scaled: they sum up to the loss), lse_B2, scale_B2 and d loss / d logits_T2,
-        all contiguous, float64 for float64 logits and float32 otherwise.
+        The rows' statistics and d loss / d logits_T2, all contiguous, float64 for float64 logits
+        and float32 otherwise.
     """
     tokens, rows = logits_T2.shape[0], segments_B2.shape[0]
     like = {"dtype": wide_dtype(logits_T2), "device": logits_T2.device}
     if tokens == 0 or rows == 0:
         zero_B2 = torch.zeros((rows, 2), **like)
-        return zero_B2[:, 0], zero_B2, zero_B2, torch.zeros((tokens, 2), **like)
-    losses_B = torch.empty(rows, **like)
-    lse_B2 = torch.empty((rows, 2), **like)
-    scale_B2 = torch.empty((rows, 2), **like)
+        return Statistics(zero_B2[:, 0], zero_B2, zero_B2), torch.zeros((tokens, 2), **like)
+    statistics = Statistics(
+        losses_B=torch.empty(rows, **like),
+        lse_B2=torch.empty((rows, 2), **like),
+        scale_B2=torch.empty((rows, 2), **like),
+    )
     grad_T2 = torch.empty((tokens, 2), **like)
     # 512 covers the usual window of 384 tokens; a longer window loops, it is not refused.
     block = block or (512 if tokens <= 512 * rows else 1024)
@@ -143,9 +149,7 @@ def span_loss_forward(
             segments_B2,
             starts_B,
             ends_B,
-            losses_B,
-            lse_B2,
-            scale_B2,
+            *statistics,
             grad_T2,
             tokens,
             rows,
@@ -156,4 +160,4 @@ def span_loss_forward(
             num_warps=4 if block <= 512 else 8,
             enable_fp_fusion=True,
         )
-    return losses_B, lse_B2, scale_B2, grad_T2
+    return statistics, grad_T2

@@ -121,10 +121,10 @@ def _span_loss_triton(
 ) -> tuple[Tensor, Tensor]:
     from span_kernels.loss_kernel import span_loss_forward
 
-    losses_B, _, _, grad_T2 = span_loss_forward(
+    statistics, grad_T2 = span_loss_forward(
         logits_T2, segments_B2.contiguous(), starts_B.contiguous(), ends_B.contiguous()
     )
-    return losses_B.sum(), grad_T2
+    return statistics.losses_B.sum(), grad_T2
 
 
 @_span_loss.register_fake
@@ -181,8 +181,8 @@ def _qa_head_loss_triton(
     if tokens == 0 or rows[0].shape[0] == 0 or width == 0 or width > MAX_WIDTH:
         return closed_form.qa_head_loss(hidden_TD, weight_2D, bias_2, *rows)
     plan = head_plan(tokens, width, hidden_TD.dtype)
-    logits_T2, *tiles = pool(hidden_TD, weight_2D, bias_2, rows[0], plan)
-    *statistics, grad_T2 = span_loss_forward(logits_T2, *rows)
+    logits_T2, tiles = pool(hidden_TD, weight_2D, bias_2, rows[0], plan)
+    statistics, grad_T2 = span_loss_forward(logits_T2, *rows)
     loss, grad_2D = weight_grad(hidden_TD, *rows, tiles, statistics)
     return loss, grad_T2, grad_2D
 

@@ -10,12 +10,16 @@ Shapes: T tokens, B rows (segments), D hidden width, N tiles (work slots), G tok
 reads together, P lanes of a program, C columns of a chunk of D, 2 = (start, end).
 """
 
+# Triton exists for Linux only, and its functions are not the Python that pyright takes them for.
+# pyright: reportMissingImports=false, reportCallIssue=false, reportIndexIssue=false
+# pyright: reportGeneralTypeIssues=false, reportArgumentType=false
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from span_kernels.launch import HeadPlan, on_device, row_block, wide_dtype
+from span_kernels.launch import HeadPlan, Tiles, on_device, row_block, wide_dtype
 from span_kernels.rows import find_tile, row_extent
 
 
@@ -150,7 +154,7 @@ def _pool_kernel(
 
 def pool(
     hidden_TD: Tensor, weight_2D: Tensor, bias_2: Tensor, segments_B2: Tensor, plan: HeadPlan
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tiles]:
     """Logits of every token of a segment, and the softmax-pooled hidden state of every tile.
 
     Args:
@@ -159,8 +163,7 @@ def pool(
         plan: how the work is cut; see `head_plan`.
 
     Returns:
-        logits_T2 (undefined for tokens of no segment), owner_N (int32: the tile's row, or -1 for a
-        slot without work), peak_N2 = max z over the tile and pooled_N2D = sum exp(z - peak) H.
+        logits_T2 (undefined for tokens of no segment) and the tiles' pooled hidden states.
     """
     tokens, width = hidden_TD.shape
     rows = segments_B2.shape[0]
@@ -168,9 +171,11 @@ def pool(
     slots = tokens // plan.tile + rows
     like = {"dtype": wide_dtype(hidden_TD), "device": hidden_TD.device}
     logits_T2 = torch.empty((tokens, 2), **like)
-    owner_N = torch.empty(slots, dtype=torch.int32, device=hidden_TD.device)
-    peak_N2 = torch.empty((slots, 2), **like)
-    pooled_N2D = torch.empty((slots, 2, width), **like)
+    tiles = Tiles(
+        owner_N=torch.empty(slots, dtype=torch.int32, device=hidden_TD.device),
+        peak_N2=torch.empty((slots, 2), **like),
+        pooled_N2D=torch.empty((slots, 2, width), **like),
+    )
     with on_device(hidden_TD):
         _pool_kernel[(slots,)](
             hidden_TD,
@@ -178,9 +183,7 @@ def pool(
             bias_2,
             segments_B2,
             logits_T2,
-            owner_N,
-            peak_N2,
-            pooled_N2D,
+            *tiles,
             tokens,
             rows,
             plan.tile,
@@ -197,4 +200,4 @@ def pool(
             num_warps=plan.warps,
             enable_fp_fusion=True,
         )
-    return logits_T2, owner_N, peak_N2, pooled_N2D
+    return logits_T2, tiles

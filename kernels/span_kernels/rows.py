@@ -6,6 +6,10 @@ faster than a separate launch could prepare it. Importing this file imports Trit
 Shapes: B rows (segments), R rows of a block of the table.
 """
 
+# Triton exists for Linux only, and its functions are not the Python that pyright takes them for.
+# pyright: reportMissingImports=false, reportCallIssue=false, reportIndexIssue=false
+# pyright: reportGeneralTypeIssues=false, reportArgumentType=false
+
 import triton
 import triton.language as tl
 
