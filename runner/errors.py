@@ -9,12 +9,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
+def printable(text: str) -> str:
+    """Spell line breaks, control and invisible characters as escapes: one problem stays one line,
+    and a name taken from a file cannot steer the terminal."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 class RunnerError(Exception):
     """A failure explained in sentences: where, what was found, what is allowed, the likely fix.
 
     `cli` prints the text without a traceback and exits with `exit_code`. Anything that is not a
-    RunnerError is our own
-    mistake: it keeps its traceback and exits with 70.
+    RunnerError is our own mistake: it keeps its traceback and exits with 70.
     """
 
     exit_code = 70
@@ -27,7 +32,7 @@ class JobError(RunnerError):
     exit_code = 64
 
     def __init__(self, problems: Sequence[str]) -> None:
-        self.problems = tuple(problems)
+        self.problems = tuple(printable(problem) for problem in problems)
         super().__init__("\n".join(self.problems))
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
+from runner.errors import RunnerError
+
 
 @dataclass(frozen=True)
 class Rank:
@@ -34,7 +36,20 @@ def current_rank() -> Rank:
 
     SLURM's own variables count only inside a step (`SLURM_STEP_ID` is set by srun): in the batch
     script itself `SLURM_NTASKS` is set too, although only one process runs there.
+
+    Raises:
+        RunnerError: if one of these variables is missing or no number.
     """
+    try:
+        return _from_environment()
+    except (KeyError, ValueError) as error:
+        raise RunnerError(
+            f"the launcher's variables (RANK, WORLD_SIZE, ... or SLURM_PROCID, ...) do not tell"
+            f" this process's rank: {error}"
+        ) from None
+
+
+def _from_environment() -> Rank:
     env = os.environ
     if "RANK" in env and "WORLD_SIZE" in env:
         world = int(env["WORLD_SIZE"])

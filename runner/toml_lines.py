@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+
+import tomli
 
 Path = tuple[str | int, ...]
 
@@ -12,9 +15,11 @@ _HEADER = re.compile(rf"\s*(\[\[|\[)\s*({_KEY})\s*(?:\]\]|\])")
 _ASSIGNMENT = re.compile(rf"\s*({_KEY})\s*=")
 # What can open or close inside a value: strings of four kinds, comments, brackets.
 _TOKEN = re.compile(
-    r'"""(?:[^\\]|\\.)*?"""|\'\'\'.*?\'\'\'|"(?:[^"\\\n]|\\.)*"|\'[^\'\n]*\'|#[^\n]*|[\[\]{}]|\n',
+    # Up to five quotes end a multi-line string: two of them are still its text.
+    r'"""(?:[^\\]|\\.)*?"{3,5}|\'\'\'.*?\'{3,5}|"(?:[^"\\\n]|\\.)*"|\'[^\'\n]*\'|#[^\n]*|[\[\]{}]|\n',
     re.DOTALL,
 )
+_DEPTH = 16  # parts of a key that get a line; no key of a job is deeper, and paths stay short
 
 
 def key_lines(text: str) -> dict[Path, int]:
@@ -41,7 +46,9 @@ def key_lines(text: str) -> dict[Path, int]:
                 lines.setdefault(path, line)
                 path = (*path, counts[path])
             prefix = path
-            lines.setdefault(prefix, line)
+            for length in range(1, len(path)):
+                lines.setdefault(path[:length], line)
+            lines[path] = line  # also where a deeper header above has implied this table
         elif assignment:
             path = prefix
             for part in _parts(assignment[1]):
@@ -57,7 +64,7 @@ def key_lines(text: str) -> dict[Path, int]:
     return lines
 
 
-def line_of(lines: dict[Path, int], path: Path) -> int | None:
+def line_of(lines: Mapping[Path, int], path: Path) -> int | None:
     """Return the line of `path`, or of the nearest key around it; None if nothing around it is in
     the file."""
     for length in range(len(path), 0, -1):
@@ -67,7 +74,8 @@ def line_of(lines: dict[Path, int], path: Path) -> int | None:
 
 
 def _parts(key: str) -> list[str]:
-    return [part.strip("\"'") for part in re.findall(_KEY_PART, key)]
+    parts = re.findall(_KEY_PART, key)[:_DEPTH]
+    return [next(iter(tomli.loads(f"{part} = 0"))) for part in parts]
 
 
 def _through_arrays(parts: list[str], counts: dict[Path, int]) -> Path:

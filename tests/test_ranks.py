@@ -1,0 +1,72 @@
+"""The rank of a process, from the variables of each launcher."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from runner.errors import RunnerError
+from runner.ranks import Rank, current_rank
+
+SRUN = {
+    "SLURM_STEP_ID": "0",
+    "SLURM_PROCID": "5",
+    "SLURM_NTASKS": "8",
+    "SLURM_LOCALID": "1",
+    "SLURM_STEP_NUM_NODES": "2",
+}
+
+
+@pytest.fixture(autouse=True)
+def _no_launcher(monkeypatch):
+    for name in list(os.environ):
+        if name.startswith("SLURM_") or name in {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE"}:
+            monkeypatch.delenv(name)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, Rank(0, 1, 0, 1)),
+        # deepspeed
+        ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_SIZE": "2"}, Rank(3, 4, 1, 2)),
+        # torchrun
+        (
+            {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"},
+            Rank(3, 4, 1, 2),
+        ),
+        # by hand, on one machine
+        ({"RANK": "1", "WORLD_SIZE": "2"}, Rank(1, 2, 1, 2)),
+        ({"RANK": "1"}, Rank(0, 1, 0, 1)),
+        (SRUN, Rank(5, 8, 1, 4)),
+        # inside the batch script itself, outside any step, one process runs
+        ({name: SRUN[name] for name in SRUN if name != "SLURM_STEP_ID"}, Rank(0, 1, 0, 1)),
+        # a launcher started by srun counts, not the step around it
+        ({**SRUN, "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, Rank(0, 2, 0, 2)),
+    ],
+)
+def test_each_launcher(monkeypatch, variables, expected):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert current_rank() == expected
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"RANK": "one", "WORLD_SIZE": "2"},
+        {"RANK": "", "WORLD_SIZE": ""},
+        {name: SRUN[name] for name in SRUN if name != "SLURM_NTASKS"},
+    ],
+)
+def test_variables_that_tell_no_rank_are_named(monkeypatch, variables):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(RunnerError, match="do not tell this process's rank"):
+        current_rank()
+
+
+def test_only_rank_0_is_main():
+    assert [rank for rank in range(4) if Rank(rank, 4, rank, 4).is_main] == [0]
