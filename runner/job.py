@@ -6,10 +6,12 @@ default stands anywhere else. Reading a file, overrides and messages are in `job
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic_core import to_json
 
 from runner.sources import parse_data
 
@@ -121,7 +123,9 @@ class Model(Section):
     )
     precision: Literal["auto", "bf16", "fp16", "fp32"] = Field(
         default="auto",
-        description="arithmetic of the model; auto: bf16 on a GPU or CPU that multiplies in it, else fp32",
+        description=(
+            "arithmetic of the model; auto: bf16 on a GPU or CPU that multiplies in it, else fp32"
+        ),
     )
     dropout: Share | None = Field(
         default=None, description="dropout of hidden states; unset: the model's own"
@@ -216,6 +220,18 @@ class Zero(Section):
         description="further keys of DeepSpeed's configuration, which checks them",
     )
 
+    @field_validator("deepspeed")
+    @classmethod
+    def _is_json(cls, table: dict[str, Any]) -> dict[str, Any]:
+        try:
+            json.dumps(table, allow_nan=False)
+            to_json(table)  # refuses what is nested too deep to be written into the run's job.toml
+        except (TypeError, ValueError, RecursionError):
+            raise ValueError(
+                "DeepSpeed reads JSON, which has no dates, no inf or nan, and no such depth"
+            ) from None
+        return table
+
 
 class Score(Section):
     """How logits become answers."""
@@ -254,8 +270,10 @@ class Probe(Section):
 class Expect(Section):
     """What the finished run must reach; outside of it the command ends with exit code 78."""
 
-    exact_match: Percent | None = Field(default=None, description="percent")
-    f1: Percent | None = Field(default=None, description="percent")
+    exact_match: Percent | None = Field(
+        default=None, description="percent of questions answered exactly"
+    )
+    f1: Percent | None = Field(default=None, description="mean overlap with the answers, percent")
     span_accuracy: Percent | None = Field(
         default=None, description="percent of windows with start and end right"
     )

@@ -4,6 +4,7 @@ installed package."""
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +12,13 @@ from typing import Literal
 
 FILE_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 
-_SLICE = re.compile(r"\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\]$")
+_SLICE = re.compile(r"\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\]\Z", re.ASCII)
 _HUB = re.compile(
     r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(?:@(?P<revision>[\w./-]+))?(?:#(?P<config>[\w.-]+))?"
-    r"(?::(?P<split>[\w.+-]+))?$"
+    r"(?::(?P<split>[\w.+-]+))?",
+    re.ASCII,
 )
+_HUB_MODEL = re.compile(r"(?:[A-Za-z0-9][\w.-]{0,95}/)?[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,14 @@ class Slice:
             self._place(self.start, total), self._place(self.stop, total)
         ).indices(total)
         return start, max(start, stop)
+
+    def is_empty(self) -> bool:
+        """Whether no data set has a question in this range, as far as bounds of one kind tell:
+        `[:0]`, `[200:100]`, `[50%:20%]`."""
+        start, stop = self.start or "0", self.stop or "100%"
+        alike = start == "0" or start.endswith("%") == stop.endswith("%")
+        one_end = start.startswith("-") == stop.startswith("-")
+        return alike and one_end and int(start.rstrip("%")) >= int(stop.rstrip("%"))
 
     @staticmethod
     def _place(bound: str | None, total: int) -> int | None:
@@ -78,9 +89,11 @@ def parse_data(text: str) -> DataSource:
             f"{text!r} ends in a slice that cannot be read; write [:1000], [100:200] or [10%:20%],"
             " counted in questions"
         )
+    if part and part.is_empty():
+        raise ValueError(f"{text!r} ends in a slice that never holds a question")
     if Path(name).suffix.lower() in FILE_SUFFIXES:
         return DataSource(text=text, kind="file", location=name, slice=part)
-    hub = _HUB.match(name)
+    hub = _HUB.fullmatch(name)
     if hub is None:
         raise ValueError(
             f"{text!r} is neither a file ({', '.join(FILE_SUFFIXES)}) nor a hub name such as"
@@ -100,21 +113,32 @@ def parse_data(text: str) -> DataSource:
 def find_file(location: str, beside: Path) -> Path | None:
     """Find a relative path beside the job file first, then in the current folder; None if it is in
     neither."""
-    path = Path(location).expanduser()
+    # os.path tells of names too long or with NUL bytes, and of users not there, without raising.
+    path = Path(os.path.expanduser(location))
     if path.is_absolute():
-        return path if path.exists() else None
+        return path if os.path.exists(path) else None
     for folder in (beside, Path.cwd()):
-        if (folder / path).exists():
+        if os.path.exists(folder / path):
             return (folder / path).resolve()
     return None
+
+
+def is_hub_model(name: str) -> bool:
+    """Whether the hub could have a model of this name: `owner/name`, or `name` for the oldest."""
+    return _HUB_MODEL.fullmatch(name) is not None
 
 
 def package_folder(name: str) -> Path | None:
     """Find `PACKAGE/SUBFOLDER` (what follows `package:`) without importing the package; None if it
     is not installed."""
     package, _, subfolder = name.partition("/")
-    spec = importlib.util.find_spec(package)
+    if not package.isidentifier():  # a dot would import the package around it
+        return None
+    try:
+        spec = importlib.util.find_spec(package)
+    except ValueError:  # a module without a spec, such as __main__
+        return None
     if spec is None or not spec.submodule_search_locations:
         return None
     folder = Path(next(iter(spec.submodule_search_locations))) / subfolder
-    return folder if folder.is_dir() else None
+    return folder if os.path.isdir(folder) else None
