@@ -13,16 +13,18 @@ import hashlib
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from runner.dataset import Example
 from runner.errors import DataError, StorageError
+from runner.provenance import file_sha256
 from runner.rundir import storage_errors
 
 if TYPE_CHECKING:
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 _CHUNK = (
     2048  # texts handed to the tokenizer at once: enough for its threads, little enough for memory
 )
+_SUMS = "SHA256SUMS"
 
 
 @dataclass(frozen=True)
@@ -195,8 +198,10 @@ def cache_key(
 
 
 def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hash of all that decides the tokens: vocabulary, merges, normaliser, special tokens."""
-    return hashlib.sha256(plain_backend(tokenizer).to_str().encode()).hexdigest()
+    """Hash of all that decides the tokens: vocabulary, merges, normaliser, special tokens, and
+    which of them is [CLS]."""
+    parts = f"{plain_backend(tokenizer).to_str()} {tokenizer.cls_token_id}"
+    return hashlib.sha256(parts.encode()).hexdigest()
 
 
 def cache_root() -> Path:
@@ -359,7 +364,9 @@ def _labels(
     cls_N: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
     """First and last token of each question's first answer: the last token that starts at or before
-    the answer's first character, and the first that ends at or after its last one."""
+    the answer's first character, and the first that ends at or after its last one. An answer of one
+    character that is several byte-level tokens has them in this order reversed: it is all of them.
+    """
     first_Q = np.full(len(examples), -1, dtype=np.int64)
     last_Q = np.full(len(examples), -1, dtype=np.int64)
     char_Q2 = np.zeros((len(examples), 2), dtype=np.int64)
@@ -384,10 +391,8 @@ def _labels(
     # window: keep it inside.
     first_N = np.clip(first_Q[questions_N], from_N, np.maximum(from_N, to_N - 1))
     last_N = np.clip(last_Q[questions_N], from_N, np.maximum(from_N, to_N - 1))
-    starts_N = np.where(inside_N, low_N + first_N - from_N, cls_N)
-    ends_N = np.where(inside_N, low_N + last_N - from_N, cls_N)
-    if not (starts_N <= ends_N).all():
-        raise AssertionError("an answer's last token lies before its first")
+    starts_N = np.where(inside_N, low_N + np.minimum(first_N, last_N) - from_N, cls_N)
+    ends_N = np.where(inside_N, low_N + np.maximum(first_N, last_N) - from_N, cls_N)
     return starts_N, ends_N
 
 
@@ -420,13 +425,14 @@ def _compare_with_tokenizer(
 
 
 def _store(windows: Windows, folder: Path) -> None:
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}")
+    # Not named after the process: two machines that share the cache may have the same number.
+    aside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
     with storage_errors(folder):
-        shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         try:
             for field in dataclasses.fields(windows):
                 np.save(aside / f"{field.name}.npy", getattr(windows, field.name))
+            (aside / _SUMS).write_text(_sums(aside), encoding="utf-8")
             try:
                 aside.rename(folder)
             except OSError:
@@ -437,17 +443,25 @@ def _store(windows: Windows, folder: Path) -> None:
 
 
 def _load(folder: Path) -> Windows | None:
-    """Map the arrays of a cache folder; None where it is absent or damaged (it is then built
-    again)."""
-    arrays: dict[str, Any] = {}
-    try:
-        for field in dataclasses.fields(Windows):
-            arrays[field.name] = np.load(
-                folder / f"{field.name}.npy", mmap_mode="r", allow_pickle=False
-            )
-    except FileNotFoundError:
+    """Map the arrays of a cache folder; None where it is absent or damaged (it is then removed, to
+    be built again)."""
+    if not folder.is_dir():
         return None
+    try:
+        if (folder / _SUMS).read_text(encoding="utf-8") != _sums(folder):
+            raise ValueError("not what was stored")
+        return Windows(
+            **{
+                field.name: np.load(folder / f"{field.name}.npy", mmap_mode="r", allow_pickle=False)
+                for field in dataclasses.fields(Windows)
+            }
+        )
     except (OSError, ValueError):
         shutil.rmtree(folder, ignore_errors=True)
         return None
-    return Windows(**arrays)
+
+
+def _sums(folder: Path) -> str:
+    """Hashes of the arrays in a cache folder, in the form of `sha256sum`."""
+    names = [f"{field.name}.npy" for field in dataclasses.fields(Windows)]
+    return "".join(f"{file_sha256(folder / name)}  {name}\n" for name in names)

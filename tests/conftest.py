@@ -27,7 +27,6 @@ os.environ |= {
     "HF_HOME": f"{_HOME}/huggingface",
     "HF_HUB_OFFLINE": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
-    "TOKENIZERS_PARALLELISM": "false",
 }
 
 SENTENCES = (
