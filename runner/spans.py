@@ -57,6 +57,11 @@ class Answer:
     null_difference: float
     n_best: tuple[Candidate, ...]
 
+    @property
+    def span(self) -> Candidate | None:
+        """The best candidate with text, whether or not the null answer won; None without any."""
+        return next((candidate for candidate in self.n_best if candidate.text), None)
+
 
 @contextmanager
 def _collector_paused() -> Iterator[None]:

@@ -440,6 +440,7 @@ def test_the_null_answer_wins_only_above_the_threshold(mode):
     assert [c.score for c in empty.n_best] == pytest.approx((weights / weights.sum()).tolist())
     assert [c.text for c in empty.n_best] == ["", "two", "ten"]
     assert empty.score == empty.null_probability == empty.n_best[0].score
+    assert empty.span == empty.n_best[1]
     assert at[1.0][0].text == "two"  # 1.0 > 1.0 is false
     assert [answer.text for answer in at[-6.0]] == ["", ""]
     sure = at[0.5][1]
@@ -457,6 +458,7 @@ def test_a_question_without_any_span(mode, text):
     empty, kept = answers(none, **TWO, mode=mode, null_threshold=0.0)
     assert (empty.text, empty.score, empty.null_difference) == ("", 1.0, 1.0)
     assert (kept.text, kept.n_best) == (text, (Candidate("", 1.0, -1.0, 0, 0, 0),))
+    assert kept.span is None
 
 
 def test_tokens_without_characters_answer_only_in_run_qa_mode():
