@@ -4,8 +4,10 @@ code."""
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,40 +17,46 @@ from runner.console import complain
 from runner.errors import RunnerError
 from runner.job import Job
 from runner.jobfile import job_schema, load_job
-from runner.ranks import current_rank
+from runner.ranks import Rank, current_rank
 
 EPILOG = """\
-exit codes: 0 done, 64 job file, 65 data or model refused, 69 asset missing offline,
-70 our bug, 73 run folder taken, 74 reading or writing failed, 75 interrupted after a
-checkpoint, 78 an [expect] gate missed
+exit codes: 0 done, 2 command line, 64 job file, 65 data or model refused,
+69 asset missing offline, 70 our bug, 73 run folder taken, 74 reading or writing
+failed, 75 interrupted after a checkpoint, 78 an [expect] gate missed
 """
+
+OUR_MISTAKE = "a mistake in spantune, not in your job; please report it with the lines above"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    arguments = _parse(list(sys.argv[1:] if argv is None else argv))
-    rank = current_rank()
+    for stream in (sys.stdout, sys.stderr):  # a name that the terminal cannot spell is no error
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    speaks = True
     try:
+        rank = current_rank()
+        speaks = rank.is_main
+        arguments = _parse(list(sys.argv[1:] if argv is None else argv), rank)
         return arguments.act(arguments)
     except RunnerError as error:
-        if rank.is_main:
+        if speaks:
             complain(str(error))
         return error.exit_code
     except KeyboardInterrupt:
         return 130
     except Exception:
         traceback.print_exc()
-        complain(
-            "This is a mistake in spantune, not in your job; please report it with the lines above."
-        )
-        return 70
+        complain(OUR_MISTAKE)
+        return RunnerError.exit_code
 
 
-def _parse(argv: list[str]) -> argparse.Namespace:
-    # The launcher puts --local_rank=N first; a bare JOB.toml means run.
+def _parse(argv: list[str], rank: Rank) -> argparse.Namespace:
+    # The launcher puts --local_rank=N first; a bare JOB.toml means run, or, where a launcher has
+    # started us already, be one rank of a run.
     argv = [a for a in argv if not a.startswith(("--local_rank", "--local-rank"))]
     if argv and argv[0].endswith(".toml"):
-        argv.insert(0, "run" if "RANK" not in os.environ else "rank")
+        argv.insert(0, "rank" if "RANK" in os.environ or rank.world > 1 else "run")
     parser = argparse.ArgumentParser(
         prog="spantune",
         description="Fine-tune extractive question-answering models from a job file.",
@@ -82,10 +90,10 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     )
     run.set_defaults(act=_run)
 
-    rank = verbs.add_parser("rank")  # what deepspeed, torchrun or srun start on each rank
-    _job_arguments(rank)
-    _run_arguments(rank)
-    rank.set_defaults(act=_rank)
+    one_rank = verbs.add_parser("rank")  # what deepspeed, torchrun or srun start on each rank
+    _job_arguments(one_rank)
+    _run_arguments(one_rank)
+    one_rank.set_defaults(act=_rank)
 
     schema = verbs.add_parser("schema", help="print the JSON Schema of a job file")
     schema.set_defaults(act=_schema)
@@ -114,10 +122,9 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text!r}")
+    return int(text)
 
 
 def _load(arguments: argparse.Namespace) -> Job:
@@ -127,21 +134,43 @@ def _load(arguments: argparse.Namespace) -> Job:
 def _check(arguments: argparse.Namespace) -> int:
     job = _load(arguments)
     if not arguments.data:
-        print(f"{arguments.job}: no problems ({job.name}: {job.model.name} on {job.data.train})")
+        _say(f"{arguments.job}: no problems ({job.name}: {job.model.name} on {job.data.train})")
         return 0
     from runner.check import check_data
 
     for line in check_data(job, arguments.ranks):
-        print(line)
+        _say(line)
     return 0
 
 
 def _rank(arguments: argparse.Namespace) -> int:
-    job = _load(arguments)
-    from runner.train import train
+    """Be one rank of a run. Rank 0 speaks; the others follow with the same code a moment later."""
+    rank = current_rank()
+    try:
+        job = _load(arguments)
+        from runner.engine import stop_distributed
+        from runner.train import train
 
-    train(job, runs=arguments.runs, run_dir=arguments.run_dir, threads=arguments.threads)
-    return 0
+        train(job, runs=arguments.runs, run_dir=arguments.run_dir, threads=arguments.threads)
+        stop_distributed()
+    except RunnerError as error:
+        if rank.is_main:
+            complain(str(error))
+        else:
+            time.sleep(1)  # the launcher ends all ranks at the first failure: let rank 0 speak
+        return _leave(error.exit_code)
+    except Exception:
+        traceback.print_exc()
+        complain(f"rank {rank.index}: {OUR_MISTAKE}")
+        return _leave(RunnerError.exit_code)
+    return _leave(0)
+
+
+def _leave(code: int) -> int:
+    """End now with this code: at an ordinary exit the process group's threads may abort (seen)."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -153,9 +182,17 @@ def _run(arguments: argparse.Namespace) -> int:
     passed += ["--runs", str(arguments.runs)]
     passed += ["--run-dir", str(arguments.run_dir)] if arguments.run_dir else []
     passed += ["--threads", str(arguments.threads)] if arguments.threads else []
-    return launch([arguments.job, *passed], arguments.ranks)
+    return launch(["rank", arguments.job, *passed], arguments.ranks)
 
 
 def _schema(_: argparse.Namespace) -> int:
-    print(job_schema(), end="")
+    _say(job_schema().removesuffix("\n"))
     return 0
+
+
+def _say(text: str) -> None:
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + 13)

@@ -117,6 +117,7 @@ def start_distributed(rank: Rank, threads: int | None = None) -> torch.device:
     if on_cuda:
         torch.cuda.set_device(rank.local)
     else:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found no GPU
         _keep_freed_memory()
         if threads is not None or "OMP_NUM_THREADS" not in os.environ:
             # Ranks of one machine share its cores; a thread for every core in each would only fight.
@@ -209,6 +210,13 @@ def config_is_refused(error: Exception) -> bool:
     """Whether an error of `deepspeed.initialize` speaks of the configuration (pydantic's, or
     DeepSpeed's own)."""
     return "validation error" in str(error) or "config" in str(error).lower()
+
+
+def stop_distributed() -> None:
+    """Leave the process group, all ranks together; a rank that leaves alone may abort the others."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 def main_first(rank: Rank, work: Callable[[], Result]) -> Result:

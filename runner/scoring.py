@@ -23,7 +23,7 @@ from runner.dataset import Example
 from runner.engine import gather
 from runner.features import Windows
 from runner.job import Score
-from runner.metrics import squad_scores
+from runner.metric_objects import Squad, SquadV2
 from runner.model import span_logits
 from runner.ranks import Rank
 from runner.spans import Answer, Spans, answers, join, search
@@ -246,9 +246,44 @@ def _in_order(parts: Sequence[tuple[np.ndarray, Spans]]) -> Spans:
 def evaluate(readings: Readings, examples: Sequence[Example], *, unanswerable: bool) -> Evaluation:
     """Hold answers against the right ones by the official evaluation of SQuAD v1.1, or of v2.0
     where there may be none."""
-    predictions = {answer.id: answer.text for answer in readings.answers}
-    references = {example.id: example.answers for example in examples}
-    if unanswerable:
-        return _evaluate_v2(readings, predictions, references)
-    scores = squad_scores(predictions, references)
-    return Evaluation(readings, scores.exact_match, scores.f1, {})
+    references = [
+        {"id": e.id, "answers": {"text": list(e.answers), "answer_start": list(e.answer_starts)}}
+        for e in examples
+    ]
+    if not unanswerable:
+        predictions = [{"id": a.id, "prediction_text": a.text} for a in readings.answers]
+        scores = _computed(Squad(), predictions, references)
+        return Evaluation(readings, scores["exact_match"], scores["f1"], {})
+    # The metric looks for the best threshold too, so it is given each question's best span and how
+    # much better "no answer" scored; the job's threshold decides as it did in `answers`.
+    chosen = {a.id: a.text for a in readings.answers}
+    predictions = [
+        {
+            "id": a.id,
+            "prediction_text": next((c.text for c in a.n_best if c.text), ""),
+            "no_answer_probability": a.null_difference,
+        }
+        for a in readings.answers
+    ]
+    best = _computed(SquadV2(), predictions, references, no_answer_threshold=float("inf"))
+    for prediction in predictions:
+        prediction |= {"prediction_text": chosen[prediction["id"]], "no_answer_probability": 0.0}
+    scores = _computed(SquadV2(), predictions, references)
+    details = {
+        name: scores[key]
+        for name, key in (
+            ("has_answer_exact_match", "HasAns_exact"),
+            ("has_answer_f1", "HasAns_f1"),
+            ("no_answer_exact_match", "NoAns_exact"),
+        )
+        if key in scores
+    }
+    details |= {"best_exact_match": best["best_exact"], "best_f1": best["best_f1"]}
+    return Evaluation(readings, scores["exact"], scores["f1"], details)
+
+
+def _computed(metric: Any, predictions: list[Any], references: list[Any], **options: Any) -> Any:
+    found = metric.compute(predictions=predictions, references=references, **options)
+    if found is None:
+        raise AssertionError("a metric of one process always has a result")
+    return found

@@ -320,5 +320,7 @@ def save_checkpoint(engine: Any, run: RunDir, rank: Rank, step: int, epoch: int)
     if rank.is_main:
         for old in sorted(run.checkpoints.glob("step-*"))[:-2]:
             shutil.rmtree(old, ignore_errors=True)
+        for script in run.checkpoints.glob("zero_to_*.py"):
+            script.unlink()  # DeepSpeed leaves programs beside its data; nobody should run those
     if dist.get_world_size() > 1:
         dist.barrier()
