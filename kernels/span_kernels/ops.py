@@ -8,13 +8,12 @@ are not differentiable again.
 Shapes: T tokens of the whole batch, B windows (segments), D hidden width, 2 = (start, end).
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 from torch.library import custom_op
 
 from span_kernels import closed_form
+from span_kernels.arguments import check_floating, check_rows, check_shape
 from span_kernels.launch import MAX_WIDTH, head_plan, wide_dtype
 from span_kernels.segments import narrow
 
@@ -43,11 +42,11 @@ def span_loss(
         Scalar in nats, float64 for float64 logits and float32 otherwise.
 
     Raises:
-        ValueError: a shape does not fit. TypeError: a dtype does not fit.
+        ValueError, TypeError: a shape or a dtype does not fit.
     """
-    _check_shape("logits_T2", logits_T2, (None, 2))
-    _check_floating(logits_T2=logits_T2)
-    _check_rows(segments_B2, starts_B, ends_B, limits_B2)
+    check_shape("logits_T2", logits_T2, (None, 2))
+    check_floating(logits_T2=logits_T2)
+    check_rows(segments_B2, starts_B, ends_B, limits_B2)
     return _span_loss(logits_T2, *narrow(segments_B2, starts_B, ends_B, limits_B2))[0]
 
 
@@ -76,13 +75,13 @@ def qa_head_loss(
         Scalar in nats, float64 for float64 hidden states and float32 otherwise.
 
     Raises:
-        ValueError: a shape does not fit. TypeError: a dtype does not fit.
+        ValueError, TypeError: a shape or a dtype does not fit.
     """
-    _check_shape("hidden_TD", hidden_TD, (None, None))
-    _check_shape("weight_2D", weight_2D, (2, hidden_TD.shape[1]))
-    _check_shape("bias_2", bias_2, (2,))
-    _check_floating(hidden_TD=hidden_TD, weight_2D=weight_2D, bias_2=bias_2)
-    _check_rows(segments_B2, starts_B, ends_B, limits_B2)
+    check_shape("hidden_TD", hidden_TD, (None, None))
+    check_shape("weight_2D", weight_2D, (2, hidden_TD.shape[1]))
+    check_shape("bias_2", bias_2, (2,))
+    check_floating(hidden_TD=hidden_TD, weight_2D=weight_2D, bias_2=bias_2)
+    check_rows(segments_B2, starts_B, ends_B, limits_B2)
     rows = narrow(segments_B2, starts_B, ends_B, limits_B2)
     return _qa_head_loss(hidden_TD, weight_2D, bias_2, *rows)[0]
 
@@ -101,8 +100,8 @@ def grad_norm_and_finite(flat: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: flat is not one contiguous dimension. TypeError: flat is not floating.
     """
-    _check_shape("flat", flat, (None,))
-    _check_floating(flat=flat)
+    check_shape("flat", flat, (None,))
+    check_floating(flat=flat)
     if not flat.is_contiguous():
         raise ValueError("flat: found a strided view, need a contiguous gradient")
     return _norm_and_finite(flat)
@@ -142,10 +141,10 @@ def _span_loss_setup(ctx, inputs, output):
     ctx.dtype = inputs[0].dtype
 
 
-def _span_loss_backward(ctx, grad_loss, _grad_of_grad):
-    (grad_T2,) = ctx.saved_tensors
-    logits_grad_T2 = None if grad_loss is None else _scaled(grad_T2, grad_loss, ctx.dtype)
-    return logits_grad_T2, None, None, None
+def _span_loss_backward(ctx, grad_loss, _grad_of_grad_T2):
+    if grad_loss is None:
+        return None, None, None, None
+    return _scaled(ctx.saved_tensors[0], grad_loss, ctx.dtype), None, None, None
 
 
 _span_loss.register_autograd(_span_loss_backward, setup_context=_span_loss_setup)
@@ -267,35 +266,3 @@ def _norm_and_finite_triton(flat: Tensor) -> tuple[Tensor, Tensor]:
 @_norm_and_finite.register_fake
 def _(flat):
     return flat.new_empty((), dtype=wide_dtype(flat)), flat.new_empty((), dtype=torch.bool)
-
-
-def _check_rows(
-    segments_B2: Tensor, starts_B: Tensor, ends_B: Tensor, limits_B2: Tensor | None
-) -> None:
-    rows = segments_B2.shape[0] if segments_B2.ndim else None
-    expected = {
-        "segments_B2": (segments_B2, (None, 2)),
-        "starts_B": (starts_B, (rows,)),
-        "ends_B": (ends_B, (rows,)),
-    }
-    if limits_B2 is not None:
-        expected["limits_B2"] = (limits_B2, (rows, 2))
-    for name, (x, shape) in expected.items():
-        _check_shape(name, x, shape)
-        if x.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"{name}: found {x.dtype}, need torch.int32 or torch.int64")
-
-
-def _check_shape(name: str, x: Tensor, shape: Sequence[int | None]) -> None:
-    fits = x.ndim == len(shape) and all(
-        want is None or have == want for have, want in zip(x.shape, shape, strict=True)
-    )
-    if not fits:
-        need = ", ".join("any" if n is None else str(n) for n in shape)
-        raise ValueError(f"{name}: found shape {list(x.shape)}, need [{need}]")
-
-
-def _check_floating(**tensors: Tensor) -> None:
-    for name, x in tensors.items():
-        if not x.is_floating_point():
-            raise TypeError(f"{name}: found {x.dtype}, need a floating dtype")

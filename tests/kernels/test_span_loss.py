@@ -107,6 +107,19 @@ def test_huge_and_infinite_logits(device, make_batch, differentiate):
     assert span_loss(batch.logits_T2, *batch.rows) == float("inf")
 
 
+def test_a_long_window_that_begins_with_impossible_tokens(
+    device, make_batch, by_cross_entropy, differentiate
+):
+    batch = make_batch((1500,), labels=[(1400, 1300)], dtype=torch.float64, device=device)
+    batch.logits_T2[:1200] = -float("inf")
+    torch.testing.assert_close(
+        differentiate(span_loss, [batch.logits_T2], *batch.rows),
+        differentiate(by_cross_entropy, [batch.logits_T2], *batch.rows),
+        rtol=1e-12,
+        atol=1e-15,
+    )
+
+
 def test_adding_a_constant_to_a_window_changes_nothing(device, make_batch, differentiate):
     batch = make_batch((50, 30), dtype=torch.float64, device=device)
     moved_T2 = batch.logits_T2.clone()
