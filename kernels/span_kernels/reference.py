@@ -45,7 +45,8 @@ def reference_span_loss(
         Scalar, in nats: float64 for float64 logits, otherwise float32. A side without a valid row
         counts 0; without any valid row the loss is 0 and every gradient exactly 0. Logits of no
         segment, and those of an ignored side, never matter, whatever they hold.
-        A label on a logit of -inf costs +inf.
+        A label on a logit of -inf costs +inf. On a GPU the sums run in no fixed order unless
+        `torch.use_deterministic_algorithms` asks for one.
     """
     segments_B2, starts_B, ends_B = narrow(segments_B2, starts_B, ends_B, limits_B2)
     tokens, rows = logits_T2.shape[0], segments_B2.shape[0]
