@@ -6,7 +6,7 @@ import difflib
 import json
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -20,11 +20,15 @@ def schema_problems(error: ValidationError) -> list[tuple[KeyPath, str]]:
     """Each mistake once, as the path of its key and a sentence: where an unknown key is taken for
     another, that one is not reported as missing too."""
     errors = error.errors()
-    unknown = [e["loc"] for e in errors if e["type"] == "extra_forbidden"]
-    meant = {path for loc in unknown for path in _taken_for(loc)}
-    return [
-        (e["loc"], _problem(e)) for e in errors if e["type"] != "missing" or e["loc"] not in meant
-    ]
+    taken_for = {e["loc"]: _taken_for(e["loc"]) for e in errors if e["type"] == "extra_forbidden"}
+    meant = {path for paths in taken_for.values() for path in paths}
+    problems = []
+    for e in errors:
+        if e["type"] == "extra_forbidden":
+            problems.append((e["loc"], f"unknown key; {_hint(e['loc'], taken_for[e['loc']])}"))
+        elif e["type"] != "missing" or e["loc"] not in meant:
+            problems.append((e["loc"], _problem(e)))
+    return problems
 
 
 def spell(loc: KeyPath) -> str:
@@ -54,19 +58,14 @@ def short(text: str) -> str:
 
 def accepts_text(path: KeyPath) -> bool:
     """Whether the schema takes any string for this key."""
-    annotation: Any = Job
-    for part in path:
-        section = _section_in(annotation)
-        if section is None or part not in section.model_fields:
-            return False
-        annotation = section.model_fields[str(part)].annotation
-    return str in _flat(annotation)
+    section, key = _section_at(path[:-1]), str(path[-1])
+    if section is None or key not in section.model_fields:
+        return False
+    return str in _flat(section.model_fields[key].annotation)
 
 
 def _problem(error: ErrorDetails) -> str:
     kind, found, context = error["type"], error["input"], error.get("ctx", {})
-    if kind == "extra_forbidden":
-        return f"unknown key; {_hint(error['loc'])}"
     if kind == "missing":
         return f"is missing{_description(error['loc'])}"
     if kind == "literal_error":
@@ -81,7 +80,7 @@ def _problem(error: ErrorDetails) -> str:
         return f"{show(found)} does not match {context['pattern']}{described}"
     if kind in _BOUNDS:
         words, bound = _BOUNDS[kind]
-        return f"must be {words} {context[bound]}, found {show(found)}"
+        return f"must be {words} {_bound(context[bound])}, found {show(found)}"
     if kind == "tuple_type" and _section_at(error["loc"]) and isinstance(found, Mapping):
         return f"is a list of tables; write [[{error['loc'][-1]}]] for each"
     if kind == "too_long":
@@ -111,24 +110,28 @@ _EXPECTED = {
 }
 
 
-def _hint(loc: KeyPath) -> str:
+def _bound(number: int | float) -> str:
+    return str(int(number) if number == int(number) else number)
+
+
+def _hint(loc: KeyPath, taken: list[KeyPath]) -> str:
     """Say which key was meant, where it belongs, or what is allowed."""
-    taken = _taken_for(loc)
     section = _section_at(loc[:-1])
     if not taken:
         return f"allowed here: {one_of(tuple(section.model_fields))}" if section else "remove it"
     if taken[0][:-1] == loc[:-1]:
         return f"did you mean {taken[0][-1]}?"
-    if len(taken[0]) == 1 and _section_at(taken[0]):
+    homes = tuple(_header(path[:-1]) for path in taken if path not in _SECTIONS)
+    if not homes:
         return f"it is a section of its own, {_header(taken[0])}"
-    return f"it belongs to {one_of(tuple(_header(path[:-1]) for path in taken))}"
+    return f"it belongs to {one_of(tuple(sorted(homes, key=lambda home: home[0] != '[')))}"
 
 
 def _taken_for(loc: KeyPath) -> list[KeyPath]:
     """The keys that an unknown key could be: of this name in other sections, or else the nearest
     name in its own."""
     key, section = str(loc[-1]), _section_at(loc[:-1])
-    elsewhere = [(*path, key) for path, other in _sections() if key in other.model_fields]
+    elsewhere = [(*path, key) for path, other in _SECTIONS.items() if key in other.model_fields]
     if elsewhere or section is None:
         return elsewhere
     # One edit changes half of a name such as f1 or id.
@@ -153,15 +156,17 @@ def _description(loc: KeyPath) -> str:
     return f" ({section.model_fields[str(loc[-1])].description})" if section else ""
 
 
-def _sections(
-    section: type[BaseModel] = Job, path: KeyPath = ()
-) -> Iterator[tuple[KeyPath, type[BaseModel]]]:
-    """Walk through all sections of the schema, the top of the file first."""
+def _section_at(path: KeyPath) -> type[BaseModel] | None:
+    named = tuple(part for part in path if isinstance(part, str))
+    return _SECTIONS.get(named)
+
+
+def _walk(section: type[BaseModel], path: KeyPath) -> Iterator[tuple[KeyPath, type[BaseModel]]]:
     yield path, section
     for name, field in section.model_fields.items():
-        inner = _section_in(field.annotation)
-        if inner is not None:
-            yield from _sections(inner, (*path, name))
+        for kind in _flat(field.annotation):
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                yield from _walk(kind, (*path, name))
 
 
 def _flat(annotation: Any) -> list[Any]:
@@ -176,19 +181,4 @@ def _flat(annotation: Any) -> list[Any]:
     return [annotation]
 
 
-def _section_in(annotation: Any) -> type[BaseModel] | None:
-    for kind in _flat(annotation):
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            return kind
-    return None
-
-
-def _section_at(path: Iterable[str | int]) -> type[BaseModel] | None:
-    section: type[BaseModel] | None = Job
-    for part in path:
-        if isinstance(part, int):
-            continue
-        if section is None or part not in section.model_fields:
-            return None
-        section = _section_in(section.model_fields[part].annotation)
-    return section
+_SECTIONS = dict(_walk(Job, ()))  # all sections of the schema, the top of the file first

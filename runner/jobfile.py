@@ -113,6 +113,8 @@ def _in_order(
         if any(loc[:length] in overridden for length in range(1, len(loc) + 1)):
             return "--set"
         line = line_of(lines, loc)
+        if line is None and any(path[: len(loc)] == loc for path in overridden):
+            return "--set"  # has made this section
         return f"{path}:{line}" if line else str(path)
 
     found = sorted(problems, key=lambda problem: line_of(lines, problem[0]) or 0)
@@ -123,7 +125,7 @@ def _in_order(
 
 
 def _similar_file(path: Path) -> str:
-    names = [p.name for p in path.parent.glob("*.toml")] if path.parent.is_dir() else []
+    names = [p.name for p in path.parent.glob("*.toml") if p.is_file()]
     close = difflib.get_close_matches(path.name, names, n=1)
     return f"; did you mean {path.parent / close[0]}?" if close else ""
 
