@@ -327,9 +327,11 @@ def test_tuned_threshold_stands_in_the_middle_and_near_the_default():
     # Right wherever it stands: nearest to 0 of -4, -1 (halfway between -3 and 1), and 2.
     same = tune_null_threshold({"x": "", "y": ""}, {"x": [], "y": []}, {"x": -3.0, "y": 1.0})
     assert same.threshold == -1.0
-    close = np.nextafter(1.0, 2.0)
-    tuned = tune_null_threshold(texts, golds, {"a": 1.0, "n": close})
-    assert (tuned.score, 1.0 <= tuned.threshold < close) == (100.0, True)
+    # Between neighbouring floats there is no middle: rounding it must not reach the upper one.
+    one = float(np.nextafter(1.0, 2.0))
+    for low, high in ((1.0, one), (one, float(np.nextafter(one, 2.0)))):
+        tuned = tune_null_threshold(texts, golds, {"a": low, "n": high})
+        assert (tuned.score, low <= tuned.threshold < high) == (100.0, True)
 
 
 def test_tuning_needs_every_difference():

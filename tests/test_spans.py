@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
@@ -265,7 +266,7 @@ def test_views_of_larger_tensors_are_read_rightly():
     whole = torch.randn(41)
     odd_T2, strided_T2 = whole[1:].view(20, 2), torch.randn(20, 5)[:, 1:3]
     segment, context = torch.tensor([[4, 16]]), torch.tensor([[2, 16]])
-    for view_T2 in (odd_T2, strided_T2, strided_T2.double()):
+    for view_T2 in (odd_T2, strided_T2, torch.randn(20, 5)[:, 2:4], strided_T2.double()):
         assert_found(
             search(view_T2, segment, context, n_best=9), 0, all_spans(view_T2[4:], (2, 16), 30), 9
         )
@@ -325,9 +326,9 @@ def test_no_windows_and_no_gradient():
         (0,),
     )
     grad_T2 = torch.zeros(3, 2, requires_grad=True)
-    assert not search(
-        grad_T2, torch.tensor([[0, 3]]), torch.tensor([[1, 3]])
-    ).score_NK.requires_grad
+    spans = search(grad_T2, torch.tensor([[0, 3]]), torch.tensor([[1, 3]]))
+    assert not spans.score_NK.requires_grad
+    assert not spans.null_score_N.requires_grad
 
 
 @pytest.mark.parametrize(
@@ -428,7 +429,7 @@ def test_equal_scores_go_to_the_lowest_characters_or_to_the_first_window():
 
 @pytest.mark.parametrize("mode", ["exact", "run_qa"])
 def test_the_null_answer_wins_only_above_the_threshold(mode):
-    spans = table([(3.0, 1, 1)], [(2.0, 2, 2)], [(9.0, 0, 0), (2.0, 1, 1)], null=[5.0, 4.0, 4.0])
+    spans = table([(3.0, 1, 1)], [(2.0, 2, 2)], [(9.0, 0, 0), (4.0, 1, 1)], null=[5.0, 4.0, 4.0])
     at = {t: answers(spans, **TWO, null_threshold=t, mode=mode) for t in (0.5, 1.0, -6.0)}
     empty = at[0.5][0]
     assert (empty.text, empty.start, empty.end, empty.window) == ("", 0, 0, 1)
@@ -444,7 +445,7 @@ def test_the_null_answer_wins_only_above_the_threshold(mode):
     assert at[1.0][0].text == "two"  # 1.0 > 1.0 is false
     assert [answer.text for answer in at[-6.0]] == ["", ""]
     sure = at[0.5][1]
-    assert ([c.text for c in sure.n_best], sure.text, sure.window) == (["ONE", "", "TWO"], "ONE", 0)
+    assert ([c.text for c in sure.n_best], sure.text, sure.window) == (["ONE", "TWO", ""], "ONE", 0)
 
 
 @pytest.mark.parametrize(("mode", "text"), [("exact", ""), ("run_qa", "empty")])
@@ -452,9 +453,9 @@ def test_a_question_without_any_span(mode, text):
     none = replace(
         table([(0.0, 0, 0)], [], [], null=[1.0, 2.0, -1.0]), score_NK=torch.full((3, 1), NEVER)
     )
-    assert [(a.text, a.n_best, a.score, a.window) for a in answers(none, **TWO, mode=mode)] == [
-        (text, (), 0.0, -1)
-    ] * 2
+    for answer in answers(none, **TWO, mode=mode):
+        assert (answer.text, answer.n_best, answer.score, answer.window) == (text, (), 0.0, -1)
+        assert answer.null_probability == 0.0
     empty, kept = answers(none, **TWO, mode=mode, null_threshold=0.0)
     assert (empty.text, empty.score, empty.null_difference) == ("", 1.0, 1.0)
     assert (kept.text, kept.n_best) == (text, (Candidate("", 1.0, -1.0, 0, 0, 0),))
@@ -476,6 +477,28 @@ def test_tokens_without_characters_answer_only_in_run_qa_mode():
     ]
 
 
+def test_tokens_without_characters_alone_answer_nothing():
+    blank = TWO | {"chars_T2": np.concatenate([[[0, 3], [4, 4], [8, 8]], WORDS[1:], WORDS])}
+    spans = table([(5.0, 1, 1), (4.0, 2, 2)], [], [(1.0, 0, 0)], null=[0.0, 0.0, 0.0])
+    exact, run_qa = (answers(spans, **blank, mode=mode)[0] for mode in ("exact", "run_qa"))
+    assert (exact.text, exact.window, run_qa.text, run_qa.window) == ("", -1, "", 0)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_garbage_collector_is_left_as_it_was(enabled):
+    was_enabled = gc.isenabled()
+    spans = table([(1.0, 0, 0)], [(1.0, 0, 0)], [(1.0, 0, 0)], null=[0.0, 0.0, 0.0])
+    try:
+        (gc.enable if enabled else gc.disable)()
+        answers(spans, **TWO)
+        assert gc.isenabled() == enabled
+        with pytest.raises(ValueError, match="n_best"):
+            answers(spans, **TWO, n_best=0)
+        assert gc.isenabled() == enabled
+    finally:
+        (gc.enable if was_enabled else gc.disable)()
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -483,6 +506,9 @@ def test_tokens_without_characters_answer_only_in_run_qa_mode():
         {"question_N": np.array([0, 0, 0])},
         {"question_N": np.array([1, 1, 1])},
         {"question_N": np.array([0, 0, 2])},
+        {"question_N": np.array([-1, 0, 1])},
+        {"question_N": np.array([0, 1, 2])},
+        {"question_N": np.array([0, 2, 2]), "ids": ["a", "b", "c"], "contexts": [TEXT] * 3},
         {"question_N": np.array([0, 1])},
         {"contexts": [TEXT]},
         {"segments_N2": np.array([[0, 3]])},
