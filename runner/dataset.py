@@ -7,6 +7,8 @@ import csv
 import hashlib
 import io
 import json
+import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +20,8 @@ import numpy as np
 from runner.errors import AssetError, DataError
 from runner.job import Columns
 from runner.sources import DataSource, parse_data
+
+_NOTHING = (None, None, None)  # id, question and context of a row that is none
 
 
 @dataclass(frozen=True)
@@ -58,13 +62,14 @@ class Dataset:
 
 @dataclass(frozen=True)
 class _Row:
-    """A raw row and the place to name when it is wrong."""
+    """A raw row and the place to name when it is wrong; `answers` is a sentence where they cannot
+    be read."""
 
     place: str
     id: Any
     question: Any
     context: Any
-    answers: list[tuple[Any, Any]]
+    answers: list[tuple[Any, Any]] | str
 
 
 def load_dataset(
@@ -91,7 +96,10 @@ def load_dataset(
         DataError: naming the rows (file:row or id) and what is wrong with each kind.
         AssetError: if the data is neither here nor reachable.
     """
-    source = parse_data(name)
+    try:
+        source = parse_data(name)
+    except ValueError as error:
+        raise DataError(str(error)) from None
     rows = (
         _hub_rows(source, columns)
         if source.kind == "hub"
@@ -144,27 +152,19 @@ def content_sha256(examples: Iterable[Example]) -> str:
 
 
 def _file_rows(path: Path, columns: Columns) -> list[_Row]:
-    try:
-        if path.suffix == ".parquet":
-            import pyarrow.parquet
-
-            try:
-                table = pyarrow.parquet.read_table(path)
-            except (pyarrow.ArrowInvalid, pyarrow.ArrowIOError) as error:
-                raise DataError(f"{path}: not a Parquet file: {error}") from None
-            return _flat_rows(path.name, table.to_pylist(), table.column_names, columns)
-        text = _decode(path)
-    except OSError as error:
-        kind = AssetError if isinstance(error, FileNotFoundError) else DataError
-        raise kind(f"{path}: cannot be read: {error.strerror}") from None
-    if path.suffix == ".csv":
+    raw = _read(path)
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
+        return _parquet_rows(path, raw, columns)
+    text = _decode(path, raw)
+    if suffix == ".csv":
         csv.field_size_limit(2**31 - 1)
-        reader = csv.DictReader(io.StringIO(text, newline=""))
+        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
         try:
             return _flat_rows(path.name, list(reader), list(reader.fieldnames or ()), columns)
         except csv.Error as error:
-            raise DataError(f"{path}:{reader.line_num}: not valid CSV: {error}") from None
-    if path.suffix == ".jsonl":
+            raise DataError(f"{path}:{reader.reader.line_num}: not valid CSV: {error}") from None
+    if suffix == ".jsonl":
         table = [
             _parse_json(line, f"{path}:{n}")
             for n, line in enumerate(text.split("\n"), 1)
@@ -178,13 +178,36 @@ def _file_rows(path: Path, columns: Columns) -> list[_Row]:
         raise DataError(
             f"{path}: expected SQuAD's {{'data': [...]}} or a list of rows, found {_kind(parsed)}"
         )
-    if parsed and isinstance(parsed[0], dict) and "paragraphs" in parsed[0]:
+    if any(isinstance(article, dict) and "paragraphs" in article for article in parsed):
         return list(_squad_rows(path.name, parsed))
     return _flat_rows(path.name, parsed, None, columns)
 
 
-def _decode(path: Path) -> str:
-    raw = path.read_bytes()
+def _read(path: Path) -> bytes:
+    try:
+        if path.exists() and not path.is_file():
+            raise DataError(f"{path}: is not a file")
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise AssetError(f"{path}: no such file") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"{path}: cannot be read: {reason}") from None
+
+
+def _parquet_rows(path: Path, raw: bytes, columns: Columns) -> list[_Row]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.read_table(pyarrow.BufferReader(raw))
+        rows = table.to_pylist()
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise DataError(f"{path}: not valid Parquet: {_first_line(error)}") from None
+    return _flat_rows(path.name, rows, table.column_names, columns)
+
+
+def _decode(path: Path, raw: bytes) -> str:
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -202,6 +225,8 @@ def _parse_json(text: str, place: str) -> Any:
         raise DataError(f"{where}: not valid JSON: {error.msg} (column {error.colno})") from None
     except RecursionError:
         raise DataError(f"{place}: JSON is nested too deeply to be a data set") from None
+    except ValueError:
+        raise DataError(f"{place}: holds a number of thousands of digits") from None
 
 
 def _squad_rows(file: str, articles: Sequence[Any]) -> Iterator[_Row]:
@@ -213,14 +238,15 @@ def _squad_rows(file: str, articles: Sequence[Any]) -> Iterator[_Row]:
             context = paragraph.get("context") if isinstance(paragraph, dict) else None
             for q, qa in enumerate(_member(paragraph, "qas", list, place), 1):
                 if not isinstance(qa, dict):
-                    raise DataError(f"{place} question {q}: expected a table, found {_kind(qa)}")
-                identity = qa.get("id")
+                    yield _Row(f"{place} question {q}", *_NOTHING, f"a question is {_kind(qa)}")
+                    continue
+                identity = _identity(qa.get("id"))
                 yield _Row(
-                    place=f"{file}: {identity or f'{place} question {q}'}",
+                    place=f"{file}: {_plain(identity)} (article {a}, paragraph {p}, question {q})",
                     id=identity,
                     question=qa.get("question"),
                     context=context,
-                    answers=_answers(qa.get("answers"), f"{place} question {q}"),
+                    answers=_answers(qa["answers"]) if "answers" in qa else "no answers",
                 )
 
 
@@ -229,9 +255,13 @@ def _flat_rows(
 ) -> list[_Row]:
     if not table:
         return []
-    if not isinstance(table[0], dict):
+    if names is None:
+        names = list(dict.fromkeys(key for row in table if isinstance(row, dict) for key in row))
+    if not names:
         raise DataError(f"{file}: expected rows with named columns, found {_kind(table[0])}")
-    names = list(table[0]) if names is None else names
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise DataError(f"{file}: {len(twice)} column names appear twice, {twice[0]!r} first")
     answer = columns.answer or ("answer" if "answers" not in names and "answer" in names else None)
     start = columns.answer_start or ("answer_start" if "answer_start" in names else None)
     wanted = [
@@ -251,19 +281,20 @@ def _flat_rows(
     rows = []
     for number, row in enumerate(table, 1):
         place = f"{file}:{number}"
-        if not isinstance(row, dict):
-            raise DataError(f"{place}: expected a row with named columns, found {_kind(row)}")
-        if answer is not None:
-            text = row.get(answer)
-            offset = row.get(start) if start else None
-            answers = [] if text in (None, "") else [(text, _number(offset))]
+        if not isinstance(row, dict) or None in row:
+            what = "more fields than columns" if isinstance(row, dict) else f"a row is {_kind(row)}"
+            rows.append(_Row(place, *_NOTHING, what))
+            continue
+        if (answer or "answers") not in row:
+            answers = f"no {answer or 'answers'}"
+        elif answer is None:
+            answers = _answers(row["answers"])
+        elif row[answer] in (None, ""):
+            answers = []
         else:
-            answers = _answers(row.get("answers"), place)
-        key = row.get(identity) if identity else str(number)
-        question, context = row.get(columns.question), row.get(columns.context)
-        rows.append(
-            _Row(place, str(key) if isinstance(key, int) else key, question, context, answers)
-        )
+            answers = [(row[answer], _number(row.get(start)) if start else None)]
+        key = _identity(row.get(identity)) if identity else str(number)
+        rows.append(_Row(place, key, row.get(columns.question), row.get(columns.context), answers))
     return rows
 
 
@@ -274,33 +305,41 @@ def _hub_rows(source: DataSource, columns: Columns) -> list[_Row]:
         table = datasets.load_dataset(
             source.location, source.config, split=source.split, revision=source.revision
         )
-    except (ConnectionError, FileNotFoundError, OSError) as error:
+    except (OSError, ValueError) as error:
+        if isinstance(error, ValueError) and "Couldn't find cache" not in str(error):
+            raise DataError(f"{source.text}: {_first_line(error)}") from None
+        given = f"{source.location!r}" + (f", {source.config!r}" if source.config else "")
+        given += f", revision={source.revision!r}" if source.revision else ""
         raise AssetError(
             f"{source.text}: not in the local cache and the hub cannot be reached"
             f' ({_first_line(error)}); on a machine with network run: python -c "import datasets;'
-            f" datasets.load_dataset('{source.location}')\""
+            f' datasets.load_dataset({given})"'
         ) from None
-    except ValueError as error:
-        raise DataError(f"{source.text}: {_first_line(error)}") from None
+    except Exception as error:
+        # Whatever it is, datasets could not make rows of the repository.
+        why = _first_line(error.__cause__ or error)
+        raise DataError(f"{source.text}: datasets cannot read it: {why}") from None
     if not isinstance(table, datasets.Dataset):
         raise DataError(f"{source.text}: names no single split")
     return _flat_rows(source.text, table.to_list(), table.column_names, columns)
 
 
-def _answers(value: Any, place: str) -> list[tuple[Any, Any]]:
+def _answers(value: Any) -> list[tuple[Any, Any]] | str:
     """Accept SQuAD's two spellings: a list of {text, answer_start}, or {text: [...], answer_start:
-    [...]}."""
+    [...]}. A sentence says why it is neither."""
     if value is None:
         return []
-    if isinstance(value, dict):
-        texts, starts = value.get("text", []), value.get("answer_start", [])
+    if isinstance(value, dict) and "text" in value:
+        texts, starts = value["text"], value.get("answer_start")
         texts, starts = (v if isinstance(v, list) else [v] for v in (texts, starts))
-        return [(text, starts[n] if n < len(starts) else None) for n, text in enumerate(texts)]
-    if isinstance(value, list):
-        if not all(isinstance(item, dict) for item in value):
-            raise DataError(f"{place}: answers must be tables with text and answer_start")
-        return [(item.get("text"), item.get("answer_start")) for item in value]
-    raise DataError(f"{place}: answers must be a list, found {_kind(value)}")
+        if starts == [None]:
+            starts = [None] * len(texts)
+        if len(texts) != len(starts):
+            return f"answers pair no texts with answer_start ({len(texts)} and {len(starts)})"
+        return list(zip(texts, starts, strict=True))
+    if isinstance(value, list) and all(isinstance(i, dict) and "text" in i for i in value):
+        return [(item["text"], item.get("answer_start")) for item in value]
+    return f"answers are {_kind(value)}, not tables with text and answer_start"
 
 
 def _member(value: Any, key: str, kind: type, place: str) -> Any:
@@ -309,17 +348,17 @@ def _member(value: Any, key: str, kind: type, place: str) -> Any:
     return value[key]
 
 
+def _identity(value: Any) -> Any:
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
 def _number(value: Any) -> Any:
     """CSV has no numbers: read what looks like one."""
-    if isinstance(value, str):
-        return (
-            int(value)
-            if value.strip().lstrip("-").isdigit()
-            else None
-            if not value.strip()
-            else value
-        )
-    return value
+    if not isinstance(value, str):
+        return value
+    if not value.strip():
+        return None
+    return int(float(value)) if re.fullmatch(r"\s*-?[0-9]{1,15}(\.0*)?\s*", value) else value
 
 
 # --- checking ----------------------------------------------------------------------------------
@@ -328,22 +367,22 @@ def _number(value: Any) -> Any:
 def _check(rows: Sequence[_Row], unanswerable: bool) -> tuple[list[Example], list[tuple[str, str]]]:
     examples: list[Example] = []
     bad: list[tuple[str, str]] = []
-    seen: dict[str, int] = {}
+    seen: dict[str, str] = {}
     # A context is shared by several questions: check its encoding once.
     texts: dict[str, str | None] = {}
     for row in rows:
-        why = _problem(row, texts)
+        why = row.answers if isinstance(row.answers, str) else _problem(row, texts)
         if why is None and not row.answers and not unanswerable:
             why = "no answer (set data.unanswerable = true for SQuAD v2 data)"
         if why is None and row.id in seen:
-            why = f"id repeated (first seen in question {seen[row.id] + 1})"
+            why = f"id repeated (first at {seen[row.id]})"
         spans: list[tuple[str, int]] = []
         if why is None:
             spans, why = _spans(row)
         if why is not None:
             bad.append((row.place, why))
             continue
-        seen[row.id] = len(seen)
+        seen[row.id] = row.place
         examples.append(
             Example(
                 row.id,
@@ -357,9 +396,7 @@ def _check(rows: Sequence[_Row], unanswerable: bool) -> tuple[list[Example], lis
 
 
 def _problem(row: _Row, texts: dict[str, str | None]) -> str | None:
-    if not isinstance(row.id, str) or not row.id:
-        return "no id"
-    for name, value in (("question", row.question), ("context", row.context)):
+    for name, value in (("id", row.id), ("question", row.question), ("context", row.context)):
         if value is None:
             return f"no {name}"
         if not isinstance(value, str):
@@ -393,27 +430,31 @@ def _spans(row: _Row) -> tuple[list[tuple[str, int]], str | None]:
         if start is None:
             start = row.context.find(text)
             if start < 0:
-                return [], f"answer {_short(text)} is not in the context"
+                why = f"{_other_form(text, row.context)}answer is not in the context"
+                return [], f"{why} ({_short(text)})"
             if row.context.find(text, start + 1) >= 0:
-                return [], f"answer {_short(text)} occurs more than once and has no answer_start"
+                why = "answer occurs more than once and has no answer_start"
+                return [], f"{why} ({_short(text)})"
+        if isinstance(start, float) and start.is_integer():
+            start = int(start)
         if not isinstance(start, int) or isinstance(start, bool):
             return [], f"answer_start is {_kind(start)}, not a whole number"
         if not 0 <= start < len(row.context):
-            return (
-                [],
-                f"answer_start {start} is outside the context of {len(row.context)} characters",
-            )
-        if row.context[start : start + len(text)] != text:
-            found = row.context[start : start + len(text)]
-            return (
-                [],
-                (
-                    f"answer text not at answer_start ({_short(text)} declared at {start},"
-                    f" {_short(found)} found)"
-                ),
-            )
+            size = len(row.context)
+            return [], f"answer_start is outside the context ({start}, of {size} characters)"
+        found = row.context[start : start + len(text)]
+        if found != text:
+            form = _other_form(text, row.context[start : start + 4 * len(text)])
+            why = f"{form}answer text not at answer_start"
+            return [], f"{why} ({_short(text)} declared at {start}, {_short(found)} found)"
         spans.append((text, start))
     return spans, None
+
+
+def _other_form(text: str, context: str) -> str:
+    """What to say first where the two differ only in how accents are encoded."""
+    same = unicodedata.normalize("NFC", text) in unicodedata.normalize("NFC", context)
+    return "Unicode forms (NFC, NFD) differ: " if same else ""
 
 
 def _report(name: str, bad: Sequence[tuple[str, str]], total: int) -> str:
@@ -430,7 +471,7 @@ def _report(name: str, bad: Sequence[tuple[str, str]], total: int) -> str:
 
 
 def _kind(value: Any) -> str:
-    names = {
+    names: dict[type, str] = {
         dict: "a table",
         list: "a list",
         str: "text",
@@ -442,7 +483,14 @@ def _kind(value: Any) -> str:
 
 
 def _short(text: str) -> str:
-    return json.dumps(text if len(text) <= 40 else text[:37] + "...", ensure_ascii=False)
+    shown = text if len(text) <= 40 else text[:37] + "..."
+    return json.dumps(shown, ensure_ascii=not shown.isprintable())
+
+
+def _plain(identity: Any) -> str:
+    """An id as it may be printed: hostile ones escaped."""
+    simple = isinstance(identity, str) and identity.isprintable() and 0 < len(identity) <= 80
+    return identity if simple else _short(str(identity))
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,0 +1,656 @@
+"""Every format gives the same questions; every bad row and file is refused by its name."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import json
+import os
+import shutil
+import time
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from runner.dataset import Example, content_sha256, load_dataset
+from runner.errors import AssetError, DataError
+from runner.job import Columns
+
+EXAMPLES = (
+    Example(
+        "a1", "How long?", "Its battery lasts nine hours, nine on dim.", ("nine hours",), (18,)
+    ),
+    Example(
+        "a2", "What?", "Its battery lasts nine hours, nine on dim.", ("nine", "nine"), (18, 30)
+    ),
+    Example("b1", "Où est-ce ?", "Le café “Zoé” 😀, à Orsay", ("😀",), (14,)),
+    Example("b2", 'Quoted, "twice"?', "One, two\r\nthree\n", ("two\r\nthree",), (5,)),
+    Example("c 3", "Any?", "Nothing to say.\u2028Or is there?", (), ()),
+)
+GOOD = {"id": "g", "question": "Who?", "context": "Ann and Bo saw Bo.", "answer": "Ann"}
+
+
+def load(path, *, unanswerable=False, on_bad_row="fail", sample=None, seed=0, **columns):
+    return load_dataset(
+        str(path),
+        columns=Columns(**columns),
+        unanswerable=unanswerable,
+        on_bad_row=on_bad_row,
+        sample=sample,
+        seed=seed,
+    )
+
+
+# ---- formats
+
+
+def texts_and_starts(example):
+    return {"text": list(example.answers), "answer_start": list(example.answer_starts)}
+
+
+def tables(example):
+    pairs = zip(example.answers, example.answer_starts, strict=True)
+    return [{"text": text, "answer_start": start} for text, start in pairs]
+
+
+def flat(examples, spelling=texts_and_starts):
+    return [
+        {"id": e.id, "question": e.question, "context": e.context, "answers": spelling(e)}
+        for e in examples
+    ]
+
+
+def one_answer(examples):
+    """Rows with one answer a row, under other column names."""
+    return [
+        {
+            "number": e.id,
+            "ask": e.question,
+            "text": e.context,
+            "span": e.answers[0] if e.answers else "",
+            "at": e.answer_starts[0] if e.answers else None,
+        }
+        for e in examples
+    ]
+
+
+def nested(examples, spelling=tables, **extra):
+    """SQuAD's own form; neighbours with the same context share a paragraph."""
+    paragraphs = []
+    for e in examples:
+        if not paragraphs or paragraphs[-1]["context"] != e.context:
+            paragraphs.append({"context": e.context, "qas": []})
+        impossible = {"is_impossible": not e.answers, "plausible_answers": []} if extra else {}
+        qa = {"id": e.id, "question": e.question, "answers": spelling(e), **impossible}
+        paragraphs[-1]["qas"].append(qa)
+    return {"data": [{"title": "T", "paragraphs": [p]} for p in paragraphs], **extra}
+
+
+def json_bytes(value, **options):
+    return json.dumps(value, **options).encode()
+
+
+def jsonl(rows, end="\n"):
+    return "".join(json.dumps(row, ensure_ascii=False) + end for row in rows).encode()
+
+
+def csv_bytes(rows):
+    out = io.StringIO(newline="")
+    writer = csv.DictWriter(out, list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue().encode()
+
+
+def parquet(rows):
+    out = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), out)
+    return out.getvalue()
+
+
+COLUMNS = {"id": "number", "question": "ask", "context": "text", "answer": "span"}
+STARTS = COLUMNS | {"answer_start": "at"}
+ALL, FIRSTS = EXAMPLES, tuple(e for e in EXAMPLES if e.id != "a2")
+FORMATS = {
+    "v1.json": (ALL[:4], lambda e: json_bytes(nested(e)), {}),
+    "v2.json": (ALL, lambda e: json_bytes(nested(e, version="v2.0"), ensure_ascii=False), {}),
+    "nested, lists.json": (ALL, lambda e: json_bytes(nested(e, texts_and_starts)), {}),
+    "articles.json": (ALL, lambda e: json_bytes(nested(e)["data"]), {}),
+    "list.json": (ALL, lambda e: json_bytes(flat(e)), {}),
+    "tables.json": (ALL, lambda e: json_bytes(flat(e, tables), indent=1), {}),
+    "data.json": (ALL, lambda e: json_bytes({"data": flat(e)}), {}),
+    "bom.json": (ALL, lambda e: b"\xef\xbb\xbf" + json_bytes(flat(e)), {}),
+    "lines.jsonl": (ALL, lambda e: jsonl(flat(e)), {}),
+    "crlf.jsonl": (ALL, lambda e: b"\xef\xbb\xbf" + jsonl(flat(e, tables), "\r\n") + b"\r\n", {}),
+    "UPPER.JSONL": (ALL, lambda e: jsonl(flat(e)), {}),
+    "named.jsonl": (FIRSTS, lambda e: jsonl(one_answer(e)), STARTS),
+    "found.jsonl": (FIRSTS, lambda e: jsonl(one_answer(e)), COLUMNS),
+    "named.csv": (FIRSTS, lambda e: csv_bytes(one_answer(e)), STARTS),
+    "bom.CSV": (FIRSTS, lambda e: b"\xef\xbb\xbf" + csv_bytes(one_answer(e)), COLUMNS),
+    "lists.parquet": (ALL, lambda e: parquet(flat(e)), {}),
+    "tables.parquet": (ALL, lambda e: parquet(flat(e, tables)), {}),
+    "named.PARQUET": (FIRSTS, lambda e: parquet(one_answer(e)), STARTS),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_gives_the_same_questions_and_hash(tmp_path, name):
+    examples, write, columns = FORMATS[name]
+    (tmp_path / name).write_bytes(write(examples))
+    data = load(tmp_path / name, unanswerable=True, **columns)
+    assert data.examples == examples
+    assert data.sha256 == content_sha256(examples)
+    assert data.dropped == ()
+
+
+def test_rows_without_ids_are_numbered_and_whole_numbers_are_ids(tmp_path):
+    rows = [{k: GOOD[k] for k in ("question", "context", "answer")}] * 2
+    (tmp_path / "x.csv").write_bytes(csv_bytes(rows))
+    assert [e.id for e in load(tmp_path / "x.csv").examples] == ["1", "2"]
+    (tmp_path / "x.jsonl").write_bytes(jsonl([{**row, "id": n} for n, row in enumerate(rows)]))
+    assert [e.id for e in load(tmp_path / "x.jsonl").examples] == ["0", "1"]
+    numbered = nested([Example(7, *"qc", ("c",), (0,))])  # type: ignore[arg-type]
+    (tmp_path / "x.json").write_bytes(json_bytes(numbered))
+    assert [e.id for e in load(tmp_path / "x.json").examples] == ["7"]
+
+
+@pytest.mark.parametrize("start", [15, 15.0, "15", " 15 ", "15.0"])
+def test_a_start_may_be_spelled_as_csv_and_pandas_do(tmp_path, start):
+    (tmp_path / "x.jsonl").write_bytes(jsonl([{**GOOD, "answer": "Bo", "answer_start": start}]))
+    assert load(tmp_path / "x.jsonl").examples[0].answer_starts == (15,)
+
+
+def test_the_hash_sees_every_part_and_the_order():
+    hashes = {content_sha256(EXAMPLES), content_sha256(EXAMPLES[::-1]), content_sha256(ALL[:4])}
+    first = EXAMPLES[0]
+    for field, value in (
+        ("id", "z"),
+        ("question", "?"),
+        ("context", first.context + " "),
+        ("answers", ("nine hour",)),
+        ("answer_starts", (17,)),
+    ):
+        changed = Example(**{**first.__dict__, field: value})
+        hashes.add(content_sha256((changed, *EXAMPLES[1:])))
+    assert len(hashes) == 8
+
+
+# ---- slices and samples
+
+
+@pytest.fixture
+def ten(tmp_path):
+    rows = [{**GOOD, "id": f"q{n}"} for n in range(10)]
+    (tmp_path / "ten.jsonl").write_bytes(jsonl(rows))
+    return tmp_path / "ten.jsonl"
+
+
+def ids(data):
+    return [int(e.id[1:]) for e in data.examples]
+
+
+@pytest.mark.parametrize(
+    "part", ["", "[:]", "[:4]", "[3:]", "[2:5]", "[-3:]", "[:-8]", "[5:999]", "[-99:2]"]
+)
+def test_slices_are_pythons_and_count_questions(ten, part):
+    assert ids(load(f"{ten}{part}")) == eval(f"list(range(10)){part}")
+
+
+@pytest.mark.parametrize(
+    ("part", "expected"),
+    [("[:20%]", range(2)), ("[20%:50%]", range(2, 5)), ("[95%:]", []), ("[-10%:]", [9])],
+)
+def test_slices_in_percent(ten, part, expected):
+    if not expected:
+        with pytest.raises(DataError, match="slice is empty; the data has 10 questions"):
+            load(f"{ten}{part}")
+        return
+    assert ids(load(f"{ten}{part}")) == list(expected)
+
+
+@pytest.mark.parametrize("part", ["[3:3]", "[5:2]", "[10:]", "[:0]", "[5]", "[a:b]"])
+def test_an_empty_or_senseless_slice_is_refused(ten, part):
+    with pytest.raises(DataError, match=r"slice (is empty; the data has 10|that )"):
+        load(f"{ten}{part}")
+
+
+@pytest.mark.parametrize("seed", [0, 7])
+@pytest.mark.parametrize(("part", "low", "high"), [("", 0, 10), ("[2:8]", 2, 8)])
+def test_a_sample_is_drawn_after_the_slice_by_the_seed(ten, part, low, high, seed):
+    drawn = np.random.default_rng(seed).permutation(high - low)[:4]
+    assert ids(load(f"{ten}{part}", sample=4, seed=seed)) == sorted((low + drawn).tolist())
+    assert ids(load(f"{ten}{part}", sample=high - low, seed=seed)) == list(range(low, high))
+
+
+def test_a_sample_larger_than_the_slice_is_refused(ten):
+    with pytest.raises(DataError, match="sample of 7 from 6"):
+        load(f"{ten}[:6]", sample=7)
+
+
+def test_only_the_declared_slice_is_checked(tmp_path):
+    (tmp_path / "x.jsonl").write_bytes(jsonl([GOOD, {**GOOD, "id": "h", "question": ""}]))
+    assert len(load(tmp_path / "x.jsonl[:1]").examples) == 1
+    with pytest.raises(DataError, match=r"x\.jsonl:2: question is empty"):
+        load(tmp_path / "x.jsonl[1:]")
+
+
+# ---- bad rows
+
+SURROGATE = "holds a lone surrogate (broken encoding)"
+BAD_ROWS = {
+    "start off by one": ({"answer_start": 1}, 'not at answer_start ("Ann" declared at 1, "nn " '),
+    "start negative": ({"answer_start": -1}, "outside the context (-1, of 18 characters)"),
+    "start past the end": ({"answer_start": 18}, "outside the context (18, of 18 characters)"),
+    "start far past the end": ({"answer_start": 10**30}, f"outside the context ({10**30}, of"),
+    "answer over the end": ({"answer": "Bo..", "answer_start": 15}, "not at answer_start"),
+    "start a word": ({"answer_start": "first"}, "answer_start is text, not a whole number"),
+    "start minus minus": ({"answer_start": "--1"}, "answer_start is text, not a whole number"),
+    "start superscript": ({"answer_start": "²"}, "answer_start is text, not a whole number"),
+    "start of 5,000 digits": ({"answer_start": "1" * 5000}, "answer_start is text, not a whole"),
+    "start a half": ({"answer_start": 0.5}, "answer_start is a number, not a whole number"),
+    "start true": ({"answer_start": True}, "answer_start is true or false, not a whole number"),
+    "start a list": ({"answer_start": [0]}, "answer_start is a list, not a whole number"),
+    "text absent": ({"answer": "Cy"}, 'answer is not in the context ("Cy")'),
+    "text twice, no start": ({"answer": "Bo"}, "occurs more than once and has no answer_start"),
+    "other case": ({"answer": "ann"}, 'answer is not in the context ("ann")'),
+    "NFC in NFD": (
+        {"context": "Zoe\u0301 came", "answer": "Zo\u00e9", "answer_start": 0},
+        "Unicode forms (NFC, NFD) differ: answer text not at answer_start",
+    ),
+    "NFD in NFC": (
+        {"context": "Zo\u00e9 came", "answer": "Zoe\u0301"},
+        "Unicode forms (NFC, NFD) differ: answer is not in the context",
+    ),
+    "answer of spaces": ({"answer": "   "}, "answer is empty"),
+    "answer empty": ({"answer": ""}, "no answer (set data.unanswerable = true"),
+    "answer null": ({"answer": None}, "no answer (set data.unanswerable = true"),
+    "answer missing": ({"answer": ...}, "no answer"),
+    "answer a number": ({"answer": 5}, "answer is a number, not text"),
+    "answer a table": ({"answer": {"text": "Ann"}}, "answer is a table, not text"),
+    "question empty": ({"question": ""}, "question is empty"),
+    "question of spaces": ({"question": " \n\u00a0"}, "question is empty"),
+    "question null": ({"question": None}, "no question"),
+    "question missing": ({"question": ...}, "no question"),
+    "question a number": ({"question": 3.5}, "question is a number, not text"),
+    "question NUL": ({"question": "Who\0?"}, "question holds a NUL character"),
+    "question surrogate": ({"question": "Who\ud800?"}, f"question {SURROGATE}"),
+    "context empty": ({"context": ""}, "context is empty"),
+    "context of spaces": ({"context": "\t \r\n"}, "context is empty"),
+    "context null": ({"context": None}, "no context"),
+    "context a list": ({"context": ["Ann"]}, "context is a list, not text"),
+    "context NUL": ({"context": "Ann\0"}, "context holds a NUL character"),
+    "context surrogate": ({"context": "Ann \udc80"}, f"context {SURROGATE}"),
+    "id empty": ({"id": ""}, "id is empty"),
+    "id null": ({"id": None}, "no id"),
+    "id missing": ({"id": ...}, "no id"),
+    "id a list": ({"id": ["x"]}, "id is a list, not text"),
+    "id a fraction": ({"id": 1.5}, "id is a number, not text"),
+    "id surrogate": ({"id": "x\ud800"}, f"id {SURROGATE}"),
+    "id repeated, same row": ({"id": "g"}, "id repeated (first at x.jsonl:1)"),
+    "id repeated, other row": ({"id": "g", "question": "Whom?"}, "id repeated (first at x.jsonl"),
+    "row a list": ([1], "a row is a list"),
+    "row a text": ("row", "a row is text"),
+    "row null": (None, "a row is nothing"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ROWS)
+def test_a_bad_row_is_refused_by_file_and_row_or_dropped(tmp_path, case):
+    change, why = BAD_ROWS[case]
+    bad = {"id": "bad", **{k: v for k, v in GOOD.items() if k != "id"}, "answer_start": None}
+    bad = (
+        {k: v for k, v in {**bad, **change}.items() if v is not ...}
+        if isinstance(change, dict)
+        else change
+    )
+    path = tmp_path / "x.jsonl"
+    rows = [{**GOOD, "answer_start": 0}, bad, {**GOOD, "id": "last"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError) as refused:
+        load(path)
+    summary, line = str(refused.value).split("\n")
+    assert summary.startswith(f"{path}: 1 of 3 rows refused: 1 x ")
+    assert line.startswith("  x.jsonl:2: ")
+    assert why in line
+    data = load(path, on_bad_row="drop")
+    assert [e.id for e in data.examples] == ["g", "last"]
+    assert data.dropped == (line.strip(),)
+
+
+BAD_ANSWERS = {
+    "text": ("Ann", "answers are text, not tables"),
+    "a list of texts": (["Ann"], "answers are a list, not tables"),
+    "tables without text": ([{"answer_start": 0}], "answers are a list, not tables"),
+    "a table without text": ({"answer_start": [0]}, "answers are a table, not tables"),
+    "fewer starts": ({"text": ["Ann", "Bo"], "answer_start": [0]}, "(2 and 1)"),
+    "more starts": ({"text": [], "answer_start": [0]}, "(0 and 1)"),
+    "second wrong": ({"text": ["Ann", "Bo"], "answer_start": [0, 9]}, '"Bo" declared at 9'),
+    "null text": ([{"text": None, "answer_start": 0}], "answer is nothing, not text"),
+    "none": ([], "no answer (set data.unanswerable"),
+    "null": (None, "no answer (set data.unanswerable"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ANSWERS)
+@pytest.mark.parametrize("form", ["nested.json", "flat.jsonl"])
+def test_bad_answers_are_refused_in_both_forms(tmp_path, form, case):
+    answers, why = BAD_ANSWERS[case]
+    rows = [
+        {"id": name, "question": "Who?", "context": "Ann and Bo.", "answers": value}
+        for name, value in (("g", [{"text": "Ann", "answer_start": 0}]), ("bad", answers))
+    ]
+    if form == "nested.json":
+        qas = [{k: v for k, v in row.items() if k != "context"} for row in rows]
+        content = json_bytes({"data": [{"paragraphs": [{"context": "Ann and Bo.", "qas": qas}]}]})
+        place = "nested.json: bad (article 1, paragraph 1, question 2): "
+    else:
+        content, place = jsonl(rows), "flat.jsonl:2: "
+    (tmp_path / form).write_bytes(content)
+    with pytest.raises(DataError) as refused:
+        load(tmp_path / form)
+    line = str(refused.value).split("\n")[1]
+    assert line.startswith(f"  {place}")
+    assert why in line
+    assert [e.id for e in load(tmp_path / form, on_bad_row="drop").examples] == ["g"]
+
+
+@pytest.mark.parametrize("form", ["nested.json", "flat.jsonl"])
+def test_answers_left_out_are_no_promise_that_there_is_none(tmp_path, form):
+    row = {"id": "a", "question": "Who?", "context": "Ann."}
+    other = {**row, "id": "b", "answers": []}
+    if form == "nested.json":
+        content = json_bytes({"data": [{"paragraphs": [{"context": "A", "qas": [row, other]}]}]})
+    else:
+        content = jsonl([row, other])
+    (tmp_path / form).write_bytes(content)
+    with pytest.raises(DataError, match="1 of 2 rows refused: 1 x no answers;"):
+        load(tmp_path / form, unanswerable=True)
+
+
+def test_v1_and_v2_mixed(tmp_path):
+    (tmp_path / "x.json").write_bytes(json_bytes(nested(EXAMPLES)))
+    with pytest.raises(DataError, match=r"c 3 \(article 4, paragraph 1, question 1\): no answer"):
+        load(tmp_path / "x.json")
+    assert len(load(tmp_path / "x.json", unanswerable=True).examples) == 5
+
+
+def test_ids_repeated_in_a_nested_file_name_both_places(tmp_path):
+    twice = [EXAMPLES[0], EXAMPLES[2], EXAMPLES[0]]
+    (tmp_path / "x.json").write_bytes(json_bytes(nested(twice)))
+    places = [rf"x\.json: a1 \(article {n}, paragraph 1, question 1\)" for n in (3, 1)]
+    with pytest.raises(DataError, match=rf"{places[0]}: id repeated \(first at {places[1]}\)"):
+        load(tmp_path / "x.json")
+
+
+def test_the_report_counts_classes_and_shows_the_first_five(tmp_path):
+    changes = [{"answer": f"({n})"} for n in range(6)] + [{"question": ""}] * 2
+    rows = [{**GOOD, "id": str(n), **change} for n, change in enumerate(changes)]
+    (tmp_path / "x.jsonl").write_bytes(jsonl(rows))
+    with pytest.raises(DataError) as refused:
+        load(tmp_path / "x.jsonl")
+    head, *lines, rest = str(refused.value).split("\n")
+    assert "8 of 8 rows refused: 6 x answer is not in the context; 2 x question is empty;" in head
+    assert [line.split(": ")[0] for line in lines] == [f"  x.jsonl:{n}" for n in range(1, 6)]
+    assert rest == "  and 3 more"
+
+
+def test_dropping_every_row_is_refused(tmp_path):
+    (tmp_path / "x.jsonl").write_bytes(jsonl([{**GOOD, "context": ""}]))
+    with pytest.raises(DataError, match=r"no row is left[^\0]*x\.jsonl:1: context is empty"):
+        load(tmp_path / "x.jsonl", on_bad_row="drop")
+
+
+@pytest.mark.parametrize("name", ["\x1b[2Jx", "a\nb", "\u202eb", "x" * 500, "\ud800"])
+def test_a_hostile_id_is_printed_harmlessly(tmp_path, name):
+    bad = Example(name, "", "Ann", ("Ann",), (0,))
+    (tmp_path / "x.json").write_bytes(json_bytes(nested([EXAMPLES[0], bad])))
+    with pytest.raises(DataError) as refused:
+        load(tmp_path / "x.json")
+    lines = str(refused.value).split("\n")
+    assert len(lines) == 2
+    assert all(line.isprintable() for line in lines)
+    assert len(lines[1]) < 200
+
+
+# ---- bad files
+
+ROW = json.dumps(GOOD).encode()
+DEEP = b"[" * 200_000
+BAD_FILES = {
+    "empty.json": (b"", r"empty\.json:1: not valid JSON"),
+    "empty.jsonl": (b"", "holds no questions"),
+    "blank.jsonl": (b"\n \r\n", "holds no questions"),
+    "empty.csv": (b"", "holds no questions"),
+    "header only.csv": (b"question,context,answer\n", "holds no questions"),
+    "zero rows.json": (b"[]", "holds no questions"),
+    "zero articles.json": (b'{"data": []}', "holds no questions"),
+    "zero paragraphs.json": (b'{"data": [{"paragraphs": []}]}', "holds no questions"),
+    "zero rows.parquet": (parquet([]), "holds no questions"),
+    "number.json": (b"5", "expected SQuAD's .* found a number"),
+    "null.json": (b"null", "expected SQuAD's .* found nothing"),
+    "table.json": (ROW, "expected SQuAD's .* found a table"),
+    "data a table.json": (b'{"data": {"a": 1}}', "expected SQuAD's .* found a table"),
+    "lists.json": (b"[[1], [2]]", "expected rows with named columns, found a list"),
+    "texts.jsonl": (b'"a"\n"b"\n', "expected rows with named columns, found text"),
+    "cut.json": (b"[" + ROW + b",\n" + ROW[:30], r"cut\.json:2: not valid JSON"),
+    "cut.jsonl": (ROW + b"\n" + ROW[:30], r"cut\.jsonl:2: not valid JSON"),
+    "cut.csv": (b'question,context,answer\nq,c,c\nq,"c, c\n', r"cut\.csv:3: not valid CSV"),
+    "cut.parquet": (parquet([GOOD])[:-9], r"cut\.parquet: not valid Parquet"),
+    "json.parquet": (ROW, r"json\.parquet: not valid Parquet"),
+    "empty.parquet": (b"", r"empty\.parquet: not valid Parquet"),
+    "comma.json": (b"[" + ROW + b",]", r"comma\.json:1: not valid JSON"),
+    "two.json": (ROW + b"\n" + ROW, r"two\.json:2: not valid JSON: Extra data"),
+    "raw NUL.jsonl": (ROW.replace(b"Ann", b"A\0nn"), r"NUL\.jsonl:1: not valid JSON"),
+    "deep.json": (DEEP, r"deep\.json: JSON is nested too deeply"),
+    "deep.jsonl": (ROW + b"\n" + DEEP, r"deep\.jsonl:2: JSON is nested too deeply"),
+    "digits.jsonl": (ROW + b'\n{"a": ' + b"1" * 5000 + b"}", r"digits\.jsonl:2: holds a number of"),
+    "latin-1.jsonl": (ROW + b"\n\xe9", r"latin-1\.jsonl:2: byte 0xe9 is not UTF-8"),
+    "latin-1.csv": (b"question\r\n\xe9", r"latin-1\.csv:2: byte 0xe9 is not UTF-8"),
+    "utf-16.json": ("[]".encode("utf-16"), r"utf-16\.json:1: byte 0x.. is not UTF-8"),
+    "cut in a character.json": (b'["\xe2\x82', r"character\.json:1: byte 0xe2 is not UTF-8"),
+    "columns.csv": (
+        b"ask,context\nq,c\n",
+        "no column 'question'; the columns are 'ask', 'context'",
+    ),
+    "no answers.jsonl": (b'{"question": "q", "context": "c"}', "no column 'answers'"),
+    "columns.parquet": (parquet([{"context": "c"}]), "no column 'question'"),
+    "doubled.csv": (b"question,context,answer,context\nq,c,c,d\n", "'context' first"),
+    "binary.parquet": (parquet([{**GOOD, "question": b"\xff"}]), ":1: question is bytes, not text"),
+    "wide.csv": (b"question,context,answer\nq,c,c\nq,a, b,b\n", r"wide\.csv:2: more fields than"),
+    "narrow.csv": (b"question,context,answer\nq,c,c\nq,c\n", r"narrow\.csv:2: no answer"),
+    "article null.json": (b'{"data": [{"paragraphs": []}, null]}', "article 2: expected a table"),
+    "article mixed.json": (b'[{"paragraphs": []}, {"question": "q"}]', "article 2: expected a tab"),
+    "paragraphs a table.json": (b'[{"paragraphs": {}}]', "article 1: expected a table with a list"),
+    "paragraph text.json": (b'[{"paragraphs": ["x"]}]', "article 1 paragraph 1: expected a table"),
+    "no qas.json": (b'[{"paragraphs": [{"context": "c"}]}]', "paragraph 1: expected .* 'qas'"),
+    "qa null.json": (b'[{"paragraphs": [{"context": "c", "qas": [null]}]}]', "question 1: a quest"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_a_bad_file_is_refused_by_name_and_line(tmp_path, name):
+    content, told = BAD_FILES[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=told) as refused:
+        load(tmp_path / name)
+    assert name in str(refused.value)
+    assert refused.value.exit_code == 65
+
+
+def test_parquet_text_that_is_not_utf8_is_refused(tmp_path):
+    texts = pyarrow.array([b"caf\xe9"], pyarrow.binary())
+    texts = pyarrow.Array.from_buffers(pyarrow.string(), 1, texts.buffers())
+    table = pyarrow.table({"question": texts, "context": texts, "answer": texts})
+    pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
+    with pytest.raises(DataError, match=r"x\.parquet: not valid Parquet: 'utf-8' codec"):
+        load(tmp_path / "x.parquet")
+
+
+def test_parquet_with_a_column_twice_is_refused(tmp_path):
+    table = pyarrow.Table.from_arrays([pyarrow.array(["c"])] * 2, ["context", "context"])
+    pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
+    with pytest.raises(DataError, match=r"x\.parquet: "):
+        load(tmp_path / "x.parquet")
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl", "csv", "parquet"])
+@pytest.mark.parametrize(
+    ("make", "error", "told"),
+    [
+        (lambda path: None, AssetError, "no such file"),
+        (lambda path: path.symlink_to("gone"), AssetError, "no such file"),
+        (lambda path: path.symlink_to(path), DataError, "cannot be read: .* symbolic links"),
+        (lambda path: path.mkdir(), DataError, "is not a file"),
+        (os.mkfifo, DataError, "is not a file"),
+    ],
+    ids=["absent", "dangling link", "link to itself", "folder", "pipe"],
+)
+def test_what_is_no_readable_file(tmp_path, suffix, make, error, told):
+    make(tmp_path / f"x.{suffix}")
+    with pytest.raises(error, match=rf"x\.{suffix}: {told}") as refused:
+        load(tmp_path / f"x.{suffix}")
+    assert refused.value.exit_code == (69 if error is AssetError else 65)
+
+
+def test_a_path_that_holds_nul(tmp_path):
+    with pytest.raises(DataError, match="null byte"):
+        load(tmp_path / "x\0.json")
+
+
+def test_a_context_of_ten_megabytes_is_a_context(tmp_path):
+    row = {**GOOD, "context": "Ann " + "é" * 10_000_000}
+    (tmp_path / "x.csv").write_bytes(csv_bytes([row]))
+    assert len(load(tmp_path / "x.csv").examples[0].context) == 10_000_004
+    (tmp_path / "x.jsonl").write_bytes(jsonl([row, {**row, "id": "h", "answer": "Bo"}]))
+    with pytest.raises(DataError) as refused:
+        load(tmp_path / "x.jsonl")
+    assert len(str(refused.value)) < 1000
+
+
+@pytest.mark.parametrize("name", ["v2.json", "lines.jsonl", "named.csv", "lists.parquet"])
+@settings(
+    max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(data=st.data())
+def test_a_damaged_file_is_read_or_refused_never_a_crash(tmp_path, name, data):
+    examples, write, columns = FORMATS[name]
+    content = bytearray(write(examples))
+    for _ in range(data.draw(st.integers(1, 3))):
+        place = data.draw(st.integers(0, len(content)))
+        length = data.draw(st.integers(0, 12))
+        junk = st.binary(max_size=4) | st.sampled_from([b"null", b"[]", b"{}", b'"', b",", b"1e9"])
+        content[place : place + length] = data.draw(junk)
+    (tmp_path / name).write_bytes(content)
+    for on_bad_row in ("fail", "drop"):
+        with contextlib.suppress(DataError):
+            load(tmp_path / name, unanswerable=True, on_bad_row=on_bad_row, **columns)
+
+
+# ---- the hub
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """`hub(name=content, ...)` writes the repository owner/repo where datasets looks first."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "owner" / "repo"
+    folder.mkdir(parents=True)
+
+    def write(**files):
+        for name, content in files.items():
+            (folder / name.replace("_", ".")).write_bytes(content)
+        return folder
+
+    return write
+
+
+def test_a_hub_data_set_is_read_like_a_file(hub):
+    hub(train_jsonl=jsonl(flat(EXAMPLES[:3])), validation_jsonl=jsonl(flat(EXAMPLES[3:])))
+    data = load("owner/repo:train[1:]")
+    assert data.examples == EXAMPLES[1:3]
+    assert data.source == "owner/repo:train[1:]"
+    assert load("owner/repo").examples == EXAMPLES[:3]
+    both = load("owner/repo:train+validation", unanswerable=True)
+    assert both.sha256 == content_sha256(EXAMPLES)
+
+
+def test_a_hub_data_set_with_other_columns(hub):
+    hub(train_parquet=parquet(one_answer(FIRSTS)))
+    assert load("owner/repo:train", unanswerable=True, **STARTS).examples == FIRSTS
+
+
+@pytest.mark.parametrize(
+    ("name", "files", "error", "told"),
+    [
+        ("owner/repo:test", {"train_jsonl": ROW}, DataError, 'Unknown split "test"'),
+        ("owner/repo#other:train", {"train_jsonl": ROW}, DataError, "'other' not found"),
+        ("owner/repo", {"train_jsonl": b"{"}, DataError, "owner/repo: "),
+        ("owner/repo", {"train_jsonl": b""}, DataError, "owner/repo: "),
+        ("owner/repo", {"train_parquet": b"PAR1 PAR1"}, DataError, "owner/repo: "),
+        ("owner/repo", {"repo_py": b"open('canary', 'w')"}, DataError, "scripts are no longer"),
+        (
+            "owner/repo",
+            {"train_jsonl": b'{"a": 1}'},
+            DataError,
+            "no column 'question'; the c.* 'a'",
+        ),
+        ("owner/repo", {"train_jsonl": ROW + b"\n" + ROW}, DataError, "repo:2: id repeated"),
+        ("owner/repo", {}, AssetError, "doesn't contain any data"),
+    ],
+)
+def test_a_hub_data_set_that_is_refused(hub, name, files, error, told):
+    hub(**files)
+    with pytest.raises(error, match=told):
+        load(name)
+    assert not os.path.exists("canary")
+
+
+def test_a_hub_data_set_fetched_earlier_needs_no_network(hub):
+    from datasets import config
+
+    folder = hub(train_jsonl=jsonl(flat(EXAMPLES[:3])))
+    load("owner/repo")
+    shutil.rmtree(folder.parent)
+    # What a download from the hub leaves in the cache is the same, under its owner's name.
+    os.rename(f"{config.HF_DATASETS_CACHE}/repo", f"{config.HF_DATASETS_CACHE}/owner___repo")
+    try:
+        assert load("owner/repo:train[:2]").examples == EXAMPLES[:2]
+        with pytest.raises(AssetError, match="'owner/repo', 'other'"):
+            load("owner/repo#other")
+    finally:
+        shutil.rmtree(f"{config.HF_DATASETS_CACHE}/owner___repo")
+
+
+def test_a_hub_data_set_that_is_not_here_says_how_to_fetch_it(monkeypatch):
+    began = time.monotonic()
+    with pytest.raises(AssetError) as refused:
+        load("nobody/nothing@v1.0#plain:train[:10]")
+    assert time.monotonic() - began < 5
+    fetch = "datasets.load_dataset('nobody/nothing', 'plain', revision='v1.0')"
+    assert fetch in str(refused.value)
+    assert refused.value.exit_code == 69
+
+
+# ---- real questions
+
+
+@pytest.mark.parametrize(
+    ("name", "questions", "unanswerable"),
+    [
+        ("squadshifts_new_wiki_v1.0.json", 7938, False),
+        ("xquad_en_v1.1.json", 1190, False),
+        ("squad_v2_dev_half.json", 6078, True),
+    ],
+)
+def test_real_data_sets_hold_no_bad_row(real_data, name, questions, unanswerable):
+    data = load(real_data / name, unanswerable=unanswerable)
+    assert len(data.examples) == questions
+    if unanswerable:
+        assert sum(not e.answers for e in data.examples) == 3168
+        with pytest.raises(DataError, match="3168 of 6078 rows refused: 3168 x no answer;"):
+            load(real_data / name)
