@@ -64,15 +64,17 @@ def versions() -> dict[str, str]:
 
 
 def git_state() -> dict[str, str | None]:
-    """Commit of the checkout and a hash of what differs from it; both None outside a git
-    checkout."""
-    commit = _git("rev-parse", "HEAD")
-    if commit is None:
+    """Commit of the checkout and a hash of what differs from it in tracked files; both None outside
+    a git checkout."""
+    top, commit = _git("rev-parse", "--show-toplevel"), _git("rev-parse", "HEAD")
+    # Installed into a user's project, CHECKOUT lies in a repository that tells nothing about us.
+    if top is None or commit is None or Path(os.fsdecode(top.strip())).resolve() != CHECKOUT:
         return {"commit": None, "diff_sha256": None}
-    diff = _git("diff", "HEAD") or ""
+    # The same difference gives the same hash, whatever the user's own settings of git.
+    diff = _git("diff", "--binary", "--no-color", "--no-ext-diff", "--no-textconv", "HEAD")
     return {
-        "commit": commit.strip(),
-        "diff_sha256": hashlib.sha256(diff.encode()).hexdigest() if diff else None,
+        "commit": commit.decode().strip(),
+        "diff_sha256": hashlib.sha256(diff).hexdigest() if diff else None,
     }
 
 
@@ -103,12 +105,11 @@ def cpu_features() -> frozenset[str]:
     return frozenset(flags.partition(":")[2].split())
 
 
-def _git(*arguments: str) -> str | None:
+def _git(*arguments: str) -> bytes | None:
     try:
         done = subprocess.run(
             ["git", "-C", str(CHECKOUT), *arguments],
             capture_output=True,
-            text=True,
             timeout=20,
             check=True,
         )

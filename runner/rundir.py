@@ -96,7 +96,8 @@ def write_atomic(path: Path, text: str) -> None:
     with storage_errors(path):
         aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
-            with aside.open("w", encoding="utf-8") as file:
+            # A command line may hold bytes that are no UTF-8; \udcff is their spelling in JSON too.
+            with aside.open("w", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
@@ -117,7 +118,7 @@ def storage_errors(path: Path | None = None) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        name = error.filename or path or "a file"
+        name = path or error.filename or "a file"
         hint = "; free some space or choose another folder with --runs" if _is_full(error) else ""
         raise StorageError(f"{name}: {error.strerror or error}{hint}") from error
 

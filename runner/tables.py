@@ -11,6 +11,7 @@ from pathlib import Path
 
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from runner.rundir import storage_errors
 
@@ -23,11 +24,16 @@ def append_row(path: Path, row: Mapping[str, Value]) -> None:
 
     Raises:
         StorageError: if the file cannot be written.
+        ValueError: if the keys are not those of the first row, in their order.
     """
-    with storage_errors(path), path.open("a", newline="", encoding="utf-8") as file:
+    with storage_errors(path), path.open("a+", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(row), lineterminator="\n")
-        if file.tell() == 0:
+        file.seek(0)
+        header = next(csv.reader(file), None)
+        if header is None:
             writer.writeheader()
+        elif header != list(row):
+            raise ValueError(f"{path.name} has the columns {header}, a row has {list(row)}")
         writer.writerow({key: _cell(value) for key, value in row.items()})
         file.flush()
         os.fsync(file.fileno())
@@ -51,26 +57,27 @@ def markdown(rows: Sequence[Mapping[str, Value]]) -> str:
     out.write("| " + " | ".join(keys) + " |\n")
     out.write("|" + "|".join("---:" if right else "---" for right in numeric) + "|\n")
     for row in rows:
-        out.write("| " + " | ".join(_shown(row[key]).replace("|", "\\|") for key in keys) + " |\n")
+        cells = (" ".join(_shown(row[key]).split()).replace("|", "\\|") for key in keys)
+        out.write("| " + " | ".join(cells) + " |\n")
     return out.getvalue()
 
 
 def terminal(title: str, rows: Sequence[Mapping[str, Value]]) -> Table:
     """Show rows as a rich table that stays readable at 80 columns."""
     table = Table(
-        title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1)
+        title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1)
     )
     for key in rows[0] if rows else ():
         right = all(isinstance(row[key], int | float | None) for row in rows)
-        table.add_column(key, justify="right" if right else "left", overflow="fold")
+        table.add_column(Text(key), justify="right" if right else "left", overflow="fold")
     for row in rows:
-        table.add_row(*(_shown(value) for value in row.values()))
+        table.add_row(*(Text(_shown(value)) for value in row.values()))  # no markup: [CLS] stays
     return table
 
 
 def _cell(value: Value) -> Value:
     # Full precision for other programs; `repr` of a float round-trips.
-    return "" if value is None else repr(value) if isinstance(value, float) else value
+    return "" if value is None else repr(float(value)) if isinstance(value, float) else value
 
 
 def _shown(value: Value) -> str:

@@ -119,6 +119,12 @@ def test_lines_count_the_same_in_every_spelling(text):
     ]
 
 
+@pytest.mark.parametrize("text", ["key = [1,\n", "key = [1,\r\n\r\n", 'key = """a'])
+def test_what_is_not_closed_is_told_at_the_end(text):
+    (found,) = problems(JOB.replace("\n", "\r\n") + text)
+    assert re.fullmatch(r"job.toml:14: not valid TOML: .* \(the file ends here\)", found)
+
+
 # ---- malformed files, as the reliability table counts them
 
 SYNTAX = [
@@ -692,6 +698,11 @@ def test_a_job_written_down_is_read_back_equal(drawn):
     text = dump_job(job)
     assert load(text) == job
     assert dump_job(load(text)) == text
+
+
+def test_a_job_written_down_states_every_default():
+    text = dump_job(load())
+    assert all(f"\n{line}\n" in text for line in ("max_length = 384", "stage = 2", "n_best = 20"))
 
 
 def test_a_job_written_down_runs_from_any_folder(tmp_path, monkeypatch):
