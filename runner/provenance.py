@@ -23,6 +23,11 @@ PACKAGES = (
     "numpy",
     "safetensors",
 )
+# The same difference gives the same text, whatever the user's own settings of git.
+DIFF = (
+    *("--binary", "--full-index", "--no-prefix", "--no-renames", "--unified=3"),
+    *("--no-color", "--no-ext-diff", "--no-textconv"),
+)
 CHECKOUT = Path(__file__).resolve().parent.parent
 
 
@@ -70,8 +75,7 @@ def git_state() -> dict[str, str | None]:
     # Installed into a user's project, CHECKOUT lies in a repository that tells nothing about us.
     if top is None or commit is None or Path(os.fsdecode(top.strip())).resolve() != CHECKOUT:
         return {"commit": None, "diff_sha256": None}
-    # The same difference gives the same hash, whatever the user's own settings of git.
-    diff = _git("diff", "--binary", "--no-color", "--no-ext-diff", "--no-textconv", "HEAD")
+    diff = _git("diff", *DIFF, "HEAD")
     return {
         "commit": commit.decode().strip(),
         "diff_sha256": hashlib.sha256(diff).hexdigest() if diff else None,

@@ -12,7 +12,6 @@ import pytest
 
 from runner import provenance
 
-
 AS_SOMEONE = ("-c", "user.name=n", "-c", "user.email=e", "-c", "core.hooksPath=/dev/null")
 
 
@@ -41,7 +40,7 @@ def test_a_clean_checkout_is_its_commit(checkout):
     assert provenance.git_state() == {"commit": commit, "diff_sha256": None}
 
 
-@pytest.mark.parametrize("change", [b"two\n", "\u00e4\n".encode("latin-1"), b"\x00\x01\n"])
+@pytest.mark.parametrize("change", [b"one\ntwo\n", "\u00e4\n".encode("latin-1"), b"\x00\x01\n"])
 def test_a_changed_checkout_has_a_hash_of_the_change(checkout, change):
     (checkout / "a.txt").write_bytes(change)
     state = provenance.git_state()
@@ -51,8 +50,8 @@ def test_a_changed_checkout_has_a_hash_of_the_change(checkout, change):
     assert len(digest) == 64
     # the same for the same change, staged or not, whatever the settings of git
     git(checkout, "add", "a.txt")
-    for setting in (("color.ui", "always"), ("diff.external", "false")):
-        git(checkout, "config", *setting)
+    for setting in ("color.ui=always", "diff.external=false", "core.abbrev=4", "diff.context=0"):
+        git(checkout, "config", *setting.split("="))
     assert provenance.git_state() == state
     (checkout / "a.txt").write_bytes(change + b"!")
     assert provenance.git_state()["diff_sha256"] not in (digest, None)
