@@ -13,6 +13,7 @@ from typing import Protocol
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from runner.errors import printable
 from runner.rundir import storage_errors
 
 LOG_WIDTH = 100
@@ -29,12 +30,15 @@ class Reporter:
     silent."""
 
     def __init__(self, log: Path | None, *, speaks: bool) -> None:
-        self._screen = Console(quiet=not speaks, highlight=False)
+        # No emoji: `job.toml:100:` would become `job.toml` and a picture.
+        self._screen = Console(quiet=not speaks, highlight=False, emoji=False)
         self._log: Console | None = None
         if speaks and log is not None:
             with storage_errors(log):
                 self._file = log.open("a", encoding="utf-8", buffering=1)
-            self._log = Console(file=self._file, width=LOG_WIDTH, highlight=False, no_color=True)
+            self._log = Console(
+                file=self._file, width=LOG_WIDTH, highlight=False, emoji=False, no_color=True
+            )
         self.live = speaks and self._screen.is_terminal
 
     def say(self, text: str = "") -> None:
@@ -73,6 +77,7 @@ class Reporter:
                         self._log.print(
                             f"{time.strftime('%H:%M:%S')} {title} {done}/{total}  {note}",
                             markup=False,
+                            soft_wrap=True,
                         )
 
                 yield follow
@@ -99,4 +104,7 @@ def duration(seconds: float) -> str:
 
 def complain(text: str) -> None:
     """Write an error sentence to stderr."""
-    Console(file=sys.stderr, highlight=False).print(text, markup=False, soft_wrap=True)
+    lines = "\n".join(printable(line) for line in text.split("\n"))
+    Console(file=sys.stderr, highlight=False, emoji=False).print(
+        lines, markup=False, soft_wrap=True
+    )

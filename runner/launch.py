@@ -17,7 +17,7 @@ def launch(arguments: Sequence[str], ranks: int | None) -> int:
     """Run `deepspeed runner/main.py ARGUMENTS` and return its exit code.
 
     Args:
-        arguments: the job file first, then options.
+        arguments: what each rank's command gets.
         ranks: processes to start; None: one for each GPU, or one where there is none.
     """
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
@@ -31,9 +31,10 @@ def launch(arguments: Sequence[str], ranks: int | None) -> int:
         str(_free_port()),
     ]
     command += ["--num_gpus", str(ranks)] if ranks else []
-    return subprocess.run(
+    code = subprocess.run(
         [*command, str(MAIN), *arguments], env=environment, check=False
     ).returncode
+    return code if code >= 0 else 128 - code  # ended by a signal: spelled as a shell does
 
 
 def _free_port() -> int:

@@ -1,0 +1,109 @@
+"""What a run says on a terminal, in a batch log and in log.txt."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from rich.table import Table
+
+from runner.console import LOG_WIDTH, Reporter, complain, duration
+from runner.errors import StorageError
+
+ODD = "job.toml:100: [bold]x[/y] [CLS] :smile: \u4e2d " + "long " * 60 + "end"
+
+
+@pytest.fixture(autouse=True)
+def _no_terminal(monkeypatch):
+    for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "COLUMNS"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (0, "0 s"),
+        (48.4, "48 s"),
+        (59.6, "1 min 0 s"),
+        (425, "7 min 5 s"),
+        (3599.7, "1 h 0 min"),
+        (7830, "2 h 10 min"),
+        (360_000, "100 h 0 min"),
+    ],
+)
+def test_duration(seconds, words):
+    assert duration(seconds) == words
+
+
+def test_a_line_is_said_as_it_is_and_logged_with_its_time(tmp_path, capsys):
+    reporter = Reporter(tmp_path / "log.txt", speaks=True)
+    reporter.say(ODD)
+    reporter.say()
+    assert capsys.readouterr().out == f"{ODD}\n\n"
+    first, second = (tmp_path / "log.txt").read_text(encoding="utf-8").splitlines()
+    assert re.fullmatch(r"\d\d:\d\d:\d\d", first[:8])
+    assert (first[9:], second) == (ODD, "")
+
+
+def test_a_log_is_continued(tmp_path):
+    for text in ("one", "two"):
+        Reporter(tmp_path / "log.txt", speaks=True).say(text)
+    assert [line[9:] for line in (tmp_path / "log.txt").read_text().splitlines()] == ["one", "two"]
+
+
+def test_other_ranks_are_silent(tmp_path, capsys):
+    reporter = Reporter(tmp_path / "log.txt", speaks=False)
+    reporter.say("a")
+    reporter.show(Table("a"))
+    with reporter.steps("train", 2, 1) as follow:
+        follow(1, "loss 2")
+    assert capsys.readouterr() == ("", "")
+    assert not (tmp_path / "log.txt").exists()
+
+
+def test_a_table_goes_to_both(tmp_path, capsys):
+    table = Table("name", "f1")
+    table.add_row("a", "47.3")
+    Reporter(tmp_path / "log.txt", speaks=True).show(table)
+    for text in (capsys.readouterr().out, (tmp_path / "log.txt").read_text()):
+        assert "47.3" in text
+        assert "\x1b" not in text
+        assert max(map(len, text.splitlines())) <= LOG_WIDTH
+
+
+def test_a_batch_log_has_a_line_every_few_steps(capsys):
+    with Reporter(None, speaks=True).steps("train", 7, 3) as follow:
+        for step in range(1, 8):
+            follow(step, f"loss {step}" if step != 6 else "")
+    lines = capsys.readouterr().out.splitlines()
+    assert [re.sub(r"\d+ s left", "T", line) for line in lines] == [
+        "train 3/7  loss 3  T",
+        "train 7/7  loss 7  T",
+    ]
+
+
+@pytest.mark.parametrize("note", ["loss 1.5", "loss 1.5 " + "long " * 40 + "end"])
+def test_a_terminal_has_a_bar_and_the_log_its_lines(tmp_path, capsys, monkeypatch, note):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    reporter = Reporter(tmp_path / "log.txt", speaks=True)
+    assert reporter.live
+    with reporter.steps("train", 4, 2) as follow:
+        for step in range(1, 5):
+            follow(step, note)
+    screen = capsys.readouterr().out
+    assert "loss 1.5" in screen
+    assert ("4/4" in screen) is (len(note) < 40)  # a long note leaves no room for the count
+    lines = (tmp_path / "log.txt").read_text().splitlines()
+    assert [line[9:] for line in lines] == [f"train 2/4  {note}", f"train 4/4  {note}"]
+
+
+def test_a_log_that_cannot_be_opened_is_named(tmp_path):
+    with pytest.raises(StorageError, match=r"none/log\.txt: No such file or directory$"):
+        Reporter(tmp_path / "none" / "log.txt", speaks=True)
+
+
+def test_a_complaint_keeps_its_lines_and_steers_no_terminal(capsys):
+    complain(f"{ODD}\nb.toml:100: \x1b[31mred\u202e")
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err == f"{ODD}\nb.toml:100: \\x1b[31mred\\u202e\n"
