@@ -6,14 +6,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
-import torch
-from transformers import AutoConfig, AutoModelForQuestionAnswering
 
 from runner.batches import epoch_batches
 from runner.engine import batch_layout, learning_rate_factor
 from runner.features import Windows
 from runner.job import Job
-from runner.model import freeze, load_tokenizer, model_location, parameter_table
+from runner.model import declared_weights, empty_model, freeze, load_tokenizer, parameter_table
 from runner.prepare import Questions, load_questions
 from runner.tables import markdown
 
@@ -25,6 +23,9 @@ def check_data(job: Job, ranks: int) -> Iterator[str]:
         RunnerError: of the kind that the run itself would end with.
     """
     layout = batch_layout(job.train, ranks)
+    declared_weights(job.model)
+    model = empty_model(job.model)
+    freeze(model, job.model.freeze)
     tokenizer = load_tokenizer(job.model)
     training, validation = load_questions(job.data, job.seed, tokenizer)
     yield f"{job.name}: {job.model.name} on {job.data.train}"
@@ -53,12 +54,6 @@ def check_data(job: Job, ranks: int) -> Iterator[str]:
         f" {ranks} rank(s) x {layout.micro_batch_size} x {layout.micro_batches}; learning rate at"
         f" its peak from step {peak}"
     )
-    config = AutoConfig.from_pretrained(
-        model_location(job.model), revision=job.model.revision, trust_remote_code=False
-    )
-    with torch.device("meta"):
-        model = AutoModelForQuestionAnswering.from_config(config)
-    freeze(model, job.model.freeze)
     rows = parameter_table(model)
     yield ""
     yield markdown(rows).rstrip()

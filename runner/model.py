@@ -7,8 +7,10 @@ Legend: B windows, L padded length, T = B * L rows of logits, column 0 for the s
 
 from __future__ import annotations
 
+import inspect
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -18,12 +20,15 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import (
+    MODEL_FOR_QUESTION_ANSWERING_MAPPING,
     AutoConfig,
     AutoModelForQuestionAnswering,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from runner.batches import Padded
 from runner.errors import AssetError, DataError, JobError
@@ -53,14 +58,53 @@ class Pretrained:
     weights_sha256: str | None
 
 
-def load_tokenizer(section: Model) -> PreTrainedTokenizerBase:
-    """Load the fast tokenizer alone, for feature preparation and `check --data`."""
+def load_config(section: Model) -> PreTrainedConfig:
+    """Read the model's configuration and lay the job's dropout over it.
+
+    Raises:
+        AssetError: if the model is neither here nor reachable.
+        DataError: if its folder cannot be read, or transformers has no span head for it.
+        JobError: if it has no such dropout.
+    """
     location = model_location(section)
     quiet_libraries()
-    with _asset_errors(section):
-        return AutoTokenizer.from_pretrained(
+    with _loading(section, location):
+        config = AutoConfig.from_pretrained(
             location, revision=section.revision, trust_remote_code=False
         )
+    if type(config) not in MODEL_FOR_QUESTION_ANSWERING_MAPPING:
+        raise DataError(
+            f"{section.name}: {config.model_type} has no question-answering head in transformers"
+        )
+    _set_dropout(config, section)
+    # A checkpoint of a classifier brings its own number of labels; a span head has start and end.
+    config.num_labels = 2
+    return config
+
+
+def load_tokenizer(section: Model) -> PreTrainedTokenizerBase:
+    """Load the fast tokenizer alone, for feature preparation and `check --data`.
+
+    Its `model_input_names` and `model_max_length` are made to say what this model takes: what
+    tokenizers say themselves is often another family's, or nothing.
+    """
+    location = model_location(section)
+    config = load_config(section)
+    with _loading(section, location):
+        tokenizer = AutoTokenizer.from_pretrained(
+            location, revision=section.revision, trust_remote_code=False
+        )
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise DataError(f"{section.name}: has no vocabulary; are tokenizer files missing?")
+    names = list(tokenizer.model_input_names)
+    segment_ids = _takes_segment_ids(config)
+    if segment_ids is True and "token_type_ids" not in names:
+        names.insert(1, "token_type_ids")
+    elif segment_ids is False and "token_type_ids" in names:
+        names.remove("token_type_ids")
+    tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = names
+    tokenizer.model_max_length = _positions(config)
+    return tokenizer
 
 
 def load_pretrained(section: Model, seed: int) -> Pretrained:
@@ -69,35 +113,42 @@ def load_pretrained(section: Model, seed: int) -> Pretrained:
 
     Raises:
         AssetError: if the model is neither here nor reachable.
-        DataError: if its weights do not have the declared sha256, or it has no span head.
+        DataError: if its weights do not have the declared sha256, are not this model's, or it has
+            no span head.
     """
     location = model_location(section)
-    weights_sha256 = _weights_sha256(section, location)
+    weights_sha256 = declared_weights(section)
     tokenizer = load_tokenizer(section)
-    with _asset_errors(section):
-        config = AutoConfig.from_pretrained(
-            location, revision=section.revision, trust_remote_code=False
+    config = load_config(section)
+    torch.manual_seed(seed)
+    with _loading(section, location):
+        model, found = AutoModelForQuestionAnswering.from_pretrained(
+            location,
+            config=config,
+            revision=section.revision,
+            dtype=torch.float32,
+            trust_remote_code=False,
+            # Weights come as safetensors only: pickles can run code.
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
         )
-        _set_dropout(config, section)
-        torch.manual_seed(seed)
-        try:
-            model = AutoModelForQuestionAnswering.from_pretrained(
-                location,
-                config=config,
-                revision=section.revision,
-                dtype=torch.float32,
-                trust_remote_code=False,
-                # Weights come as safetensors only: pickles can run code.
-                use_safetensors=True,
-            )
-        except ValueError as error:
-            if "Unrecognized configuration" not in str(error):
-                raise
-            raise DataError(
-                f"{section.name}: {config.model_type} has no question-answering head in"
-                " transformers"
-            ) from None
+    # transformers would draw them at random and say so in a warning only.
+    body = f"{model.base_model_prefix}."
+    strange = [name for name in found["missing_keys"] if name.startswith(body)]
+    strange += [name for name, *_ in found["mismatched_keys"]]
+    if strange:
+        raise DataError(
+            f"{section.name}: the weights are not those of its config.json: {len(strange)} tensors"
+            f" are absent or of another shape, such as {min(strange)}"
+        )
     return Pretrained(model, tokenizer, location, weights_sha256)
+
+
+def empty_model(section: Model) -> PreTrainedModel:
+    """The model's architecture without weights, on the meta device."""
+    with torch.device("meta"):
+        return AutoModelForQuestionAnswering.from_config(load_config(section))
 
 
 def span_logits(model: Any, padded: Padded, *, segment_ids: bool) -> Tensor:
@@ -118,7 +169,7 @@ def span_logits(model: Any, padded: Padded, *, segment_ids: bool) -> Tensor:
 
 
 def takes_segment_ids(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the model of this tokenizer is given segment ids."""
+    """Whether the model of this tokenizer, as `load_tokenizer` gives it, is given segment ids."""
     return "token_type_ids" in tokenizer.model_input_names
 
 
@@ -265,17 +316,20 @@ def model_location(section: Model) -> str:
     return section.name
 
 
-def _weights_sha256(section: Model, location: str) -> str | None:
-    """Hash the weights where they are a local file; compare with the job's."""
-    files = sorted(Path(location).glob("*.safetensors")) if Path(location).is_dir() else []
-    if not files:
+def declared_weights(section: Model) -> str | None:
+    """Hash the weights where they are a local file; None where they are not.
+
+    Raises:
+        DataError: if the job declares another hash, or there is no one file to hash.
+    """
+    location = Path(model_location(section))
+    files = sorted(location.glob("*.safetensors")) if location.is_dir() else []
+    if len(files) != 1:
         if section.sha256 is not None:
             raise DataError(
-                f"{section.name}: model.sha256 is declared, but there is no local *.safetensors to"
-                " hash"
+                f"{section.name}: model.sha256 is declared, but there are {len(files)} local"
+                " *.safetensors to hash, not one"
             )
-        return None
-    if len(files) > 1:
         return None
     found = file_sha256(files[0])
     if section.sha256 is not None and found != section.sha256:
@@ -284,6 +338,29 @@ def _weights_sha256(section: Model, location: str) -> str | None:
             " damaged version of the weights"
         )
     return found
+
+
+def _takes_segment_ids(config: PreTrainedConfig) -> bool | None:
+    """Whether the architecture tells question and context apart by token_type_ids; None where only
+    the tokenizer can know."""
+    head: Any = MODEL_FOR_QUESTION_ANSWERING_MAPPING[type(config)]
+    if "token_type_ids" not in inspect.signature(head.forward).parameters:
+        return False
+    kinds = getattr(config, "type_vocab_size", None)
+    return None if kinds is None else kinds >= 2
+
+
+def _positions(config: PreTrainedConfig) -> int:
+    """The longest window, in tokens, that the model has position embeddings for."""
+    with torch.device("meta"):
+        model = AutoModelForQuestionAnswering.from_config(config)
+    # RoBERTa and its kin count positions from behind the padding's.
+    sizes = [
+        table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
+        for name, table in model.named_modules()
+        if name.endswith("position_embeddings") and isinstance(table, nn.Embedding)
+    ]
+    return min(sizes, default=VERY_LARGE_INTEGER)
 
 
 def _set_dropout(config: Any, section: Model) -> None:
@@ -304,21 +381,17 @@ def _set_dropout(config: Any, section: Model) -> None:
                 setattr(config, key, section.dropout)
 
 
-class _asset_errors:
-    """Say in one line that a model is not at hand, and how to fetch it."""
-
-    def __init__(self, section: Model) -> None:
-        self.section = section
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, _: object
-    ) -> None:
-        if isinstance(error, OSError):
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+@contextmanager
+def _loading(section: Model, location: str) -> Iterator[None]:
+    """Say in one line that a model is not at hand, and how to fetch it, or that transformers cannot
+    read its folder."""
+    try:
+        yield
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if isinstance(error, OSError) and not Path(location).is_dir():
             raise AssetError(
-                f"model.name: {self.section.name}: {first}; to fetch it on a machine with network: "
-                f"hf download {self.section.name}"
+                f"model.name: {section.name}: {first}; to fetch it on a machine with network: "
+                f"hf download {section.name}"
             ) from error
+        raise DataError(f"model.name: {section.name}: cannot be read: {first}") from error

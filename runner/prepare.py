@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from runner.dataset import Dataset, Example, load_dataset
+from runner.errors import JobError
 from runner.features import Windows, cached_windows
 from runner.job import Data, Probe
 
@@ -29,6 +30,10 @@ def load_questions(
 
     Both data sets are read and checked before either is tokenised: what is wrong in the second must
         not wait.
+
+    Raises:
+        JobError: if a window is longer than the model's positions reach; else as `load_dataset` and
+            `build_windows`.
     """
     slices = ((section.train, section.sample), (section.validation, section.validation_sample))
     datasets = [
@@ -51,6 +56,15 @@ def load_questions(
         )
         for dataset in datasets
     )
+    for part in (train, validation):
+        longest = int(part.windows.lengths_N.max())
+        if longest > tokenizer.model_max_length:
+            raise JobError(
+                [
+                    f"data.max_length: {section.max_length} gives windows of {longest} tokens"
+                    f" ({part.dataset.source}); this model takes {tokenizer.model_max_length}"
+                ]
+            )
     return train, validation
 
 
