@@ -87,14 +87,14 @@ def test_a_terminal_has_a_bar_and_the_log_its_lines(tmp_path, capsys, monkeypatc
     monkeypatch.setenv("FORCE_COLOR", "1")
     reporter = Reporter(tmp_path / "log.txt", speaks=True)
     assert reporter.live
-    with reporter.steps("train", 4, 2) as follow:
-        for step in range(1, 5):
+    with reporter.steps("train", 5, 2) as follow:
+        for step in range(1, 6):
             follow(step, note)
     screen = capsys.readouterr().out
     assert "loss 1.5" in screen
-    assert ("4/4" in screen) is (len(note) < 40)  # a long note leaves no room for the count
+    assert ("5/5" in screen) is (len(note) < 40)  # a long note leaves no room for the count
     lines = (tmp_path / "log.txt").read_text().splitlines()
-    assert [line[9:] for line in lines] == [f"train 2/4  {note}", f"train 4/4  {note}"]
+    assert [line[9:] for line in lines] == [f"train {n}/5  {note}" for n in (2, 4, 5)]
 
 
 def test_a_log_that_cannot_be_opened_is_named(tmp_path):

@@ -1,0 +1,331 @@
+"""The command as it is used: exit codes, what goes to stdout, what to stderr."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from runner import __version__, cli, errors, launch
+from runner.errors import JobError, RunnerError
+
+ROOT = Path(__file__).parents[1]
+JOB = """\
+name = "n"
+data = {train = "o/n", validation = "o/n"}
+model = {name = "o/n"}
+train = {epochs = 1, batch_size = 8, learning_rate = 1e-4}
+"""
+WRONG = JOB.replace("epochs = 1", "epoch = 1").replace('"n"', "5", 1)
+PROBLEMS = [
+    "job.toml:1: name: expected a string in quotes, found 5",
+    "job.toml:4: train.epoch: unknown key; did you mean epochs?",
+]
+CODES = {
+    "JobError": 64,
+    "DataError": 65,
+    "AssetError": 69,
+    "RunDirError": 73,
+    "StorageError": 74,
+    "Interrupted": 75,
+    "ExpectationError": 78,
+}
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path, monkeypatch):
+    """Run each test alone, in an empty folder with one good job."""
+    monkeypatch.chdir(tmp_path)
+    for name in list(os.environ):
+        if name.startswith(("SLURM_", "PYTHON")) or name in {"RANK", "WORLD_SIZE", "LOCAL_RANK"}:
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    Path("job.toml").write_text(JOB)
+
+
+def spantune(*arguments: str, script: str = "-m runner", **variables: str):
+    """Run the command as a process of its own; return its exit code, stdout and stderr."""
+    done = subprocess.run(
+        [sys.executable, *script.split(), *arguments],
+        env={**os.environ, **variables},
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
+    return done.returncode, done.stdout.decode(), done.stderr.decode()
+
+
+# ---- processes
+
+
+def test_a_good_job():
+    code, out, err = spantune("check", "job.toml")
+    assert (code, err) == (0, "")
+    assert out == "job.toml: no problems (n: o/n on o/n)\n"
+
+
+@pytest.mark.parametrize("verb", [["check"], ["run"], ["rank"], []])
+def test_a_wrong_job_is_a_line_a_problem_and_64(verb):
+    Path("job.toml").write_text(WRONG)
+    code, out, err = spantune(*verb, "job.toml")
+    assert (code, out) == (64, "")
+    assert err.splitlines() == PROBLEMS
+
+
+def test_deepspeed_starts_the_same_command(tmp_path):
+    # Another package of our name must not come before the checkout's own.
+    (tmp_path / "runner").mkdir()
+    (tmp_path / "runner" / "__init__.py").write_text("raise RuntimeError('not this one')")
+    main = str(ROOT / "runner" / "main.py")
+    Path("job.toml").write_text(WRONG)
+    assert spantune("check", "job.toml", script=main, PYTHONPATH=str(tmp_path)) == (
+        64,
+        "",
+        "\n".join([*PROBLEMS, ""]),
+    )
+
+
+@pytest.mark.parametrize("verb", [[], ["check"]])
+@pytest.mark.parametrize(("rank", "lines"), [("0", PROBLEMS), ("1", [])])
+def test_rank_0_speaks_for_all(rank, lines, verb):
+    Path("job.toml").write_text(WRONG)
+    code, out, err = spantune("--local_rank=0", *verb, "job.toml", RANK=rank, WORLD_SIZE="2")
+    assert (code, out) == (64, "")
+    assert err.splitlines() == lines
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "problem"),
+    [
+        (["--set", "name=7"], 0, ""),
+        (["--set", "train.epochs=0"], 64, "--set: train.epochs: must be at least 1, found 0"),
+        (["--set", "seed"], 64, "--set seed: write it as section.key=value"),
+    ],
+)
+def test_overrides(arguments, code, problem):
+    found, out, err = spantune("check", "job.toml", *arguments)
+    assert found == code
+    assert err.startswith(problem)
+    assert bool(err) is bool(problem)
+    assert ("no problems (7: " in out) is not bool(problem)
+
+
+def test_line_100_is_a_line():
+    Path("job.toml").write_text(JOB + "\n" * 95 + "nmae = 1\n")
+    assert spantune("check", "job.toml")[2] == (
+        "job.toml:100: nmae: unknown key; did you mean name?\n"
+    )
+
+
+@pytest.mark.parametrize("verb", [[], ["check"], ["run"], ["schema"]])
+def test_help_fits_80_columns(verb):
+    code, out, err = spantune(*verb, "--help", COLUMNS="80")
+    assert (code, err) == (0, "")
+    assert max(map(len, out.splitlines())) <= 80
+    assert out.startswith("usage: spantune ")
+    if not verb:
+        assert all(f" {number} " in " ".join(out.split()) for number in (0, 2, *CODES.values(), 70))
+
+
+def test_version():
+    assert spantune("--version") == (0, f"spantune {__version__}\n", "")
+
+
+def test_the_schema_is_written_as_it_is_committed():
+    committed = (ROOT / "jobs" / "job.schema.json").read_text(encoding="utf-8")
+    assert spantune("schema") == (0, committed, "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "the following arguments are required: VERB"),
+        (["check"], "the following arguments are required: JOB.toml"),
+        (["chekc", "job.toml"], "invalid choice"),
+        (["check", "job.toml", "--ranks", "0"], "must be a whole number of at least 1, not '0'"),
+        (["check", "job.toml", "--ranks", "two"], "must be a whole number of at least 1, not"),
+        (["check", "job.toml", "--gpu"], "unrecognized arguments: --gpu"),
+    ],
+)
+def test_a_wrong_command_line_is_2(arguments, words):
+    code, out, err = spantune(*arguments)
+    assert (code, out) == (2, "")
+    assert words in err
+    assert "Traceback" not in err
+
+
+def test_names_that_a_terminal_cannot_spell():
+    name = os.fsdecode("n\u00e4me\u4e2d".encode() + b"\xff.toml")
+    Path(name).write_text(JOB)
+    code, out, err = spantune("check", name, PYTHONIOENCODING="ascii")
+    assert (code, err) == (0, "")
+    assert out.startswith("n\\xe4me\\u4e2d\\udcff.toml: no problems")
+    Path(name).write_text(WRONG)
+    code, out, err = spantune("check", name, PYTHONIOENCODING="ascii")
+    assert (code, out) == (64, "")
+    assert err.count("\n") == 2
+
+
+def test_a_reader_who_has_seen_enough():
+    command = f"{sys.executable} -m runner schema | head -c 1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, timeout=60, check=False)
+    assert done.stdout == b"{"
+    assert done.stderr == b""
+    assert done.returncode in (0, 141)  # 0 where the pipe takes all before `head` has gone
+
+
+def test_a_closed_pipe_is_no_traceback():
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-m", "runner", "schema"], stdout=write, stderr=-1, timeout=60, check=False
+    )
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_a_rank_that_cannot_be_told_is_said():
+    code, out, err = spantune("check", "job.toml", RANK="x", WORLD_SIZE="2")
+    assert (code, out) == (70, "")
+    assert err.startswith("the launcher's variables")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("verb", ["check", "schema", "run", "--help"])
+def test_the_desk_loads_no_heavy_library(verb):
+    script = (
+        "import sys, runner.launch\n"
+        "runner.launch.launch = lambda *_: 0\n"
+        "from runner.cli import main\n"
+        "try: code = main(sys.argv[1:])\n"
+        "except SystemExit as end: code = end.code\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'deepspeed', 'evaluate', 'numpy'}\n"
+        "sys.exit(str(heavy & set(sys.modules)) if heavy & set(sys.modules) else code)\n"
+    )
+    arguments = [verb] if verb in ("--help", "schema") else [verb, "job.toml"]
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments], capture_output=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+# ---- in this process
+
+
+@pytest.mark.parametrize(("name", "code"), CODES.items())
+def test_every_error_of_a_run_is_its_sentence_and_its_code(monkeypatch, capsys, name, code):
+    kind = getattr(errors, name)
+    error = kind(["a: b [c]"]) if kind is JobError else kind("a: b [c]")
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(cli, "load_job", fail)
+    assert cli.main(["check", "job.toml"]) == code
+    assert capsys.readouterr() == ("", "a: b [c]\n")
+
+
+def test_every_kind_of_error_has_a_code_of_its_own():
+    kinds = {kind.__name__: kind.exit_code for kind in RunnerError.__subclasses__()}
+    assert kinds == CODES
+    assert RunnerError.exit_code == 70
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (
+            ZeroDivisionError("x"),
+            70,
+            ("Traceback", "ZeroDivisionError: x", "a mistake in spantune"),
+        ),
+        (KeyboardInterrupt(), 130, ()),
+    ],
+)
+def test_what_is_no_error_of_a_run(monkeypatch, capsys, error, code, words):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(cli, "load_job", fail)
+    assert cli.main(["check", "job.toml"]) == code
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert all(word in err for word in words)
+    assert bool(err) is bool(words)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "passed", "ranks"),
+    [
+        (["job.toml"], ["rank", "job.toml", "--runs", "runs"], None),
+        (["run", "job.toml"], ["rank", "job.toml", "--runs", "runs"], None),
+        (
+            [
+                *("job.toml", "--set", "seed=1", "--set", "model.revision=a b", "--runs", "r"),
+                *("--run-dir", "d", "--threads", "3", "--ranks", "2"),
+            ],
+            [
+                *(
+                    "rank",
+                    "job.toml",
+                    "--set",
+                    "seed=1",
+                    "--set",
+                    "model.revision=a b",
+                    "--runs",
+                    "r",
+                ),
+                *("--run-dir", "d", "--threads", "3"),
+            ],
+            2,
+        ),
+    ],
+)
+def test_what_a_run_starts(monkeypatch, arguments, passed, ranks):
+    started = []
+    monkeypatch.setattr(launch, "launch", lambda *given: started.append(given) or 65)
+    assert cli.main(arguments) == 65
+    assert started == [(passed, ranks)]
+
+
+def test_a_job_may_have_any_name(monkeypatch):
+    Path("my job").write_text(JOB)
+    started = []
+    monkeypatch.setattr(launch, "launch", lambda *given: started.append(given) or 0)
+    assert cli.main(["run", "my job"]) == 0
+    # the rank's command must not take it for a verb
+    assert started[0][0][:2] == ["rank", "my job"]
+
+
+SRUN = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "1", "SLURM_LOCALID": "1"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "verb"),
+    [
+        ({}, "_run"),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, "_rank"),
+        ({**SRUN, "SLURM_NTASKS": "2"}, "_rank"),  # srun has started every rank already
+        ({**SRUN, "SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, "_run"),
+        ({"SLURM_NTASKS": "2", "SLURM_PROCID": "0"}, "_run"),  # the batch script itself
+    ],
+)
+def test_a_bare_job_is_a_run_or_one_rank_of_it(monkeypatch, variables, verb):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    called = []
+    for name in ("_run", "_rank"):
+        monkeypatch.setattr(cli, name, lambda _, name=name: called.append(name) or 0)
+    assert cli.main(["--local_rank=0", "job.toml"]) == 0
+    assert called == [verb]
+
+
+def test_the_help_tells_every_verb_that_people_use(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    verbs = re.findall(r"^    (\w+) {2,}", capsys.readouterr().out, re.MULTILINE)
+    assert verbs == ["check", "run", "schema"]
