@@ -48,7 +48,9 @@ class Slice:
         if bound is None:
             return None
         if bound.endswith("%"):
-            return round(int(bound[:-1]) * total / 100)
+            # From the end, -1% is 99%: as a count it could round to 0, which is the beginning.
+            percent = int(bound[:-1])
+            return max(0, round((percent + 100 * (percent < 0)) * total / 100))
         return int(bound)
 
 
