@@ -62,8 +62,19 @@ def batch_layout(train: Train, world: int) -> Layout:
     return Layout(world, micro, share // micro)
 
 
-def deepspeed_config(zero: Zero, train: Train, layout: Layout, precision: str) -> dict[str, Any]:
-    """Build DeepSpeed's configuration; `[zero.deepspeed]` is laid over it key by key."""
+def deepspeed_config(
+    zero: Zero, train: Train, layout: Layout, precision: str, trained: int
+) -> dict[str, Any]:
+    """Build DeepSpeed's configuration; `[zero.deepspeed]` is laid over it key by key.
+
+    Args:
+        zero, train: sections of the job.
+        layout: how a step's windows are spread.
+        precision: "bf16", "fp16" or "fp32".
+        trained: number of trained parameters; all gradients then travel in one bucket, where
+            DeepSpeed's default buffers hold half a billion numbers whatever the model.
+    """
+    bucket = min(trained, 500_000_000)
     config: dict[str, Any] = {
         "train_batch_size": train.batch_size,
         "train_micro_batch_size_per_gpu": layout.micro_batch_size,
@@ -74,6 +85,8 @@ def deepspeed_config(zero: Zero, train: Train, layout: Layout, precision: str) -
             "stage": zero.stage,
             "overlap_comm": False,
             "round_robin_gradients": False,
+            "reduce_bucket_size": bucket,
+            "allgather_bucket_size": bucket,
         },
         "steps_per_print": 2**31 - 1,
         "wall_clock_breakdown": False,
@@ -150,19 +163,19 @@ def start_distributed(rank: Rank, threads: int | None = None) -> torch.device:
 
 
 def _keep_freed_memory() -> None:
-    """Let glibc reuse large blocks instead of returning them to the kernel after each operation.
+    """Let glibc reuse blocks of up to 32 MiB instead of returning them to the kernel each time.
 
-    Activations above 32 MiB would else be mapped, zeroed page by page and unmapped again in every
-    step. Where the C library is another one, nothing happens.
+    Activations would else be mapped, zeroed page by page and unmapped again in every step. Larger
+    blocks still go back: keeping those too tripled the memory (measured). With another C library
+    nothing happens.
     """
-    m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4  # malloc.h
+    m_trim_threshold, m_mmap_threshold = -1, -3  # malloc.h
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):
         return
-    mallopt(m_mmap_max, 0)
-    mallopt(m_trim_threshold, 2**31 - 1)
-    mallopt(m_top_pad, 2**26)
+    mallopt(m_mmap_threshold, 32 * 2**20)
+    mallopt(m_trim_threshold, 512 * 2**20)
 
 
 def start_engine(

@@ -121,10 +121,10 @@ def announcement(
         f" {parameters['trained']:,} trained, {precision}"
     )
     lines.append(
-        f"each step: {job.train.batch_size} windows = {layout.world} rank(s) x"
-        f" {layout.micro_batch_size} x {layout.micro_batches}; ZeRO-{job.zero.stage}; span loss:"
-        " reference (plain PyTorch)"
+        f"each step: {job.train.batch_size} windows = {layout.world} rank(s) x "
+        f"{layout.micro_batch_size} x {layout.micro_batches} micro-batch(es), ZeRO-{job.zero.stage}"
     )
+    lines.append("span loss: reference (plain PyTorch)")
     return lines
 
 

@@ -113,7 +113,8 @@ def train(
         freeze(pretrained.model, job.model.freeze)
         parameters = parameter_table(pretrained.model)
         precision = choose_precision(job.model.precision, device)
-        config = deepspeed_config(job.zero, job.train, layout, precision)
+        trained = int(str(parameters[-1]["trained"]))
+        config = deepspeed_config(job.zero, job.train, layout, precision, trained)
         total_steps = -(-len(training.windows) // job.train.batch_size) * job.train.epochs
         # From here on each rank draws its own dropout.
         torch.manual_seed(job.seed * 1_000_003 + rank.index)

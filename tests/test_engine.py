@@ -56,7 +56,7 @@ def test_deepspeed_config_is_the_recorded_one():
         {"stage": 2, "deepspeed": {"zero_optimization": {"reduce_bucket_size": 1000}}}
     )
     section = train_section(micro_batch_size=4, max_grad_norm=0.5)
-    config = deepspeed_config(zero, section, batch_layout(section, 2), "bf16")
+    config = deepspeed_config(zero, section, batch_layout(section, 2), "bf16", 2_000)
     recorded = json.loads((GOLDEN / "deepspeed.json").read_text(encoding="utf-8"))
     assert config == recorded
 
@@ -64,7 +64,7 @@ def test_deepspeed_config_is_the_recorded_one():
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_precision_switches_one_section_on(precision):
     section = train_section()
-    config = deepspeed_config(Zero(), section, batch_layout(section, 1), precision)
+    config = deepspeed_config(Zero(), section, batch_layout(section, 1), precision, 2_000)
     enabled = {name for name in ("bf16", "fp16") if config.get(name, {}).get("enabled")}
     assert enabled == ({precision} - {"fp32"})
 
