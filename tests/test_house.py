@@ -24,7 +24,10 @@ FLOORS = {
         *("dataset", "features", "batches", "model", "prepare"),
         *("spans", "span_search", "metrics", "metric_objects", "text_match"),
     ],
-    3: ["engine", "export", "fresh_logits", "scoring", "epoch", "stopping", "summary", "card"],
+    3: [
+        *("engine", "scoring", "span_loss", "epoch", "stopping", "summary"),
+        *("export", "fresh_logits", "card"),
+    ],
     4: ["train", "check", "launch"],
     5: ["cli", "main", "__main__", "__init__"],
 }
@@ -64,13 +67,13 @@ def inside_functions(tree: ast.AST) -> set[str]:
 
 
 def test_every_module_has_a_floor():
-    assert set(FLOOR) == set(TREES)
+    assert not set(TREES) - set(FLOOR), "place the new module in FLOORS"
     assert sum(map(len, FLOORS.values())) == len(FLOOR)
 
 
 @pytest.mark.parametrize("module", TREES)
 def test_imports_go_downwards(module):
-    upward = {name for name in ours(TREES[module]) if FLOOR[name] > FLOOR[module]}
+    upward = {name for name in ours(TREES[module]) if FLOOR.get(name, 9) > FLOOR.get(module, 0)}
     assert not upward
 
 
@@ -111,7 +114,7 @@ def test_the_kernels_know_nothing_of_the_runner():
         assert not ours(ast.parse(path.read_text(encoding="utf-8"))), path.name
     users = {m for m, tree in TREES.items() if any(n == "span_kernels" for n in imports(tree))}
     assert users
-    assert all(FLOOR[module] >= 2 for module in users)
+    assert not users & {*FLOORS[0], *FLOORS[1]}
 
 
 def test_the_folder_kernels_is_no_package():
