@@ -54,8 +54,8 @@ tags: [extractive-question-answering, spantune]
 ---
 # {job.name}
 
-An extractive question-answering model: given a question and a text, it points at the span of the text that answers it.
-Fine-tuned with spantune from `{job.model.name}`.
+An extractive question-answering model: given a question and a text, it points at the span of the
+text that answers it. Fine-tuned with spantune from `{job.model.name}`.
 
 ## Scores
 
@@ -80,13 +80,13 @@ tokenizer = AutoTokenizer.from_pretrained("path/to/model")
 model = AutoModelForQuestionAnswering.from_pretrained("path/to/model")
 ```
 
-Windows of at most {job.data.max_length} tokens with a stride of {job.data.stride}; answers of at most
-{job.score.max_answer_length} tokens. {precise}
+Windows of at most {job.data.max_length} tokens with a stride of {job.data.stride}; answers of at
+most {job.score.max_answer_length} tokens. {precise}
 
 ## Limits
 
-It copies from the text it is given and knows nothing else; its scores hold for texts like those it was scored on. A high
-score of a span says that it fits better than other spans, not that it is true.
+It copies from the text it is given and knows nothing else; its scores hold for texts like those it
+was scored on. A high score of a span says that it fits better than other spans, not that it is true.
 
 ## Job
 

@@ -125,7 +125,7 @@ def learning_rate_factor(train: Train, total_steps: int) -> Callable[[int], floa
 
 
 def start_distributed(rank: Rank, threads: int | None = None) -> torch.device:
-    """Choose the device, the CPU threads, and join the process group (also for a single process)."""
+    """Choose the device, the CPU threads, and join the process group (also one process)."""
     on_cuda = torch.cuda.is_available()
     if on_cuda:
         torch.cuda.set_device(rank.local)
@@ -133,7 +133,7 @@ def start_distributed(rank: Rank, threads: int | None = None) -> torch.device:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found no GPU
         _keep_freed_memory()
         if threads is not None or "OMP_NUM_THREADS" not in os.environ:
-            # Ranks of one machine share its cores; a thread for every core in each would only fight.
+            # Ranks of one machine share its cores; a thread for each core in each would fight.
             torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // rank.local_world))
     for name, value in (
         ("RANK", rank.index),
@@ -226,7 +226,7 @@ def config_is_refused(error: Exception) -> bool:
 
 
 def stop_distributed() -> None:
-    """Leave the process group, all ranks together; a rank that leaves alone may abort the others."""
+    """Leave the process group, all ranks together; one that leaves alone may abort the others."""
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()

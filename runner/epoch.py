@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from span_kernels import reference_span_loss
 from torch import Tensor
 
 from runner.batches import epoch_batches, rank_share
@@ -22,6 +21,7 @@ from runner.features import Windows
 from runner.job import Train
 from runner.ranks import Rank
 from runner.scoring import Reader, token_accuracy
+from runner.span_loss import SpanLoss
 from runner.tables import Value
 
 
@@ -57,6 +57,7 @@ class Course:
 
     Attributes:
         reader: the engine and how to feed it.
+        span_loss: turns what it read into the loss.
         windows: the training windows.
         section: the job's [train].
         seed: the job's seed, which decides the order.
@@ -66,6 +67,7 @@ class Course:
     """
 
     reader: Reader
+    span_loss: SpanLoss
     windows: Windows
     section: Train
     seed: int
@@ -111,7 +113,7 @@ def train_epoch(course: Course, epoch: int, follow: Step) -> Totals:
             rows, course.rank.index, layout.world, layout.micro_batch_size, layout.micro_batches
         ):
             read = course.reader.read(windows, micro)
-            loss = reference_span_loss(read.logits_T2, read.segments_B2, read.starts_B, read.ends_B)
+            loss = course.span_loss(read)
             # DeepSpeed averages over ranks and micro-batches; weighted so, a step's gradient is the
             # mean over its windows even where a short last batch leaves ranks with unequal shares.
             engine.backward(loss * (read.counted * layout.world * layout.micro_batches / len(rows)))

@@ -127,6 +127,10 @@ class Model(Section):
             "arithmetic of the model; auto: bf16 on a GPU or CPU that multiplies in it, else fp32"
         ),
     )
+    span_loss: Literal["auto", "fused", "reference"] = Field(
+        default="auto",
+        description="how the loss is computed; auto: fused kernels on a GPU, else plain PyTorch",
+    )
     dropout: Share | None = Field(
         default=None, description="dropout of hidden states; unset: the model's own"
     )

@@ -124,7 +124,6 @@ def announcement(
         f"each step: {job.train.batch_size} windows = {layout.world} rank(s) x "
         f"{layout.micro_batch_size} x {layout.micro_batches} micro-batch(es), ZeRO-{job.zero.stage}"
     )
-    lines.append("span loss: reference (plain PyTorch)")
     return lines
 
 

@@ -47,6 +47,7 @@ from runner.prepare import Questions, load_questions, probe_examples
 from runner.ranks import Rank, current_rank
 from runner.rundir import RunDir, write_atomic, write_json
 from runner.scoring import Evaluation, Reader, evaluate, read_windows
+from runner.span_loss import SpanLoss, choose_span_loss
 from runner.stopping import Stopper, missed_expectation
 from runner.summary import (
     announcement,
@@ -119,6 +120,7 @@ def train(
         # From here on each rank draws its own dropout.
         torch.manual_seed(job.seed * 1_000_003 + rank.index)
         groups = optimiser_groups(pretrained.model, job.train.weight_decay)
+        span_loss = choose_span_loss(job.model.span_loss, pretrained.model, device, job.zero.stage)
         engine = start_engine(pretrained.model, device, groups, job.train, config, total_steps)
     pad_id = tokenizer.pad_token_id
     reader = Reader(
@@ -130,6 +132,7 @@ def train(
     )
     course = Course(
         reader,
+        span_loss,
         training.windows,
         job.train,
         job.seed,
@@ -142,10 +145,12 @@ def train(
         write_atomic(run.job, dump_job(job))
         write_json(run.deepspeed, config)
         write_json(
-            run.provenance, record(job, rank, device, training, validation, pretrained, precision)
+            run.provenance,
+            record(job, rank, device, training, validation, pretrained, precision, span_loss),
         )
         for line in announcement(job, training, validation, parameters[-1], precision, layout):
             reporter.say(f"  {line}")
+        reporter.say(f"  {span_loss.described()}")
         if job.model.freeze:
             reporter.show(terminal("Frozen layers", parameters))
 
@@ -273,6 +278,7 @@ def record(
     validation: Questions,
     pretrained: Pretrained,
     precision: str,
+    span_loss: SpanLoss,
 ) -> dict[str, Any]:
     """provenance.json: all that could make a second run differ."""
     name = (
@@ -293,7 +299,7 @@ def record(
         },
         "zero_stage": job.zero.stage,
         "precision": precision,
-        "span_loss": "reference",
+        "span_loss": {"path": span_loss.path, "reason": span_loss.reason},
     }
 
 

@@ -1,4 +1,4 @@
-"""Whole jobs on tiny models: through deepspeed with two ranks, and ranks and ZeRO stages compared."""
+"""Whole jobs on tiny models, through deepspeed with two ranks; ranks and ZeRO stages compared."""
 
 from __future__ import annotations
 
@@ -150,10 +150,11 @@ def test_ranks_and_zero_stages_take_the_same_steps(job_file, tmp_path):
         runs = tmp_path / f"ranks{ranks}"
         jobs = [f"{job}::{setting}::zero.stage={stage}" for stage in stages]
         jobs.append(f"{jobs[-2]}::train.micro_batch_size=1")
+        jobs.append(f"{jobs[-3]}::model.span_loss=fused")
         worker = CHECKOUT / "tests" / "workers" / "train_jobs.py"
         done = start(worker, runs, *jobs, ranks=ranks)
         assert done.returncode == 0, done.stderr[-3000:]
-        for number, stage in enumerate((*stages, "accumulated")):
+        for number, stage in enumerate((*stages, "accumulated", "fused")):
             table = rows(runs / str(number) / "train.csv")
             losses[ranks, stage] = [float(row["loss_nats"]) for row in table][:20]
     windows = json.loads((tmp_path / "ranks1" / "0" / "result.json").read_text())["step"] // 5

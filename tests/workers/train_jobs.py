@@ -22,6 +22,7 @@ def main() -> None:
         train(
             load_job(path, overrides), runs=Path(runs), run_dir=Path(runs) / str(number), threads=1
         )
+    stop_distributed()
 
 
 main()

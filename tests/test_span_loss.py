@@ -1,0 +1,84 @@
+"""Which implementation a run uses, and that a kernel which disagrees stops it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from span_kernels import reference_span_loss, span_loss
+from torch import nn
+
+from runner.errors import RunnerError
+from runner.scoring import Read
+from runner.span_loss import choose_span_loss, compare
+
+CPU = torch.device("cpu")
+
+
+def load(folder: Path):
+    from transformers import AutoModelForQuestionAnswering
+
+    return AutoModelForQuestionAnswering.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "stage", "path"),
+    [
+        ("reference", 2, "reference"),
+        ("auto", 2, "reference"),
+        ("fused", 2, "fused head"),
+        ("fused", 3, "fused logits"),
+    ],
+)
+def test_choice_on_a_cpu(tiny, wanted, stage, path):
+    chosen = choose_span_loss(wanted, load(tiny("bert")), CPU, stage)
+    assert chosen.path == path
+    assert chosen.reason in chosen.described()
+
+
+def test_model_without_a_linear_head_falls_back_to_its_logits(tiny):
+    model = load(tiny("bert"))
+    model.qa_outputs = nn.Sequential(model.qa_outputs)
+    chosen = choose_span_loss("fused", model, CPU, 2)
+    assert chosen.path == "fused logits"
+    assert "no single linear head" in chosen.reason
+
+
+@pytest.mark.parametrize("kind", ["bert", "distilbert", "roberta", "electra", "albert"])
+@pytest.mark.parametrize("wanted", ["fused", "reference"])
+def test_every_way_gives_the_models_own_loss_and_gradients(tiny, kind, wanted):
+    """DistilBERT drops hidden states before its head: the same seed must drop the same ones."""
+    model = load(tiny(kind)).train()
+    ids_BL = torch.randint(5, 40, (3, 12), generator=torch.Generator().manual_seed(1))
+    segments_B2 = torch.tensor([[0, 12], [12, 9], [24, 12]])
+    labels = torch.tensor([2, 8, 0]), torch.tensor([3, 8, 11])
+    chosen = choose_span_loss(wanted, model, CPU, 2)
+
+    def run(loss_of) -> list[torch.Tensor]:
+        torch.manual_seed(5)
+        output = model(input_ids=ids_BL)
+        logits_T2 = torch.stack([output.start_logits, output.end_logits], -1).reshape(-1, 2)
+        loss = loss_of(Read(logits_T2, segments_B2, *labels, 3))
+        model.zero_grad()
+        loss.backward()
+        return [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+    expected = run(lambda r: reference_span_loss(r.logits_T2, segments_B2, *labels))
+    for mine, theirs in zip(run(chosen), expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("fault", ["loss", "gradient"])
+def test_kernel_that_disagrees_stops_the_run(fault):
+    logits_T2 = torch.randn(20, 2, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([[0, 12], [12, 8]]), torch.tensor([1, 2]), torch.tensor([3, 2])
+
+    def broken(logits_T2, *labels):
+        loss = span_loss(logits_T2, *labels)
+        # Same value with half the gradient, or another value with the same gradient.
+        return loss / 2 + loss.detach() / 2 if fault == "gradient" else loss + 0.01
+
+    compare(span_loss, reference_span_loss, (logits_T2,), labels)
+    with pytest.raises(RunnerError, match="disagrees with plain PyTorch on the first batch"):
+        compare(broken, reference_span_loss, (logits_T2,), labels)
