@@ -4,15 +4,18 @@ limits."""
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 
 from runner.job import Job
+from runner.sources import parse_data
 
 
 def model_card(
     job: Job, scores: Mapping[str, float], data: Mapping[str, str], job_text: str
 ) -> str:
-    """Write the card in the hub's format: YAML front matter, then Markdown.
+    """Write the card in the hub's format: YAML front matter, then Markdown. Folders of this machine
+    are left out: a card is made to be published.
 
     Args:
         job: the job as it ran.
@@ -20,18 +23,22 @@ def model_card(
         data: slice name to sha256 of its content.
         job_text: the resolved job file.
     """
+    train, validation, name = map(_public, (job.data.train, job.data.validation, job.model.name))
+    for path in (job.data.train, job.data.validation, job.model.name):
+        job_text = job_text.replace(_quoted(path), _quoted(_public(path)))
+    fence = "`" * max([3, *(len(run) + 1 for run in re.findall("`{3,}", job_text))])
     metrics = "\n".join(
-        f"    - type: {name}\n      name: {label}\n      value: {scores[name]:.2f}"
-        for name, label in (("exact_match", "Exact match (%)"), ("f1", "F1 (%)"))
-        if name in scores
+        f"    - type: {metric}\n      name: {label}\n      value: {scores[metric]:.2f}"
+        for metric, label in (("exact_match", "Exact match (%)"), ("f1", "F1 (%)"))
+        if metric in scores
     )
     base = (
         ""
         if job.model.name.startswith(("/", "package:"))
-        else f"base_model: {json.dumps(job.model.name)}\n"
+        else f"base_model: {_quoted(name)}\n"
     )
-    rows = "\n".join(f"| {name} | {value:.2f} |" for name, value in scores.items())
-    slices = "\n".join(f"| `{name}` | `{digest}` |" for name, digest in data.items())
+    rows = "\n".join(f"| {metric} | {value:.2f} |" for metric, value in scores.items())
+    slices = "\n".join(f"| `{_public(part)}` | `{digest}` |" for part, digest in data.items())
     precise = (
         "The model may answer nothing."
         if job.data.unanswerable
@@ -42,24 +49,25 @@ library_name: transformers
 pipeline_tag: question-answering
 tags: [extractive-question-answering, spantune]
 {base}model-index:
-- name: {json.dumps(job.name)}
+- name: {_quoted(job.name)}
   results:
   - task:
       type: question-answering
     dataset:
-      name: {json.dumps(job.data.validation)}
-      type: {json.dumps(job.data.validation.split(":")[0].split("[")[0])}
+      name: {_quoted(validation)}
+      type: {_quoted(parse_data(validation).location)}
     metrics:
 {metrics}
 ---
 # {job.name}
 
 An extractive question-answering model: given a question and a text, it points at the span of the
-text that answers it. Fine-tuned with spantune from `{job.model.name}`.
+text that answers it. Fine-tuned with spantune from `{name}`
+on `{train}`.
 
 ## Scores
 
-On `{job.data.validation}`:
+On `{validation}`:
 
 | metric | value |
 |---|---:|
@@ -86,11 +94,21 @@ most {job.score.max_answer_length} tokens. {precise}
 ## Limits
 
 It copies from the text it is given and knows nothing else; its scores hold for texts like those it
-was scored on. A high score of a span says that it fits better than other spans, not that it is true.
+was scored on. A high score of a span says that it fits better than others, not that it is true.
 
 ## Job
 
-```toml
+{fence}toml
 {job_text.strip()}
-```
+{fence}
 """
+
+
+def _public(name: str) -> str:
+    """A name as others may see it: of a file or folder, its last part."""
+    return name.rpartition("/")[2] if name.startswith("/") else name
+
+
+def _quoted(text: str) -> str:
+    """A string as YAML and TOML both read it."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -1,0 +1,88 @@
+"""The model card: what the hub reads in it, and its text held by a golden file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from runner.card import model_card
+from runner.job import Job
+
+GOLDEN = Path(__file__).with_name("golden") / "model_card.md"
+SCORES = {"exact_match": 81.25, "f1": 88.124, "loss": 0.875, "span_accuracy": 70.0}
+
+
+def job(text="", **data):
+    tables = {
+        "name": "tiny-card",
+        "data": {"train": "rajpurkar/squad:train[:1000]", "validation": "owner/set@v2#en:dev"}
+        | data,
+        "model": {"name": "google-bert/bert-base-uncased"},
+        "train": {"epochs": 1, "batch_size": 8, "learning_rate": 2e-5},
+    }
+    return Job.model_validate(tables | ({"model": {"name": text}} if text else {}))
+
+
+def card(job, job_text='name = "tiny-card"\n'):
+    hashes = {job.data.train: "a1" * 32, job.data.validation: "b2" * 32}
+    return model_card(job, SCORES, hashes, job_text)
+
+
+def test_the_card_is_the_golden_one():
+    """If a change of the card is meant, write the golden file anew and say why."""
+    assert card(job()) == GOLDEN.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("validation", "name", "dataset"),
+    [
+        ("owner/set@v2#en:dev[:10]", "owner/set@v2#en:dev[:10]", "owner/set"),
+        ("/home/me/sets/é 😀: x.json[10%:]", "é 😀: x.json[10%:]", "é 😀: x.json"),
+        ('/sets/"q" \\ #.jsonl', '"q" \\ #.jsonl', '"q" \\ #.jsonl'),
+        ("/sets/- {a: [.csv", "- {a: [.csv", "- {a: [.csv"),
+        ("/sets/bell\u0007 del\u007f.csv", "bell\u0007 del\u007f.csv", "bell\u0007 del\u007f.csv"),
+    ],
+)
+def test_the_hub_reads_scores_and_names_from_the_front_matter(validation, name, dataset):
+    from huggingface_hub import ModelCard
+
+    data = ModelCard(card(job(validation=validation))).data
+    assert data.base_model == "google-bert/bert-base-uncased"
+    assert (data.library_name, data.pipeline_tag) == ("transformers", "question-answering")
+    assert data.model_name == "tiny-card"
+    results = [(r.metric_type, r.metric_value, r.metric_name) for r in data.eval_results]
+    assert results == [
+        ("exact_match", 81.25, "Exact match (%)"),
+        ("f1", 88.12, "F1 (%)"),
+    ]
+    assert {(r.dataset_name, r.dataset_type) for r in data.eval_results} == {(name, dataset)}
+
+
+@pytest.mark.parametrize("model", ["/home/me/models/mine", "package:weights/model"])
+def test_a_model_that_is_not_on_the_hub_is_no_base_model(model):
+    from huggingface_hub import ModelCard
+
+    text = card(job(model))
+    assert ModelCard(text).data.base_model is None
+    assert f"spantune from `{model.removeprefix('/home/me/models/')}`" in text
+
+
+def test_folders_of_the_machine_are_left_out():
+    from runner.jobfile import dump_job
+
+    private = job("/home/me/m", train="/home/me/a.json[:5]", validation="/home/me/b.csv")
+    text = card(private, dump_job(private))
+    assert "/home" not in text
+    assert 'train = "a.json[:5]"' in text
+    assert "| `b.csv` |" in text
+
+
+def test_a_fence_in_the_job_does_not_end_the_jobs_own():
+    text = card(job(), "context = '''\n````\n<script>\n'''")
+    assert text.endswith("`````toml\ncontext = '''\n````\n<script>\n'''\n`````\n")
+
+
+def test_the_card_says_whether_the_model_may_answer_nothing():
+    assert "always answers" in card(job())
+    assert "may answer nothing" in card(job(unanswerable=True))
