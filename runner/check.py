@@ -32,7 +32,12 @@ def check_data(job: Job, ranks: int) -> Iterator[str]:
     yield ""
     yield markdown([_data_row("train", training), _data_row("validation", validation)]).rstrip()
     for part in (training, validation):
-        yield from (f"dropped: {line}" for line in part.dataset.dropped[:5])
+        dropped = part.dataset.dropped
+        if dropped:
+            yield ""
+        yield from (f"dropped: {line}" for line in dropped[:5])
+        if len(dropped) > 5:
+            yield f"dropped: and {len(dropped) - 5} more"
 
     lengths_N = training.windows.lengths_N
     batches = epoch_batches(

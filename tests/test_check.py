@@ -1,0 +1,168 @@
+"""`check --data` on a tiny job: every number of its report counted by hand."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+
+import pytest
+from transformers import AutoConfig
+
+from runner.check import check_data
+from runner.errors import AssetError, DataError, JobError
+from runner.job import Job
+
+WORDS = "river folds battery before beech"  # each one token of the tiny vocabulary
+
+
+def text(words):
+    return " ".join((f"{WORDS} " * 40).split()[:words])
+
+
+def row(name, words, answer="river", answer_start=0):
+    asked = {"id": name, "question": "how long", "context": text(words)}
+    return asked | {"answer": answer, "answer_start": answer_start}
+
+
+@pytest.fixture
+def job(tiny, tmp_path, monkeypatch):
+    """`job(rows, model={...}, ...)`: a job on the tiny BERT, or with another section."""
+    monkeypatch.setenv("SPANTUNE_CACHE", str(tmp_path / "cache"))
+
+    def make(rows, **sections):
+        names = {"train": rows, "validation": [row("v", 5)]}
+        for name, questions in names.items():
+            (tmp_path / f"{name}.json").write_text(json.dumps(questions))
+        defaults = {
+            "data": {name: str(tmp_path / f"{name}.json") for name in names}
+            | {"max_length": 25, "stride": 5},
+            "model": {"name": str(tiny("bert"))},
+            "train": {"epochs": 3, "batch_size": 2, "learning_rate": 1e-3},
+            "zero": {"stage": 2},
+        }
+        assert sections.keys() <= defaults.keys()
+        tables = {name: table | sections.get(name, {}) for name, table in defaults.items()}
+        return Job.model_validate({"name": "t"} | tables)
+
+    return make
+
+
+def report(job, ranks=1):
+    return "\n".join(check_data(job, ranks))
+
+
+def table(text, first):
+    """The Markdown table whose first column is called `first`, as rows."""
+    lines = text[text.index(f"| {first} |") :].split("\n\n")[0].splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return [dict(zip(cells[0], line, strict=True)) for line in cells[2:]]
+
+
+# 5 tokens around the context, [CLS] how long [SEP] ... [SEP], of 25: 20 are left for it, and each
+# further window brings 15 new ones.
+TRAIN = [
+    row("short", 5),
+    row("whole", 20),
+    row("two windows", 21),
+    row("cut", 40, answer=text(21)),
+    row("bad", 5, answer_start=1),
+]
+
+
+def test_the_report_counts_questions_windows_padding_and_steps(job):
+    told = report(job(TRAIN, data={"on_bad_row": "drop"}, train={"warmup": 0.5}))
+    train, validation = table(told, "slice")
+    # Of 10; 25; 25, 11; 25, 25, 15 tokens.
+    assert train == {
+        "slice": "train",
+        "questions": "4",
+        "dropped": "1",
+        "windows": "7",
+        "mean tokens": f"{136 / 7:.1f}",
+        "longest": "25",
+        "answers in no window": "1",
+    }
+    assert (validation["questions"], validation["windows"], validation["dropped"]) == (
+        "1",
+        "1",
+        "0",
+    )
+    assert "dropped: train.json:5: answer text not at answer_start" in told
+    assert f"({100 * (1 - 136 / (7 * 25)):.1f} % if every window were padded to 25)" in told
+    steps = "4 an epoch, 12 in all; 2 windows each = 1 rank(s) x 2 x 1; learning rate at its peak"
+    assert f"steps: {steps} from step 6" in told
+
+
+def test_of_many_dropped_rows_the_first_five_are_named(job):
+    rows = [row(str(n), 5, answer_start=n) for n in range(8)]
+    told = report(job(rows, data={"on_bad_row": "drop"}))
+    named = [line.split(": ")[1] for line in told.splitlines() if line.startswith("dropped: ")]
+    assert named == [*(f"train.json:{n}" for n in range(2, 7)), "and 2 more"]
+
+
+def test_padding_is_that_of_the_batches_of_the_first_epoch(job):
+    same = report(job([row(str(n), 5) for n in range(4)]))
+    assert "padding: 0.0 % of the tokens computed (60.0 % if every" in same
+    mixed = [row("a", 5), row("b", 15)]
+    assert "padding: 25.0 % of the tokens computed" in report(job(mixed))
+    assert "padding: 0.0 % of the" in report(job(mixed, train={"batch_size": 1}))
+
+
+@pytest.mark.parametrize(
+    ("stage", "ranks", "weights", "gradients", "optimiser"),
+    [
+        (0, 1, 1, 1, 2),
+        (0, 2, 1, 1, 2),
+        (1, 2, 1, 1, 1.5),
+        (2, 2, 1, 0.5, 1.5),
+        (3, 2, 0.5, 0.5, 1.5),
+    ],
+)
+def test_parameters_and_memory_of_bert_base(
+    job, tiny, tmp_path, stage, ranks, weights, gradients, optimiser
+):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny("bert"), folder)
+    AutoConfig.for_model("bert").save_pretrained(folder)
+    model = {"name": str(folder), "freeze": ["embeddings", "encoder.layer.0-2"]}
+    told = report(job([row("a", 5)], model=model, zero={"stage": stage}), ranks)
+    total, embeddings, layer = 108_893_186, 23_837_184, 7_087_872
+    trained = total - embeddings - 3 * layer
+    assert table(told, "part") == [
+        {"part": part, "parameters": str(count), "trained": str(moving)}
+        for part, count, moving in (
+            ("embeddings", embeddings, 0),
+            ("encoder.layer.0-2", 3 * layer, 0),
+            ("encoder.layer.3-11", 9 * layer, 9 * layer),
+            ("qa_outputs", 1538, 1538),
+            ("all", total, trained),
+        )
+    ]
+    # Shares of 4 bytes a parameter; AdamW keeps two moments, ZeRO a copy of the weights beside.
+    states = 4 * (weights * total + (gradients + optimiser) * trained)
+    assert f" {states / 2**30:.2f} GiB a rank in fp32 with ZeRO-{stage};" in told
+
+
+def test_no_weights_are_read(job, tiny, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny("bert"), folder)
+    (folder / "model.safetensors").write_bytes(b"not read")
+    assert "memory" in report(job([row("a", 5)], model={"name": str(folder)}))
+    sha256 = hashlib.sha256(b"not read").hexdigest()
+    assert report(job([row("a", 5)], model={"name": str(folder), "sha256": sha256}))
+
+
+@pytest.mark.parametrize(
+    ("sections", "error", "told"),
+    [
+        ({"model": {"sha256": "0" * 64}}, DataError, "the job declares 000"),
+        ({"model": {"name": "nobody/nothing"}}, AssetError, "hf download nobody/nothing"),
+        ({"model": {"freeze": ["layers"]}}, JobError, "'layers' matches no parameter"),
+        ({"data": {"max_length": 256}}, JobError, "this model takes 130"),
+        ({"train": {"batch_size": 3}}, JobError, "do not divide over 2 ranks"),
+    ],
+)
+def test_what_the_run_would_refuse_is_refused(job, sections, error, told):
+    with pytest.raises(error, match=told):
+        report(job([row("a", 5), row("b", 190)], **sections), ranks=2)

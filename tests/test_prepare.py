@@ -1,0 +1,95 @@
+"""Questions made ready: both data sets checked first, windows that fit the model, probes."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from runner import prepare
+from runner.errors import DataError, JobError
+from runner.job import Data, Model, Probe
+from runner.model import load_tokenizer
+from runner.prepare import load_questions, probe_examples
+
+CONTEXT = "The river folds battery before beech. "
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch):
+    """`data(train=[...], validation=[...], ...)`: the [data] of questions with these contexts."""
+    monkeypatch.setenv("SPANTUNE_CACHE", str(tmp_path / "cache"))
+
+    def make(train=(CONTEXT,) * 6, validation=(CONTEXT,) * 3, **section):
+        for name, contexts in (("train", train), ("validation", validation)):
+            rows = [
+                {"id": f"{name}{n}", "question": "Who?", "context": context}
+                | {"answer": "The", "answer_start": 0}
+                for n, context in enumerate(contexts)
+            ]
+            (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+            section |= {name: str(tmp_path / f"{name}.json")}
+        return Data(**{"max_length": 128, "stride": 16} | section)
+
+    return make
+
+
+@pytest.fixture
+def tokenizer(tiny):
+    return load_tokenizer(Model(name=str(tiny("bert"))))
+
+
+def test_both_slices_with_their_samples(data, tokenizer):
+    section = data(sample=4, validation_sample=2)
+    train, validation = load_questions(section, 3, tokenizer)
+    assert [len(train.dataset.examples), len(validation.dataset.examples)] == [4, 2]
+    assert [len(train.windows), len(validation.windows)] == [4, 2]
+    assert not train.cached
+    other, _ = load_questions(section, 4, tokenizer)
+    assert other.dataset.examples != train.dataset.examples
+    again, _ = load_questions(section, 3, tokenizer)
+    assert again.cached
+    assert again.dataset == train.dataset
+
+
+def test_settings_of_the_section_reach_the_data(data, tokenizer):
+    with pytest.raises(DataError, match="1 of 2 rows refused"):
+        load_questions(data(validation=(CONTEXT, "")), 0, tokenizer)
+    _, validation = load_questions(data(validation=(CONTEXT, ""), on_bad_row="drop"), 0, tokenizer)
+    assert validation.dataset.dropped == ("validation.json:2: context is empty",)
+    with pytest.raises(DataError, match="no column 'text'"):
+        load_questions(data(columns={"context": "text"}), 0, tokenizer)
+    train, _ = load_questions(
+        data((CONTEXT * 9,), (CONTEXT,), max_length=32, stride=8), 0, tokenizer
+    )
+    assert train.windows.lengths_N.max() == 32
+
+
+def test_a_bad_validation_set_is_found_before_anything_is_tokenised(data, tokenizer, monkeypatch):
+    monkeypatch.setattr(prepare, "cached_windows", None)
+    with pytest.raises(DataError, match=r"validation\.json:1: context is empty"):
+        load_questions(data(validation=("",)), 0, tokenizer)
+
+
+@pytest.mark.parametrize("slot", ["train", "validation"])
+def test_windows_longer_than_the_models_positions_are_refused(data, tokenizer, slot):
+    long = {slot: (CONTEXT, CONTEXT * 40)}
+    with pytest.raises(JobError) as refused:
+        load_questions(data(**long, max_length=131), 0, tokenizer)
+    told = "data.max_length: 131 gives windows of 131 tokens"
+    assert str(refused.value).startswith(told)
+    assert f"{slot}.json); this model takes 130" in str(refused.value)
+    load_questions(data(**long, max_length=130), 0, tokenizer)
+    load_questions(data(max_length=512), 0, tokenizer)  # no window is as long as it might be
+
+
+def test_probes_become_questions_with_a_label_where_there_is_one():
+    asked = [
+        Probe(question="Who?", context="Ann saw Bo and Bo.", answer="Bo"),
+        Probe(question="Who?", context="Ann saw Bo.", answer="Cy"),
+        Probe(question="Who?", context="Ann saw Bo."),
+    ]
+    examples = probe_examples(asked)
+    assert [e.id for e in examples] == ["probe-1", "probe-2", "probe-3"]
+    assert [(e.answers, e.answer_starts) for e in examples] == [(("Bo",), (8,)), ((), ()), ((), ())]
+    assert [(e.question, e.context) for e in examples] == [(p.question, p.context) for p in asked]
