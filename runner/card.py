@@ -32,11 +32,7 @@ def model_card(
         for metric, label in (("exact_match", "Exact match (%)"), ("f1", "F1 (%)"))
         if metric in scores
     )
-    base = (
-        ""
-        if job.model.name.startswith(("/", "package:"))
-        else f"base_model: {_quoted(name)}\n"
-    )
+    base = "" if job.model.name.startswith(("/", "package:")) else f"base_model: {_quoted(name)}\n"
     rows = "\n".join(f"| {metric} | {value:.2f} |" for metric, value in scores.items())
     slices = "\n".join(f"| `{_public(part)}` | `{digest}` |" for part, digest in data.items())
     precise = (

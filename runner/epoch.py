@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -134,16 +133,29 @@ def train_epoch(course: Course, epoch: int, follow: Step) -> Totals:
             sums_2.zero_()
             epoch_totals.add(row)
             step = epoch * len(batches) + done
-            if not np.isfinite(row.loss):
+            norm = engine.get_global_grad_norm()
+            norm = None if norm is None else float(norm)
+            # fp16 looks for its loss scale by overflowing; a norm that is no number is normal there.
+            lost = not np.isfinite(norm or 0.0) and not engine.fp16_enabled()
+            if lost or not np.isfinite(row.loss):
                 raise RunnerError(
-                    f"the loss is {row.loss} at step {step} (epoch {epoch + 1}); lower"
+                    f"loss {row.loss}, gradient norm {norm} at step {step} (epoch {epoch + 1}); lower"
                     ' train.learning_rate, or set model.precision = "fp32"'
                 )
             if course.rank.is_main:
                 course.write_row(
-                    _train_row(
-                        engine, row, step, epoch + done / len(batches), course.clock.elapsed()
-                    )
+                    {
+                        "step": step,
+                        "epoch": round(epoch + done / len(batches), 6),
+                        "loss_nats": row.loss / row.windows,
+                        "span_accuracy_percent": 100 * row.right / row.windows,
+                        "learning_rate": float(engine.get_lr()[0]),
+                        "grad_norm": norm,
+                        "examples_per_second": row.windows / row.seconds,
+                        "tokens_per_second": row.tokens / row.seconds,
+                        "padding_percent": 100 * (1 - row.tokens / row.slots),
+                        "elapsed_seconds": course.clock.elapsed(),
+                    }
                 )
         follow(done, _note(epoch_totals))
     return epoch_totals
@@ -157,24 +169,6 @@ def _over_ranks(mine: Totals, sums_2: Tensor) -> Totals:
         dist.all_reduce(sums_5)
     loss, right, windows, tokens, slots = sums_5.tolist()
     return Totals(loss, right, windows, tokens, slots, mine.seconds)
-
-
-def _train_row(
-    engine: Any, row: Totals, step: int, epoch: float, elapsed: float
-) -> dict[str, Value]:
-    norm = engine.get_global_grad_norm()
-    return {
-        "step": step,
-        "epoch": round(epoch, 6),
-        "loss_nats": row.loss / row.windows,
-        "span_accuracy_percent": 100 * row.right / row.windows,
-        "learning_rate": float(engine.get_lr()[0]),
-        "grad_norm": None if norm is None else float(norm),
-        "examples_per_second": row.windows / row.seconds,
-        "tokens_per_second": row.tokens / row.seconds,
-        "padding_percent": 100 * (1 - row.tokens / row.slots),
-        "elapsed_seconds": elapsed,
-    }
 
 
 def _note(totals: Totals) -> str:
