@@ -135,12 +135,12 @@ def train_epoch(course: Course, epoch: int, follow: Step) -> Totals:
             step = epoch * len(batches) + done
             norm = engine.get_global_grad_norm()
             norm = None if norm is None else float(norm)
-            # fp16 looks for its loss scale by overflowing; a norm that is no number is normal there.
+            # fp16 looks for its loss scale by overflowing: an infinite norm is normal there.
             lost = not np.isfinite(norm or 0.0) and not engine.fp16_enabled()
             if lost or not np.isfinite(row.loss):
                 raise RunnerError(
-                    f"loss {row.loss}, gradient norm {norm} at step {step} (epoch {epoch + 1}); lower"
-                    ' train.learning_rate, or set model.precision = "fp32"'
+                    f"loss {row.loss}, gradient norm {norm} at step {step} (epoch {epoch + 1}); "
+                    'lower train.learning_rate, or set model.precision = "fp32"'
                 )
             if course.rank.is_main:
                 course.write_row(

@@ -19,7 +19,8 @@ class RunDir:
     run succeeded."""
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        # Absolute: a fresh process with another working folder opens what is in it.
+        self.path = Path(path).absolute()
         self.job = self.path / "job.toml"
         self.provenance = self.path / "provenance.json"
         self.deepspeed = self.path / "deepspeed.json"

@@ -222,8 +222,10 @@ def train(
             break
 
     memory = gather(peak_memory(device))
-    missed = None
-    if kept is not None and memory is not None:
+
+    def conclude() -> str | None:
+        if kept is None or memory is None:
+            raise AssertionError("the last epoch is always evaluated, on rank 0")
         with clock("verification"):
             difference = verify_export(
                 run.model,
@@ -243,8 +245,9 @@ def train(
             "peak_memory_bytes": memory,
         }
         finish(job, run, reporter, kept, validation, probe_rows, result)
-        missed = missed_expectation(job.expect, kept.scores)
-    missed = share(missed)
+        return missed_expectation(job.expect, kept.scores)
+
+    missed = share(main_only(rank, conclude))
     if missed:
         raise ExpectationError(f"{run.path}: the run finished, but {missed}")
     return run

@@ -124,7 +124,8 @@ def test_two_ranks_walk_a_whole_job(job_file, tmp_path, tiny):
     before = load_file(tiny("bert") / "model.safetensors")
     after = load_file(run.model / "model.safetensors")
     assert before.keys() == after.keys()
-    unchanged = {name for name in before if before[name].equal(after[name])}
+    # Where the machine trains in bf16, frozen weights are the pretrained ones rounded to it.
+    unchanged = {name for name in before if before[name].to(after[name].dtype).equal(after[name])}
     frozen = {n for n in before if n.startswith(("bert.embeddings", "bert.encoder.layer.0."))}
     # The key's bias shifts all scores of a query alike: its gradient is zero in theory, noise here.
     assert frozen <= unchanged
