@@ -32,7 +32,7 @@ test: setup            ## the tests
 lint: setup            ## ruff and pyright
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 format: setup          ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix .

@@ -84,11 +84,7 @@ def _shown(value: Value) -> str:
     if value is None:
         return "-"
     if isinstance(value, float):
-        return (
-            f"{value:.2e}"
-            if value and abs(value) < 1e-3
-            else f"{value:.4g}"
-            if abs(value) < 10
-            else f"{value:.1f}"
-        )
+        if value and abs(value) < 1e-3:
+            return f"{value:.2e}"
+        return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
     return str(value)

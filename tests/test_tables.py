@@ -80,8 +80,8 @@ def test_a_table_that_cannot_be_written_is_named(tmp_path):
     ("value", "shown"),
     [
         (None, "-"),
-        (0.0, "0"),
-        (0.5, "0.5"),
+        (0.0, "0.000"),
+        (0.5, "0.500"),
         (1.23456, "1.235"),
         (3e-5, "3.00e-05"),
         (-3e-5, "-3.00e-05"),
@@ -101,7 +101,7 @@ def test_values_in_markdown(value, shown):
 def test_markdown_puts_numbers_to_the_right():
     rows = [{"name": "a", "f1": 1.5, "none": None}, {"name": "b", "f1": None, "none": "x"}]
     assert markdown(rows) == (
-        "| name | f1 | none |\n|---|---:|---|\n| a | 1.5 | - |\n| b | - | x |\n"
+        "| name | f1 | none |\n|---|---:|---|\n| a | 1.500 | - |\n| b | - | x |\n"
     )
     assert markdown([]) == ""
 
