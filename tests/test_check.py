@@ -107,6 +107,9 @@ def test_padding_is_that_of_the_batches_of_the_first_epoch(job):
     mixed = [row("a", 5), row("b", 15)]
     assert "padding: 25.0 % of the tokens computed" in report(job(mixed))
     assert "padding: 0.0 % of the" in report(job(mixed, train={"batch_size": 1}))
+    pairs = [row(str(n), 5 + n % 2 * 10) for n in range(8)]
+    assert "padding: 0.0 % of the" in report(job(pairs))
+    assert "padding: 0.0 % of the" not in report(job(pairs, train={"length_buckets": False}))
 
 
 @pytest.mark.parametrize(

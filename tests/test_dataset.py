@@ -258,6 +258,7 @@ BAD_ROWS = {
     "text absent": ({"answer": "Cy"}, 'answer is not in the context ("Cy")'),
     "text twice, no start": ({"answer": "Bo"}, "occurs more than once and has no answer_start"),
     "other case": ({"answer": "ann"}, 'answer is not in the context ("ann")'),
+    "other case at its start": ({"answer": "ann", "answer_start": 0}, "not at answer_start"),
     "NFC in NFD": (
         {"context": "Zoe\u0301 came", "answer": "Zo\u00e9", "answer_start": 0},
         "Unicode forms (NFC, NFD) differ: answer text not at answer_start",
