@@ -64,7 +64,7 @@ def real_data() -> Path:
     beside = Path(__file__).parents[2] / "shared" / "data"
     folder = Path(os.environ.get("SPANTUNE_TEST_DATA", beside))
     if not folder.is_dir():
-        pytest.skip("no real questions here: SPANTUNE_TEST_DATA is not set")
+        pytest.skip("no folder of real questions (SPANTUNE_TEST_DATA)")
     return folder
 
 
