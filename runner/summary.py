@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from runner.console import duration
@@ -16,6 +17,12 @@ from runner.prepare import Questions
 from runner.rundir import RunDir, write_atomic
 from runner.scoring import Evaluation, Readings
 from runner.tables import Value, markdown, read_rows
+
+
+def below_here(name: str) -> str:
+    """Spell a path relative to the current folder where it is below it; other names stay."""
+    path = Path(name)
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else name
 
 
 def data_hashes(training: Questions, validation: Questions) -> dict[str, str]:
@@ -176,9 +183,12 @@ def closing_lines(job: Job, run: RunDir, result: Mapping[str, Any]) -> list[str]
     lines = [
         (
             f"Exact match {metric['exact_match']:.1f} %, F1 {metric['f1']:.1f} % on"
-            f" {job.data.validation}"
+            f" {below_here(job.data.validation)}"
         ),
-        f"Done in {duration(result['seconds']['total'])}. Written to {run.path}:",
+        (
+            f"Done in {duration(result['seconds']['total'])}. Written to"
+            f" {below_here(str(run.path))}:"
+        ),
     ]
     for name, what in (
         ("model/", "the tuned model, for from_pretrained"),

@@ -51,6 +51,7 @@ from runner.span_loss import SpanLoss, choose_span_loss
 from runner.stopping import Stopper, missed_expectation
 from runner.summary import (
     announcement,
+    below_here,
     closing_lines,
     data_hashes,
     epoch_rows,
@@ -100,7 +101,7 @@ def train(
     layout = batch_layout(job.train, rank.world)
     run = RunDir(share(main_only(rank, lambda: str(RunDir.create(runs, job.name, run_dir).path))))
     reporter = Reporter(run.log, speaks=rank.is_main)
-    reporter.say(f"{job.name}: {run.path}")
+    reporter.say(f"{job.name}: {below_here(str(run.path))}")
 
     with clock("data"):
         tokenizer = main_first(rank, lambda: load_tokenizer(job.model))
