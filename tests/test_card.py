@@ -38,7 +38,7 @@ def test_the_card_is_the_golden_one():
     ("validation", "name", "dataset"),
     [
         ("owner/set@v2#en:dev[:10]", "owner/set@v2#en:dev[:10]", "owner/set"),
-        ("/home/me/sets/é 😀: x.json[10%:]", "é 😀: x.json[10%:]", "é 😀: x.json"),
+        ("/somewhere/sets/é 😀: x.json[10%:]", "é 😀: x.json[10%:]", "é 😀: x.json"),
         ('/sets/"q" \\ #.jsonl', '"q" \\ #.jsonl', '"q" \\ #.jsonl'),
         ("/sets/- {a: [.csv", "- {a: [.csv", "- {a: [.csv"),
         ("/sets/bell\u0007 del\u007f.csv", "bell\u0007 del\u007f.csv", "bell\u0007 del\u007f.csv"),
@@ -59,19 +59,19 @@ def test_the_hub_reads_scores_and_names_from_the_front_matter(validation, name, 
     assert {(r.dataset_name, r.dataset_type) for r in data.eval_results} == {(name, dataset)}
 
 
-@pytest.mark.parametrize("model", ["/home/me/models/mine", "package:weights/model"])
+@pytest.mark.parametrize("model", ["/somewhere/models/mine", "package:weights/model"])
 def test_a_model_that_is_not_on_the_hub_is_no_base_model(model):
     from huggingface_hub import ModelCard
 
     text = card(job(model))
     assert ModelCard(text).data.base_model is None
-    assert f"spantune from `{model.removeprefix('/home/me/models/')}`" in text
+    assert f"spantune from `{model.removeprefix('/somewhere/models/')}`" in text
 
 
 def test_folders_of_the_machine_are_left_out():
     from runner.jobfile import dump_job
 
-    private = job("/home/me/m", train="/home/me/a.json[:5]", validation="/home/me/b.csv")
+    private = job("/somewhere/m", train="/somewhere/a.json[:5]", validation="/somewhere/b.csv")
     text = card(private, dump_job(private))
     assert "/home" not in text
     assert 'train = "a.json[:5]"' in text
