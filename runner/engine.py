@@ -6,7 +6,6 @@ from __future__ import annotations
 import ctypes
 import math
 import os
-import socket
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from torch import nn
 
 from runner.errors import JobError, RunnerError
 from runner.job import Train, Zero, divisors, one_of
-from runner.ranks import Rank
+from runner.ranks import Rank, free_port
 
 Result = TypeVar("Result")
 
@@ -143,7 +142,7 @@ def start_distributed(rank: Rank, threads: int | None = None) -> torch.device:
         ("WORLD_SIZE", rank.world),
         ("LOCAL_SIZE", rank.local_world),
         ("MASTER_ADDR", "127.0.0.1"),
-        ("MASTER_PORT", _free_port() if rank.world == 1 else 29500),
+        ("MASTER_PORT", free_port() if rank.world == 1 else 29500),
     ):
         os.environ.setdefault(name, str(value))
     import deepspeed  # reads the variables above, and takes seconds
@@ -274,9 +273,3 @@ def gather(value: Result) -> list[Result] | None:
     box: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
     dist.gather_object(value, box, dst=0)
     return box
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

@@ -4,11 +4,12 @@ JOB.toml`."""
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from runner.ranks import free_port
 
 MAIN = Path(__file__).with_name("main.py")
 
@@ -28,16 +29,10 @@ def launch(arguments: Sequence[str], ranks: int | None) -> int:
         "-m",
         "deepspeed.launcher.runner",
         "--master_port",
-        str(_free_port()),
+        str(free_port()),
     ]
     command += ["--num_gpus", str(ranks)] if ranks else []
     code = subprocess.run(
         [*command, str(MAIN), *arguments], env=environment, check=False
     ).returncode
     return code if code >= 0 else 128 - code  # ended by a signal: spelled as a shell does
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

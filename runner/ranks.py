@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from dataclasses import dataclass
 
 from runner.errors import RunnerError
@@ -68,3 +69,10 @@ def _from_environment() -> Rank:
             local_world=max(1, world // int(env.get("SLURM_STEP_NUM_NODES", "1"))),
         )
     return Rank(index=0, world=1, local=0, local_world=1)
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nobody listens on now, for ranks to meet at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
