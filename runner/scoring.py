@@ -260,7 +260,7 @@ def evaluate(readings: Readings, examples: Sequence[Example], *, unanswerable: b
     predictions = [
         {
             "id": a.id,
-            "prediction_text": next((c.text for c in a.n_best if c.text), ""),
+            "prediction_text": a.span.text if a.span else "",
             "no_answer_probability": a.null_difference,
         }
         for a in readings.answers
