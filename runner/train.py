@@ -296,12 +296,17 @@ def record(
             job.seed, rank.world, torch.get_num_threads(), [name] * rank.local_world
         ),
         "data": {
-            part: {"source": questions.dataset.source, "sha256": questions.dataset.sha256}
+            part: {
+                "source": questions.dataset.source,
+                "revision": questions.dataset.revision,
+                "sha256": questions.dataset.sha256,
+            }
             for part, questions in (("train", training), ("validation", validation))
         },
         "model": {
             "name": job.model.name,
             "location": pretrained.location,
+            "revision": pretrained.revision,
             "sha256": pretrained.weights_sha256,
         },
         "zero_stage": job.zero.stage,

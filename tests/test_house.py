@@ -21,7 +21,7 @@ FLOORS = {
         *("rundir", "tables", "plots", "provenance", "console"),
     ],
     2: [
-        *("dataset", "features", "batches", "model", "prepare"),
+        *("hub", "dataset", "features", "batches", "model", "prepare"),
         *("spans", "span_search", "metrics", "metric_objects", "text_match"),
     ],
     3: [
@@ -35,6 +35,7 @@ FLOOR = {module: floor for floor, modules in FLOORS.items() for module in module
 # The desk: what a login node runs. The rest is the workshop.
 DESK = {*FLOORS[0], *FLOORS[1], *FLOORS[5], "launch"}
 HEAVY = {"torch", "transformers", "datasets", "deepspeed", "evaluate", "numpy", "span_kernels"}
+HEAVY |= {"huggingface_hub", "wandb", "tensorboard", "mlflow"}
 TREES = {
     path.stem: ast.parse(path.read_text(encoding="utf-8"), path.name)
     for path in sorted((ROOT / "runner").glob("*.py"))
