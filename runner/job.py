@@ -295,6 +295,38 @@ class Expect(Section):
         return self
 
 
+class Track(Section):
+    """Trackers that are told of a run beside its own tables. Keys and addresses of accounts come
+    from the environment (WANDB_API_KEY, MLFLOW_TRACKING_TOKEN ...), never from a job."""
+
+    tools: tuple[Literal["wandb", "tensorboard", "mlflow"], ...] = Field(
+        default=(), strict=False, description="who is told of the run; empty: nobody"
+    )
+    mode: Literal["auto", "online", "offline"] = Field(
+        default="auto",
+        description=(
+            "offline: into the run folder, nothing is sent; auto: offline in a SLURM job, else"
+            " online"
+        ),
+    )
+    project: Text = Field(default="spantune", description="project of W&B, experiment of MLflow")
+    entity: Text | None = Field(
+        default=None, description="W&B's team or user; unset: the account's own"
+    )
+    mlflow_uri: Text | None = Field(
+        default=None,
+        description=(
+            "address of the MLflow server; unset: MLFLOW_TRACKING_URI, without it the run folder"
+        ),
+    )
+    wait: float = Field(
+        default=20.0,
+        ge=0,
+        le=3600,
+        description="seconds that the end of a run waits for trackers, all together, at most",
+    )
+
+
 class Job(Section):
     """A fine-tuning job of spantune."""
 
@@ -318,6 +350,7 @@ class Job(Section):
         default=(), strict=False, description="questions answered as training goes on"
     )
     expect: Expect | None = None
+    track: Track = Field(default_factory=Track)
 
 
 def divisors(number: int) -> list[int]:

@@ -34,6 +34,7 @@ class RunDir:
         self.checkpoints = self.path / "checkpoints"
         self.model = self.path / "model"
         self.log = self.path / "log.txt"
+        self.trackers = self.path / "trackers"
         self.result = self.path / "result.json"
 
     @classmethod

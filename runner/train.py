@@ -64,6 +64,7 @@ from runner.summary import (
     write_predictions,
 )
 from runner.tables import Value, append_row, terminal
+from runner.tracking import Trackers, start_trackers
 
 
 @dataclass
@@ -105,6 +106,7 @@ def train(
     run = RunDir(share(main_only(rank, lambda: str(RunDir.create(runs, job.name, run_dir).path))))
     reporter = Reporter(run.log, speaks=rank.is_main)
     reporter.say(f"{job.name}: {below_here(str(run.path))}")
+    trackers = begin_tracking(job, run, rank, reporter)
 
     with clock("data"):
         tokenizer = main_first(rank, lambda: load_tokenizer(job.model))
@@ -134,6 +136,11 @@ def train(
         segment_ids=takes_segment_ids(tokenizer),
         multiple=8 if device.type == "cuda" else 1,
     )
+
+    def write_train_row(row: dict[str, Value]) -> None:
+        append_row(run.train_table, row)
+        trackers.log("train", row)
+
     course = Course(
         reader,
         span_loss,
@@ -143,7 +150,7 @@ def train(
         rank,
         layout,
         clock,
-        lambda row: append_row(run.train_table, row),
+        write_train_row,
     )
     if rank.is_main:
         write_atomic(run.job, dump_job(job))
@@ -170,6 +177,7 @@ def train(
             probe_rows.extend(rows := probe_table(epoch, readings, job.probe))
             for row in rows:
                 append_row(run.probe_table, row)
+                trackers.log("probes", row)
 
     with clock("probes"):
         ask_probes(0)
@@ -203,7 +211,8 @@ def train(
                 readings, validation.dataset.examples, unanswerable=job.data.unanswerable
             )
             verdict = stopper.judge(scores)
-            append_row(run.eval_table, eval_row(epoch, step, totals, scores))
+            append_row(run.eval_table, row := eval_row(epoch, step, totals, scores))
+            trackers.log("eval", row)
             draw_curves(run, job.name)
             reporter.show(terminal("", epoch_rows(run)))
         verdict = share(verdict)
@@ -249,12 +258,22 @@ def train(
             "peak_memory_bytes": memory,
         }
         finish(job, run, reporter, kept, validation, probe_rows, result)
+        trackers.log("result", headline(kept.scores))
+        trackers.close()
         return missed_expectation(job.expect, kept.scores)
 
     missed = share(main_only(rank, conclude))
     if missed:
         raise ExpectationError(f"{run.path}: the run finished, but {missed}")
     return run
+
+
+def begin_tracking(job: Job, run: RunDir, rank: Rank, reporter: Reporter) -> Trackers:
+    """Start the job's trackers on rank 0; elsewhere there are none."""
+    if not rank.is_main:
+        return Trackers((), 0, reporter.say)
+    config = job.model_dump(mode="json", exclude_none=True, exclude={"probe", "track"})
+    return start_trackers(job.track, run, job.name, config, lambda text: reporter.say(f"  {text}"))
 
 
 def finish(

@@ -18,11 +18,12 @@ FLOORS = {
     0: ["errors", "ranks", "clock"],
     1: [
         *("job", "jobfile", "job_problems", "sources", "toml_lines"),
-        *("rundir", "tables", "plots", "provenance", "console"),
+        *("rundir", "tables", "plots", "provenance", "console", "tracking"),
     ],
     2: [
         *("hub", "dataset", "features", "batches", "model", "prepare"),
         *("spans", "span_search", "metrics", "metric_objects", "text_match"),
+        "tracker_process",
     ],
     3: [
         *("engine", "scoring", "span_loss", "epoch", "stopping", "summary"),
@@ -139,7 +140,9 @@ def test_no_module_hides_a_library():
     assert not names & (set(sys.stdlib_module_names) | packages | projects)
 
 
-@pytest.mark.parametrize("module", ["jobfile", "cli", "rundir", "tables", "plots", "provenance"])
+@pytest.mark.parametrize(
+    "module", ["jobfile", "cli", "rundir", "tables", "plots", "provenance", "tracking"]
+)
 def test_a_fresh_process_stays_light(module):
     script = f"import sys, runner.{module}; print(*sys.modules)"
     done = subprocess.run(
