@@ -327,6 +327,17 @@ class Track(Section):
     )
 
 
+class Card(Section):
+    """What only a person can say about the tuned model, for the model card."""
+
+    license: Text | None = Field(
+        default=None, description="licence of the tuned weights by the hub's name, such as mit"
+    )
+    language: Text | None = Field(
+        default=None, description="language of the questions, such as en", max_length=12
+    )
+
+
 class Job(Section):
     """A fine-tuning job of spantune."""
 
@@ -351,6 +362,7 @@ class Job(Section):
     )
     expect: Expect | None = None
     track: Track = Field(default_factory=Track)
+    card: Card = Field(default_factory=Card)
 
 
 def divisors(number: int) -> list[int]:

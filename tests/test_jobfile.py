@@ -157,7 +157,10 @@ UNKNOWN = [
     ("nmae = 1", "did you mean name?"),
     ("Seed = 1", "did you mean seed?"),
     ("probes = 1", "did you mean probe?"),
-    ("zzz = 1", "allowed here: name, seed, data, model, train, stop, zero, score, probe or expect"),
+    (
+        "zzz = 1",
+        "allowed here: name, seed, data, model, train, stop, zero, score, probe, expect, track or card",
+    ),
     ("stage = 1", "it belongs to [zero]"),
     ("batch_size = 8", "it belongs to [train] or [score]"),
     ("data.trian = 1", "did you mean train?"),
