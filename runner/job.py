@@ -262,7 +262,7 @@ class Score(Section):
 
 
 class Probe(Section):
-    """A question that the model answers before training and after every evaluation."""
+    """A question that the model answers before training and after every epoch."""
 
     question: Text = Field(description="the question")
     context: Text = Field(description="the text it is asked about")

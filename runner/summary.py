@@ -135,16 +135,18 @@ def announcement(
 
 
 def epoch_rows(run: RunDir) -> list[dict[str, Value]]:
-    """The columns of eval.csv that fit a terminal of 80 columns."""
+    """What eval.csv tells of each epoch, to fit a terminal of 80 columns: losses in nats, accuracy
+    of whole spans over windows, the epoch's wall seconds, windows trained a second."""
     return [
         {
             "epoch": int(row["epoch"]),
             "train loss": float(row["train_loss_nats"]),
-            "valid. loss": float(row["validation_loss_nats"]),
             "train acc %": float(row["train_span_accuracy_percent"]),
+            "valid. loss": float(row["validation_loss_nats"]),
             "valid. acc %": float(row["span_accuracy_percent"]),
             "EM %": float(row["exact_match_percent"]),
             "F1 %": float(row["f1_percent"]),
+            "time s": round(float(row["train_seconds"]) + float(row["evaluation_seconds"])),
             "win/s": float(row["examples_per_second"]),
         }
         for row in read_rows(run.eval_table)

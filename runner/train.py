@@ -191,6 +191,10 @@ def train(
             ) as follow,
         ):
             totals = train_epoch(course, epoch - 1, follow)
+        with clock("probes"):
+            ask_probes(epoch)
+        if rank.is_main:
+            draw_curves(run, job.name)
         if epoch % job.train.eval_every and epoch < job.train.epochs:
             continue
         step = epoch * course.steps_per_epoch
@@ -203,8 +207,6 @@ def train(
                 rank,
                 unanswerable=job.data.unanswerable,
             )
-        with clock("probes"):
-            ask_probes(epoch)
         scores = verdict = None
         if readings is not None:
             scores = evaluate(
