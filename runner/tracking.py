@@ -9,6 +9,7 @@ not fit there is dropped with a warning. The run's own tables are complete whate
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import json
@@ -69,7 +70,9 @@ class Trackers:
         # Whatever goes wrong with a tracker, the run goes on.
         except Exception as error:
             self._say(f"{child.tool}: {type(error).__name__}: {error}; the run goes on without it")
-            child.abandon()
+            child.gone = True
+            with contextlib.suppress(Exception):
+                child.abandon()
 
 
 class _Child:
@@ -134,7 +137,8 @@ class _Child:
         if self._process.poll() is None:
             family = psutil.Process(self._process.pid)
             for member in [*family.children(recursive=True), family]:
-                member.kill()
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    member.kill()
             self._process.wait()
 
     def _push(self) -> None:
