@@ -192,9 +192,11 @@ def closing_lines(job: Job, run: RunDir, result: Mapping[str, Any]) -> list[str]
             f" {below_here(str(run.path))}:"
         ),
     ]
+    probes = [("probes.csv", "each probe's answers as training went on")] if job.probe else []
     for name, what in (
         ("model/", "the tuned model, for from_pretrained"),
         ("eval.csv, train.csv", "scores per epoch, loss per step"),
+        *probes,
         ("curves.png, curves.svg", "the same as pictures"),
         ("predictions.jsonl", "an answer for each validation question"),
         ("report.md, result.json", "the summary; only a run that succeeded has it"),
