@@ -357,7 +357,8 @@ def test_what_is_missing_offline_ends_the_run_with_the_command_that_fetches_it(
 ):
     """And the commands, followed to the letter, are enough."""
     for asset in (MODEL, DATA):
-        done = spantune(environment, "rank", job, "--run-dir", tmp_path / asset, HF_HUB_OFFLINE="1")
+        runs = tmp_path / "runs"
+        done = spantune(environment, "rank", job, "--runs", runs, HF_HUB_OFFLINE="1")
         assert done.returncode == 69, done.stderr[-3000:]
         assert asset in done.stderr
         assert "Traceback" not in done.stderr
