@@ -230,7 +230,7 @@ def train(
                     export_model(run.model, engine.module, state, tokenizer, card)
                 del state
             save_checkpoint(engine, run, rank, step, epoch)
-        if verdict.stop and job.stop is not None:
+        if verdict.stop and job.stop is not None and epoch < job.train.epochs:
             reporter.say(
                 f"{job.stop.metric} has stopped improving: training ends early, after epoch {epoch}"
             )
