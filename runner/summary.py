@@ -11,9 +11,9 @@ from typing import Any
 from runner.console import duration
 from runner.dataset import Example
 from runner.engine import Layout
-from runner.epoch import Totals
 from runner.job import Job, Probe
 from runner.prepare import Questions
+from runner.progress import Totals
 from runner.rundir import RunDir, write_atomic
 from runner.scoring import Evaluation, Readings
 from runner.tables import Value, markdown, read_rows

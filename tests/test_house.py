@@ -15,19 +15,22 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = {
-    0: ["errors", "ranks", "clock"],
+    0: ["errors", "ranks", "clock", "signals"],
     1: [
-        *("job", "jobfile", "job_problems", "sources", "toml_lines"),
+        *("job", "jobfile", "job_problems", "sources", "toml_lines", "expectation"),
         *("rundir", "tables", "plots", "provenance", "console", "tracking"),
+        *("attempts", "claim", "starting", "files", "store", "commit"),
+        *("crew", "watch", "sameness"),
     ],
     2: [
         *("hub", "dataset", "features", "batches", "model", "prepare"),
         *("spans", "span_search", "metrics", "metric_objects", "text_match"),
         "tracker_process",
+        *("control", "shards", "plain"),
     ],
     3: [
         *("engine", "scoring", "span_loss", "epoch", "stopping", "summary"),
-        *("export", "fresh_logits", "card"),
+        *("export", "fresh_logits", "card", "progress", "health", "checkpoint", "keeping"),
     ],
     4: ["train", "check", "launch"],
     5: ["cli", "main", "__main__", "__init__"],
@@ -141,7 +144,8 @@ def test_no_module_hides_a_library():
 
 
 @pytest.mark.parametrize(
-    "module", ["jobfile", "cli", "rundir", "tables", "plots", "provenance", "tracking"]
+    "module",
+    ["jobfile", "cli", "rundir", "tables", "plots", "provenance", "tracking", "starting"],
 )
 def test_a_fresh_process_stays_light(module):
     script = f"import sys, runner.{module}; print(*sys.modules)"
