@@ -149,7 +149,7 @@ def test_a_job_made_small_runs_from_end_to_end(runs, path):
     assert "optimiser step" in run.curves_svg.read_text(encoding="utf-8")
     card = (run.model / "README.md").read_text(encoding="utf-8")
     assert 'license: "apache-2.0"' in card
-    assert ("no_answer_exact_match" in result["metrics"]) is job.data.unanswerable
+    assert ("best_f1" in result["metrics"]) is job.data.unanswerable
     record = json.loads(run.provenance.read_text())
     assert record["zero_stage"] == job.zero.stage
     wanted = {"auto": record["precision"]}.get(job.model.precision, job.model.precision)
