@@ -11,7 +11,7 @@ from runner.spans import Answer, Candidate
 
 def answer(identity: str, text: str, best: str, difference: float) -> Answer:
     listed = (Candidate(best, 0.6, 1.0, 0, len(best), 0), Candidate("", 0.4, 0.5, 0, 0, 0))
-    return Answer(identity, text, 0.6, 0, len(text), 0, 0.5, 0.4, difference, listed)
+    return Answer(identity, text, 0.6, 0, len(text), 0, 0.5, 0.4, difference, 0, listed)
 
 
 def test_answers_and_their_absence_are_scored_apart():
