@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from runner.answering import KEY, Answering
 from runner.dataset import Example
 from runner.errors import RunnerError
 from runner.features import Windows
@@ -77,13 +78,15 @@ def export_model(
     state: dict[str, Tensor],
     tokenizer: PreTrainedTokenizerBase,
     card: str,
+    answering: Answering,
 ) -> None:
-    """Write weights (safetensors), configuration, tokenizer and model card aside, then rename the
-    folder into place."""
+    """Write weights (safetensors), configuration (with how to ask the model), tokenizer and model
+    card aside, then rename the folder into place."""
     aside, old = folder.with_name(".model.new"), folder.with_name(".model.old")
     with storage_errors(folder):
         for leftover in (aside, old):
             shutil.rmtree(leftover, ignore_errors=True)
+        setattr(model.config, KEY, answering.model_dump(mode="json"))
         model.save_pretrained(aside, state_dict=state)
         tokenizer.save_pretrained(aside)
         write_atomic(aside / "README.md", card)

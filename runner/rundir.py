@@ -31,6 +31,8 @@ class RunDir:
         self.curves_svg = self.path / "curves.svg"
         self.curves_png = self.path / "curves.png"
         self.report = self.path / "report.md"
+        self.report_page = self.path / "report.html"
+        self.evaluations = self.path / "evaluations"
         self.checkpoints = self.path / "checkpoints"
         self.model = self.path / "model"
         self.log = self.path / "log.txt"

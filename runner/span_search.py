@@ -50,7 +50,7 @@ class Spans:
         )
 
     def __getitem__(self, rows: slice | Tensor) -> Spans:
-        """The spans of some windows, by a slice or by positions; the tensors of a slice are views."""
+        """The spans of some windows, by a slice (then they are views) or by positions."""
         return Spans(
             self.score_NK[rows], self.start_NK[rows], self.end_NK[rows], self.null_score_N[rows]
         )

@@ -51,11 +51,11 @@ class Candidate:
 class Answer:
     """The answer to a question: text, probability (`score`), characters [start, end) and window.
 
-    null_score is the least start + end logit at [CLS] over the question's windows, null_window where
-    it stands. null_difference, null_score minus the best span's logit score, is what a null threshold
-    is compared with. null_probability is the null answer's share of the n-best, 0.0 where no empty
-    answer is allowed. n_best is sorted, best first. Without any span: score 0.0, window -1, the best
-    span's logit counts as 0.0.
+    null_score is the least start + end logit at [CLS] over the question's windows, null_window
+    where it stands. null_difference, null_score minus the best span's logit score, is what a null
+    threshold is compared with. null_probability is the null answer's share of the n-best, 0.0 where
+    no empty answer is allowed. n_best is sorted, best first. Without any span: score 0.0, window
+    -1, the best span's logit counts as 0.0.
     """
 
     id: str

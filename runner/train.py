@@ -29,9 +29,10 @@ from runner.engine import (
 )
 from runner.epoch import Course, train_epoch
 from runner.errors import ExpectationError
+from runner.evaluation import Evaluation, TunedThreshold, evaluate, in_use, tune
 from runner.export import export_model, gathered_state, own_logits, verify_export
 from runner.features import build_windows
-from runner.job import Job
+from runner.job import Job, Score
 from runner.jobfile import dump_job
 from runner.model import (
     Pretrained,
@@ -46,21 +47,24 @@ from runner.model import (
 from runner.plots import draw_curves
 from runner.prepare import Questions, load_questions, probe_examples
 from runner.ranks import Rank, current_rank
+from runner.records import LISTED
+from runner.report import write_report
 from runner.rundir import RunDir, write_atomic, write_json
-from runner.scoring import Evaluation, Reader, evaluate, read_windows
+from runner.scoring import Reader, read_windows
 from runner.span_loss import SpanLoss, choose_span_loss
 from runner.stopping import Stopper, missed_expectation
 from runner.summary import (
     announcement,
+    answering_of,
     below_here,
     closing_lines,
     data_hashes,
     epoch_rows,
     eval_row,
-    headline,
     probe_changes,
     probe_table,
-    report_text,
+    reported,
+    result_scores,
     write_predictions,
 )
 from runner.tables import Value, append_row, terminal
@@ -108,7 +112,7 @@ def train(
 
     with clock("data"):
         tokenizer = main_first(rank, lambda: load_tokenizer(job.model))
-        training, validation = main_first(
+        training, validation, tuning = main_first(
             rank, lambda: load_questions(job.data, job.seed, tokenizer)
         )
         probes = probe_examples(job.probe)
@@ -150,9 +154,13 @@ def train(
         write_json(run.deepspeed, config)
         write_json(
             run.provenance,
-            record(job, rank, device, training, validation, pretrained, precision, span_loss),
+            record(
+                job, rank, device, training, validation, tuning, pretrained, precision, span_loss
+            ),
         )
-        for line in announcement(job, training, validation, parameters[-1], precision, layout):
+        for line in announcement(
+            job, training, validation, tuning, parameters[-1], precision, layout
+        ):
             reporter.say(f"  {line}")
         reporter.say(f"  {span_loss.described()}")
         if job.model.freeze:
@@ -160,19 +168,29 @@ def train(
 
     probe_rows: list[dict[str, Value]] = []
 
-    def ask_probes(epoch: int) -> None:
+    def ask_probes(epoch: int, score: Score) -> None:
         if not probes:
             return
         readings = read_windows(
-            reader, probe_windows, probes, job.score, rank, unanswerable=job.data.unanswerable
+            reader, probe_windows, probes, score, rank, unanswerable=job.data.unanswerable
         )
         if readings is not None:
             probe_rows.extend(rows := probe_table(epoch, readings, job.probe))
             for row in rows:
                 append_row(run.probe_table, row)
 
+    def tuned_threshold() -> TunedThreshold | None:
+        """Tune on data.tuning. Every rank must call this; rank 0 gets what was found."""
+        if tuning is None:
+            return None
+        examples = tuning.dataset.examples
+        readings = read_windows(
+            reader, tuning.windows, examples, job.score, rank, unanswerable=True, keep=1
+        )
+        return None if readings is None else tune(readings, tuning.dataset, job.score)
+
     with clock("probes"):
-        ask_probes(0)
+        ask_probes(0, job.score)
     kept: Kept | None = None
     stopper = Stopper(job.stop)
     for epoch in range(1, job.train.epochs + 1):
@@ -187,6 +205,7 @@ def train(
             continue
         step = epoch * course.steps_per_epoch
         with clock("evaluation"):
+            tuned = tuned_threshold()
             readings = read_windows(
                 reader,
                 validation.windows,
@@ -194,13 +213,19 @@ def train(
                 job.score,
                 rank,
                 unanswerable=job.data.unanswerable,
+                keep=LISTED,
             )
         with clock("probes"):
-            ask_probes(epoch)
+            ask_probes(epoch, in_use(job.score, tuned.threshold if tuned else None))
         scores = verdict = None
         if readings is not None:
             scores = evaluate(
-                readings, validation.dataset.examples, unanswerable=job.data.unanswerable
+                readings,
+                validation.dataset.examples,
+                job.score,
+                unanswerable=job.data.unanswerable,
+                seed=job.seed,
+                tuned=tuned,
             )
             verdict = stopper.judge(scores)
             append_row(run.eval_table, eval_row(epoch, step, totals, scores))
@@ -213,10 +238,16 @@ def train(
                 logits = own_logits(reader, validation.windows)
                 if scores is not None:
                     kept = Kept(epoch, step, scores, logits)
+                    answering = answering_of(job, scores)
                     card = model_card(
-                        job, headline(scores), data_hashes(training, validation), dump_job(job)
+                        job,
+                        reported(scores),
+                        scores.intervals,
+                        data_hashes(training, validation, tuning),
+                        dump_job(job),
+                        answering,
                     )
-                    export_model(run.model, engine.module, state, tokenizer, card)
+                    export_model(run.model, engine.module, state, tokenizer, card, answering)
                 del state
             save_checkpoint(engine, run, rank, step, epoch)
         if verdict.stop and job.stop is not None:
@@ -240,7 +271,7 @@ def train(
                 job.data.stride,
             )
         result = {
-            "metrics": headline(kept.scores) | kept.scores.details,
+            **result_scores(kept.scores, job),
             "epoch": kept.epoch,
             "step": kept.step,
             "weights_sha256": provenance.file_sha256(run.model / "model.safetensors"),
@@ -268,8 +299,8 @@ def finish(
 ) -> None:
     """Write predictions, report and, last of all, result.json; show the outcome."""
     shown = probe_changes(probe_rows)
-    write_predictions(run, kept.scores.readings, validation.dataset.examples)
-    write_atomic(run.report, report_text(job, result, epoch_rows(run), shown))
+    write_predictions(run, kept.scores, validation, unanswerable=job.data.unanswerable)
+    write_report(run.path, result)
     write_json(run.result, result)
     if shown:
         reporter.show(terminal("What the model answers", shown))
@@ -283,6 +314,7 @@ def record(
     device: torch.device,
     training: Questions,
     validation: Questions,
+    tuning: Questions | None,
     pretrained: Pretrained,
     precision: str,
     span_loss: SpanLoss,
@@ -297,7 +329,12 @@ def record(
         ),
         "data": {
             part: {"source": questions.dataset.source, "sha256": questions.dataset.sha256}
-            for part, questions in (("train", training), ("validation", validation))
+            for part, questions in (
+                ("train", training),
+                ("validation", validation),
+                ("tuning", tuning),
+            )
+            if questions is not None
         },
         "model": {
             "name": job.model.name,

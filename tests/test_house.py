@@ -19,6 +19,7 @@ FLOORS = {
     1: [
         *("job", "jobfile", "job_problems", "sources", "toml_lines"),
         *("rundir", "tables", "plots", "provenance", "console"),
+        *("answering", "page", "line_chart", "page_markdown", "page_html", "report_data"),
     ],
     2: [
         *("dataset", "features", "batches", "model", "prepare"),
@@ -26,7 +27,8 @@ FLOORS = {
     ],
     3: [
         *("engine", "scoring", "span_loss", "epoch", "stopping", "summary"),
-        *("export", "fresh_logits", "card"),
+        *("export", "fresh_logits", "card", "evaluation", "records"),
+        *("error_tables", "comparison", "run_report", "comparison_report", "report"),
     ],
     4: ["train", "check", "launch"],
     5: ["cli", "main", "__main__", "__init__"],
