@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
 import os
 import sys
 import time
@@ -13,6 +14,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from runner import __version__
+from runner.answer_arguments import (
+    Opening,
+    UsageError,
+    check_predict,
+    columns_of,
+    count,
+    evaluate_arguments,
+    predict_arguments,
+    report_arguments,
+)
 from runner.console import complain
 from runner.errors import RunnerError
 from runner.job import Job
@@ -43,6 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if speaks:
             complain(str(error))
         return error.exit_code
+    except UsageError as error:
+        complain(f"spantune: {error}")
+        return 2
     except KeyboardInterrupt:
         return 130
     except Exception:
@@ -76,7 +90,7 @@ def _parse(argv: list[str], rank: Rank) -> argparse.Namespace:
         help="also read the data, the tokenizer and the configuration",
     )
     check.add_argument(
-        "--ranks", type=_count, default=1, metavar="N", help="ranks that the job is to run on (1)"
+        "--ranks", type=count, default=1, metavar="N", help="ranks that the job is to run on (1)"
     )
     check.set_defaults(act=_check)
 
@@ -86,7 +100,7 @@ def _parse(argv: list[str], rank: Rank) -> argparse.Namespace:
     _job_arguments(run)
     _run_arguments(run)
     run.add_argument(
-        "--ranks", type=_count, metavar="N", help="processes to start: GPUs here, or CPU ranks"
+        "--ranks", type=count, metavar="N", help="processes to start: GPUs here, or CPU ranks"
     )
     run.set_defaults(act=_run)
 
@@ -94,6 +108,24 @@ def _parse(argv: list[str], rank: Rank) -> argparse.Namespace:
     _job_arguments(one_rank)
     _run_arguments(one_rank)
     one_rank.set_defaults(act=_rank)
+
+    predict = verbs.add_parser(
+        "predict", help="answer questions from a file, from stdin, or one given here"
+    )
+    predict_arguments(predict)
+    predict.set_defaults(act=_predict)
+
+    evaluate = verbs.add_parser(
+        "evaluate", help="exact match and F1 of a finished model on other data"
+    )
+    evaluate_arguments(evaluate)
+    evaluate.set_defaults(act=_evaluate)
+
+    report = verbs.add_parser(
+        "report", help="a run's page: scores, curves, errors; or several runs compared"
+    )
+    report_arguments(report)
+    report.set_defaults(act=_report)
 
     schema = verbs.add_parser("schema", help="print the JSON Schema of a job file")
     schema.set_defaults(act=_schema)
@@ -117,14 +149,8 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
         "--run-dir", type=Path, metavar="DIR", help="this run's own folder, instead of a new one"
     )
     parser.add_argument(
-        "--threads", type=_count, metavar="N", help="CPU threads of each rank (cores / ranks)"
+        "--threads", type=count, metavar="N", help="CPU threads of each rank (cores / ranks)"
     )
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text!r}")
-    return int(text)
 
 
 def _load(arguments: argparse.Namespace) -> Job:
@@ -183,6 +209,75 @@ def _run(arguments: argparse.Namespace) -> int:
     passed += ["--run-dir", str(arguments.run_dir)] if arguments.run_dir else []
     passed += ["--threads", str(arguments.threads)] if arguments.threads else []
     return launch(["rank", arguments.job, *passed], arguments.ranks)
+
+
+def _predict(arguments: argparse.Namespace) -> int:
+    check_predict(arguments, from_terminal=sys.stdin.isatty())
+    columns = columns_of(arguments.column)
+    from runner.predict_verb import predict_questions
+
+    source: str | int | tuple[str, str] = arguments.file or "-"
+    if arguments.question is not None:
+        source = (arguments.question, arguments.context)
+    elif source == "-":
+        source = sys.stdin.fileno()
+    predict_questions(
+        Opening.of(arguments),
+        source,
+        columns,
+        on_bad_row=arguments.on_bad_row,
+        listed=arguments.n_best,
+        output=arguments.output,
+        say=_say,
+    )
+    return 0
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    columns = columns_of(arguments.column)
+    from runner.dataset import load_dataset
+
+    dataset = load_dataset(
+        arguments.data, columns=columns, unanswerable=True, on_bad_row=arguments.on_bad_row
+    )
+    v2 = arguments.v2 or any(not example.answers for example in dataset.examples)
+    if arguments.model.endswith((".json", ".jsonl")):
+        from runner.score_file import file_lines, score_file
+
+        result = score_file(
+            Path(arguments.model),
+            dataset,
+            v2=v2,
+            no_answer=arguments.no_answer,
+            threshold=arguments.no_answer_threshold,
+            seed=arguments.seed,
+        )
+        lines = file_lines(result)
+    else:
+        from runner.assess import evaluate_model, evaluation_lines
+
+        result, folder = evaluate_model(
+            Opening.of(arguments), dataset, v2=v2, seed=arguments.seed, output=arguments.output
+        )
+        lines = evaluation_lines(arguments.data, result, len(dataset.dropped))
+        lines += [f"Written to {folder}: report.html, predictions.jsonl, result.json"] * bool(
+            folder
+        )
+    for line in [json.dumps(result, indent=2, ensure_ascii=False)] if arguments.json else lines:
+        _say(line)
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from runner.report import write_comparison, write_report
+
+    if len(arguments.runs) == 1:
+        lines = write_report(arguments.runs[0], folder=arguments.output)
+    else:
+        lines = write_comparison(arguments.runs, arguments.output or Path())
+    for line in lines:
+        _say(line)
+    return 0
 
 
 def _schema(_: argparse.Namespace) -> int:

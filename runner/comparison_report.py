@@ -27,6 +27,7 @@ from runner.run_report import SEED
 
 FLIPPED = 8  # questions shown of each kind
 STYLES = ("blue", "orange", "green")
+NOISE = "Is the gap noise?"
 ABOUT = (
     "Tests are paired by question: for exact match McNemar's exact test on the questions that"
     " flipped, for F1 a permutation of signs; intervals are 95 % paired bootstrap. They ask whether"
@@ -55,7 +56,7 @@ def comparison_page(runs: Sequence[Scored]) -> Page:
         Section(
             "Side by side", [Table("Scores on the questions that all share", _side(runs, names))]
         ),
-        Section("Is the gap noise?", list(_verdicts(names, pairs, verdicts))),
+        Section(NOISE, list(_verdicts(names, pairs, verdicts))),
     ]
     differing = _settings(runs, names)
     if differing:

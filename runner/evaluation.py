@@ -13,11 +13,9 @@ from runner.answering import Tuned
 from runner.dataset import Dataset, Example
 from runner.job import Score
 from runner.metric_objects import Squad, SquadV2
-from runner.metrics import Scores, ScoresV2, bootstrap_interval, tune_null_threshold
+from runner.metrics import Interval, ScoresV2, intervals, tune_null_threshold
 from runner.scoring import Readings
 from runner.spans import Answer, Mode, decide
-
-Interval = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -140,7 +138,9 @@ def evaluate(
         readings = replace(readings, answers=decided)
         found = _scores_v2(decided, references)
         details |= {"default_exact_match": by_default.exact_match, "default_f1": by_default.f1}
-        ends = intervals(found, seed) | {f"default_{key}": ends[key] for key in EVERY}
+        ends = intervals(found, seed) | {
+            f"default_{key}": ends[key] for key in ("exact_match", "f1")
+        }
     if found.has_answer is not None:
         details["has_answer_exact_match"] = found.has_answer.exact_match
         details["has_answer_f1"] = found.has_answer.f1
@@ -159,26 +159,6 @@ def evaluate(
         null_threshold=threshold,
         tuned=None if tuned is None else tuned.tuned,
     )
-
-
-EVERY = ("exact_match", "f1")
-
-
-def intervals(scores: Scores | ScoresV2, seed: int) -> dict[str, Interval]:
-    """Bootstrap interval of exact match and F1, for SQuAD v2 also over questions with and without
-    an answer."""
-    rows = {"": np.full(scores.total, True)}
-    if isinstance(scores, ScoresV2):
-        if scores.has_answer is not None:
-            rows["has_answer_"] = scores.has_answer_N
-        if scores.no_answer is not None:
-            rows["no_answer_"] = ~scores.has_answer_N
-    found = {}
-    for part, chosen_N in rows.items():
-        for name, value_N in (("exact_match", scores.exact_N), ("f1", scores.f1_N)):
-            if (part, name) != ("no_answer_", "f1"):  # the same as its exact match
-                found[f"{part}{name}"] = bootstrap_interval(value_N[chosen_N], seed)
-    return found
 
 
 def _scores_v2(answers: Sequence[Answer], references: list[dict[str, Any]]) -> ScoresV2:

@@ -243,13 +243,14 @@ def tune_null_threshold(
     return NullThreshold(float(bound_M1[chosen]), float(100.0 * total_M1[chosen] / len(references)))
 
 
+Interval = tuple[float, float]
 LEVEL = 0.95
 RESAMPLES = 2000
 
 
 def bootstrap_interval(
     values: np.ndarray, seed: int, level: float = LEVEL, resamples: int = RESAMPLES
-) -> tuple[float, float]:
+) -> Interval:
     """Percentile bootstrap interval of a mean (Efron, 1979); the same seed gives the same interval.
 
     N questions are drawn with replacement. Since scores of questions take few different values, how
@@ -282,6 +283,23 @@ def bootstrap_interval(
         means.append(drawn @ value_U / len(value_N))
     low, high = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def intervals(scores: Scores | ScoresV2, seed: int) -> dict[str, Interval]:
+    """Bootstrap interval of exact match and F1, for SQuAD v2 also over questions with and without
+    an answer."""
+    rows = {"": np.full(scores.total, True)}
+    if isinstance(scores, ScoresV2):
+        if scores.has_answer is not None:
+            rows["has_answer_"] = scores.has_answer_N
+        if scores.no_answer is not None:
+            rows["no_answer_"] = ~scores.has_answer_N
+    found = {}
+    for part, chosen_N in rows.items():
+        for name, value_N in (("exact_match", scores.exact_N), ("f1", scores.f1_N)):
+            if (part, name) != ("no_answer_", "f1"):  # the same as its exact match
+                found[f"{part}{name}"] = bootstrap_interval(value_N[chosen_N], seed)
+    return found
 
 
 def _part(exact: Sequence[float], overlap: Sequence[float]) -> Part:

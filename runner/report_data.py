@@ -64,7 +64,7 @@ def read_scored(path: str | Path, result: Mapping[str, Any] | None = None) -> Sc
         DataError: naming the file that cannot be read.
     """
     run = RunDir(path)
-    if not run.job.is_file() and not run.result.is_file():
+    if not run.job.is_file() and not run.result.is_file() and result is None:
         raise RunDirError(
             f"{path} is neither a run folder nor an evaluation: it has no job.toml and no"
             " result.json"

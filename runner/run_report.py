@@ -35,8 +35,8 @@ NAMES = {
     "has_answer_exact_match": "exact match, questions with an answer",
     "has_answer_f1": "F1, questions with an answer",
     "no_answer_exact_match": "left unanswered, questions without an answer",
-    "default_exact_match": "exact match at the job's own threshold",
-    "default_f1": "F1 at the job's own threshold",
+    "default_exact_match": "exact match at the default threshold",
+    "default_f1": "F1 at the default threshold",
     "best_exact_match": "exact match at these questions' best threshold (no result)",
     "best_f1": "F1 at these questions' best threshold (no result)",
     "span_accuracy": "windows with start and end right",
@@ -161,11 +161,11 @@ def _thresholds(result: Mapping[str, Any]) -> Iterator[Block]:
     threshold, tuned = result["null_threshold"], result["null_threshold"]["tuned"]
     rows: list[dict[str, Cell]] = []
     if tuned is None:
-        rows.append(_threshold_row("the job's own", threshold["in_use"], result, ""))
-        about = "No data.tuning was declared, so the threshold is the job's own."
+        rows.append(_threshold_row("default, in use", threshold["in_use"], result, ""))
+        about = "Nothing was tuned: data.tuning names no questions for it."
     else:
         rows.append(_threshold_row("tuned, in use", threshold["in_use"], result, ""))
-        rows.append(_threshold_row("the job's own", threshold["default"], result, "default_"))
+        rows.append(_threshold_row("default", threshold["default"], result, "default_"))
         metric = NAMES[tuned["metric"]]
         about = (
             f"The threshold was tuned for {metric} on {tuned['questions']:,} questions of"

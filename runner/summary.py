@@ -87,18 +87,24 @@ def _threshold(scores: Evaluation) -> dict[str, Value]:
     return {} if threshold is None else {"null_threshold_logits": threshold}
 
 
-def result_scores(scores: Evaluation, job: Job) -> dict[str, Any]:
-    """The scores in result.json: metrics, their intervals and, for SQuAD v2, the null threshold."""
+def result_scores(scores: Evaluation, default_threshold: float, seed: int) -> dict[str, Any]:
+    """The scores in result.json: metrics, their intervals and, for SQuAD v2, the null threshold.
+
+    Args:
+        scores: the evaluation.
+        default_threshold: null threshold where none is tuned.
+        seed: of the bootstrap.
+    """
     table: dict[str, Any] = {
         "metrics": headline(scores) | scores.details,
         "intervals": {name: list(ends) for name, ends in scores.intervals.items()},
-        "bootstrap": {"level": LEVEL, "resamples": RESAMPLES, "seed": job.seed},
+        "bootstrap": {"level": LEVEL, "resamples": RESAMPLES, "seed": seed},
         "questions": len(scores.exact_N),
     }
     if scores.null_threshold is not None:
         table["null_threshold"] = {
             "in_use": scores.null_threshold,
-            "default": job.score.null_threshold,
+            "default": default_threshold,
             "tuned": None if scores.tuned is None else scores.tuned.model_dump(mode="json"),
         }
     return table
@@ -202,7 +208,7 @@ def closing_lines(job: Job, run: RunDir, result: Mapping[str, Any]) -> list[str]
     """The last lines of a run: its scores and where everything is."""
     lines = [
         f"{score_line(result, '')} on {below_here(job.data.validation)}",
-        *_threshold_lines(job, result),
+        *threshold_lines(result),
         f"In brackets: 95 % intervals over the {result['questions']:,} questions",
         (
             f"Done in {duration(result['seconds']['total'])}. Written to"
@@ -232,19 +238,19 @@ def score_line(result: Mapping[str, Any], prefix: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def _threshold_lines(job: Job, result: Mapping[str, Any]) -> list[str]:
-    """SQuAD v2: the null threshold in use and its origin, and what the job's own one gives."""
+def threshold_lines(result: Mapping[str, Any]) -> list[str]:
+    """SQuAD v2: the null threshold in use and its origin, and what the default one gives."""
     if "null_threshold" not in result:
         return []
     threshold, tuned = result["null_threshold"], result["null_threshold"]["tuned"]
     if tuned is None:
-        return [f"at the null threshold {threshold['in_use']:.4g}, the job's own (none was tuned)"]
+        return [f"at the null threshold {threshold['in_use']:.4g}, which was not tuned"]
     return [
         (
             f"at the null threshold {threshold['in_use']:.4g}, tuned on {tuned['questions']:,}"
             f" questions of {below_here(tuned['source'])};"
         ),
-        f"at the job's own, {threshold['default']:.4g}: {score_line(result, 'default_')}",
+        f"at the default, {threshold['default']:.4g}: {score_line(result, 'default_')}",
     ]
 
 

@@ -271,7 +271,7 @@ def train(
                 job.data.stride,
             )
         result = {
-            **result_scores(kept.scores, job),
+            **result_scores(kept.scores, job.score.null_threshold, job.seed),
             "epoch": kept.epoch,
             "step": kept.step,
             "weights_sha256": provenance.file_sha256(run.model / "model.safetensors"),

@@ -20,17 +20,22 @@ FLOORS = {
         *("job", "jobfile", "job_problems", "sources", "toml_lines"),
         *("rundir", "tables", "plots", "provenance", "console"),
         *("answering", "page", "line_chart", "page_markdown", "page_html", "report_data"),
+        "answer_arguments",
     ],
     2: [
         *("dataset", "features", "batches", "model", "prepare"),
         *("spans", "span_search", "metrics", "metric_objects", "text_match"),
+        *("question_source", "score_file"),
     ],
     3: [
         *("engine", "scoring", "span_loss", "epoch", "stopping", "summary"),
         *("export", "fresh_logits", "card", "evaluation", "records"),
         *("error_tables", "comparison", "run_report", "comparison_report", "report"),
     ],
-    4: ["train", "check", "launch"],
+    4: [
+        *("train", "check", "launch"),
+        *("predict", "predict_verb", "qa_pipeline", "assess"),
+    ],
     5: ["cli", "main", "__main__", "__init__"],
 }
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules}
