@@ -15,9 +15,10 @@ from runner.sources import parse_data
 def model_card(
     job: Job,
     scores: Mapping[str, float],
-    intervals: Mapping[str, tuple[float, float]],
     data: Mapping[str, str],
     job_text: str,
+    *,
+    intervals: Mapping[str, tuple[float, float]],
     answering: Answering,
 ) -> str:
     """Write the card in the hub's format: YAML front matter, then Markdown. Folders of this machine
@@ -26,9 +27,9 @@ def model_card(
     Args:
         job: the job as it ran.
         scores: metric name to percent (loss in nats).
-        intervals: metric name to its 95 % interval, for those that have one.
         data: slice name to sha256 of its content.
         job_text: the resolved job file.
+        intervals: metric name to its 95 % interval, for those that have one.
         answering: how the model is to be asked.
     """
     train, validation, name = map(

@@ -260,9 +260,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
             Opening.of(arguments), dataset, v2=v2, seed=arguments.seed, output=arguments.output
         )
         lines = evaluation_lines(arguments.data, result, len(dataset.dropped))
-        lines += [f"Written to {folder}: report.html, predictions.jsonl, result.json"] * bool(
-            folder
-        )
+        if folder is not None:
+            lines.append(f"Written to {folder}: report.html, predictions.jsonl, result.json")
     for line in [json.dumps(result, indent=2, ensure_ascii=False)] if arguments.json else lines:
         _say(line)
     return 0

@@ -242,10 +242,10 @@ def train(
                     card = model_card(
                         job,
                         reported(scores),
-                        scores.intervals,
                         data_hashes(training, validation, tuning),
                         dump_job(job),
-                        answering,
+                        intervals=scores.intervals,
+                        answering=answering,
                     )
                     export_model(run.model, engine.module, state, tokenizer, card, answering)
                 del state
