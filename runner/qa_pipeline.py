@@ -7,8 +7,9 @@
     # {'score': 0.98, 'start': 18, 'end': 21, 'answer': 'Ada'}
 
 It gives the old pipeline's numbers: a score is the product of a start and an end probability within
-one window, and answers of equal text are added up. `predict` compares logits over all windows and
-knows the null threshold that was stored with the model: new code should use that.
+one window, and answers of equal text are added up. (Only a word that a window cuts in two is given
+whole, where the old one gave a part.) `predict` compares logits over all windows and knows the null
+threshold that was stored with the model: new code should use that.
 
 Legend: N windows, B windows of a batch, K candidates, C context tokens, 2 (start, end).
 """

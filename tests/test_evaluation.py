@@ -1,4 +1,4 @@
-"""Scores of given answers, where a question may have none; intervals; a threshold tuned elsewhere."""
+"""Scores of given answers, where a question may have none; intervals; tuned thresholds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Exact answers against brute force over all spans of a question's windows: any logits, any cuts."""
+"""Exact answers against brute force over all spans of a question's windows."""
 
 from __future__ import annotations
 
