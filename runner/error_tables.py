@@ -19,6 +19,7 @@ QUESTION_WORDS = ("what", "who", "which", "when", "where", "why", "how")
 _ALIKE = {"whom": "who", "whose": "who"}
 OTHER = "other"
 NO_ANSWER = "no answer"
+FEWEST = 10  # questions with an interval
 # (largest number, label), ascending; the last holds the rest.
 ANSWER_WORDS = (
     (1, "1 word"),
@@ -118,8 +119,11 @@ def _row(name: str, label: str, records: Sequence[Record], seed: int) -> dict[st
 
 
 def percent(values: Sequence[float] | np.ndarray, seed: int) -> Percent:
-    """The mean of percentages and its interval."""
+    """The mean of percentages and its interval, where there are enough different ones for it: of
+    few questions, or of all right ones, the bootstrap knows too little."""
     value_N = np.asarray(values, dtype=np.float64)
+    if len(value_N) < FEWEST or value_N.min() == value_N.max():
+        return Percent(float(value_N.mean()))
     return Percent(float(value_N.mean()), *bootstrap_interval(value_N, seed))
 
 
@@ -183,4 +187,6 @@ def marked(record: Record, excerpt: Mapping[str, Any]) -> list[Span]:
         inside = [kind for kind, (a, b) in places.items() if a - begin <= low and high <= b - begin]
         kind = "both" if len(inside) == 2 else inside[0] if inside else ""
         spans.append(Span(text[low:high], kind))
-    return spans
+    before = [Span("… ", "")] if begin else []
+    after = [Span(" …", "")] if begin + len(text) < record["context_characters"] else []
+    return [*before, *spans, *after]

@@ -7,19 +7,14 @@ its own mark and dash, for readers and printers without colours.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Sequence
 from html import escape
 
-from runner.page import Chart, Series
+from runner.page import Chart, Series, plain
 
 WIDTH, HEIGHT = 460, 300
 LEFT, RIGHT, TOP, BOTTOM = 46, 14, 14, 44
 LEGEND = 20  # height of a line of the legend
-# Control characters, lone surrogates, and what overrides the direction of writing.
-_FORBIDDEN = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]"
-)
 Place = Callable[[float, float], tuple[float, float]]
 DASHES = {"grey": "", "blue": "", "orange": "7 4", "green": "2 4"}
 
@@ -90,8 +85,8 @@ def line_chart(chart: Chart, identity: str) -> str:
 
 
 def text(value: str) -> str:
-    """Text as HTML: escaped, without characters that no page may hold or that turn lines round."""
-    return escape(_FORBIDDEN.sub("\N{REPLACEMENT CHARACTER}", value))
+    """Text as HTML: escaped, a number and its unit on one line."""
+    return escape(plain(value).replace(" %", "\N{NO-BREAK SPACE}%"))
 
 
 def ticks(low: float, high: float, most: int, *, whole: bool = False) -> list[float]:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -150,3 +151,14 @@ class Page:
     lead: str
     facts: Mapping[str, str]
     sections: Sequence[Section] = field(default_factory=tuple)
+
+
+# Control characters, lone surrogates, and what overrides the direction of writing.
+_FORBIDDEN = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]"
+)
+
+
+def plain(text: str) -> str:
+    """Text of data without characters that no page may hold or that turn its lines round."""
+    return _FORBIDDEN.sub("\N{REPLACEMENT CHARACTER}", text)

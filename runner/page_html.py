@@ -67,8 +67,8 @@ def _block(block: object, identity: str) -> Iterator[str]:
         yield from _table(block, identity)
     elif isinstance(block, Charts):
         charts = (
-            f"<figure>{line_chart(chart, f'{identity}-{n}')}"
-            f"<figcaption>{text(chart.title)}</figcaption></figure>"
+            f"<figure><figcaption>{text(chart.title)}</figcaption>"
+            f"{line_chart(chart, f'{identity}-{n}')}</figure>"
             for n, chart in enumerate(block.charts, 1)
         )
         yield f'<div class="charts">{"".join(charts)}</div>'
@@ -144,8 +144,7 @@ def _miss(miss: Miss) -> str:
         or "<i>there is no answer</i>"
     )
     excerpts = "".join(
-        f"<blockquote>… {''.join(map(_marked, excerpt))} …</blockquote>"
-        for excerpt in miss.excerpts
+        f"<blockquote>{''.join(map(_marked, excerpt))}</blockquote>" for excerpt in miss.excerpts
     )
     return (
         f'<article class="miss"><h3>{text(miss.question)}</h3>'
@@ -256,10 +255,11 @@ thead th{font-size:.8rem;color:var(--soft);vertical-align:bottom}
 .ends{display:inline-block;min-width:6.4rem;font-size:.8rem;color:var(--soft)}
 .bar{display:block;height:.35rem;border-radius:.2rem}
 td .bar{width:100%;min-width:6rem;margin-top:.25rem}
+tbody th{min-width:7.5rem}
 .track{fill:var(--line)}.fill{fill:var(--blue)}.whisker{fill:var(--text)}
 .charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,20rem),1fr));gap:1.5rem}
 figure{margin:0}
-figcaption{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%)}
+figcaption{margin-bottom:.45rem;font-size:.92rem;font-weight:600}
 .chart{display:block;width:100%;height:auto;font-size:13px}
 .chart text{fill:var(--text);font-variant-numeric:tabular-nums}
 .chart .tick{fill:var(--soft);font-size:12px}
@@ -291,7 +291,8 @@ code{font-family:ui-monospace,SFMono-Regular,Menlo,Consolas,"Liberation Mono","D
 monospace}
 :focus-visible{outline:2px solid var(--blue);outline-offset:2px}
 @media (max-width:34rem){body{padding-top:1.5rem}h1{font-size:1.5rem}
-.miss dl div{grid-template-columns:1fr;gap:0}.miss dd{margin-bottom:.35rem}}
+.miss dl div{grid-template-columns:1fr;gap:0}.miss dd{margin-bottom:.35rem}
+.number .ends{display:block;min-width:0}td .bar{min-width:4.5rem}th,td{padding-right:.7rem}}
 @media print{body{max-width:none;padding:0;font-size:10pt}nav{display:none}h2{break-after:avoid}
 figure,tr{break-inside:avoid}.scroll{overflow:visible}}
 @media (prefers-reduced-motion:reduce){html{scroll-behavior:auto}}

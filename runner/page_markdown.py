@@ -5,8 +5,23 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
-from runner.page import Charts, Code, Headline, Miss, Misses, Page, Paragraph, Percent, Span, Table
-from runner.tables import Value, markdown
+from runner.page import (
+    Cell,
+    Charts,
+    Code,
+    Headline,
+    Miss,
+    Misses,
+    Page,
+    Paragraph,
+    Percent,
+    Span,
+    Table,
+    plain,
+)
+from runner.tables import spelled
+
+_MARKUP = re.compile(r"([\\`*_\[\]<>#|~!&])")
 
 
 def page_markdown(page: Page) -> str:
@@ -23,37 +38,35 @@ def page_markdown(page: Page) -> str:
 
 def inline(text: str) -> str:
     """Text of data as it may stand in a line of Markdown: nothing in it is markup."""
-    return re.sub(r"([\\`*_\[\]<>#|~!])", r"\\\1", " ".join(text.split()))
+    return _MARKUP.sub(r"\\\1", " ".join(plain(text).split()))
 
 
-def flat(rows: Sequence[Mapping[str, Value | Percent]]) -> list[dict[str, Value]]:
-    """Rows whose percentages stand beside their intervals, for `tables`."""
+def table_markdown(rows: Sequence[Mapping[str, Cell]]) -> str:
+    """Rows as a Markdown table: numbers to the right, a score's interval in brackets behind it."""
     keys = list(rows[0]) if rows else []
-    with_ends = {
-        key: any(isinstance(row[key], Percent) and row[key].interval() for row in rows)  # type: ignore[union-attr]
-        for key in keys
+    right = {
+        key: all(isinstance(row[key], int | float | Percent | None) for row in rows) for key in keys
     }
-    table: list[dict[str, Value]] = []
-    for row in rows:
-        line: dict[str, Value] = {}
-        for key in keys:
-            cell = row[key]
-            line[key] = cell.value if isinstance(cell, Percent) else cell
-            if with_ends[key]:
-                line[f"{key}, 95 %"] = cell.interval() if isinstance(cell, Percent) else ""
-        table.append(line)
-    return table
+    lines = ["| " + " | ".join(map(inline, keys)) + " |"]
+    lines.append("|" + "|".join("---:" if right[key] else "---" for key in keys) + "|")
+    lines += ["| " + " | ".join(_cell(row[key]) for key in keys) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def _cell(cell: Cell) -> str:
+    if isinstance(cell, Percent):
+        return f"{cell.value:.1f}" + (f" ({cell.interval()})" if cell.interval() else "")
+    return inline(spelled(cell))
 
 
 def _block(block: object) -> Iterator[str]:
     if isinstance(block, Paragraph):
         yield inline(block.text)
     elif isinstance(block, Headline):
-        rows = [{"score": name, "%": score} for name, score in block.scores.items()]
-        yield markdown(flat(rows))
+        yield table_markdown([{"score": name, "%": score} for name, score in block.scores.items()])
     elif isinstance(block, Table):
         yield f"**{inline(block.caption)}**"
-        yield markdown([_spelled(row) for row in flat(block.rows)])
+        yield table_markdown(block.rows)
     elif isinstance(block, Charts):
         if block.picture is not None:
             yield f"![curves]({block.picture})"
@@ -62,15 +75,7 @@ def _block(block: object) -> Iterator[str]:
     elif isinstance(block, Code):
         fence = "`" * max([3, *(len(run) + 1 for run in re.findall("`{3,}", block.text))])
         yield f"{inline(block.title)}:"
-        yield f"{fence}{block.language}\n{block.text.rstrip()}\n{fence}"
-
-
-def _spelled(row: Mapping[str, Value]) -> dict[str, Value]:
-    # `markdown` sees to the bars of a table itself.
-    return {
-        key: inline(value).replace("\\|", "|") if isinstance(value, str) else value
-        for key, value in row.items()
-    }
+        yield f"{fence}{block.language}\n{plain(block.text).rstrip()}\n{fence}"
 
 
 def _miss(miss: Miss) -> str:
@@ -82,13 +87,13 @@ def _miss(miss: Miss) -> str:
     right = " / ".join(inline(text) for text in miss.right) or "(there is no answer)"
     lines.append(f"  - right: {right}")
     for excerpt in miss.excerpts:
-        lines.append(f"  - … {''.join(_marked(span) for span in excerpt)} …")
+        lines.append(f"  - {''.join(_marked(span) for span in excerpt)}")
     return "\n".join(lines)
 
 
 def _marked(span: Span) -> str:
     # Emphasis must begin and end with a letter; blanks stay outside.
-    text = re.sub(r"([\\`*_\[\]<>#|~!])", r"\\\1", re.sub(r"\s+", " ", span.text))
+    text = _MARKUP.sub(r"\\\1", re.sub(r"\s+", " ", plain(span.text)))
     if not span.kind or not text.strip():
         return text
     core = text.strip()

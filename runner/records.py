@@ -61,6 +61,7 @@ def prediction_records(
             "window": answer.window,
             "windows": count,
             "context_tokens": tokens,
+            "context_characters": len(example.context),
         }
         if unanswerable:
             record["null_difference"] = round(answer.null_difference, 6)

@@ -7,7 +7,7 @@ from typing import Any
 
 from runner.card import public_name
 from runner.console import duration
-from runner.error_tables import decision_table, error_tables, worst
+from runner.error_tables import FEWEST, decision_table, error_tables, worst
 from runner.page import (
     Block,
     Cell,
@@ -110,7 +110,10 @@ def _sections(scored: Scored) -> Iterator[Section]:
         yield Section("Probes", list(_probes(scored.probes)))
     if scored.predictions:
         seed = SEED if scored.result is None else int(scored.result["bootstrap"]["seed"])
-        tables: list[Block] = list(error_tables(scored.predictions, seed))
+        few = (
+            f"Groups of fewer than {FEWEST} questions, or all right or all wrong, have no interval."
+        )
+        tables: list[Block] = [*error_tables(scored.predictions, seed), Paragraph(few)]
         if any(not record["answers"] for record in scored.predictions):
             tables.insert(0, decision_table(scored.predictions))
         yield Section("Where it is wrong", tables)
