@@ -42,7 +42,7 @@ ANSWERABLE = ("has an answer", "has none")
 def question_word(question: str) -> str:
     """The first question word, "how many, how much" apart from other "how"; "other" without one."""
     words = re.findall(r"\w+", question.lower())
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for word, following in pairwise([*words, ""]):
         word = _ALIKE.get(word, word)
         if word == "how" and following in ("many", "much"):
             return "how many, how much"

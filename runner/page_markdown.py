@@ -26,7 +26,7 @@ _MARKUP = re.compile(r"([\\`*_\[\]<>#|~!&])")
 
 def page_markdown(page: Page) -> str:
     """The whole page."""
-    parts = [f"# {inline(page.title)}", inline(page.lead)]
+    parts = [f"# {inline(page.title)}", _paragraph(page.lead)]
     if page.facts:
         parts.append("\n".join(f"- {inline(k)}: {inline(v)}" for k, v in page.facts.items()))
     for section in page.sections:
@@ -39,6 +39,11 @@ def page_markdown(page: Page) -> str:
 def inline(text: str) -> str:
     """Text of data as it may stand in a line of Markdown: nothing in it is markup."""
     return _MARKUP.sub(r"\\\1", " ".join(plain(text).split()))
+
+
+def _paragraph(text: str) -> str:
+    # At its begin a dash or a number with a dot would make it a list.
+    return re.sub(r"^(\d*)([-+=.)])", r"\1\\\2", inline(text))
 
 
 def table_markdown(rows: Sequence[Mapping[str, Cell]]) -> str:
@@ -61,7 +66,7 @@ def _cell(cell: Cell) -> str:
 
 def _block(block: object) -> Iterator[str]:
     if isinstance(block, Paragraph):
-        yield inline(block.text)
+        yield _paragraph(block.text)
     elif isinstance(block, Headline):
         yield table_markdown([{"score": name, "%": score} for name, score in block.scores.items()])
     elif isinstance(block, Table):
@@ -74,7 +79,7 @@ def _block(block: object) -> Iterator[str]:
         yield "\n".join(_miss(miss) for miss in block.misses)
     elif isinstance(block, Code):
         fence = "`" * max([3, *(len(run) + 1 for run in re.findall("`{3,}", block.text))])
-        yield f"{inline(block.title)}:"
+        yield f"{_paragraph(block.title)}:"
         yield f"{fence}{block.language}\n{plain(block.text).rstrip()}\n{fence}"
 
 
