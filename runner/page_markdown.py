@@ -21,7 +21,7 @@ from runner.page import (
 )
 from runner.tables import spelled
 
-_MARKUP = re.compile(r"([\\`*_\[\]<>#|~!&])")
+_MARKUP = re.compile(r"([\\`*\[\]<>#|~&]|(?<!\w)_|_(?!\w))")
 
 
 def page_markdown(page: Page) -> str:
@@ -30,9 +30,9 @@ def page_markdown(page: Page) -> str:
     if page.facts:
         parts.append("\n".join(f"- {inline(k)}: {inline(v)}" for k, v in page.facts.items()))
     for section in page.sections:
-        parts.append(f"## {inline(section.title)}")
-        for block in section.blocks:
-            parts += _block(block)
+        written = [part for block in section.blocks for part in _block(block)]
+        if written:
+            parts += [f"## {inline(section.title)}", *written]
     return "\n\n".join(part.rstrip() for part in parts if part.strip()) + "\n"
 
 

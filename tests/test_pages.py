@@ -164,7 +164,8 @@ def test_scores_stand_with_their_intervals_and_numbers_to_the_right():
     [
         ("two\n\nlines", "two lines"),
         ("<b> & *x* _y_ `z`", r"\<b\> \& \*x\* \_y\_ \`z\`"),
-        ("[l](u) ![i](u) # ~~s~~ a|b \\", r"\[l\](u) \!\[i\](u) \# \~\~s\~\~ a\|b \\"),
+        ("[l](u) ![i](u) # ~~s~~ a|b \\", r"\[l\](u) !\[i\](u) \# \~\~s\~\~ a\|b \\"),
+        ("snake_case _it_ x__y_", r"snake_case \_it\_ x__y\_"),
         ("\u202eabc\x1b[31m", "\ufffdabc\ufffd\\[31m"),
     ],
 )
