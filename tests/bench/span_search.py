@@ -3,9 +3,9 @@
     python tests/bench/span_search.py [--windows 10000] [--length 384] [--rounds 5] [--recipe 2000]
                                       [--device cuda]
 
-One CPU thread, and CPU time rather than wall time, since the machine may be shared; with a GPU, wall
-time until it is done, logits and bounds on it beforehand, beside the recipe on the CPU. In every round
-each method runs once, so that a change of its load meets them all; the table shows the median of
+One CPU thread, and CPU time rather than wall time, since the machine may be shared; with a GPU,
+wall time until it is done, logits and bounds on it beforehand, beside the recipe on the CPU. In
+every round each method runs once, so that a change of its load meets them all; the table shows the median of
 the rounds and, for the ratio, the median of the rounds' ratios. The recipe's loop runs over the
 first `--recipe` windows and is scaled up.
 
