@@ -5,9 +5,9 @@
 
 One CPU thread, and CPU time rather than wall time, since the machine may be shared; with a GPU,
 wall time until it is done, logits and bounds on it beforehand, beside the recipe on the CPU. In
-every round each method runs once, so that a change of its load meets them all; the table shows the median of
-the rounds and, for the ratio, the median of the rounds' ratios. The recipe's loop runs over the
-first `--recipe` windows and is scaled up.
+every round each method runs once, so that a change of its load meets them all; the table shows the
+median of the rounds and, for the ratio, the median of the rounds' ratios. The recipe's loop runs
+over the first `--recipe` windows and is scaled up.
 
 "search" stops at spans: positions and scores. "answers" goes on to texts, probabilities and n-best
 lists, one question per window. The recipe is `postprocess_qa_predictions` of Hugging Face's
