@@ -22,6 +22,15 @@ def find_browser() -> str | None:
     return next((found for name in NAMES if (found := shutil.which(name))), None)
 
 
+def start_browser() -> Browser | None:
+    """Start it; None where it does not answer, as the stand-ins of some systems' packages."""
+    program = find_browser()
+    try:
+        return None if program is None else Browser(program)
+    except (AssertionError, OSError):
+        return None
+
+
 # Puts two descriptors where the browser looks for them, then becomes the browser.
 _START = """
 import fcntl, os, sys
