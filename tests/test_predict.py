@@ -194,7 +194,7 @@ def test_models_that_are_not_there(tmp_path, minilm):
     for name in (str(tmp_path / "file"), "no/such/folder", "~/no such"):
         with pytest.raises(AssetError, match="no folder of a run or of a model"):
             locate_model(name)
-    with pytest.raises(AssetError, match="^nobody/nothing: "):  # no network in tests
+    with pytest.raises(AssetError, match=r"^nobody/nothing: "):  # no network in tests
         Predictor.load("nobody/nothing", device="cpu")
     with pytest.raises(AssetError, match="not installed"):
         Predictor.load("package:nowhere/model", device="cpu")
