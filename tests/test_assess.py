@@ -41,13 +41,15 @@ def mixed(tmp_path):
 
 @pytest.fixture
 def run(tiny, tmp_path):
-    """`run(**score)`: a run folder with a tiny model that may answer nothing."""
+    """`run(**score)`: a run folder with a tiny model that may answer nothing, or always answers."""
 
-    def make(**score) -> Path:
+    def make(unanswerable: bool = True, **score) -> Path:
         folder = tmp_path / "run"
         shutil.copytree(tiny("bert"), folder / "model")
         (folder / "job.toml").write_text("")
-        data = Data(train="o/n", validation="o/n", max_length=64, stride=16, unanswerable=True)
+        data = Data(
+            train="o/n", validation="o/n", max_length=64, stride=16, unanswerable=unanswerable
+        )
         tuned = Tuned(source="t.json", sha256="0" * 64, questions=3, metric="f1", percent=50.0)
         answering = job_answering(data, Score(**score)).model_copy(update={"tuned": tuned})
         path = folder / "model" / "config.json"
@@ -74,8 +76,10 @@ def test_scores_are_those_of_the_predictors_own_answers(tiny, products):
     assert len(windows) >= 12
 
 
-def test_a_model_that_always_answers_is_scored_as_it_is_on_v2_data(tiny, mixed):
-    predictor = Predictor.load(str(tiny("bert")), device="cpu")
+def test_a_model_that_always_answers_is_scored_as_it_is_on_v2_data(run, mixed):
+    # A threshold that stands in its settings has no say: it was trained to answer.
+    folder = run(unanswerable=False, null_threshold=-1e6)
+    predictor = Predictor.load(str(folder), device="cpu")
     scores, _ = assess(predictor, mixed, v2=True, seed=1, step=lambda *_: None)
     assert all(a.text for a in scores.readings.answers)
     assert scores.details["no_answer_exact_match"] == 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -85,6 +87,22 @@ def test_any_blocks_give_the_same_answers(reader, examples, monkeypatch, unanswe
     assert short is not None
     assert all(len(answer.n_best) <= 3 for answer in short.answers)
     assert [a.text for a in short.answers] == [a.text for a in whole.answers]
+
+
+def test_no_answer_is_scored_where_each_window_has_its_cls(reader, examples):
+    reader, tokenizer = reader
+    windows = build_windows(examples[:1], tokenizer, 130, 16)
+    elsewhere = dataclasses.replace(windows, cls_N=windows.cls_N + 2)
+    first, other = (
+        read_windows(reader, some, examples[:1], Score(), ALONE, unanswerable=True)
+        for some in (windows, elsewhere)
+    )
+    assert first is not None
+    assert other is not None
+    logits_T2 = reader.read(windows, np.array([0])).logits_T2.detach()
+    for place, found in ((0, first), (2, other)):
+        wanted = float(logits_T2[place].sum())
+        assert found.answers[0].null_score == pytest.approx(wanted, abs=1e-5)
 
 
 def test_no_windows_are_no_answers(reader):

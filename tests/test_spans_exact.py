@@ -119,6 +119,13 @@ def test_exact_answers_are_the_best_of_all_spans_of_all_windows(
         assert [c.score for c in answer.n_best] == pytest.approx((weights / weights.sum()).tolist())
 
 
+def test_where_all_is_equal_the_lowest_start_comes_first_then_the_lowest_end():
+    chars = np.array([(0, 0), (0, 1), (1, 2), (2, 3), (3, 4), (0, 0)])
+    case = (np.zeros((6, 2), np.float32), [(0, 6)], [(1, 5)], chars, [0], ["abcd"])
+    texts = [c.text for c in found_in(case, n_best=6)[0].n_best]
+    assert texts == ["a", "ab", "abc", "abcd", "b", "bc"]
+
+
 @settings(deadline=None, max_examples=100)
 @given(
     case=questions(),
