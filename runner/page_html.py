@@ -102,6 +102,7 @@ def _table(block: Table, identity: str) -> Iterator[str]:
     yield f'<div class="scroll" role="region" aria-labelledby="{identity}" tabindex="0"><table>'
     yield f'<caption id="{identity}">{text(block.caption)}</caption>'
     align = {key: ' class="number"' if numeric[key] else "" for key in keys}
+    align |= dict.fromkeys(keys[:1], "")  # the first column names the row
     heads = (f'<th scope="col"{align[key]}>{text(key)}</th>' for key in keys)
     yield f"<thead><tr>{''.join(heads)}</tr></thead><tbody>"
     for row in block.rows:
@@ -231,7 +232,7 @@ h3{margin:0 0 .6rem;font-size:1rem;line-height:1.4}
 p{margin:.6rem 0;max-width:46rem}
 a{color:var(--blue)}
 .lead{margin-top:.5rem;font-size:1.05rem;color:var(--soft)}
-.facts{display:grid;grid-template-columns:repeat(auto-fit,minmax(11rem,1fr));gap:.7rem 1.5rem;
+.facts{display:grid;grid-template-columns:repeat(auto-fit,minmax(8.5rem,1fr));gap:.7rem 1.5rem;
 margin:1.5rem 0 0}
 .facts dt{font-size:.78rem;color:var(--soft)}
 dd{margin:0;font-variant-numeric:tabular-nums}
@@ -244,7 +245,12 @@ font-size:.9rem}
 font-variant-numeric:tabular-nums}
 .headline small{font-size:1.1rem;font-weight:400;color:var(--soft)}
 .headline .bar{width:100%;margin:.35rem 0 .5rem}
-.scroll{margin:1.4rem 0;overflow-x:auto}
+.scroll{margin:1.4rem 0;overflow-x:auto;
+background:linear-gradient(to right,var(--ground) 40%,transparent) 0 0/2.5rem 100% local,
+linear-gradient(to left,var(--ground) 40%,transparent) 100% 0/2.5rem 100% local,
+linear-gradient(to right,var(--line),transparent) 0 0/.8rem 100% scroll,
+linear-gradient(to left,var(--line),transparent) 100% 0/.8rem 100% scroll;
+background-repeat:no-repeat}
 table{width:100%;border-collapse:collapse;font-size:.92rem}
 caption{padding-bottom:.45rem;text-align:left;font-weight:600}
 th,td{padding:.42rem .9rem .42rem 0;border-bottom:1px solid var(--line);text-align:left;
@@ -292,7 +298,9 @@ monospace}
 :focus-visible{outline:2px solid var(--blue);outline-offset:2px}
 @media (max-width:34rem){body{padding-top:1.5rem}h1{font-size:1.5rem}
 .miss dl div{grid-template-columns:1fr;gap:0}.miss dd{margin-bottom:.35rem}
-.number .ends{display:block;min-width:0}td .bar{min-width:4.5rem}th,td{padding-right:.7rem}}
+table{font-size:.85rem}th,td{padding-right:.55rem}tbody th{min-width:5.2rem}
+.number .ends{display:block;min-width:0;font-size:.72rem}td .bar{min-width:3.2rem}
+.facts{grid-template-columns:repeat(auto-fit,minmax(7rem,1fr))}}
 @media print{body{max-width:none;padding:0;font-size:10pt}nav{display:none}h2{break-after:avoid}
 figure,tr{break-inside:avoid}.scroll{overflow:visible}}
 @media (prefers-reduced-motion:reduce){html{scroll-behavior:auto}}
