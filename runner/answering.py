@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import ValidationError
+from pydantic import ConfigDict, ValidationError, field_validator
+from pydantic.dataclasses import dataclass
 
 from runner.errors import DataError
 from runner.job import Data, Score, Section, Stride, WindowTokens
@@ -19,7 +20,8 @@ from runner.job import Data, Score, Section, Stride, WindowTokens
 KEY = "spantune"
 
 
-class Tuned(Section):
+@dataclass(frozen=True, config=ConfigDict(strict=True))
+class Tuned:
     """The questions on which a null threshold was tuned, and the percent it reached there."""
 
     source: str
@@ -40,6 +42,14 @@ class Answering(Section):
     unanswerable: bool
     score: Score
     tuned: Tuned | None
+
+    @field_validator("tuned", mode="before")
+    @classmethod
+    def _from_table(cls, value: Any) -> Any:
+        try:
+            return Tuned(**value) if isinstance(value, Mapping) else value
+        except TypeError as error:
+            raise ValueError(str(error)) from None
 
     def with_score(self, **changes: Any) -> Answering:
         """The same with some keys of `score` changed; None changes nothing.

@@ -4,6 +4,7 @@ predictions.jsonl."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,11 @@ from runner.answering import Answering, job_answering
 from runner.card import public_name
 from runner.console import duration
 from runner.engine import Layout
-from runner.epoch import Totals
 from runner.evaluation import Evaluation, in_use
 from runner.job import Job, Probe
 from runner.metrics import LEVEL, RESAMPLES
 from runner.prepare import Questions
+from runner.progress import Totals
 from runner.records import as_lines, prediction_records
 from runner.rundir import RunDir, write_atomic
 from runner.scoring import Readings
@@ -105,7 +106,7 @@ def result_scores(scores: Evaluation, default_threshold: float, seed: int) -> di
         table["null_threshold"] = {
             "in_use": scores.null_threshold,
             "default": default_threshold,
-            "tuned": None if scores.tuned is None else scores.tuned.model_dump(mode="json"),
+            "tuned": None if scores.tuned is None else asdict(scores.tuned),
         }
     return table
 
@@ -114,7 +115,7 @@ def answering_of(job: Job, scores: Evaluation) -> Answering:
     """How the exported model is to be asked; folders of this machine are left out."""
     tuned = scores.tuned
     if tuned is not None:
-        tuned = tuned.model_copy(update={"source": public_name(tuned.source)})
+        tuned = replace(tuned, source=public_name(tuned.source))
     score = in_use(job.score, scores.null_threshold)
     return job_answering(job.data, score).model_copy(update={"tuned": tuned})
 
@@ -188,16 +189,18 @@ def announcement(
 
 
 def epoch_rows(run: RunDir) -> list[dict[str, Value]]:
-    """The columns of eval.csv that fit a terminal of 80 columns."""
+    """What eval.csv tells of each epoch, to fit a terminal of 80 columns: losses in nats, accuracy
+    of whole spans over windows, the epoch's wall seconds, windows trained a second."""
     return [
         {
             "epoch": int(row["epoch"]),
             "train loss": float(row["train_loss_nats"]),
-            "valid. loss": float(row["validation_loss_nats"]),
             "train acc %": float(row["train_span_accuracy_percent"]),
+            "valid. loss": float(row["validation_loss_nats"]),
             "valid. acc %": float(row["span_accuracy_percent"]),
             "EM %": float(row["exact_match_percent"]),
             "F1 %": float(row["f1_percent"]),
+            "time s": round(float(row["train_seconds"]) + float(row["evaluation_seconds"])),
             "win/s": float(row["examples_per_second"]),
         }
         for row in read_rows(run.eval_table)
@@ -215,9 +218,11 @@ def closing_lines(job: Job, run: RunDir, result: Mapping[str, Any]) -> list[str]
             f" {below_here(str(run.path))}:"
         ),
     ]
+    probes = [("probes.csv", "each probe's answers as training went on")] if job.probe else []
     for name, what in (
         ("model/", "the tuned model, for from_pretrained"),
         ("eval.csv, train.csv", "scores per epoch, loss per step"),
+        *probes,
         ("curves.png, curves.svg", "the same as pictures"),
         ("predictions.jsonl", "an answer for each validation question"),
         ("report.html, report.md", "scores, curves, where it is wrong and how"),

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict, fields
+
 import numpy as np
 import pytest
 
 from runner.dataset import Dataset, Example
-from runner.evaluation import TunedThreshold, evaluate, in_use, tune
+from runner.evaluation import Evaluation, TunedThreshold, evaluate, in_use, tune
 from runner.job import Score
 from runner.metrics import bootstrap_interval
+from runner.plain import from_plain, to_plain
 from runner.scoring import Readings
 from runner.spans import Answer, Candidate
 
@@ -59,7 +63,7 @@ def test_a_tuned_threshold_decides_and_the_default_stands_beside_it():
     elsewhere = readings(answer("x", "", "red", 1.5), answer("y", "", "house", 2.5))
     tuned = tune(elsewhere, TUNING, SCORE)
     assert 1.5 < tuned.threshold < 2.5
-    assert tuned.tuned.model_dump() == {
+    assert asdict(tuned.tuned) == {
         "source": "tuning.json",
         "sha256": "f" * 64,
         "questions": 2,
@@ -129,3 +133,17 @@ def test_without_unanswerable_questions_there_is_no_threshold():
     assert set(scores.intervals) == {"exact_match", "f1"}
     assert scores.metric("f1") == scores.f1
     assert scores.metric("loss") == 1.0
+
+
+def test_an_evaluation_outlives_its_process():
+    """A resumed run goes on with what it kept: to the bit, thresholds and intervals too."""
+    tuned = TunedThreshold(2.0, tune(readings(*FOUND.answers[:2]), TUNING_AB, SCORE).tuned)
+    for wanted in (
+        evaluate(FOUND, EXAMPLES, SCORE, unanswerable=True, seed=1, tuned=tuned),
+        evaluate(readings(FOUND.answers[0]), EXAMPLES[:1], SCORE, unanswerable=False, seed=1),
+    ):
+        found = from_plain(Evaluation, json.loads(json.dumps(to_plain(wanted))))
+        for field in fields(Evaluation):
+            one, other = getattr(found, field.name), getattr(wanted, field.name)
+            same = np.array_equal(one, other) if isinstance(other, np.ndarray) else one == other
+            assert same, field.name

@@ -15,21 +15,26 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = {
-    0: ["errors", "ranks", "clock"],
+    0: ["errors", "ranks", "clock", "signals"],
     1: [
-        *("job", "jobfile", "job_problems", "sources", "toml_lines"),
-        *("rundir", "tables", "plots", "provenance", "console"),
+        *("job", "jobfile", "job_problems", "sources", "toml_lines", "expectation"),
+        *("rundir", "tables", "plots", "provenance", "console", "tracking"),
+        *("attempts", "claim", "starting", "files", "store", "commit"),
+        *("crew", "watch", "sameness"),
         *("answering", "page", "line_chart", "page_markdown", "page_html", "report_data"),
         "answer_arguments",
     ],
     2: [
-        *("dataset", "features", "batches", "model", "prepare"),
+        *("hub", "dataset", "features", "batches", "model", "prepare"),
         *("spans", "span_search", "metrics", "metric_objects", "text_match"),
+        "tracker_process",
+        *("control", "shards", "plain"),
         *("question_source", "score_file"),
     ],
     3: [
         *("engine", "scoring", "span_loss", "epoch", "stopping", "summary"),
-        *("export", "fresh_logits", "card", "evaluation", "records"),
+        *("export", "fresh_logits", "card", "progress", "health", "checkpoint", "keeping"),
+        *("evaluation", "records"),
         *("error_tables", "comparison", "run_report", "comparison_report", "report"),
     ],
     4: [
@@ -42,6 +47,7 @@ FLOOR = {module: floor for floor, modules in FLOORS.items() for module in module
 # The desk: what a login node runs. The rest is the workshop.
 DESK = {*FLOORS[0], *FLOORS[1], *FLOORS[5], "launch"}
 HEAVY = {"torch", "transformers", "datasets", "deepspeed", "evaluate", "numpy", "span_kernels"}
+HEAVY |= {"huggingface_hub", "wandb", "tensorboard", "mlflow"}
 TREES = {
     path.stem: ast.parse(path.read_text(encoding="utf-8"), path.name)
     for path in sorted((ROOT / "runner").glob("*.py"))
@@ -145,7 +151,10 @@ def test_no_module_hides_a_library():
     assert not names & (set(sys.stdlib_module_names) | packages | projects)
 
 
-@pytest.mark.parametrize("module", ["jobfile", "cli", "rundir", "tables", "plots", "provenance"])
+@pytest.mark.parametrize(
+    "module",
+    ["jobfile", "cli", "rundir", "tables", "plots", "provenance", "tracking", "starting"],
+)
 def test_a_fresh_process_stays_light(module):
     script = f"import sys, runner.{module}; print(*sys.modules)"
     done = subprocess.run(
