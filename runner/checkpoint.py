@@ -38,6 +38,7 @@ _IDENTITY = {
     "precision": "was made in {}, this start computes in {}",
     "train": "was trained on other questions: the content of data.train has changed",
     "validation": "was scored on other questions: the content of data.validation has changed",
+    "tuning": "was tuned on other questions: the content of data.tuning has changed",
     "windows": "was trained on other windows: the tokenizer or its library has changed",
 }
 

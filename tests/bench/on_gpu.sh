@@ -34,6 +34,7 @@ part versions "$python" -c 'import torch, triton, transformers, deepspeed
 print(torch.cuda.get_device_name(), torch.__version__, triton.__version__, transformers.__version__, deepspeed.__version__)'
 part kernel_tests "$python" -m pytest -m gpu tests
 part kernel_bench "$python" -m span_kernels.bench --sweep
+part span_search "$python" tests/bench/span_search.py --device cuda
 # The same job three ways: what the fused loss changes must be speed alone.
 for seed in 1 2 3; do
     job "bf16-fused-$seed" --set "seed=$seed" --set model.precision=bf16 --set model.span_loss=fused
