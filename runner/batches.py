@@ -1,13 +1,15 @@
 """Which windows each optimiser step sees, on which rank, and how they become tensors.
 
 Legend: N windows of the data set, B windows of a batch, T tokens of a batch end to end, L longest
-window, padded. The order is a pure function of (seed, epoch): position in it is all that a resumed
-run needs to know.
+window, padded, S segments of a packed batch. The order is a pure function of (seed, epoch):
+position in it is all that a resumed run needs to know.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -52,6 +54,48 @@ class Padded:
     types_BL: Tensor
     mask_BL: Tensor | None
     segments_B2: Tensor
+
+
+class Bounds(NamedTuple):
+    """Where the windows of a packed batch begin and end.
+
+    Attributes:
+        bounds_S1: int32 on the batch's device: 0, then the end of each segment; the last is T.
+        longest: an upper bound of the segments' lengths, the same for every batch of a run.
+        ends: on a CPU the same bounds as Python numbers; for a GPU empty.
+    """
+
+    bounds_S1: Tensor
+    longest: int
+    ends: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A batch end to end in one row; for a GPU, a last segment that nobody reads rounds it up to
+    one of few lengths."""
+
+    input_ids_1T: Tensor
+    types_1T: Tensor
+    positions_1T: Tensor
+    segments_B2: Tensor
+    bounds: Bounds
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How batches are packed.
+
+    Attributes:
+        first_position: position id of a window's first token (RoBERTa counts from behind its
+            padding's).
+        multiple: totals are rounded up to this, by at least one token; 1 packs exactly.
+        longest: tokens of the longest window of the run.
+    """
+
+    first_position: int = 0
+    multiple: int = 1
+    longest: int = 0
 
 
 def epoch_batches(
@@ -126,13 +170,15 @@ def collate(windows: Windows, rows: np.ndarray) -> Batch:
     firsts_B = windows.firsts_N1[rows]
     lengths_B = windows.firsts_N1[rows + 1] - firsts_B
     index_T = ranges(firsts_B, lengths_B)
+    # A mapped array costs more to index than the plain array of the same memory.
+    tokens_T, types_T = np.asarray(windows.tokens_T), np.asarray(windows.types_T)
     labels = (windows.starts_N[rows], windows.ends_N[rows])
     if counted == 0:
         labels = (np.full(1, -1), np.full(1, -1))
     return Batch(
         rows_B=rows,
-        tokens_T=torch.from_numpy(windows.tokens_T[index_T].astype(np.int64)),
-        types_T=torch.from_numpy(windows.types_T[index_T].astype(np.int64)),
+        tokens_T=torch.from_numpy(tokens_T[index_T].astype(np.int64)),
+        types_T=torch.from_numpy(types_T[index_T].astype(np.int64)),
         segments_B2=torch.from_numpy(
             np.stack([np.cumsum(lengths_B) - lengths_B, lengths_B], axis=1)
         ),
@@ -157,3 +203,41 @@ def pad(batch: Batch, pad_id: int, multiple: int = 1) -> Padded:
     segments_B2 = torch.stack([torch.arange(count) * longest, lengths_B], dim=1)
     full = count * longest == len(batch.tokens_T)
     return Padded(input_ids_BL, types_BL, None if full else mask_BL.to(torch.int64), segments_B2)
+
+
+def pack(batch: Batch, pad_id: int, packing: Packing) -> Packed:
+    """Lay a batch out as [1, T], its windows one after another, positions counted anew in each."""
+    lengths = batch.segments_B2[:, 1].tolist()
+    total = len(batch.tokens_T)
+    fill = 0 if packing.multiple == 1 else packing.multiple - total % packing.multiple
+    sizes = [*lengths, fill] if fill else lengths
+    longest = max(packing.longest, packing.multiple if fill else 0, max(lengths))
+    ends = np.cumsum([0, *sizes])
+    ladder = np.arange(packing.first_position, packing.first_position + max(lengths))
+    # What fills up may be longer than the model has positions: it stays at the first.
+    positions_T = np.concatenate([*(ladder[:size] for size in lengths), ladder[:1].repeat(fill)])
+    return Packed(
+        input_ids_1T=_extended(batch.tokens_T, fill, pad_id),
+        types_1T=_extended(batch.types_T, fill, 0),
+        positions_1T=torch.from_numpy(positions_T)[None],
+        segments_B2=batch.segments_B2,
+        bounds=Bounds(
+            torch.from_numpy(ends.astype(np.int32)), longest, () if fill else tuple(ends.tolist())
+        ),
+    )
+
+
+def _extended(values_T: Tensor, fill: int, value: int) -> Tensor:
+    return torch.cat([values_T, values_T.new_full((fill,), value)])[None]
+
+
+def send(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Move the int64 and int32 tensors of a batch to a device: one pinned buffer, one copy that
+    nobody waits for. On a CPU they stay where they are."""
+    if device.type == "cpu":
+        return list(tensors)
+    # One at a time they would be half a dozen copies, each as slow as all of them together.
+    flat = torch.empty(sum(t.numel() for t in tensors), dtype=torch.int64, pin_memory=True)
+    torch.cat([t.reshape(-1).long() for t in tensors], out=flat)
+    parts = flat.to(device, non_blocking=True).split([t.numel() for t in tensors])
+    return [part.view(t.shape).to(t.dtype) for part, t in zip(parts, tensors, strict=True)]

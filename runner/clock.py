@@ -13,7 +13,12 @@ class Clock:
     """`with clock("data"): ...` adds the block's wall time to the phase "data"."""
 
     def __init__(self) -> None:
-        self._born = psutil.Process().create_time()
+        process = psutil.Process()
+        self._born = process.create_time()
+        self._launcher = self._born - min(
+            (parent.create_time() for parent in process.parents() if _launches(parent)),
+            default=self._born,
+        )
         self._phases: dict[str, float] = {"start": self.elapsed()}
         self._until_first_step: float | None = None
 
@@ -23,10 +28,19 @@ class Clock:
         yield
         self._phases[phase] = self._phases.get(phase, 0.0) + time.monotonic() - began
 
-    def step_done(self) -> None:
-        """Note the time of the first optimiser step; later calls change nothing."""
-        if self._until_first_step is None:
-            self._until_first_step = self.elapsed()
+    def step_done(self) -> bool:
+        """Note the time of the first optimiser step, and tell that it was; later calls change
+        nothing."""
+        if self._until_first_step is not None:
+            return False
+        self._until_first_step = self.elapsed()
+        return True
+
+    def first_step(self) -> str:
+        """Say when the first step was done, and what came before it."""
+        before = ", ".join(f"{name} {value:.1f}" for name, value in self._phases.items())
+        waited = self._launcher + (self._until_first_step or 0.0)
+        return f"first step after {waited:.1f} s (launcher {self._launcher:.1f}, {before})"
 
     def elapsed(self) -> float:
         """Seconds since the process began."""
@@ -40,3 +54,12 @@ class Clock:
             "total": self.elapsed(),
         }
         return {name: round(value, 3) for name, value in times.items()}
+
+
+def _launches(process: psutil.Process) -> bool:
+    """Whether a process above this one started the command: deepspeed's launcher, or ours."""
+    try:
+        words = process.cmdline()
+    except psutil.Error:
+        return False
+    return any("deepspeed" in word or word.endswith(("spantune", "runner")) for word in words)

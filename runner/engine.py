@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import nn
 
 from runner.errors import JobError, RunnerError
+from runner.flat_zero import flat_engine
 from runner.job import Train, Zero, divisors, one_of
 from runner.ranks import Rank, free_port
 
@@ -186,8 +187,11 @@ def start_engine(
     train: Train,
     config: dict[str, Any],
     total_steps: int,
+    optimiser_kind: str = "deepspeed",
 ) -> Any:
     """Wrap the model in a DeepSpeed engine with torch's AdamW and the declared schedule.
+
+    `optimiser_kind` is "flat" or "deepspeed", as `flat_zero.choose_zero` decides.
 
     Raises:
         JobError: if DeepSpeed refuses a key of [zero.deepspeed].
@@ -205,6 +209,8 @@ def start_engine(
     factor = learning_rate_factor(train, total_steps)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
     try:
+        if optimiser_kind == "flat":
+            return flat_engine(model, optimiser, schedule, config)
         engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=optimiser,
@@ -231,6 +237,12 @@ def stop_distributed() -> None:
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+
+
+def wait_for_all() -> None:
+    """Let every rank reach this point before any goes on."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.barrier()
 
 
 def main_first(rank: Rank, work: Callable[[], Result]) -> Result:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,8 +19,9 @@ from runner.engine import Layout
 from runner.errors import RunnerError
 from runner.features import Windows
 from runner.job import Train
+from runner.noise import Noise
 from runner.ranks import Rank
-from runner.scoring import Reader, token_accuracy
+from runner.reading import Reader, token_accuracy
 from runner.span_loss import SpanLoss
 from runner.tables import Value
 
@@ -61,7 +63,9 @@ class Course:
         section: the job's [train].
         seed: the job's seed, which decides the order.
         rank, layout: which of a step's windows are this rank's.
+        noise: where dropout comes from.
         clock: told when the first step is done.
+        say: takes a line for the log on rank 0.
         write_row: takes each row of train.csv on rank 0.
     """
 
@@ -72,7 +76,9 @@ class Course:
     seed: int
     rank: Rank
     layout: Layout
+    noise: Noise
     clock: Clock
+    say: Callable[[str], None]
     write_row: Callable[[dict[str, Value]], None]
 
     @property
@@ -106,26 +112,32 @@ def train_epoch(course: Course, epoch: int, follow: Step) -> Totals:
     )
     epoch_totals, mine = Totals(), Totals()
     sums_2 = torch.zeros(2, device=course.reader.device)  # loss and right spans since the last row
+    shares = [
+        rank_share(
+            rows, course.rank.index, layout.world, layout.micro_batch_size, layout.micro_batches
+        )
+        for rows in batches
+    ]
+    prepared = course.reader.ahead(windows, itertools.chain(*shares))
     began = time.monotonic()
     for done, rows in enumerate(batches, 1):
-        for micro in rank_share(
-            rows, course.rank.index, layout.world, layout.micro_batch_size, layout.micro_batches
-        ):
-            read = course.reader.read(windows, micro)
+        for number, micro in enumerate(shares[done - 1]):
+            # Dropout depends on the place in training alone, so that a resumed run repeats it.
+            course.noise.restart(epoch, done, number)
+            read = course.reader.run(next(prepared))
             loss = course.span_loss(read)
             # DeepSpeed averages over ranks and micro-batches; weighted so, a step's gradient is the
             # mean over its windows even where a short last batch leaves ranks with unequal shares.
             engine.backward(loss * (read.counted * layout.world * layout.micro_batches / len(rows)))
             engine.step()
             if read.counted:
-                right_3 = token_accuracy(
-                    read.logits_T2, read.segments_B2, read.starts_B, read.ends_B
-                )
+                right_3 = token_accuracy(read)
                 sums_2 += torch.stack([loss.detach() * read.counted, right_3[2]])
                 mine.windows += read.counted
                 mine.tokens += int(windows.lengths_N[micro].sum())
                 mine.slots += len(read.logits_T2)
-        course.clock.step_done()
+        if course.clock.step_done():
+            course.say(course.clock.first_step())
         if done % course.section.log_every == 0 or done == len(batches):
             mine.seconds, began = time.monotonic() - began, time.monotonic()
             row = _over_ranks(mine, sums_2)

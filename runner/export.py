@@ -20,8 +20,8 @@ from transformers import PreTrainedTokenizerBase
 from runner.dataset import Example
 from runner.errors import RunnerError
 from runner.features import Windows
+from runner.reading import Reader
 from runner.rundir import storage_errors, write_atomic
-from runner.scoring import Reader
 
 CHECKED_WINDOWS = 8
 # How far two computations of the same logits may lie apart, as a share of the largest: same

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from runner import provenance
 from runner.card import model_card
 from runner.clock import Clock
+from runner.computing import choose_computing, keep_frozen
 from runner.console import Reporter
 from runner.engine import (
     batch_layout,
@@ -43,11 +44,13 @@ from runner.model import (
     parameter_table,
     takes_segment_ids,
 )
+from runner.noise import Noise
 from runner.plots import draw_curves
 from runner.prepare import Questions, load_questions, probe_examples
 from runner.ranks import Rank, current_rank
+from runner.reading import Reader
 from runner.rundir import RunDir, write_atomic, write_json
-from runner.scoring import Evaluation, Reader, evaluate, read_windows
+from runner.scoring import Evaluation, evaluate, read_windows
 from runner.span_loss import SpanLoss, choose_span_loss
 from runner.stopping import Stopper, missed_expectation
 from runner.summary import (
@@ -123,9 +126,27 @@ def train(
         total_steps = -(-len(training.windows) // job.train.batch_size) * job.train.epochs
         # From here on each rank draws its own dropout.
         torch.manual_seed(job.seed * 1_000_003 + rank.index)
+        computing = choose_computing(
+            job.model,
+            job.zero,
+            pretrained.model,
+            device,
+            precision,
+            longest=max(int(part.windows.lengths_N.max()) for part in (training, validation)),
+            tokens=len(training.windows.tokens_T) * job.train.epochs,
+            noise=Noise(job.seed, rank.index),
+        )
         groups = optimiser_groups(pretrained.model, job.train.weight_decay)
         span_loss = choose_span_loss(job.model.span_loss, pretrained.model, device, job.zero.stage)
-        engine = start_engine(pretrained.model, device, groups, job.train, config, total_steps)
+        engine = start_engine(
+            pretrained.model,
+            device,
+            groups,
+            job.train,
+            config,
+            total_steps,
+            computing.optimiser,
+        )
     pad_id = tokenizer.pad_token_id
     reader = Reader(
         model=engine,
@@ -133,7 +154,17 @@ def train(
         pad_id=pad_id if isinstance(pad_id, int) else 0,
         segment_ids=takes_segment_ids(tokenizer),
         multiple=8 if device.type == "cuda" else 1,
+        packing=computing.packing,
     )
+    with clock("frozen"):
+        reader, kept_lines = keep_frozen(
+            reader,
+            computing.trunk,
+            (training.windows, validation.windows),
+            job.score.batch_size,
+            run.path,
+            rank,
+        )
     course = Course(
         reader,
         span_loss,
@@ -142,7 +173,9 @@ def train(
         job.seed,
         rank,
         layout,
+        computing.noise,
         clock,
+        lambda text: reporter.say(f"  {text}"),
         lambda row: append_row(run.train_table, row),
     )
     if rank.is_main:
@@ -150,11 +183,13 @@ def train(
         write_json(run.deepspeed, config)
         write_json(
             run.provenance,
-            record(job, rank, device, training, validation, pretrained, precision, span_loss),
+            record(job, rank, device, training, validation, pretrained, precision, span_loss)
+            | {"computing": computing.choices},
         )
         for line in announcement(job, training, validation, parameters[-1], precision, layout):
             reporter.say(f"  {line}")
-        reporter.say(f"  {span_loss.described()}")
+        for line in [span_loss.described(), *computing.described(), *kept_lines]:
+            reporter.say(f"  {line}")
         if job.model.freeze:
             reporter.show(terminal("Frozen layers", parameters))
 

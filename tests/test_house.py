@@ -22,10 +22,20 @@ FLOORS = {
     ],
     2: [
         *("dataset", "features", "batches", "model", "prepare"),
+        *("noise", "attention", "packing", "frozen", "reading"),
         *("spans", "span_search", "metrics", "metric_objects", "text_match"),
     ],
     3: [
-        *("engine", "scoring", "span_loss", "epoch", "stopping", "summary"),
+        *(
+            "engine",
+            "flat_zero",
+            "computing",
+            "scoring",
+            "span_loss",
+            "epoch",
+            "stopping",
+            "summary",
+        ),
         *("export", "fresh_logits", "card"),
     ],
     4: ["train", "check", "launch"],
