@@ -127,7 +127,7 @@ class Store:
     def put(self, rows: np.ndarray, hidden_TD: Tensor) -> None:
         """Keep the outputs of the windows at `rows`, end to end."""
         index_T = self._index(rows)
-        self.hidden_TD.index_copy_(0, index_T, hidden_TD.to(self.hidden_TD.device))
+        self.hidden_TD.index_copy_(0, index_T, hidden_TD.to(self.hidden_TD))
 
     def get(self, rows: np.ndarray, device: torch.device) -> Tensor:
         """The outputs of the windows at `rows`, [T, D] on `device`, without waiting for a copy."""
