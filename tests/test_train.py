@@ -147,17 +147,31 @@ def test_ranks_and_zero_stages_take_the_same_steps(job_file, tmp_path):
     train = f"data.train={DATA}/product_qa_train.json[:5]"
     setting = f"{train}::train.batch_size=6::train.epochs=5::train.learning_rate=1e-3"
     losses = {}
-    for ranks, stages in ((1, (0, 3)), (2, (0, 1, 2, 3))):
+    accumulated = "train.micro_batch_size=1"
+    variants = {
+        "accumulated, flat 1": ("zero.stage=1", accumulated),
+        "accumulated, flat 2": ("zero.stage=2", accumulated),
+        "accumulated, 3": ("zero.stage=3", accumulated),
+        "DeepSpeed's 1": ("zero.stage=1", "zero.optimiser=deepspeed"),
+        "DeepSpeed's 2": ("zero.stage=2", "zero.optimiser=deepspeed"),
+        "padded": ("zero.stage=2", "model.packing=off"),
+        "fused": ("zero.stage=2", "model.span_loss=fused"),
+    }
+    for ranks, stages in ((1, (0, 1, 3)), (2, (0, 1, 2, 3))):
         runs = tmp_path / f"ranks{ranks}"
-        jobs = [f"{job}::{setting}::zero.stage={stage}" for stage in stages]
-        jobs.append(f"{jobs[-2]}::train.micro_batch_size=1")
-        jobs.append(f"{jobs[-3]}::model.span_loss=fused")
+        kinds = {stage: (f"zero.stage={stage}",) for stage in stages}
+        kinds |= variants if ranks == 2 else {"accumulated, flat 2": ("zero.stage=2", accumulated)}
+        jobs = ["::".join([str(job), setting, *kind]) for kind in kinds.values()]
         worker = CHECKOUT / "tests" / "workers" / "train_jobs.py"
         done = start(worker, runs, *jobs, ranks=ranks)
         assert done.returncode == 0, done.stderr[-3000:]
-        for number, stage in enumerate((*stages, "accumulated", "fused")):
+        for number, kind in enumerate(kinds):
             table = rows(runs / str(number) / "train.csv")
-            losses[ranks, stage] = [float(row["loss_nats"]) for row in table][:20]
+            losses[ranks, kind] = [float(row["loss_nats"]) for row in table][:20]
+            choices = json.loads((runs / str(number) / "provenance.json").read_text())["computing"]
+            flat = kind in (1, 2, "padded", "fused") or "flat" in str(kind)
+            assert choices["step"][0] == ("flat" if flat else "deepspeed"), kind
+            assert choices["batches"][0] == ("padded" if kind == "padded" else "packed")
     windows = json.loads((tmp_path / "ranks1" / "0" / "result.json").read_text())["step"] // 5
     assert windows < 20, "the first 20 steps must cross an epoch's end"
     reference = losses[1, 0]
