@@ -170,18 +170,20 @@ def collate(windows: Windows, rows: np.ndarray) -> Batch:
     firsts_B = windows.firsts_N1[rows]
     lengths_B = windows.firsts_N1[rows + 1] - firsts_B
     index_T = ranges(firsts_B, lengths_B)
-    # A mapped array costs more to index than the plain array of the same memory.
-    tokens_T, types_T = np.asarray(windows.tokens_T), np.asarray(windows.types_T)
     labels = (windows.starts_N[rows], windows.ends_N[rows])
     if counted == 0:
         labels = (np.full(1, -1), np.full(1, -1))
+    tokens_T, types_T = np.empty((2, len(index_T)), dtype=np.int64)
+    tokens_T[:] = windows.tokens_T.take(index_T, mode="clip")  # "raise" would take twice as long
+    types_T[:] = windows.types_T.take(index_T, mode="clip")
+    segments_B2 = np.empty((len(rows), 2), dtype=np.int64)
+    np.subtract(np.cumsum(lengths_B), lengths_B, out=segments_B2[:, 0])
+    segments_B2[:, 1] = lengths_B
     return Batch(
         rows_B=rows,
-        tokens_T=torch.from_numpy(tokens_T[index_T].astype(np.int64)),
-        types_T=torch.from_numpy(types_T[index_T].astype(np.int64)),
-        segments_B2=torch.from_numpy(
-            np.stack([np.cumsum(lengths_B) - lengths_B, lengths_B], axis=1)
-        ),
+        tokens_T=torch.from_numpy(tokens_T),
+        types_T=torch.from_numpy(types_T),
+        segments_B2=torch.from_numpy(segments_B2),
         starts_B=torch.from_numpy(labels[0].astype(np.int64)),
         ends_B=torch.from_numpy(labels[1].astype(np.int64)),
         counted=counted,
@@ -191,43 +193,47 @@ def collate(windows: Windows, rows: np.ndarray) -> Batch:
 def pad(batch: Batch, pad_id: int, multiple: int = 1) -> Padded:
     """Lay a batch out as [B, L], L its longest window rounded up to `multiple`; no mask where
     nothing was padded."""
-    lengths_B = batch.segments_B2[:, 1]
+    lengths_B = batch.segments_B2[:, 1].numpy()
     longest = -(-int(lengths_B.max()) // multiple) * multiple
     count = len(lengths_B)
-    columns_L = torch.arange(longest)
-    mask_BL = columns_L[None, :] < lengths_B[:, None]
-    input_ids_BL = torch.full((count, longest), pad_id, dtype=torch.int64)
-    types_BL = torch.zeros((count, longest), dtype=torch.int64)
-    input_ids_BL[mask_BL] = batch.tokens_T
-    types_BL[mask_BL] = batch.types_T
-    segments_B2 = torch.stack([torch.arange(count) * longest, lengths_B], dim=1)
+    slots_T = ranges(np.arange(count) * longest, lengths_B)
+    input_ids = np.full(count * longest, pad_id, dtype=np.int64)
+    input_ids[slots_T] = batch.tokens_T.numpy()
+    types, mask = np.zeros((2, count * longest), dtype=np.int64)
+    types[slots_T] = batch.types_T.numpy()
+    mask[slots_T] = 1
+    segments_B2 = np.stack([np.arange(count) * longest, lengths_B], axis=1)
+    input_ids_BL, types_BL, mask_BL = (
+        torch.from_numpy(values).view(count, longest) for values in (input_ids, types, mask)
+    )
     full = count * longest == len(batch.tokens_T)
-    return Padded(input_ids_BL, types_BL, None if full else mask_BL.to(torch.int64), segments_B2)
+    return Padded(input_ids_BL, types_BL, None if full else mask_BL, torch.from_numpy(segments_B2))
 
 
 def pack(batch: Batch, pad_id: int, packing: Packing) -> Packed:
     """Lay a batch out as [1, T], its windows one after another, positions counted anew in each."""
-    lengths = batch.segments_B2[:, 1].tolist()
     total = len(batch.tokens_T)
     fill = 0 if packing.multiple == 1 else packing.multiple - total % packing.multiple
-    sizes = [*lengths, fill] if fill else lengths
-    longest = max(packing.longest, packing.multiple if fill else 0, max(lengths))
-    ends = np.cumsum([0, *sizes])
-    ladder = np.arange(packing.first_position, packing.first_position + max(lengths))
+    lengths_B = batch.segments_B2[:, 1].numpy()
+    longest = max(packing.longest, packing.multiple if fill else 0, int(lengths_B.max()))
+    offsets_B = batch.segments_B2[:, 0].numpy()
+    ends = [*offsets_B.tolist(), total, total + fill] if fill else [*offsets_B.tolist(), total]
     # What fills up may be longer than the model has positions: it stays at the first.
-    positions_T = np.concatenate([*(ladder[:size] for size in lengths), ladder[:1].repeat(fill)])
+    positions_T = np.full(total + fill, packing.first_position)
+    positions_T[:total] += np.arange(total)
+    positions_T[:total] -= np.repeat(offsets_B, lengths_B)
     return Packed(
         input_ids_1T=_extended(batch.tokens_T, fill, pad_id),
         types_1T=_extended(batch.types_T, fill, 0),
         positions_1T=torch.from_numpy(positions_T)[None],
         segments_B2=batch.segments_B2,
-        bounds=Bounds(
-            torch.from_numpy(ends.astype(np.int32)), longest, () if fill else tuple(ends.tolist())
-        ),
+        bounds=Bounds(torch.tensor(ends, dtype=torch.int32), longest, () if fill else tuple(ends)),
     )
 
 
 def _extended(values_T: Tensor, fill: int, value: int) -> Tensor:
+    if fill == 0:
+        return values_T[None]
     return torch.cat([values_T, values_T.new_full((fill,), value)])[None]
 
 

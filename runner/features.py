@@ -152,7 +152,8 @@ def build_windows(
         chars_C2=contexts.offsets,
         chars_firsts_N=chars_firsts_N,
     )
-    _compare_with_tokenizer(windows, examples[:2], tokenizer, max_length, stride)
+    backend.enable_truncation(max_length, stride=stride, strategy="only_second")
+    _compare_with_tokenizer(windows, examples[:2], backend, type(tokenizer).__name__)
     return windows
 
 
@@ -200,7 +201,10 @@ def cache_key(
 def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
     """Hash of all that decides the tokens: vocabulary, merges, normaliser, special tokens, and
     which of them is [CLS]."""
-    parts = f"{plain_backend(tokenizer).to_str()} {tokenizer.cls_token_id}"
+    backend = _backend(tokenizer)
+    if backend.padding is not None or backend.truncation is not None:
+        backend = plain_backend(tokenizer)  # takes ten times as long
+    parts = f"{backend.to_str()} {tokenizer.cls_token_id}"
     return hashlib.sha256(parts.encode()).hexdigest()
 
 
@@ -215,15 +219,19 @@ def cache_root() -> Path:
 def plain_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
     """Copy the Rust tokenizer without padding and truncation, which some checkpoints carry in their
     settings."""
+    copy = Tokenizer.from_str(_backend(tokenizer).to_str())
+    copy.no_padding()
+    copy.no_truncation()
+    return copy
+
+
+def _backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise DataError(
             f"{type(tokenizer).__name__} has no fast tokenizer; character offsets need one"
         )
-    copy = Tokenizer.from_str(backend.to_str())
-    copy.no_padding()
-    copy.no_truncation()
-    return copy
+    return backend
 
 
 # --- tokenising --------------------------------------------------------------------------------
@@ -397,18 +405,12 @@ def _labels(
 
 
 def _compare_with_tokenizer(
-    windows: Windows,
-    examples: Sequence[Example],
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    stride: int,
+    windows: Windows, examples: Sequence[Example], truncating: Tokenizer, name: str
 ) -> None:
     """Hold the first windows against the tokenizer's own: a template we misread must not train a
     wrong model."""
     for place, example in enumerate(examples):
-        backend = plain_backend(tokenizer)
-        backend.enable_truncation(max_length, stride=stride, strategy="only_second")
-        encoding = backend.encode(example.question.lstrip(), example.context)
+        encoding = truncating.encode(example.question.lstrip(), example.context)
         theirs = [encoding.ids, *(piece.ids for piece in encoding.overflowing)]
         mine = [
             windows.tokens_T[windows.firsts_N1[n] : windows.firsts_N1[n + 1]].tolist()
@@ -416,7 +418,7 @@ def _compare_with_tokenizer(
         ]
         if mine != theirs:
             raise DataError(
-                f"question {example.id}: {type(tokenizer).__name__} builds pairs in a way that"
+                f"question {example.id}: {name} builds pairs in a way that"
                 " spantune does not know; please report the model's name"
             )
 
@@ -450,9 +452,12 @@ def _load(folder: Path) -> Windows | None:
     try:
         if (folder / _SUMS).read_text(encoding="utf-8") != _sums(folder):
             raise ValueError("not what was stored")
+        # Plain arrays of the mapped memory: numpy's memmap costs more than the indexing itself.
         return Windows(
             **{
-                field.name: np.load(folder / f"{field.name}.npy", mmap_mode="r", allow_pickle=False)
+                field.name: np.asarray(
+                    np.load(folder / f"{field.name}.npy", mmap_mode="r", allow_pickle=False)
+                )
                 for field in dataclasses.fields(Windows)
             }
         )

@@ -320,7 +320,7 @@ def test_windows_are_built_once_then_mapped(load, monkeypatch):
     for windows in (built, again):
         for field in FIELDS:
             array = getattr(windows, field.name)
-            assert isinstance(array, np.memmap)
+            assert isinstance(array.base, np.memmap)
             assert not array.flags.writeable
 
 
