@@ -47,7 +47,7 @@ def machine() -> str:
     cores = len(os.sched_getaffinity(0))
     memory = round(psutil.virtual_memory().total / 2**30)
     line = f"{provenance.processor_name()}, {cores} cores, {memory} GiB"
-    torch = sys.modules["torch"] if "torch" in sys.modules else None
+    torch = next((sys.modules[name] for name in ("torch",) if name in sys.modules), None)
     if torch is not None and torch.cuda.is_available():
         line += f", {torch.cuda.get_device_name()}"
     return line
