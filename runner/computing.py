@@ -17,7 +17,8 @@ from torch import nn
 from runner.batches import Packing, score_batches
 from runner.engine import share, wait_for_all
 from runner.errors import StorageError
-from runner.features import Windows, cache_root
+from runner.feature_cache import cache_root
+from runner.features import Windows
 from runner.flat_zero import choose_optimiser
 from runner.frozen import Trunk, check_cacheable, make_room
 from runner.job import Model, Zero

@@ -21,7 +21,7 @@ FLOORS = {
         *("rundir", "tables", "plots", "provenance", "console"),
     ],
     2: [
-        *("dataset", "features", "batches", "model", "prepare"),
+        *("dataset", "features", "feature_cache", "batches", "model", "prepare"),
         *("noise", "attention", "packing", "frozen", "reading"),
         *("spans", "span_search", "metrics", "metric_objects", "text_match"),
     ],

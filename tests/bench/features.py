@@ -48,7 +48,8 @@ def measure(args: argparse.Namespace) -> None:
 
     from runner.batches import Packing, collate, pack, pad
     from runner.dataset import load_dataset
-    from runner.features import build_windows, cached_windows
+    from runner.feature_cache import cached_windows
+    from runner.features import build_windows
     from runner.job import Columns, Model
     from runner.model import load_tokenizer
 
