@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -129,8 +130,6 @@ def window_blocks(
     """
     backend = plain_backend(tokenizer)
     template = _Template.of(backend, tokenizer)
-    truncating = plain_backend(tokenizer)
-    truncating.enable_truncation(max_length, stride=stride, strategy="only_second")
     begin = tokens = characters = 0
     while begin == 0 or begin < len(examples):
         end = min(begin + block, len(examples))
@@ -139,7 +138,9 @@ def window_blocks(
         asked = examples[begin:end]
         made = _block(asked, backend, template, max_length, stride)
         if begin == 0:
-            _compare_with_tokenizer(made, asked[:2], truncating, type(tokenizer).__name__)
+            backend.enable_truncation(max_length, stride=stride, strategy="only_second")
+            _compare_with_tokenizer(made, asked[:2], backend, type(tokenizer).__name__)
+            backend.no_truncation()
         yield dataclasses.replace(
             made,
             firsts_N1=made.firsts_N1 + tokens,
@@ -297,13 +298,18 @@ def _encode(backend: Tokenizer, texts: Sequence[str], *, offsets: bool) -> _Enco
     ids: list[np.ndarray] = []
     spans: list[np.ndarray] = []
     lengths: list[int] = []
+    # Without offsets the tokenizer has less to do.
+    encode = backend.encode_batch if offsets else backend.encode_batch_fast
     for place in range(0, len(texts), _CHUNK):
-        chunk = texts[place : place + _CHUNK]
-        for encoding in backend.encode_batch(list(chunk), add_special_tokens=False):
-            ids.append(np.array(encoding.ids, dtype=np.int32))
-            lengths.append(len(ids[-1]))
-            if offsets:
-                spans.append(np.array(encoding.offsets, dtype=np.int32).reshape(-1, 2))
+        encodings = encode(list(texts[place : place + _CHUNK]), add_special_tokens=False)
+        rows = [encoding.ids for encoding in encodings]
+        sizes = list(map(len, rows))
+        ids.append(np.fromiter(chain.from_iterable(rows), np.int32, sum(sizes)))
+        lengths += sizes
+        if offsets:
+            pairs = chain.from_iterable(encoding.offsets for encoding in encodings)
+            flat = np.fromiter(chain.from_iterable(pairs), np.int32, 2 * sum(sizes))
+            spans.append(flat.reshape(-1, 2))
     length = np.array(lengths, dtype=np.int64)
     return _Encoded(
         ids=np.concatenate(ids) if ids else np.zeros(0, np.int32),
