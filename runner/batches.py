@@ -46,6 +46,19 @@ class Batch:
 
 
 @dataclass(frozen=True)
+class Outline:
+    """A batch without its tokens: as in Batch, and where each window begins in the data set's
+    (`firsts_B`, int64 numpy)."""
+
+    rows_B: np.ndarray
+    firsts_B: np.ndarray
+    segments_B2: Tensor
+    starts_B: Tensor
+    ends_B: Tensor
+    counted: int
+
+
+@dataclass(frozen=True)
 class Padded:
     """A batch in the rectangular layout that every transformers model takes; segments point into [B
     * L]."""
@@ -158,8 +171,9 @@ def score_batches(
     return batches[rank::world]
 
 
-def collate(windows: Windows, rows: np.ndarray) -> Batch:
-    """Gather windows into a batch; for no rows, the shortest stand-in whose labels are ignored.
+def outline(windows: Windows, rows: np.ndarray) -> Outline:
+    """What is known of a batch without its tokens; for no rows, of the shortest stand-in whose
+    labels are ignored.
 
     A rank without rows must still run its forward and backward pass, or the collectives of the
     others would wait.
@@ -169,24 +183,37 @@ def collate(windows: Windows, rows: np.ndarray) -> Batch:
         rows = np.argmin(windows.lengths_N, keepdims=True)
     firsts_B = windows.firsts_N1[rows]
     lengths_B = windows.firsts_N1[rows + 1] - firsts_B
-    index_T = ranges(firsts_B, lengths_B)
-    labels = (windows.starts_N[rows], windows.ends_N[rows])
-    if counted == 0:
-        labels = (np.full(1, -1), np.full(1, -1))
-    tokens_T, types_T = np.empty((2, len(index_T)), dtype=np.int64)
-    tokens_T[:] = windows.tokens_T.take(index_T, mode="clip")  # "raise" would take twice as long
-    types_T[:] = windows.types_T.take(index_T, mode="clip")
     segments_B2 = np.empty((len(rows), 2), dtype=np.int64)
     np.subtract(np.cumsum(lengths_B), lengths_B, out=segments_B2[:, 0])
     segments_B2[:, 1] = lengths_B
-    return Batch(
+    starts_B, ends_B = windows.starts_N[rows], windows.ends_N[rows]
+    if counted == 0:
+        starts_B, ends_B = np.full((2, 1), -1)
+    return Outline(
         rows_B=rows,
+        firsts_B=firsts_B,
+        segments_B2=torch.from_numpy(segments_B2),
+        starts_B=torch.from_numpy(starts_B.astype(np.int64)),
+        ends_B=torch.from_numpy(ends_B.astype(np.int64)),
+        counted=counted,
+    )
+
+
+def collate(windows: Windows, rows: np.ndarray) -> Batch:
+    """Gather windows into a batch; for no rows, the stand-in of `outline`."""
+    found = outline(windows, rows)
+    index_T = ranges(found.firsts_B, found.segments_B2[:, 1].numpy())
+    tokens_T, types_T = np.empty((2, len(index_T)), dtype=np.int64)
+    tokens_T[:] = windows.tokens_T.take(index_T, mode="clip")  # "raise" would take twice as long
+    types_T[:] = windows.types_T.take(index_T, mode="clip")
+    return Batch(
+        rows_B=found.rows_B,
         tokens_T=torch.from_numpy(tokens_T),
         types_T=torch.from_numpy(types_T),
-        segments_B2=torch.from_numpy(segments_B2),
-        starts_B=torch.from_numpy(labels[0].astype(np.int64)),
-        ends_B=torch.from_numpy(labels[1].astype(np.int64)),
-        counted=counted,
+        segments_B2=found.segments_B2,
+        starts_B=found.starts_B,
+        ends_B=found.ends_B,
+        counted=found.counted,
     )
 
 
@@ -212,12 +239,9 @@ def pad(batch: Batch, pad_id: int, multiple: int = 1) -> Padded:
 
 def pack(batch: Batch, pad_id: int, packing: Packing) -> Packed:
     """Lay a batch out as [1, T], its windows one after another, positions counted anew in each."""
+    bounds, fill = packed_bounds(batch.segments_B2, packing)
+    offsets_B, lengths_B = batch.segments_B2.numpy().T
     total = len(batch.tokens_T)
-    fill = 0 if packing.multiple == 1 else packing.multiple - total % packing.multiple
-    lengths_B = batch.segments_B2[:, 1].numpy()
-    longest = max(packing.longest, packing.multiple if fill else 0, int(lengths_B.max()))
-    offsets_B = batch.segments_B2[:, 0].numpy()
-    ends = [*offsets_B.tolist(), total, total + fill] if fill else [*offsets_B.tolist(), total]
     # What fills up may be longer than the model has positions: it stays at the first.
     positions_T = np.full(total + fill, packing.first_position)
     positions_T[:total] += np.arange(total)
@@ -227,8 +251,18 @@ def pack(batch: Batch, pad_id: int, packing: Packing) -> Packed:
         types_1T=_extended(batch.types_T, fill, 0),
         positions_1T=torch.from_numpy(positions_T)[None],
         segments_B2=batch.segments_B2,
-        bounds=Bounds(torch.tensor(ends, dtype=torch.int32), longest, () if fill else tuple(ends)),
+        bounds=bounds,
     )
+
+
+def packed_bounds(segments_B2: Tensor, packing: Packing) -> tuple[Bounds, int]:
+    """Where the windows of a packed batch end, on the CPU, and how many tokens fill it up."""
+    offsets, lengths = segments_B2.T.tolist()
+    total = offsets[-1] + lengths[-1]
+    fill = 0 if packing.multiple == 1 else packing.multiple - total % packing.multiple
+    ends = [*offsets, total, total + fill] if fill else [*offsets, total]
+    longest = max(packing.longest, packing.multiple if fill else 0, *lengths)
+    return Bounds(torch.tensor(ends, dtype=torch.int32), longest, () if fill else tuple(ends)), fill
 
 
 def _extended(values_T: Tensor, fill: int, value: int) -> Tensor:

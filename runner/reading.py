@@ -13,10 +13,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from runner.batches import Bounds, Packed, Packing, Padded, collate, pack, pad, send
+from runner.batches import (
+    Bounds,
+    Packed,
+    Packing,
+    Padded,
+    collate,
+    outline,
+    pack,
+    pad,
+    send,
+)
 from runner.features import Windows
 from runner.frozen import Store, Trunk
 from runner.model import model_inputs, span_logits
+from runner.resident import Resident
 
 
 @dataclass(frozen=True)
@@ -32,6 +43,7 @@ class Reader:
         packing: how windows are packed end to end; None pads them instead.
         trunk: the model's frozen bottom, where its outputs are kept.
         stores: the outputs that are kept; other windows are read from the bottom.
+        residents: data sets whose tokens are on the device; those of others are sent.
     """
 
     model: Any
@@ -42,6 +54,7 @@ class Reader:
     packing: Packing | None = None
     trunk: Trunk | None = None
     stores: tuple[Store, ...] = ()
+    residents: tuple[Resident, ...] = ()
 
     def read(self, windows: Windows, rows: np.ndarray) -> Read:
         """Run the model over the windows at `rows`; for no rows, over a stand-in that counts
@@ -50,19 +63,29 @@ class Reader:
 
     def prepare(self, windows: Windows, rows: np.ndarray) -> Prepared:
         """Assemble a batch and start its copy to the device, without waiting for it."""
-        batch = collate(windows, rows)
-        if self.packing is None:
-            laid_out = pad(batch, self.pad_id, self.multiple)
-            longest = laid_out.input_ids_BL.shape[1]
+        here = outline(windows, rows)
+        laid_out: Padded | Packed
+        resident = next((held for held in self.residents if held.windows is windows), None)
+        if self.packing is not None and resident is not None:
+            laid_out, starts_B, ends_B = resident.batch(here, self.pad_id, self.packing)
         else:
-            laid_out = pack(batch, self.pad_id, self.packing)
+            batch = collate(windows, rows)
+            if self.packing is None:
+                laid_out = pad(batch, self.pad_id, self.multiple)
+            else:
+                laid_out = pack(batch, self.pad_id, self.packing)
+            laid_out, starts_B, ends_B = to_device(
+                laid_out, batch.starts_B, batch.ends_B, self.device
+            )
+        if isinstance(laid_out, Packed):
             longest = laid_out.bounds.longest
-        laid_out, starts_B, ends_B = to_device(laid_out, batch.starts_B, batch.ends_B, self.device)
+        else:
+            longest = laid_out.input_ids_BL.shape[1]
         kept = next((store for store in self.stores if store.windows is windows), None)
         hidden = None
         if kept is not None:
-            hidden = placed(kept.get(batch.rows_B, self.device), laid_out)
-        return Prepared(laid_out, starts_B, ends_B, batch.counted, longest, hidden)
+            hidden = placed(kept.get(here.rows_B, self.device), laid_out)
+        return Prepared(laid_out, starts_B, ends_B, here.counted, longest, hidden)
 
     def ahead(self, windows: Windows, passes: Iterable[np.ndarray]) -> Iterator[Prepared]:
         """Prepare batch after batch, each before the one ahead of it is asked for: its copy is on

@@ -49,6 +49,7 @@ from runner.plots import draw_curves
 from runner.prepare import Questions, load_questions, probe_examples
 from runner.ranks import Rank, current_rank
 from runner.reading import Reader
+from runner.resident import make_resident
 from runner.rundir import RunDir, write_atomic, write_json
 from runner.scoring import Evaluation, evaluate, read_windows
 from runner.span_loss import SpanLoss, choose_span_loss
@@ -155,6 +156,7 @@ def train(
         segment_ids=takes_segment_ids(tokenizer),
         multiple=8 if device.type == "cuda" else 1,
         packing=computing.packing,
+        residents=make_resident((training.windows, validation.windows), device),
     )
     with clock("frozen"):
         reader, kept_lines = keep_frozen(

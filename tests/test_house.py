@@ -22,7 +22,7 @@ FLOORS = {
     ],
     2: [
         *("dataset", "features", "feature_cache", "batches", "model", "prepare"),
-        *("noise", "attention", "packing", "frozen", "reading"),
+        *("noise", "attention", "packing", "frozen", "resident", "reading"),
         *("spans", "span_search", "metrics", "metric_objects", "text_match"),
     ],
     3: [
