@@ -43,17 +43,13 @@ def packed_attention(
     """
     if packed is None or attention_mask is not None:
         raise AssertionError(f"{NAME} attention takes packed batches and no mask")
-    query_THD, key_THD, value_THD = (x[0].transpose(0, 1) for x in (query, key, value))
+    query_THD, key_THD, value_THD = (x.select(0, 0).transpose(0, 1) for x in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if query.is_cuda:
         out_THD = _flash(query_THD, key_THD, value_THD, packed, dropout, scale)
-    elif dropout > 0.0 and isinstance(drop := module.get_submodule("dropout"), CpuDropout):
-        out_THD = _CpuAttention.apply(
-            query_THD, key_THD, value_THD, packed.ends, scale, dropout, drop.noise
-        )
     else:
-        out_THD = _each_window(query_THD, key_THD, value_THD, packed.ends, scale, dropout)
-    return out_THD[None], None
+        out_THD = _by_window(module, query_THD, key_THD, value_THD, packed.ends, scale, dropout)
+    return out_THD.unsqueeze(0), None
 
 
 AttentionInterface.register(NAME, packed_attention)
@@ -89,6 +85,7 @@ def _flash(
 
 
 def _each_window(
+    module: nn.Module,
     query_THD: Tensor,
     key_THD: Tensor,
     value_THD: Tensor,
@@ -96,6 +93,9 @@ def _each_window(
     scale: float,
     dropout: float,
 ) -> Tensor:
+    if dropout > 0.0 and isinstance(drop := module.get_submodule("dropout"), CpuDropout):
+        inputs = (query_THD, key_THD, value_THD, ends, scale, dropout, drop.noise)
+        return _CpuAttention.apply(*inputs)  # type: ignore[return-value]
     parts = []
     for low, high in pairwise(ends):
         query, key, value = (
@@ -104,6 +104,10 @@ def _each_window(
         out = scaled_dot_product_attention(query, key, value, dropout_p=dropout, scale=scale)
         parts.append(out[0].transpose(0, 1))
     return torch.cat(parts)
+
+
+# Not for the compiler: the windows' lengths would make another program of every batch.
+_by_window: Any = torch.compiler.disable(_each_window)
 
 
 class _CpuAttention(torch.autograd.Function):

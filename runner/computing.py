@@ -129,14 +129,14 @@ def encoder_layers(model: Any) -> list[nn.Module]:
     return list(getattr(stack, "layer", ()))
 
 
-def compile_layers(model: Any) -> None:
+def compile_layers(model: Any, backend: str = "inductor") -> None:
     """Compile an encoder layer by layer: they share one program, whatever the model's depth.
 
     What the compiler makes is kept in spantune's cache folder for later runs.
     """
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_root() / "inductor"))
     for layer in encoder_layers(model):
-        layer.compile(dynamic=True)
+        layer.compile(dynamic=True, backend=backend)
 
 
 def keep_frozen(

@@ -7,8 +7,9 @@ from itertools import pairwise
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from runner.attention import packed_attention
+from runner.attention import _flash, packed_attention
 from runner.batches import Bounds
 from runner.noise import CpuDropout, Noise, keep_scale
 
@@ -97,3 +98,23 @@ def test_plain_dropout_modules_draw_with_torch():
     other, _ = packed_attention(module, query, key, value, None, dropout=0.5, packed=bounds())
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_the_gpus_branch_has_the_right_shapes(p):
+    """What can be known without a GPU: PyTorch's own shape functions take the arguments, forward
+    and backward."""
+    with FakeTensorMode(), torch.no_grad():
+        shape = {"dtype": torch.bfloat16, "device": "cuda"}
+        fake = [torch.empty(1, 64, 4, 32, **shape).transpose(1, 2) for _ in range(3)]
+        where = Bounds(torch.zeros(5, dtype=torch.int32, device="cuda"), 384, ())
+        module = Module(nn.Dropout(p))
+        found, _ = packed_attention(module, *fake, None, dropout=p, scaling=0.2, packed=where)
+        assert found.shape == (1, 64, 4, 32)
+        assert found.device.type == "cuda"
+        assert found.is_contiguous()
+    shape = {"dtype": torch.bfloat16, "device": "meta", "requires_grad": True}
+    meta = [torch.empty(64, 4, 32, **shape) for _ in range(3)]
+    where = Bounds(torch.zeros(5, dtype=torch.int32, device="meta"), 384, ())
+    gradients = torch.autograd.grad(_flash(*meta, where, p, 0.2).sum(), meta)
+    assert [g.shape for g in gradients] == [(64, 4, 32)] * 3
