@@ -57,9 +57,14 @@ class Clock:
 
 
 def _launches(process: psutil.Process) -> bool:
-    """Whether a process above this one started the command: deepspeed's launcher, or ours."""
+    """Whether a process above this one started the command: deepspeed's launcher, or ours; not a
+    shell or a queue whose own command line names them."""
     try:
-        words = process.cmdline()
-    except psutil.Error:
+        interpreter, *words = process.cmdline()
+    except (psutil.Error, ValueError):
         return False
-    return any("deepspeed" in word or word.endswith(("spantune", "runner")) for word in words)
+    if not interpreter.rpartition("/")[2].startswith("python"):
+        return False
+    return "deepspeed.launcher" in " ".join(words) or (
+        bool(words) and words[0].rpartition("/")[2] in ("deepspeed", "spantune", "ds")
+    )
