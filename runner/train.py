@@ -104,7 +104,8 @@ def train(
         # cuBLAS reads this when CUDA starts; without it the strict mode below refuses its products.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    device = start_distributed(rank, threads)
+    with clock("deepspeed"):
+        device = start_distributed(rank, threads)
     layout = batch_layout(job.train, rank.world)
     run = RunDir(share(main_only(rank, lambda: str(RunDir.create(runs, job.name, run_dir).path))))
     reporter = Reporter(run.log, speaks=rank.is_main)
