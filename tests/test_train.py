@@ -181,6 +181,30 @@ def test_ranks_and_zero_stages_take_the_same_steps(job_file, tmp_path):
         assert found == pytest.approx(reference, rel=2e-5), key
 
 
+def test_kept_outputs_of_frozen_layers_train_and_score_the_same(job_file, tmp_path):
+    """Without dropout there is nothing that keeping them changes; two ranks share one copy."""
+    still = 'dropout = 0.0\nattention_dropout = 0.0\nprecision = "fp32"'
+    job = job_file(model_extra=still + '\nfreeze = ["embeddings", "encoder.layer.0"]')
+    worker = CHECKOUT / "tests" / "workers" / "train_jobs.py"
+    ways = (f"{job}", f"{job}::model.cache_frozen=true", f"{job}::model.packing=off")
+    kept = ("model.cache_frozen=true", "model.packing=off", "zero.stage=0")
+    done = start(worker, tmp_path / "runs", *ways, "::".join([str(job), *kept]), ranks=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    tables = [tmp_path / "runs" / str(n) for n in range(4)]
+    losses, scores = (
+        [[float(row[column]) for row in rows(run / name)] for run in tables]
+        for name, column in (
+            ("train.csv", "loss_nats"),
+            ("eval.csv", "validation_loss_nats"),
+        )
+    )
+    for found, score in zip(losses[1:], scores[1:], strict=True):
+        assert found == pytest.approx(losses[0], rel=1e-4)
+        assert score == pytest.approx(scores[0], rel=1e-4)
+    assert "outputs of frozen layers: " in (tables[1] / "log.txt").read_text()
+    assert not [*Path("/dev/shm").glob(".????????????????????????????????-*")]
+
+
 def test_every_family_trains(job_file, tmp_path):
     worker = CHECKOUT / "tests" / "workers" / "train_jobs.py"
     runs = tmp_path / "runs"
