@@ -177,7 +177,8 @@ def make_room(
     if rank.local_world == 1 and place == "memory":
         return Store(windows, torch.empty(tokens, width, dtype=dtype), place)
     # Named after the machine: `folder` may be one of several machines'.
-    path = (folder if place == "disk" else _SHARED_MEMORY) / f".{name}-{platform.node()}"
+    at = folder if place == "disk" else _SHARED_MEMORY
+    path = at / f".spantune-{name}-{platform.node()}"
     with storage_errors(path):
         if rank.local == 0:
             with path.open("wb") as file:
