@@ -32,7 +32,6 @@ def model_card(
         for metric, label in (("exact_match", "Exact match (%)"), ("f1", "F1 (%)"))
         if metric in scores
     )
-    base = "" if job.model.name.startswith(("/", "package:")) else f"base_model: {_quoted(name)}\n"
     rows = "\n".join(f"| {metric} | {value:.2f} |" for metric, value in scores.items())
     slices = "\n".join(f"| `{_public(part)}` | `{digest}` |" for part, digest in data.items())
     precise = (
@@ -44,14 +43,15 @@ def model_card(
 library_name: transformers
 pipeline_tag: question-answering
 tags: [extractive-question-answering, spantune]
-{base}model-index:
+{_origin(job)}metrics: [exact_match, f1]
+model-index:
 - name: {_quoted(job.name)}
   results:
   - task:
       type: question-answering
     dataset:
       name: {_quoted(validation)}
-      type: {_quoted(parse_data(validation).location)}
+{_scored_on(validation)}
     metrics:
 {metrics}
 ---
@@ -75,6 +75,12 @@ On `{validation}`:
 |---|---|
 {slices}
 
+## Recipe
+
+| | |
+|---|---|
+{_recipe(job)}
+
 ## Use
 
 ```python
@@ -84,8 +90,8 @@ tokenizer = AutoTokenizer.from_pretrained("path/to/model")
 model = AutoModelForQuestionAnswering.from_pretrained("path/to/model")
 ```
 
-Windows of at most {job.data.max_length} tokens with a stride of {job.data.stride}; answers of at
-most {job.score.max_answer_length} tokens. {precise}
+Contexts longer than {job.data.max_length} tokens were read in windows that share {job.data.stride};
+answers have at most {job.score.max_answer_length} tokens. {precise}
 
 ## Limits
 
@@ -98,6 +104,55 @@ was scored on. A high score of a span says that it fits better than others, not 
 {job_text.strip()}
 {fence}
 """
+
+
+def _origin(job: Job) -> str:
+    """Front matter on where the model comes from: what the hub knows by name, and what the job
+    declares."""
+    lines = [
+        f"{key}: {_quoted(value)}\n"
+        for key, value in (("license", job.card.license), ("language", job.card.language))
+        if value
+    ]
+    if not job.model.name.startswith(("/", "package:")):
+        lines.append(f"base_model: {_quoted(job.model.name)}\n")
+    source = parse_data(job.data.train)
+    if source.kind == "hub":
+        lines.append(f"datasets: [{_quoted(source.location)}]\n")
+    return "".join(lines)
+
+
+def _scored_on(validation: str) -> str:
+    """The data set of the scores as the hub's model index spells it."""
+    source = parse_data(validation)
+    parts = {
+        "type": source.location,
+        "config": source.config,
+        "split": source.split,
+        "revision": source.revision,
+    }
+    return "\n".join(f"      {key}: {_quoted(value)}" for key, value in parts.items() if value)
+
+
+def _recipe(job: Job) -> str:
+    """The settings that a reader looks for first, as table rows; all of them are in the job."""
+    train, frozen = job.train, ", ".join(f"`{part}`" for part in job.model.freeze)
+    sample = f", {job.data.sample} of them drawn with the seed" if job.data.sample else ""
+    warmup = f" after a warm-up of {100 * train.warmup:g} % of the steps" if train.warmup else ""
+    stop = f"; until {job.stop.metric} stops improving" if job.stop else ""
+    rows = {
+        "questions": f"`{_public(job.data.train)}`{sample}",
+        "windows": f"{job.data.max_length} tokens, stride {job.data.stride}",
+        "frozen": frozen or "nothing",
+        "epochs": f"at most {train.epochs}{stop}" if stop else f"{train.epochs}",
+        "batch": f"{train.batch_size} windows a step",
+        "optimiser": (
+            f"AdamW, learning rate {train.learning_rate:g} ({train.schedule}{warmup}), weight decay"
+            f" {train.weight_decay:g}"
+        ),
+        "seed": f"{job.seed}",
+    }
+    return "\n".join(f"| {name} | {text} |" for name, text in rows.items())
 
 
 def _public(name: str) -> str:

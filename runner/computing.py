@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from runner.batches import Packing, score_batches
-from runner.engine import share, wait_for_all
+from runner.control import everyone, share
 from runner.errors import StorageError
 from runner.feature_cache import cache_root
 from runner.features import Windows
@@ -54,6 +54,13 @@ class Computing:
     def described(self) -> list[str]:
         """One line a choice."""
         return [f"{name}: {choice} ({reason})" for name, (choice, reason) in self.choices.items()]
+
+    def recorded(self) -> dict[str, dict[str, str]]:
+        """The same for provenance.json."""
+        return {
+            name: {"choice": choice, "reason": reason}
+            for name, (choice, reason) in self.choices.items()
+        }
 
 
 def choose_computing(
@@ -175,7 +182,7 @@ def keep_frozen(
     for windows in sets:
         width = trunk.base.config.hidden_size
         size = len(windows.tokens_T) * width * dtype.itemsize / 2**30
-        store = make_room(windows, width, dtype, reader.device, folder, rank, share, wait_for_all)
+        store = make_room(windows, width, dtype, reader.device, folder, rank, share, _wait)
         if store is None:
             raise StorageError(
                 f"model.cache_frozen: {size:.1f} GiB of frozen layers' outputs fit neither into"
@@ -183,8 +190,12 @@ def keep_frozen(
             )
         mine = score_batches(windows.lengths_N, batch_size, rank.local, rank.local_world)
         fill(reader, store, mine)
-        wait_for_all()
+        _wait()
         stores.append((store, size))
     held = ", ".join(f"{size:.2f} GiB in {store.place}" for store, size in stores)
     line = f"outputs of frozen layers: {held}, computed in {time.monotonic() - began:.1f} s"
     return dataclasses.replace(reader, stores=tuple(store for store, _ in stores)), [line]
+
+
+def _wait() -> None:
+    everyone(None)

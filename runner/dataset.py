@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import re
+import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,6 +19,7 @@ from typing import Any, Literal
 import numpy as np
 
 from runner.errors import AssetError, DataError
+from runner.hub import snapshot
 from runner.job import Columns
 from runner.sources import DataSource, parse_data
 
@@ -52,12 +54,14 @@ class Dataset:
         examples: in the order of the file.
         sha256: hash of the examples' content, whatever file they came from.
         dropped: one line for each row left out by `on_bad_row = "drop"`.
+        revision: the hub's commit, whatever the job calls it; None for a file.
     """
 
     source: str
     examples: tuple[Example, ...]
     sha256: str
     dropped: tuple[str, ...]
+    revision: str | None = None
 
 
 @dataclass(frozen=True)
@@ -100,11 +104,10 @@ def load_dataset(
         source = parse_data(name)
     except ValueError as error:
         raise DataError(str(error)) from None
-    rows = (
-        _hub_rows(source, columns)
-        if source.kind == "hub"
-        else _file_rows(Path(source.location), columns)
-    )
+    if source.kind == "hub":
+        rows, commit = _hub_rows(source, columns)
+    else:
+        rows, commit = _file_rows(Path(source.location), columns), None
     if not rows:
         raise DataError(f"{name}: holds no questions")
     if source.slice is not None:
@@ -122,7 +125,11 @@ def load_dataset(
             f"{name}: no row is left after dropping bad ones\n{_report(name, bad, len(rows))}"
         )
     return Dataset(
-        name, tuple(examples), content_sha256(examples), tuple(f"{p}: {why}" for p, why in bad)
+        name,
+        tuple(examples),
+        content_sha256(examples),
+        tuple(f"{p}: {why}" for p, why in bad),
+        commit,
     )
 
 
@@ -298,30 +305,26 @@ def _flat_rows(
     return rows
 
 
-def _hub_rows(source: DataSource, columns: Columns) -> list[_Row]:
+def _hub_rows(source: DataSource, columns: Columns) -> tuple[list[_Row], str]:
+    """Rows of a hub data set's split, and the commit that they are from.
+
+    The repository is fetched first and read as a folder: `datasets` by itself, when it cannot reach
+    the hub, takes whatever revision its cache holds and says so in a log line only.
+    """
     import datasets
 
+    found = snapshot("dataset", source.location, source.revision)
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
     try:
-        table = datasets.load_dataset(
-            source.location, source.config, split=source.split, revision=source.revision
-        )
-    except (OSError, ValueError) as error:
-        if isinstance(error, ValueError) and "Couldn't find cache" not in str(error):
-            raise DataError(f"{source.text}: {_first_line(error)}") from None
-        given = f"{source.location!r}" + (f", {source.config!r}" if source.config else "")
-        given += f", revision={source.revision!r}" if source.revision else ""
-        raise AssetError(
-            f"{source.text}: not in the local cache and the hub cannot be reached"
-            f' ({_first_line(error)}); on a machine with network run: python -c "import datasets;'
-            f' datasets.load_dataset({given})"'
-        ) from None
+        table = datasets.load_dataset(str(found.folder), source.config, split=source.split)
     except Exception as error:
         # Whatever it is, datasets could not make rows of the repository.
-        why = _first_line(error.__cause__ or error)
+        why = _first_line(error.__cause__ or error).replace(f"{found.folder}", source.location)
         raise DataError(f"{source.text}: datasets cannot read it: {why}") from None
     if not isinstance(table, datasets.Dataset):
         raise DataError(f"{source.text}: names no single split")
-    return _flat_rows(source.text, table.to_list(), table.column_names, columns)
+    return _flat_rows(source.text, table.to_list(), table.column_names, columns), found.commit
 
 
 def _answers(value: Any) -> list[tuple[Any, Any]] | str:

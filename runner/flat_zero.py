@@ -228,6 +228,12 @@ def flat_engine(
             dtype = self.gradient_accumulation_dtype if several else self.dtype
             self._flat = FlatStep(groups, dtype, self.dp_process_group)
 
+        def _get_groups_without_padding(self, groups_with_padding: Any) -> list[Tensor]:
+            # For a checkpoint: a master copy that is part of the weights would drag all of them
+            # into its file.
+            lean = super()._get_groups_without_padding(groups_with_padding)
+            return [group.detach().clone() if self._flat.world > 1 else group for group in lean]
+
         def create_gradient_handling_hooks(self) -> None:
             self._remaining_grad_acc_hooks = 0  # no hooks: gradients are collected afterwards
 

@@ -193,6 +193,18 @@ class Train(Section):
         default=1, description="epochs between evaluations; the last epoch is always evaluated"
     )
     log_every: Count = Field(default=10, description="optimiser steps between rows of train.csv")
+    checkpoint_minutes: float = Field(
+        default=10.0,
+        gt=0,
+        le=1440,
+        description="minutes between checkpoints at most; each evaluation is followed by one too",
+    )
+    timeout_minutes: float = Field(
+        default=10.0,
+        gt=0,
+        le=1440,
+        description="minutes without progress after which a rank counts as dead or stuck",
+    )
     length_buckets: bool = Field(
         default=True, description="windows of similar length share a batch; false: plain shuffling"
     )
@@ -290,7 +302,7 @@ class Score(Section):
 
 
 class Probe(Section):
-    """A question that the model answers before training and after every evaluation."""
+    """A question that the model answers before training and after every epoch."""
 
     question: Text = Field(description="the question")
     context: Text = Field(description="the text it is asked about")
@@ -323,6 +335,49 @@ class Expect(Section):
         return self
 
 
+class Track(Section):
+    """Trackers that are told of a run beside its own tables. Keys and addresses of accounts come
+    from the environment (WANDB_API_KEY, MLFLOW_TRACKING_TOKEN ...), never from a job."""
+
+    tools: tuple[Literal["wandb", "tensorboard", "mlflow"], ...] = Field(
+        default=(), strict=False, description="who is told of the run; empty: nobody"
+    )
+    mode: Literal["auto", "online", "offline"] = Field(
+        default="auto",
+        description=(
+            "offline: into the run folder, nothing is sent; auto: offline in a SLURM job, else"
+            " online"
+        ),
+    )
+    project: Text = Field(default="spantune", description="project of W&B, experiment of MLflow")
+    entity: Text | None = Field(
+        default=None, description="W&B's team or user; unset: the account's own"
+    )
+    mlflow_uri: Text | None = Field(
+        default=None,
+        description=(
+            "address of the MLflow server; unset: MLFLOW_TRACKING_URI, without it the run folder"
+        ),
+    )
+    wait: float = Field(
+        default=20.0,
+        ge=0,
+        le=3600,
+        description="seconds that the end of a run waits for trackers, all together, at most",
+    )
+
+
+class Card(Section):
+    """What only a person can say about the tuned model, for the model card."""
+
+    license: Text | None = Field(
+        default=None, description="licence of the tuned weights by the hub's name, such as mit"
+    )
+    language: Text | None = Field(
+        default=None, description="language of the questions, such as en", max_length=12
+    )
+
+
 class Job(Section):
     """A fine-tuning job of spantune."""
 
@@ -346,6 +401,8 @@ class Job(Section):
         default=(), strict=False, description="questions answered as training goes on"
     )
     expect: Expect | None = None
+    track: Track = Field(default_factory=Track)
+    card: Card = Field(default_factory=Card)
 
 
 def divisors(number: int) -> list[int]:

@@ -12,23 +12,15 @@ from pathlib import Path
 from runner.ranks import free_port
 
 MAIN = Path(__file__).with_name("main.py")
-# Where the drivers of accelerators show theirs.
-_GPUS = (Path("/proc/driver/nvidia/gpus"), Path("/sys/class/kfd"), Path("/sys/class/accel"))
 
 
 def launch(arguments: Sequence[str], ranks: int | None) -> int:
     """Run `deepspeed runner/main.py ARGUMENTS` and return its exit code.
 
-    A single rank needs no launcher, which would take seconds to load torch twice: this process
-    becomes it, so that signals reach it too.
-
     Args:
         arguments: what each rank's command gets.
         ranks: processes to start; None: one for each GPU, or one where there is none.
     """
-    if ranks == 1 or (ranks is None and not any(map(Path.exists, _GPUS))):
-        sys.stdout.flush()
-        os.execv(sys.executable, [sys.executable, str(MAIN), *arguments])
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     # deepspeed starts `python` by name from the path; it must be the interpreter that runs now.
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"

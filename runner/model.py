@@ -32,9 +32,10 @@ from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from runner.batches import Packed, Padded
 from runner.errors import AssetError, DataError, JobError
+from runner.hub import snapshot
 from runner.job import Model
 from runner.provenance import cpu_features, file_sha256
-from runner.sources import package_folder
+from runner.sources import is_hub_model, package_folder
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Names under which configurations keep their two kinds of dropout.
@@ -50,11 +51,13 @@ _ATTENTION_DROPOUT_KEYS = ("attention_probs_dropout_prob", "attention_dropout")
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A model ready to be trained, its tokenizer, and where the weights came from."""
+    """A model ready to be trained, its tokenizer, and where the weights came from: a folder, and on
+    the hub a commit."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     location: str
+    revision: str | None
     weights_sha256: str | None
 
 
@@ -68,10 +71,8 @@ def load_config(section: Model) -> PreTrainedConfig:
     """
     location = model_location(section)
     quiet_libraries()
-    with _loading(section, location):
-        config = AutoConfig.from_pretrained(
-            location, revision=section.revision, trust_remote_code=False
-        )
+    with _loading(section):
+        config = AutoConfig.from_pretrained(location, trust_remote_code=False)
     if type(config) not in MODEL_FOR_QUESTION_ANSWERING_MAPPING:
         raise DataError(
             f"{section.name}: {config.model_type} has no question-answering head in transformers"
@@ -90,10 +91,8 @@ def load_tokenizer(section: Model) -> PreTrainedTokenizerBase:
     """
     location = model_location(section)
     config = load_config(section)
-    with _loading(section, location):
-        tokenizer = AutoTokenizer.from_pretrained(
-            location, revision=section.revision, trust_remote_code=False
-        )
+    with _loading(section):
+        tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=False)
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise DataError(f"{section.name}: has no vocabulary; are tokenizer files missing?")
     names = list(tokenizer.model_input_names)
@@ -121,11 +120,10 @@ def load_pretrained(section: Model, seed: int) -> Pretrained:
     tokenizer = load_tokenizer(section)
     config = load_config(section)
     torch.manual_seed(seed)
-    with _loading(section, location):
+    with _loading(section):
         model, found = AutoModelForQuestionAnswering.from_pretrained(
             location,
             config=config,
-            revision=section.revision,
             dtype=torch.float32,
             trust_remote_code=False,
             # Weights come as safetensors only: pickles can run code.
@@ -142,7 +140,7 @@ def load_pretrained(section: Model, seed: int) -> Pretrained:
             f"{section.name}: the weights are not those of its config.json: {len(strange)} tensors"
             f" are absent or of another shape, such as {min(strange)}"
         )
-    return Pretrained(model, tokenizer, location, weights_sha256)
+    return Pretrained(model, tokenizer, location, model_commit(section), weights_sha256)
 
 
 def empty_model(section: Model) -> PreTrainedModel:
@@ -324,27 +322,44 @@ def optimiser_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def model_location(section: Model) -> str:
-    """Where the model's files are: a folder, or the hub id as it stands."""
+    """The folder of the model's files; for a hub id, the one in the cache, fetched if need be.
+
+    Raises:
+        AssetError: if it is neither here nor reachable.
+    """
     if section.name.startswith("package:"):
         folder = package_folder(section.name.removeprefix("package:"))
         if folder is None:
             raise AssetError(f"model.name: {section.name} is not installed")
         return str(folder)
+    if _on_hub(section):
+        try:
+            return str(snapshot("model", section.name, section.revision).folder)
+        except AssetError as error:
+            raise AssetError(f"model.name: {error}") from None
+    if not Path(section.name).is_dir():
+        raise AssetError(f"model.name: no folder {section.name}")
     return section.name
 
 
+def model_commit(section: Model) -> str | None:
+    """The commit of a model from the hub, whatever the job calls its revision; None for a
+    folder."""
+    return snapshot("model", section.name, section.revision).commit if _on_hub(section) else None
+
+
 def declared_weights(section: Model) -> str | None:
-    """Hash the weights where they are a local file; None where they are not.
+    """Hash the weights; None where they are in several files.
 
     Raises:
+        AssetError: if they are neither here nor reachable.
         DataError: if the job declares another hash, or there is no one file to hash.
     """
-    location = Path(model_location(section))
-    files = sorted(location.glob("*.safetensors")) if location.is_dir() else []
+    files = sorted(Path(model_location(section)).glob("*.safetensors"))
     if len(files) != 1:
         if section.sha256 is not None:
             raise DataError(
-                f"{section.name}: model.sha256 is declared, but there are {len(files)} local"
+                f"{section.name}: model.sha256 is declared, but there are {len(files)} files"
                 " *.safetensors to hash, not one"
             )
         return None
@@ -355,6 +370,11 @@ def declared_weights(section: Model) -> str | None:
             " damaged version of the weights"
         )
     return found
+
+
+def _on_hub(section: Model) -> bool:
+    """Whether the name is one on the hub: a folder of this name comes first."""
+    return is_hub_model(section.name) and not Path(section.name).is_dir()
 
 
 def _takes_segment_ids(config: PreTrainedConfig) -> bool | None:
@@ -399,16 +419,10 @@ def _set_dropout(config: Any, section: Model) -> None:
 
 
 @contextmanager
-def _loading(section: Model, location: str) -> Iterator[None]:
-    """Say in one line that a model is not at hand, and how to fetch it, or that transformers cannot
-    read its folder."""
+def _loading(section: Model) -> Iterator[None]:
+    """Say in one line that transformers cannot read a model's folder."""
     try:
         yield
     except Exception as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        if isinstance(error, OSError) and not Path(location).is_dir():
-            raise AssetError(
-                f"model.name: {section.name}: {first}; to fetch it on a machine with network: "
-                f"hf download {section.name}"
-            ) from error
         raise DataError(f"model.name: {section.name}: cannot be read: {first}") from error

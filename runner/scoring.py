@@ -18,8 +18,8 @@ from span_kernels import reference_span_loss
 
 from runner.batches import score_batches
 from runner.console import Step
+from runner.control import gather
 from runner.dataset import Example
-from runner.engine import gather
 from runner.features import Windows
 from runner.job import Score
 from runner.metric_objects import Squad, SquadV2

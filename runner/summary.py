@@ -11,9 +11,9 @@ from typing import Any
 from runner.console import duration
 from runner.dataset import Example
 from runner.engine import Layout
-from runner.epoch import Totals
 from runner.job import Job, Probe
 from runner.prepare import Questions
+from runner.progress import Totals
 from runner.rundir import RunDir, write_atomic
 from runner.scoring import Evaluation, Readings
 from runner.tables import Value, markdown, read_rows
@@ -135,16 +135,18 @@ def announcement(
 
 
 def epoch_rows(run: RunDir) -> list[dict[str, Value]]:
-    """The columns of eval.csv that fit a terminal of 80 columns."""
+    """What eval.csv tells of each epoch, to fit a terminal of 80 columns: losses in nats, accuracy
+    of whole spans over windows, the epoch's wall seconds, windows trained a second."""
     return [
         {
             "epoch": int(row["epoch"]),
             "train loss": float(row["train_loss_nats"]),
-            "valid. loss": float(row["validation_loss_nats"]),
             "train acc %": float(row["train_span_accuracy_percent"]),
+            "valid. loss": float(row["validation_loss_nats"]),
             "valid. acc %": float(row["span_accuracy_percent"]),
             "EM %": float(row["exact_match_percent"]),
             "F1 %": float(row["f1_percent"]),
+            "time s": round(float(row["train_seconds"]) + float(row["evaluation_seconds"])),
             "win/s": float(row["examples_per_second"]),
         }
         for row in read_rows(run.eval_table)
@@ -190,9 +192,11 @@ def closing_lines(job: Job, run: RunDir, result: Mapping[str, Any]) -> list[str]
             f" {below_here(str(run.path))}:"
         ),
     ]
+    probes = [("probes.csv", "each probe's answers as training went on")] if job.probe else []
     for name, what in (
         ("model/", "the tuned model, for from_pretrained"),
         ("eval.csv, train.csv", "scores per epoch, loss per step"),
+        *probes,
         ("curves.png, curves.svg", "the same as pictures"),
         ("predictions.jsonl", "an answer for each validation question"),
         ("report.md, result.json", "the summary; only a run that succeeded has it"),

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from runner.card import model_card
-from runner.job import Job
+from runner.job import Card, Job
 
 GOLDEN = Path(__file__).with_name("golden") / "model_card.md"
 SCORES = {"exact_match": 81.25, "f1": 88.124, "loss": 0.875, "span_accuracy": 70.0}
@@ -57,6 +57,40 @@ def test_the_hub_reads_scores_and_names_from_the_front_matter(validation, name, 
         ("f1", 88.12, "F1 (%)"),
     ]
     assert {(r.dataset_name, r.dataset_type) for r in data.eval_results} == {(name, dataset)}
+    assert data.datasets == ["rajpurkar/squad"]
+    assert data.metrics == ["exact_match", "f1"]
+    assert (data.license, data.language) == (None, None)
+
+
+def test_the_hub_reads_what_the_job_declares():
+    from huggingface_hub import ModelCard
+
+    declared = job(validation="owner/set@v2#no:dev[:10]", train="/somewhere/mine.csv")
+    declared = declared.model_copy(update={"card": Card(license="cc-by-sa-4.0", language="no")})
+    data = ModelCard(card(declared)).data
+    assert (data.license, data.language) == ("cc-by-sa-4.0", "no")  # YAML's no is not false
+    assert data.datasets is None
+    (result, _) = data.eval_results
+    place = (result.dataset_config, result.dataset_split, result.dataset_revision)
+    assert place == ("no", "dev", "v2")
+
+
+def test_the_recipe_says_what_was_trained_and_how():
+    tables = job().model_dump()
+    tables["model"]["freeze"] = ["embeddings", "encoder.layer.0-5"]
+    tables["data"]["sample"] = 1000
+    tables["train"] |= {"warmup": 0.1, "epochs": 5}
+    tables["stop"] = {"metric": "f1"}
+    text = card(Job.model_validate(tables))
+    for row in (
+        "| questions | `rajpurkar/squad:train[:1000]`, 1000 of them drawn with the seed |",
+        "| windows | 384 tokens, stride 128 |",
+        "| frozen | `embeddings`, `encoder.layer.0-5` |",
+        "| epochs | at most 5; until f1 stops improving |",
+        "| optimiser | AdamW, learning rate 2e-05 (linear after a warm-up of 10 % of the steps),"
+        " weight decay 0 |",
+    ):
+        assert row in text
 
 
 @pytest.mark.parametrize("model", ["/somewhere/models/mine", "package:weights/model"])

@@ -29,9 +29,11 @@ CODES = {
     "JobError": 64,
     "DataError": 65,
     "AssetError": 69,
+    "MachineError": 71,
     "RunDirError": 73,
     "StorageError": 74,
     "Interrupted": 75,
+    "DivergedError": 76,
     "ExpectationError": 78,
 }
 

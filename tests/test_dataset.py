@@ -7,7 +7,6 @@ import csv
 import io
 import json
 import os
-import shutil
 import time
 
 import numpy as np
@@ -17,8 +16,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from runner import dataset
 from runner.dataset import Example, content_sha256, load_dataset
 from runner.errors import AssetError, DataError
+from runner.hub import Snapshot
 from runner.job import Columns
 
 EXAMPLES = (
@@ -552,15 +553,17 @@ def test_a_damaged_file_is_read_or_refused_never_a_crash(tmp_path, name, data):
             load(tmp_path / name, unanswerable=True, on_bad_row=on_bad_row, **columns)
 
 
-# ---- the hub
+# ---- the hub (how a repository gets here: test_hub.py)
 
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """`hub(name=content, ...)` writes the repository owner/repo where datasets looks first."""
-    monkeypatch.chdir(tmp_path)
-    folder = tmp_path / "owner" / "repo"
+    """`hub(name=content, ...)` writes the repository owner/repo at the commit ccc...; returns its
+    folder."""
+    folder = tmp_path / "snapshots" / ("c" * 40)
     folder.mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(dataset, "snapshot", lambda *_: Snapshot(folder, folder.name))
 
     def write(**files):
         for name, content in files.items():
@@ -573,6 +576,7 @@ def hub(tmp_path, monkeypatch):
 def test_a_hub_data_set_is_read_like_a_file(hub):
     hub(train_jsonl=jsonl(flat(EXAMPLES[:3])), validation_jsonl=jsonl(flat(EXAMPLES[3:])))
     data = load("owner/repo:train[1:]")
+    assert data.revision == "c" * 40
     assert data.examples == EXAMPLES[1:3]
     assert data.source == "owner/repo:train[1:]"
     assert load("owner/repo").examples == EXAMPLES[:3]
@@ -593,7 +597,7 @@ def test_a_hub_data_set_with_other_columns(hub):
         ("owner/repo", {"train_jsonl": b"{"}, DataError, "owner/repo: "),
         ("owner/repo", {"train_jsonl": b""}, DataError, "owner/repo: "),
         ("owner/repo", {"train_parquet": b"PAR1 PAR1"}, DataError, "owner/repo: "),
-        ("owner/repo", {"repo_py": b"open('canary', 'w')"}, DataError, "scripts are no longer"),
+        ("owner/repo", {"repo_py": b"open('canary', 'w')"}, DataError, "No .supported. data files"),
         (
             "owner/repo",
             {"train_jsonl": b'{"a": 1}'},
@@ -601,7 +605,7 @@ def test_a_hub_data_set_with_other_columns(hub):
             "no column 'question'; the c.* 'a'",
         ),
         ("owner/repo", {"train_jsonl": ROW + b"\n" + ROW}, DataError, "repo:2: id repeated"),
-        ("owner/repo", {}, AssetError, "doesn't contain any data"),
+        ("owner/repo", {}, DataError, "owner/repo.* doesn't contain any data"),
     ],
 )
 def test_a_hub_data_set_that_is_refused(hub, name, files, error, told):
@@ -611,29 +615,13 @@ def test_a_hub_data_set_that_is_refused(hub, name, files, error, told):
     assert not os.path.exists("canary")
 
 
-def test_a_hub_data_set_fetched_earlier_needs_no_network(hub):
-    from datasets import config
-
-    folder = hub(train_jsonl=jsonl(flat(EXAMPLES[:3])))
-    load("owner/repo")
-    shutil.rmtree(folder.parent)
-    # What a download from the hub leaves in the cache is the same, under its owner's name.
-    os.rename(f"{config.HF_DATASETS_CACHE}/repo", f"{config.HF_DATASETS_CACHE}/owner___repo")
-    try:
-        assert load("owner/repo:train[:2]").examples == EXAMPLES[:2]
-        with pytest.raises(AssetError, match="'owner/repo', 'other'"):
-            load("owner/repo#other")
-    finally:
-        shutil.rmtree(f"{config.HF_DATASETS_CACHE}/owner___repo")
-
-
 def test_a_hub_data_set_that_is_not_here_says_how_to_fetch_it(monkeypatch):
     began = time.monotonic()
     with pytest.raises(AssetError) as refused:
         load("nobody/nothing@v1.0#plain:train[:10]")
     assert time.monotonic() - began < 5
-    fetch = "datasets.load_dataset('nobody/nothing', 'plain', revision='v1.0')"
-    assert fetch in str(refused.value)
+    fetch = "hf download nobody/nothing --repo-type dataset --revision v1.0"
+    assert str(refused.value).endswith(fetch)
     assert refused.value.exit_code == 69
 
 

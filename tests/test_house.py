@@ -15,28 +15,24 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = {
-    0: ["errors", "ranks", "clock"],
+    0: ["errors", "ranks", "clock", "signals"],
     1: [
-        *("job", "jobfile", "job_problems", "sources", "toml_lines"),
-        *("rundir", "tables", "plots", "provenance", "console"),
+        *("job", "jobfile", "job_problems", "sources", "toml_lines", "expectation"),
+        *("rundir", "tables", "plots", "provenance", "console", "tracking"),
+        *("attempts", "claim", "starting", "files", "store", "commit"),
+        *("crew", "watch", "sameness"),
     ],
     2: [
-        *("dataset", "features", "feature_cache", "batches", "model", "prepare"),
+        *("hub", "dataset", "features", "feature_cache", "batches", "model", "prepare"),
         *("noise", "attention", "packing", "frozen", "resident", "reading"),
         *("spans", "span_search", "metrics", "metric_objects", "text_match"),
+        "tracker_process",
+        *("control", "shards", "plain"),
     ],
     3: [
-        *(
-            "engine",
-            "flat_zero",
-            "computing",
-            "scoring",
-            "span_loss",
-            "epoch",
-            "stopping",
-            "summary",
-        ),
-        *("export", "fresh_logits", "card"),
+        *("engine", "flat_zero", "computing", "scoring", "span_loss", "epoch", "stopping"),
+        *("export", "fresh_logits", "card", "progress", "health", "checkpoint", "keeping"),
+        "summary",
     ],
     4: ["train", "check", "launch"],
     5: ["cli", "main", "__main__", "__init__"],
@@ -45,6 +41,7 @@ FLOOR = {module: floor for floor, modules in FLOORS.items() for module in module
 # The desk: what a login node runs. The rest is the workshop.
 DESK = {*FLOORS[0], *FLOORS[1], *FLOORS[5], "launch"}
 HEAVY = {"torch", "transformers", "datasets", "deepspeed", "evaluate", "numpy", "span_kernels"}
+HEAVY |= {"huggingface_hub", "wandb", "tensorboard", "mlflow"}
 TREES = {
     path.stem: ast.parse(path.read_text(encoding="utf-8"), path.name)
     for path in sorted((ROOT / "runner").glob("*.py"))
@@ -148,7 +145,10 @@ def test_no_module_hides_a_library():
     assert not names & (set(sys.stdlib_module_names) | packages | projects)
 
 
-@pytest.mark.parametrize("module", ["jobfile", "cli", "rundir", "tables", "plots", "provenance"])
+@pytest.mark.parametrize(
+    "module",
+    ["jobfile", "cli", "rundir", "tables", "plots", "provenance", "tracking", "starting"],
+)
 def test_a_fresh_process_stays_light(module):
     script = f"import sys, runner.{module}; print(*sys.modules)"
     done = subprocess.run(

@@ -11,14 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-import runner.launch
 from runner.launch import MAIN, launch
-
-
-@pytest.fixture(autouse=True)
-def a_gpu(monkeypatch, tmp_path):
-    """A machine with an accelerator, whatever this one is."""
-    monkeypatch.setattr(runner.launch, "_GPUS", (tmp_path,))
 
 
 @pytest.fixture
@@ -45,16 +38,6 @@ def test_the_command(started, ranks, options):
     assert rest == [*expected, "rank", "a job.toml", "--set", "seed=1"]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", int(port)))
-
-
-@pytest.mark.parametrize(("ranks", "gpus"), [(1, True), (1, False), (None, False)])
-def test_one_rank_needs_no_launcher(started, monkeypatch, tmp_path, ranks, gpus):
-    if not gpus:
-        monkeypatch.setattr(runner.launch, "_GPUS", (tmp_path / "none",))
-    become = []
-    monkeypatch.setattr(os, "execv", lambda *arguments: become.append(arguments))
-    launch(["rank", "job.toml"], ranks)
-    assert become == [(sys.executable, [sys.executable, str(MAIN), "rank", "job.toml"])]
 
 
 def test_ranks_run_under_this_interpreter(started, monkeypatch):

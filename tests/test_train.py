@@ -170,8 +170,8 @@ def test_ranks_and_zero_stages_take_the_same_steps(job_file, tmp_path):
             losses[ranks, kind] = [float(row["loss_nats"]) for row in table][:20]
             choices = json.loads((runs / str(number) / "provenance.json").read_text())["computing"]
             flat = kind in (1, 2, "padded", "fused") or "flat" in str(kind)
-            assert choices["step"][0] == ("flat" if flat else "deepspeed"), kind
-            assert choices["batches"][0] == ("padded" if kind == "padded" else "packed")
+            assert choices["step"]["choice"] == ("flat" if flat else "deepspeed"), kind
+            assert choices["batches"]["choice"] == ("padded" if kind == "padded" else "packed")
     windows = json.loads((tmp_path / "ranks1" / "0" / "result.json").read_text())["step"] // 5
     assert windows < 20, "the first 20 steps must cross an epoch's end"
     reference = losses[1, 0]
