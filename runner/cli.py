@@ -86,7 +86,7 @@ def _parse(argv: list[str], rank: Rank) -> argparse.Namespace:
     check.set_defaults(act=_check)
 
     run = verbs.add_parser(
-        "run", help="train; starts deepspeed itself (a bare JOB.toml means the same)"
+        "run", help="train, or go on; starts the ranks itself (as a bare JOB.toml)"
     )
     _job_arguments(run)
     _run_arguments(run)
@@ -99,6 +99,12 @@ def _parse(argv: list[str], rank: Rank) -> argparse.Namespace:
     _job_arguments(one_rank)
     _run_arguments(one_rank)
     one_rank.set_defaults(act=_rank)
+
+    again = verbs.add_parser(
+        "reproduce", help="run a finished run again from its own record and compare the two"
+    )
+    _reproduce_arguments(again)
+    again.set_defaults(act=_reproduce)
 
     schema = verbs.add_parser("schema", help="print the JSON Schema of a job file")
     schema.set_defaults(act=_schema)
@@ -131,6 +137,16 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--threads", type=_count, metavar="N", help="CPU threads of each rank (cores / ranks)"
+    )
+
+
+def _reproduce_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, metavar="RUN", help="the folder of a finished run")
+    parser.add_argument(
+        "--into", type=Path, metavar="DIR", help="folder of the new run (beside RUN)"
+    )
+    parser.add_argument(
+        "--ranks", type=_count, metavar="N", help="processes to start (as many as RUN had)"
     )
 
 
@@ -223,6 +239,18 @@ def _run(arguments: argparse.Namespace) -> int:
     passed += ["--restart"] if arguments.restart else []
     passed += ["--threads", str(arguments.threads)] if arguments.threads else []
     return launch(["rank", arguments.job, *passed], arguments.ranks)
+
+
+def _reproduce(arguments: argparse.Namespace) -> int:
+    from runner.reproduce import check_reproduction, reproduce
+
+    found = reproduce(arguments.run, into=arguments.into, ranks=arguments.ranks)
+    _say("")
+    _say(f"{found.run.path} and, again, {found.again.path}:")
+    for line in found.lines():
+        _say(line)
+    check_reproduction(found)
+    return 0
 
 
 def _schema(_: argparse.Namespace) -> int:

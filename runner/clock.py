@@ -81,6 +81,9 @@ def _launches(process: psutil.Process) -> bool:
         return False
     if not interpreter.rpartition("/")[2].startswith("python"):
         return False
-    return "deepspeed.launcher" in " ".join(words) or (
-        bool(words) and words[0].rpartition("/")[2] in ("deepspeed", "spantune", "ds")
+    script = words[0].rpartition("/")[2] if words else ""
+    return (
+        script in ("deepspeed", "spantune", "ds")
+        or words[:2] == ["-m", "runner"]
+        or "deepspeed.launcher" in " ".join(words)
     )

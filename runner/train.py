@@ -304,9 +304,9 @@ def train_watched(
             train_epoch(course, progress, follow)
         with clock("probes"):
             ask_probes(epoch)
-        if rank.is_main:
-            draw_curves(run, job.name)
         if epoch % job.train.eval_every and not last:
+            if rank.is_main:
+                draw_curves(run, job.name)
             save(required=False)
             progress.next_epoch()
             continue

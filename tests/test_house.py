@@ -34,12 +34,12 @@ FLOORS = {
         *("export", "fresh_logits", "card", "progress", "health", "checkpoint", "keeping"),
         "summary",
     ],
-    4: ["train", "check", "launch"],
+    4: ["train", "check", "launch", "reproduce"],
     5: ["cli", "main", "__main__", "__init__"],
 }
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules}
 # The desk: what a login node runs. The rest is the workshop.
-DESK = {*FLOORS[0], *FLOORS[1], *FLOORS[5], "launch"}
+DESK = {*FLOORS[0], *FLOORS[1], *FLOORS[5], "launch", "reproduce"}
 HEAVY = {"torch", "transformers", "datasets", "deepspeed", "evaluate", "numpy", "span_kernels"}
 HEAVY |= {"huggingface_hub", "wandb", "tensorboard", "mlflow"}
 TREES = {
