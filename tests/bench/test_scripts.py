@@ -65,5 +65,5 @@ def test_training():
     small = ("--shape", "tiny", "--windows", 8, "--batch-size", 4, "--max-length", 64)
     rows = run("training.py", *small, "--steps", 1, "--warmup", 1, "--rounds", 1)
     modes = [row["mode"] for row in rows]
-    assert len(modes) == 3 + 4 + 3
+    assert len(modes) == 3 + 4 + 4 + 3
     assert all(float(row["ms a step"]) > 0 for row in rows)

@@ -1,6 +1,6 @@
 """Training throughput on one GPU (or, to try the script, on a CPU): random weights, real lengths.
 
-    python tests/bench/training.py --shape base [--parts throughput zero frozen] [--table FILE.md]
+    python tests/bench/training.py --shape base [--parts throughput zero layout frozen]
 
 Weights and tokens are random, which changes no time; window lengths are those of --data, or drawn
 from the quantiles below. Every mode takes the same batches of the same windows, a round of steps at
@@ -13,6 +13,8 @@ throughput  the recipe as Trainer runs it (bf16 autocast, windows padded to --ma
 zero        plain PyTorch (bf16 weights, fused AdamW, no master copy), our ZeRO-2, DeepSpeed's
             optimiser with our settings, and DeepSpeed's defaults; all packed
 frozen      half of the layers frozen, computed each time and kept
+layout      windows of similar length in a batch (train.length_buckets), padded and packed; on a CPU
+            also with PyTorch's own dropout, as before there was ours
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ from runner.engine import batch_layout, deepspeed_config, start_distributed, sta
 from runner.features import Windows
 from runner.job import Model, Train, Zero
 from runner.model import freeze, optimiser_groups
-from runner.noise import Noise
+from runner.noise import CpuDropout, Noise
 from runner.ranks import Rank
 from runner.reading import Reader
 from runner.span_loss import choose_span_loss
@@ -156,8 +158,14 @@ class Bench:
         vocabulary = 30522 if args.shape != "tiny" else 1000
         self.windows = windows_of(lengths_from(args), vocabulary)
         lengths_N = self.windows.lengths_N
-        batches = epoch_batches(lengths_N, args.batch_size, 1, 0, buckets=False)
-        self.batches = [rows for rows in batches if len(rows) == args.batch_size]
+        self.mixed, self.alike = (
+            [
+                rows
+                for rows in epoch_batches(lengths_N, args.batch_size, 1, 0, buckets=buckets)
+                if len(rows) == args.batch_size
+            ]
+            for buckets in (False, True)
+        )
         self.section = Train(
             epochs=1, batch_size=args.batch_size, learning_rate=3e-5, weight_decay=0.01
         )
@@ -212,10 +220,17 @@ class Bench:
             "end_positions": batch.ends_B,
         }
 
-    def ours(self, zero: Zero, *, compiled: str = "off", **section: Any) -> Step:
+    def ours(
+        self, zero: Zero, *, compiled: str = "off", torch_dropout: bool = False, **section: Any
+    ) -> Step:
         """spantune's step, as `epoch` takes it, without its logging."""
         reader, span_loss, noise = self._engine(zero, compile=compiled, **section)
         engine, passes = reader.model, iter(range(10**9))
+        if torch_dropout:
+            for parent in engine.module.modules():
+                for name, child in parent.named_children():
+                    if isinstance(child, CpuDropout):
+                        parent.register_module(name, nn.Dropout(child.p))
 
         def step(batch: np.ndarray) -> None:
             noise.restart(0, next(passes), 0)
@@ -313,11 +328,14 @@ class Bench:
 
     # ---- measuring
 
-    def measure(self, modes: dict[str, Step]) -> list[dict[str, Any]]:
+    def measure(
+        self, modes: dict[str, Step], batches: list[np.ndarray] | None = None
+    ) -> list[dict[str, Any]]:
         """Steps a mode at a time, rounds in turn; the first mode is what the others are compared
         with."""
         count, rounds = self.args.steps, self.args.rounds
-        chosen = [self.batches[n % len(self.batches)] for n in range(count)]
+        batches = batches or self.mixed
+        chosen = [batches[n % len(batches)] for n in range(count)]
         for name, step in modes.items():
             print(f"  warming up: {name}", file=sys.stderr)
             for rows in chosen[: min(count, self.args.warmup)]:
@@ -357,8 +375,8 @@ class Bench:
             f" tokens on average, {self.precision}; medians of {args.rounds} interleaved rounds of"
             f" {args.steps} steps."
         )
-        if not self.on_gpu:
-            settings += " On a CPU this is a trial of the script, not a result."
+        if args.shape == "tiny":
+            settings += " A trial of the script, not a result."
         text = measuring.report(f"Training, {part}", rows, [settings, *notes])
         measuring.show(text, args.table)
 
@@ -368,7 +386,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--shape", choices=SHAPES, default="base")
-    parser.add_argument("--parts", nargs="+", default=["throughput", "zero", "frozen"])
+    parser.add_argument("--parts", nargs="+", default=["throughput", "zero", "layout", "frozen"])
     parser.add_argument("--data", type=Path, help="SQuAD-format JSON file whose lengths to take")
     parser.add_argument("--tokenizer", help="the model whose tokenizer cuts it")
     parser.add_argument("--windows", type=int, default=4096)
@@ -400,6 +418,20 @@ def main() -> None:
             "ZeRO-2, DeepSpeed's defaults": bench.defaults(),
         }
         bench.report("what ZeRO-2 costs", bench.measure(modes))
+    if "layout" in args.parts:
+        modes = {
+            "padded": bench.ours(Zero(), packing="off"),
+            "packed": bench.ours(Zero(), packing="on"),
+        }
+        if not bench.on_gpu:
+            before = bench.ours(Zero(), packing="off", torch_dropout=True)
+            packed = bench.ours(Zero(), packing="on", torch_dropout=True)
+            modes = {
+                "padded, torch's dropout": before,
+                "packed, torch's dropout": packed,
+                **modes,
+            }
+        bench.report("buckets and packing", bench.measure(modes, bench.alike))
     if "frozen" in args.parts:
         modes = {
             "all layers trained": bench.ours(Zero()),
