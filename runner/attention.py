@@ -64,10 +64,11 @@ def _flash(
     scale: float,
 ) -> Tensor:
     bounds_S1, longest = packed.bounds_S1, packed.longest
-    if dropout == 0.0:
-        return varlen_attn(
-            query_THD, key_THD, value_THD, bounds_S1, bounds_S1, longest, longest, scale=scale
-        )  # type: ignore[return-value]  (the pair is returned only on request)
+    if dropout == 0.0 and scale == query_THD.shape[-1] ** -0.5:  # the scale it has by itself
+        found: Any = varlen_attn(
+            query_THD, key_THD, value_THD, bounds_S1, bounds_S1, longest, longest
+        )
+        return found
     # The public function has no dropout; what it calls does.
     return torch.ops.aten._flash_attention_forward(
         query_THD,

@@ -151,8 +151,9 @@ def start_distributed(rank: Rank, threads: int | None = None) -> torch.device:
         # A shared-memory reduction that is compiled at first use, for one to two minutes; a start
         # killed meanwhile leaves a lock on which later starts hang. gloo does without it.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # type: ignore[attr-defined]
-    # torch's deprecation of a call that DeepSpeed makes at each step is no news to our user.
-    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
+    # torch's deprecation of calls that DeepSpeed and we make at each step is no news to our user.
+    for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):
+        warnings.filterwarnings("ignore", message=f".*{name}.*", category=FutureWarning)
     if not dist.is_initialized():
         deepspeed.init_distributed(
             dist_backend="nccl" if on_cuda else "gloo",

@@ -100,8 +100,8 @@ def test_plain_dropout_modules_draw_with_torch():
     assert not torch.equal(first, other)
 
 
-@pytest.mark.parametrize("p", [0.0, 0.1])
-def test_the_gpus_branch_has_the_right_shapes(p):
+@pytest.mark.parametrize(("p", "scale"), [(0.0, 32**-0.5), (0.0, 0.2), (0.1, 0.2)])
+def test_the_gpus_branch_has_the_right_shapes(p, scale):
     """What can be known without a GPU: PyTorch's own shape functions take the arguments, forward
     and backward."""
     with FakeTensorMode(), torch.no_grad():
@@ -109,12 +109,12 @@ def test_the_gpus_branch_has_the_right_shapes(p):
         fake = [torch.empty(1, 64, 4, 32, **shape).transpose(1, 2) for _ in range(3)]
         where = Bounds(torch.zeros(5, dtype=torch.int32, device="cuda"), 384, ())
         module = Module(nn.Dropout(p))
-        found, _ = packed_attention(module, *fake, None, dropout=p, scaling=0.2, packed=where)
+        found, _ = packed_attention(module, *fake, None, dropout=p, scaling=scale, packed=where)
         assert found.shape == (1, 64, 4, 32)
         assert found.device.type == "cuda"
         assert found.is_contiguous()
     shape = {"dtype": torch.bfloat16, "device": "meta", "requires_grad": True}
     meta = [torch.empty(64, 4, 32, **shape) for _ in range(3)]
     where = Bounds(torch.zeros(5, dtype=torch.int32, device="meta"), 384, ())
-    gradients = torch.autograd.grad(_flash(*meta, where, p, 0.2).sum(), meta)
+    gradients = torch.autograd.grad(_flash(*meta, where, p, scale).sum(), meta)
     assert [g.shape for g in gradients] == [(64, 4, 32)] * 3
