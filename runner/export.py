@@ -24,8 +24,8 @@ from runner.answering import KEY, Answering
 from runner.dataset import Example
 from runner.errors import RunnerError
 from runner.features import Windows
+from runner.reading import Reader
 from runner.rundir import storage_errors
-from runner.scoring import Reader
 
 CHECKED_WINDOWS = 8
 # How far two computations of the same logits may lie apart, as a share of the largest: same

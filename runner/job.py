@@ -153,6 +153,27 @@ class Model(Section):
     attention_dropout: Share | None = Field(
         default=None, description="dropout of attention weights; unset: the model's own"
     )
+    cache_frozen: bool = Field(
+        default=False,
+        description=(
+            "compute the frozen embeddings and first layers once and keep their outputs; their"
+            " dropout is off then, which changes training"
+        ),
+    )
+    compile: Literal["auto", "on", "off"] = Field(
+        default="auto",
+        description=(
+            "compile each encoder layer with torch.compile; auto: on a GPU, where the job is long"
+            " enough to pay for it"
+        ),
+    )
+    packing: Literal["auto", "on", "off"] = Field(
+        default="auto",
+        description=(
+            "compute a batch's windows end to end instead of padding them; auto: where the model"
+            " and the device can"
+        ),
+    )
 
 
 class Train(Section):
@@ -246,6 +267,13 @@ class Zero(Section):
         ge=0,
         le=3,
         description="what ranks share out: 0 nothing, 1 optimiser, 2 + gradients, 3 + weights",
+    )
+    optimizer: Literal["auto", "flat", "deepspeed"] = Field(
+        default="auto",
+        description=(
+            "who takes the step in stages 1 and 2; flat: one flat gradient, no host sync;"
+            " deepspeed: its own; auto: flat, unless [zero.deepspeed] asks for what it has not"
+        ),
     )
     deepspeed: dict[str, Any] = Field(
         default_factory=dict,

@@ -16,6 +16,7 @@ from runner.card import model_card
 from runner.checkpoint import BEST, Checkpoints, windows_sha256
 from runner.claim import Attempt
 from runner.clock import Clock
+from runner.computing import Computing, choose_computing, keep_frozen
 from runner.console import Reporter
 from runner.control import Boundary, everyone, gather, is_cut_off, main_first, share
 from runner.crew import Crew
@@ -46,15 +47,18 @@ from runner.model import (
     parameter_table,
     takes_segment_ids,
 )
+from runner.noise import Noise
 from runner.plots import draw_curves
 from runner.prepare import Questions, load_questions, probe_examples
 from runner.progress import Memory, Progress, seed_everything
 from runner.ranks import Rank, current_rank
+from runner.reading import Reader
 from runner.records import LISTED
 from runner.report import write_report
+from runner.resident import make_resident
 from runner.rundir import RunDir, write_json
 from runner.sameness import differing_fields, read_record
-from runner.scoring import Reader, read_windows
+from runner.scoring import read_windows
 from runner.signals import asked
 from runner.span_loss import SpanLoss, choose_span_loss
 from runner.stopping import Stopper
@@ -101,7 +105,8 @@ def train(job: Job, *, attempt: Attempt | None, threads: int | None = None) -> R
         # cuBLAS reads this when CUDA starts; without it the strict mode below refuses its products.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    device = start_distributed(rank, threads)
+    with clock("deepspeed"):
+        device = start_distributed(rank, threads)
     folder, number = share((str(attempt.run.path), attempt.number) if attempt else None)
     run = RunDir(folder)
     crew = Crew(run, number, rank.index, rank.world)
@@ -136,6 +141,7 @@ def train_watched(
         )
         probes = probe_examples(job.probe)
         probe_windows = build_windows(probes, tokenizer, job.data.max_length, job.data.stride)
+        sets = [part.windows for part in (training, validation, tuning) if part is not None]
     stop_if_asked(run)
     watch.at("loading the model", bounded=False)
     with clock("model"):
@@ -148,9 +154,27 @@ def train_watched(
         total_steps = -(-len(training.windows) // job.train.batch_size) * job.train.epochs
         # From here on each rank draws its own dropout.
         seed_everything(job.seed * 1_000_003 + rank.index)
+        computing = choose_computing(
+            job.model,
+            job.zero,
+            pretrained.model,
+            device,
+            precision,
+            longest=max(int(windows.lengths_N.max()) for windows in sets),
+            tokens=len(training.windows.tokens_T) * job.train.epochs,
+            noise=Noise(job.seed, rank.index),
+        )
         groups = optimiser_groups(pretrained.model, job.train.weight_decay)
         span_loss = choose_span_loss(job.model.span_loss, pretrained.model, device, job.zero.stage)
-        engine = start_engine(pretrained.model, device, groups, job.train, config, total_steps)
+        engine = start_engine(
+            pretrained.model,
+            device,
+            groups,
+            job.train,
+            config,
+            total_steps,
+            computing.optimiser,
+        )
     stop_if_asked(run)
     pad_id = tokenizer.pad_token_id
     reader = Reader(
@@ -159,7 +183,18 @@ def train_watched(
         pad_id=pad_id if isinstance(pad_id, int) else 0,
         segment_ids=takes_segment_ids(tokenizer),
         multiple=8 if device.type == "cuda" else 1,
+        packing=computing.packing,
+        residents=make_resident(sets, device),
     )
+    with clock("frozen"):
+        reader, kept_lines = keep_frozen(
+            reader,
+            computing.trunk,
+            sets,
+            job.score.batch_size,
+            run.path,
+            rank,
+        )
 
     # What is remembered, how it is saved, and when.
     progress = Progress(torch.zeros(2, device=device), total_steps // job.train.epochs)
@@ -171,7 +206,7 @@ def train_watched(
         rank,
         engine,
         device,
-        identity(job, rank, layout, precision, training, validation, tuning),
+        identity(job, rank, layout, precision, computing, training, validation, tuning),
         reporter.say,
     )
     health = Health(
@@ -216,8 +251,10 @@ def train_watched(
         job.seed,
         rank,
         layout,
+        computing.noise,
         clock,
         health,
+        lambda text: reporter.say(f"  {text}"),
         lambda row: write_row(run.train_table, row),
         boundary,
     )
@@ -227,7 +264,8 @@ def train_watched(
             job, training, validation, tuning, parameters[-1], precision, layout
         ):
             reporter.say(f"  {line}")
-        reporter.say(f"  {span_loss.described()}")
+        for line in [span_loss.described(), *computing.described(), *kept_lines]:
+            reporter.say(f"  {line}")
         if job.model.freeze:
             reporter.show(terminal("Frozen layers", parameters))
 
@@ -268,6 +306,7 @@ def train_watched(
     origin = record(
         job, rank, device, training, validation, tuning, pretrained, precision, span_loss
     )
+    origin |= {"computing": computing.recorded()}
     if found is None:
         if rank.is_main:
             write_json(run.provenance, origin)
@@ -478,6 +517,7 @@ def identity(
     rank: Rank,
     layout: Layout,
     precision: str,
+    computing: Computing,
     training: Questions,
     validation: Questions,
     tuning: Questions | None,
@@ -488,6 +528,7 @@ def identity(
         "zero_stage": job.zero.stage,
         "layout": layout.micro_batches,
         "precision": precision,
+        "computing": computing.choice(),
         "train": training.dataset.sha256,
         "validation": validation.dataset.sha256,
         "tuning": None if tuning is None else tuning.dataset.sha256,

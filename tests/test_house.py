@@ -25,17 +25,19 @@ FLOORS = {
         "answer_arguments",
     ],
     2: [
-        *("hub", "dataset", "features", "batches", "model", "prepare"),
+        *("hub", "dataset", "features", "feature_cache", "batches", "model", "prepare"),
+        *("noise", "attention", "packing", "frozen", "resident", "reading"),
         *("spans", "span_search", "metrics", "metric_objects", "text_match"),
         "tracker_process",
         *("control", "shards", "plain"),
         *("question_source", "score_file"),
     ],
     3: [
-        *("engine", "scoring", "span_loss", "epoch", "stopping", "summary"),
+        *("engine", "flat_zero", "computing", "scoring", "span_loss", "epoch", "stopping"),
         *("export", "fresh_logits", "card", "progress", "health", "checkpoint", "keeping"),
         *("evaluation", "records"),
         *("error_tables", "comparison", "run_report", "comparison_report", "report"),
+        "summary",
     ],
     4: [
         *("train", "check", "launch", "reproduce"),
