@@ -104,7 +104,9 @@ def test_two_ranks_walk_a_whole_job(job_file, tmp_path, tiny):
         begin, end = int(row["start_character"]), int(row["end_character"])
         assert CONTEXT[begin:end] == row["answer"]
     steps = [int(row["step"]) for row in evals]
-    assert sorted(p.name for p in run.checkpoints.iterdir()) == [f"step-{n:06d}" for n in steps]
+    assert sorted(p.name for p in run.checkpoints.iterdir()) == [
+        f"step-{n:06d}-scored-a0001" for n in steps
+    ]
     predictions = [json.loads(line) for line in run.predictions.read_text().splitlines()]
     assert len(predictions) == 20
     assert result["export_difference"] < 1e-4
