@@ -7,12 +7,19 @@ import json
 import re
 from collections.abc import Mapping
 
+from runner.answering import KEY, Answering
 from runner.job import Job
 from runner.sources import parse_data
 
 
 def model_card(
-    job: Job, scores: Mapping[str, float], data: Mapping[str, str], job_text: str
+    job: Job,
+    scores: Mapping[str, float],
+    data: Mapping[str, str],
+    job_text: str,
+    *,
+    intervals: Mapping[str, tuple[float, float]],
+    asked: Answering,
 ) -> str:
     """Write the card in the hub's format: YAML front matter, then Markdown. Folders of this machine
     are left out: a card is made to be published.
@@ -22,23 +29,27 @@ def model_card(
         scores: metric name to percent (loss in nats).
         data: slice name to sha256 of its content.
         job_text: the resolved job file.
+        intervals: metric name to its 95 % interval, for those that have one.
+        asked: how the model is to be asked.
     """
-    train, validation, name = map(_public, (job.data.train, job.data.validation, job.model.name))
-    for path in (job.data.train, job.data.validation, job.model.name):
-        job_text = job_text.replace(_quoted(path), _quoted(_public(path)))
+    train, validation, name = map(
+        public_name, (job.data.train, job.data.validation, job.model.name)
+    )
+    for path in filter(
+        None, (job.data.train, job.data.validation, job.data.tuning, job.model.name)
+    ):
+        job_text = job_text.replace(_quoted(path), _quoted(public_name(path)))
     fence = "`" * max([3, *(len(run) + 1 for run in re.findall("`{3,}", job_text))])
     metrics = "\n".join(
         f"    - type: {metric}\n      name: {label}\n      value: {scores[metric]:.2f}"
         for metric, label in (("exact_match", "Exact match (%)"), ("f1", "F1 (%)"))
         if metric in scores
     )
-    rows = "\n".join(f"| {metric} | {value:.2f} |" for metric, value in scores.items())
-    slices = "\n".join(f"| `{_public(part)}` | `{digest}` |" for part, digest in data.items())
-    precise = (
-        "The model may answer nothing."
-        if job.data.unanswerable
-        else "The model always answers, also where the text holds no answer."
+    rows = "\n".join(
+        f"| {metric} | {value:.2f} | {_interval(intervals, metric)} |"
+        for metric, value in scores.items()
     )
+    slices = "\n".join(f"| `{public_name(part)}` | `{digest}` |" for part, digest in data.items())
     return f"""---
 library_name: transformers
 pipeline_tag: question-answering
@@ -65,8 +76,8 @@ on `{train}`.
 
 On `{validation}`:
 
-| metric | value |
-|---|---:|
+| metric | value | 95 % interval |
+|---|---:|---:|
 {rows}
 
 ## Data
@@ -90,8 +101,9 @@ tokenizer = AutoTokenizer.from_pretrained("path/to/model")
 model = AutoModelForQuestionAnswering.from_pretrained("path/to/model")
 ```
 
-Contexts longer than {job.data.max_length} tokens were read in windows that share {job.data.stride};
-answers have at most {job.score.max_answer_length} tokens. {precise}
+Contexts longer than {asked.max_length} tokens were read in windows that share {asked.stride};
+answers have at most {asked.score.max_answer_length} tokens. {_nothing(asked)}
+These settings stand in `config.json` under `{KEY}`, for `spantune predict path/to/model` to find.
 
 ## Limits
 
@@ -104,6 +116,24 @@ was scored on. A high score of a span says that it fits better than others, not 
 {job_text.strip()}
 {fence}
 """
+
+
+def _interval(intervals: Mapping[str, tuple[float, float]], metric: str) -> str:
+    if metric not in intervals:
+        return ""
+    low, high = intervals[metric]
+    return f"{low:.2f} to {high:.2f}"
+
+
+def _nothing(answering: Answering) -> str:
+    if not answering.unanswerable:
+        return "The model always answers, also where the text holds no answer."
+    tuned = answering.tuned
+    source = f", tuned on {tuned.questions} questions of `{tuned.source}`" if tuned else ""
+    return (
+        "The model answers nothing where the null score exceeds the best span's by more than"
+        f" {answering.score.null_threshold:.4g}{source}."
+    )
 
 
 def _origin(job: Job) -> str:
@@ -141,7 +171,7 @@ def _recipe(job: Job) -> str:
     warmup = f" after a warm-up of {100 * train.warmup:g} % of the steps" if train.warmup else ""
     stop = f"; until {job.stop.metric} stops improving" if job.stop else ""
     rows = {
-        "questions": f"`{_public(job.data.train)}`{sample}",
+        "questions": f"`{public_name(job.data.train)}`{sample}",
         "windows": f"{job.data.max_length} tokens, stride {job.data.stride}",
         "frozen": frozen or "nothing",
         "epochs": f"at most {train.epochs}{stop}" if stop else f"{train.epochs}",
@@ -155,7 +185,7 @@ def _recipe(job: Job) -> str:
     return "\n".join(f"| {name} | {text} |" for name, text in rows.items())
 
 
-def _public(name: str) -> str:
+def public_name(name: str) -> str:
     """A name as others may see it: of a file or folder, its last part."""
     return name.rpartition("/")[2] if name.startswith("/") else name
 

@@ -27,11 +27,13 @@ def check_data(job: Job, ranks: int) -> Iterator[str]:
     model = empty_model(job.model)
     freeze(model, job.model.freeze)
     tokenizer = load_tokenizer(job.model)
-    training, validation = load_questions(job.data, job.seed, tokenizer)
+    training, validation, tuning = load_questions(job.data, job.seed, tokenizer)
     yield f"{job.name}: {job.model.name} on {job.data.train}"
     yield ""
-    yield markdown([_data_row("train", training), _data_row("validation", validation)]).rstrip()
-    for part in (training, validation):
+    parts = {"train": training, "validation": validation}
+    parts |= {} if tuning is None else {"tuning": tuning}
+    yield markdown([_data_row(name, part) for name, part in parts.items()]).rstrip()
+    for part in parts.values():
         dropped = part.dataset.dropped
         if dropped:
             yield ""

@@ -36,8 +36,10 @@ _IDENTITY = {
     "zero_stage": "was made with ZeRO stage {}, this start has {}",
     "layout": "was made with {} micro-batches a step, this start has {}",
     "precision": "was made in {}, this start computes in {}",
+    "computing": "was computed with {}; this start computes with {}",
     "train": "was trained on other questions: the content of data.train has changed",
     "validation": "was scored on other questions: the content of data.validation has changed",
+    "tuning": "was tuned on other questions: the content of data.tuning has changed",
     "windows": "was trained on other windows: the tokenizer or its library has changed",
 }
 

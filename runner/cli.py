@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
 import os
 import sys
 import time
@@ -14,6 +15,16 @@ from contextlib import suppress
 from pathlib import Path
 
 from runner import __version__, signals
+from runner.answer_arguments import (
+    Opening,
+    UsageError,
+    check_predict,
+    columns_of,
+    count,
+    evaluate_arguments,
+    predict_arguments,
+    report_arguments,
+)
 from runner.console import complain
 from runner.errors import RunnerError
 from runner.job import Job
@@ -48,6 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if speaks:
             complain(str(error))
         return error.exit_code
+    except UsageError as error:
+        complain(f"spantune: {error}")
+        return 2
     except KeyboardInterrupt:
         return 130
     except Exception:
@@ -81,7 +95,7 @@ def _parse(argv: list[str], rank: Rank) -> argparse.Namespace:
         help="also read the data, the tokenizer and the configuration",
     )
     check.add_argument(
-        "--ranks", type=_count, default=1, metavar="N", help="ranks that the job is to run on (1)"
+        "--ranks", type=count, default=1, metavar="N", help="ranks that the job is to run on (1)"
     )
     check.set_defaults(act=_check)
 
@@ -91,7 +105,7 @@ def _parse(argv: list[str], rank: Rank) -> argparse.Namespace:
     _job_arguments(run)
     _run_arguments(run)
     run.add_argument(
-        "--ranks", type=_count, metavar="N", help="processes to start: GPUs here, or CPU ranks"
+        "--ranks", type=count, metavar="N", help="processes to start: GPUs here, or CPU ranks"
     )
     run.set_defaults(act=_run)
 
@@ -99,6 +113,24 @@ def _parse(argv: list[str], rank: Rank) -> argparse.Namespace:
     _job_arguments(one_rank)
     _run_arguments(one_rank)
     one_rank.set_defaults(act=_rank)
+
+    predict = verbs.add_parser(
+        "predict", help="answer questions from a file, from stdin, or one given here"
+    )
+    predict_arguments(predict)
+    predict.set_defaults(act=_predict)
+
+    evaluate = verbs.add_parser(
+        "evaluate", help="exact match and F1 of a finished model on other data"
+    )
+    evaluate_arguments(evaluate)
+    evaluate.set_defaults(act=_evaluate)
+
+    report = verbs.add_parser(
+        "report", help="a run's page: scores, curves, errors; or several runs compared"
+    )
+    report_arguments(report)
+    report.set_defaults(act=_report)
 
     again = verbs.add_parser(
         "reproduce", help="run a finished run again from its own record and compare the two"
@@ -136,7 +168,7 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
         "--restart", action="store_true", help="begin anew, whatever the folder holds"
     )
     parser.add_argument(
-        "--threads", type=_count, metavar="N", help="CPU threads of each rank (cores / ranks)"
+        "--threads", type=count, metavar="N", help="CPU threads of each rank (cores / ranks)"
     )
 
 
@@ -146,14 +178,8 @@ def _reproduce_arguments(parser: argparse.ArgumentParser) -> None:
         "--into", type=Path, metavar="DIR", help="folder of the new run (beside RUN)"
     )
     parser.add_argument(
-        "--ranks", type=_count, metavar="N", help="processes to start (as many as RUN had)"
+        "--ranks", type=count, metavar="N", help="processes to start (as many as RUN had)"
     )
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text!r}")
-    return int(text)
 
 
 def _load(arguments: argparse.Namespace) -> Job:
@@ -250,6 +276,74 @@ def _reproduce(arguments: argparse.Namespace) -> int:
     for line in found.lines():
         _say(line)
     check_reproduction(found)
+    return 0
+
+
+def _predict(arguments: argparse.Namespace) -> int:
+    check_predict(arguments, from_terminal=sys.stdin.isatty())
+    columns = columns_of(arguments.column)
+    from runner.predict_verb import predict_questions
+
+    source: str | int | tuple[str, str] = arguments.file or "-"
+    if arguments.question is not None:
+        source = (arguments.question, arguments.context)
+    elif source == "-":
+        source = sys.stdin.fileno()
+    predict_questions(
+        Opening.of(arguments),
+        source,
+        columns,
+        on_bad_row=arguments.on_bad_row,
+        listed=arguments.n_best,
+        output=arguments.output,
+        say=_say,
+    )
+    return 0
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    columns = columns_of(arguments.column)
+    from runner.dataset import load_dataset
+
+    dataset = load_dataset(
+        arguments.data, columns=columns, unanswerable=True, on_bad_row=arguments.on_bad_row
+    )
+    v2 = arguments.v2 or any(not example.answers for example in dataset.examples)
+    if arguments.model.endswith((".json", ".jsonl")):
+        from runner.score_file import file_lines, score_file
+
+        result = score_file(
+            Path(arguments.model),
+            dataset,
+            v2=v2,
+            no_answer=arguments.no_answer,
+            threshold=arguments.no_answer_threshold,
+            seed=arguments.seed,
+        )
+        lines = file_lines(result)
+    else:
+        from runner.assess import evaluate_model, evaluation_lines
+
+        result, folder = evaluate_model(
+            Opening.of(arguments), dataset, v2=v2, seed=arguments.seed, output=arguments.output
+        )
+        lines = evaluation_lines(arguments.data, result, len(dataset.dropped))
+        if folder is not None:
+            lines.append(f"Written to {folder}: report.html, predictions.jsonl, result.json")
+    for line in [json.dumps(result, indent=2, ensure_ascii=False)] if arguments.json else lines:
+        _say(line)
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from runner.report import write_comparison, write_report
+
+    if len(arguments.runs) == 1:
+        lines = write_report(arguments.runs[0], folder=arguments.output)
+    else:
+        lines = write_comparison(arguments.runs, arguments.output or Path())
+    for line in lines:
+        _say(line)
     return 0
 
 

@@ -92,6 +92,27 @@ class Reporter:
         yield line
 
 
+@contextmanager
+def progress(title: str, total: int | None) -> Iterator[Step]:
+    """A bar on stderr, where that is a terminal; elsewhere nothing. Results may go to stdout
+    meanwhile, unless that is the same terminal: then there is no bar either.
+
+    Args:
+        title: in front of the bar.
+        total: how much there is to do; None where nobody knows.
+    """
+    screen = Console(file=sys.stderr, highlight=False, emoji=False)
+    if not screen.is_terminal or sys.stdout.isatty():
+        yield lambda done, note="": None
+        return
+    columns = [TextColumn("{task.description}"), BarColumn(bar_width=20)]
+    columns += [MofNCompleteColumn(), TimeRemainingColumn()] if total is not None else []
+    bar = Progress(*columns, TextColumn("{task.fields[note]}"), console=screen, transient=True)
+    with bar:
+        task = bar.add_task(title, total=total, note="")
+        yield lambda done, note="": bar.update(task, completed=done, note=note)
+
+
 def duration(seconds: float) -> str:
     """Spell seconds as a person would: 48 s, 7 min 5 s, 2 h 10 min."""
     whole = round(seconds)

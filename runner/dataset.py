@@ -4,6 +4,7 @@ model loads."""
 from __future__ import annotations
 
 import csv
+import dataclasses
 import hashlib
 import io
 import json
@@ -133,6 +134,68 @@ def load_dataset(
     )
 
 
+@dataclass(frozen=True)
+class Asked:
+    """A question without right answers, and where it stands; `problem` says why it cannot be asked,
+    and is None where it can."""
+
+    place: str
+    id: str
+    question: str
+    context: str
+    problem: str | None
+
+
+def read_asked(name: str, columns: Columns) -> list[Asked]:
+    """Read the questions of a file, or of a slice of it, whatever answers stand beside them.
+
+    Raises:
+        DataError, AssetError: if the file cannot be read as a whole; a wrong row has its problem.
+    """
+    try:
+        source = parse_data(name)
+    except ValueError as error:
+        raise DataError(str(error)) from None
+    if source.kind == "hub":
+        raise DataError(f"{name}: no file; questions are read from a file or from stdin")
+    try:
+        rows = _file_rows(Path(source.location), columns, answers=False)
+    except DataError as error:
+        raise DataError(_for_command(error)) from None
+    if source.slice is not None:
+        rows = rows[slice(*source.slice.bounds(len(rows)))]
+    texts: dict[str, str | None] = {}
+    return [_asked(row, str(number), texts) for number, row in enumerate(rows, 1)]
+
+
+def parse_asked(line: bytes, file: str, number: int, columns: Columns) -> Asked:
+    """Read a question from a line of JSON; what is wrong with it is its problem."""
+    place = f"{file}:{number}"
+    try:
+        table = [_parse_json(line.decode("utf-8-sig" if number == 1 else "utf-8"), place)]
+        row, *_ = _flat_rows(file, table, None, columns, answers=False, first=number)
+    except UnicodeDecodeError as error:
+        return Asked(place, "", "", "", f"byte 0x{line[error.start]:02x} is not UTF-8")
+    except DataError as error:
+        why = _for_command(error).removeprefix(f"{place}: ").removeprefix(f"{file}: ")
+        return Asked(place, "", "", "", why)
+    return _asked(row, str(number), {})
+
+
+def _for_command(error: DataError) -> str:
+    # Who has no job file names columns on the command line.
+    return str(error).replace("in [data.columns]", "with --column KEY=NAME")
+
+
+def _asked(row: _Row, number: str, texts: dict[str, str | None]) -> Asked:
+    row = row if row.id is not None else dataclasses.replace(row, id=number)
+    bad = isinstance(row.answers, str) and row.question is None and row.context is None
+    why = str(row.answers) if bad else _problem(row, texts)
+    if why is not None:
+        return Asked(row.place, number, "", "", why)
+    return Asked(row.place, str(row.id), str(row.question), str(row.context), None)
+
+
 def sample_places(total: int, sample: int, seed: int, name: str = "data") -> list[int]:
     """Draw `sample` of `total` positions: the head of numpy's seeded permutation, ascending."""
     if sample > total:
@@ -158,17 +221,18 @@ def content_sha256(examples: Iterable[Example]) -> str:
 # --- reading -----------------------------------------------------------------------------------
 
 
-def _file_rows(path: Path, columns: Columns) -> list[_Row]:
+def _file_rows(path: Path, columns: Columns, *, answers: bool = True) -> list[_Row]:
     raw = _read(path)
     suffix = path.suffix.lower()
     if suffix == ".parquet":
-        return _parquet_rows(path, raw, columns)
+        return _parquet_rows(path, raw, columns, answers=answers)
     text = _decode(path, raw)
     if suffix == ".csv":
         csv.field_size_limit(2**31 - 1)
         reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
         try:
-            return _flat_rows(path.name, list(reader), list(reader.fieldnames or ()), columns)
+            names = list(reader.fieldnames or ())
+            return _flat_rows(path.name, list(reader), names, columns, answers=answers)
         except csv.Error as error:
             raise DataError(f"{path}:{reader.reader.line_num}: not valid CSV: {error}") from None
     if suffix == ".jsonl":
@@ -177,7 +241,7 @@ def _file_rows(path: Path, columns: Columns) -> list[_Row]:
             for n, line in enumerate(text.split("\n"), 1)
             if line.strip()
         ]
-        return _flat_rows(path.name, table, None, columns)
+        return _flat_rows(path.name, table, None, columns, answers=answers)
     parsed = _parse_json(text, str(path))
     if isinstance(parsed, dict) and isinstance(parsed.get("data"), list):
         parsed = parsed["data"]
@@ -187,7 +251,7 @@ def _file_rows(path: Path, columns: Columns) -> list[_Row]:
         )
     if any(isinstance(article, dict) and "paragraphs" in article for article in parsed):
         return list(_squad_rows(path.name, parsed))
-    return _flat_rows(path.name, parsed, None, columns)
+    return _flat_rows(path.name, parsed, None, columns, answers=answers)
 
 
 def _read(path: Path) -> bytes:
@@ -202,7 +266,7 @@ def _read(path: Path) -> bytes:
         raise DataError(f"{path}: cannot be read: {reason}") from None
 
 
-def _parquet_rows(path: Path, raw: bytes, columns: Columns) -> list[_Row]:
+def _parquet_rows(path: Path, raw: bytes, columns: Columns, *, answers: bool) -> list[_Row]:
     import pyarrow
     import pyarrow.parquet
 
@@ -211,7 +275,7 @@ def _parquet_rows(path: Path, raw: bytes, columns: Columns) -> list[_Row]:
         rows = table.to_pylist()
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise DataError(f"{path}: not valid Parquet: {_first_line(error)}") from None
-    return _flat_rows(path.name, rows, table.column_names, columns)
+    return _flat_rows(path.name, rows, table.column_names, columns, answers=answers)
 
 
 def _decode(path: Path, raw: bytes) -> str:
@@ -258,7 +322,13 @@ def _squad_rows(file: str, articles: Sequence[Any]) -> Iterator[_Row]:
 
 
 def _flat_rows(
-    file: str, table: Sequence[Any], names: Sequence[str] | None, columns: Columns
+    file: str,
+    table: Sequence[Any],
+    names: Sequence[str] | None,
+    columns: Columns,
+    *,
+    answers: bool = True,
+    first: int = 1,
 ) -> list[_Row]:
     if not table:
         return []
@@ -271,13 +341,9 @@ def _flat_rows(
         raise DataError(f"{file}: {len(twice)} column names appear twice, {twice[0]!r} first")
     answer = columns.answer or ("answer" if "answers" not in names and "answer" in names else None)
     start = columns.answer_start or ("answer_start" if "answer_start" in names else None)
-    wanted = [
-        columns.question,
-        columns.context,
-        answer or "answers",
-        columns.id,
-        columns.answer_start,
-    ]
+    wanted = [columns.question, columns.context, columns.id]
+    if answers:
+        wanted += [answer or "answers", columns.answer_start]
     missing = [name for name in wanted if name is not None and name not in names]
     if missing:
         raise DataError(
@@ -286,22 +352,24 @@ def _flat_rows(
         )
     identity = columns.id or ("id" if "id" in names else None)
     rows = []
-    for number, row in enumerate(table, 1):
+    for number, row in enumerate(table, first):
         place = f"{file}:{number}"
         if not isinstance(row, dict) or None in row:
             what = "more fields than columns" if isinstance(row, dict) else f"a row is {_kind(row)}"
             rows.append(_Row(place, *_NOTHING, what))
             continue
-        if (answer or "answers") not in row:
-            answers = f"no {answer or 'answers'}"
+        if not answers:
+            right = []
+        elif (answer or "answers") not in row:
+            right = f"no {answer or 'answers'}"
         elif answer is None:
-            answers = _answers(row["answers"])
+            right = _answers(row["answers"])
         elif row[answer] in (None, ""):
-            answers = []
+            right = []
         else:
-            answers = [(row[answer], _number(row.get(start)) if start else None)]
+            right = [(row[answer], _number(row.get(start)) if start else None)]
         key = _identity(row.get(identity)) if identity else str(number)
-        rows.append(_Row(place, key, row.get(columns.question), row.get(columns.context), answers))
+        rows.append(_Row(place, key, row.get(columns.question), row.get(columns.context), right))
     return rows
 
 

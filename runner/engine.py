@@ -16,6 +16,7 @@ from torch import nn
 
 from runner.control import PATIENCE, open_control
 from runner.errors import JobError
+from runner.flat_zero import flat_engine
 from runner.job import Train, Zero, divisors, one_of
 from runner.ranks import Rank, free_port
 
@@ -150,8 +151,9 @@ def start_distributed(rank: Rank, threads: int | None = None) -> torch.device:
         # A shared-memory reduction that is compiled at first use, for one to two minutes; a start
         # killed meanwhile leaves a lock on which later starts hang. gloo does without it.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # type: ignore[attr-defined]
-    # torch's deprecation of a call that DeepSpeed makes at each step is no news to our user.
-    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
+    # torch's deprecation of calls that DeepSpeed and we make at each step is no news to our user.
+    for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):
+        warnings.filterwarnings("ignore", message=f".*{name}.*", category=FutureWarning)
     if not dist.is_initialized():
         deepspeed.init_distributed(
             dist_backend="nccl" if on_cuda else "gloo",
@@ -186,8 +188,11 @@ def start_engine(
     train: Train,
     config: dict[str, Any],
     total_steps: int,
+    optimiser_kind: str = "deepspeed",
 ) -> Any:
     """Wrap the model in a DeepSpeed engine with torch's AdamW and the declared schedule.
+
+    `optimiser_kind` is "flat" or "deepspeed", as `flat_zero.choose_zero` decides.
 
     Raises:
         JobError: if DeepSpeed refuses a key of [zero.deepspeed].
@@ -205,6 +210,8 @@ def start_engine(
     factor = learning_rate_factor(train, total_steps)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
     try:
+        if optimiser_kind == "flat":
+            return flat_engine(model, optimiser, schedule, config)
         engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=optimiser,

@@ -20,11 +20,12 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from runner.answering import KEY, Answering
 from runner.dataset import Example
 from runner.errors import RunnerError
 from runner.features import Windows
+from runner.reading import Reader
 from runner.rundir import storage_errors
-from runner.scoring import Reader
 
 CHECKED_WINDOWS = 8
 # How far two computations of the same logits may lie apart, as a share of the largest: same
@@ -80,12 +81,15 @@ def export_model(
     state: dict[str, Tensor],
     tokenizer: PreTrainedTokenizerBase,
     card: str,
+    answering: Answering,
 ) -> None:
-    """Write weights (safetensors), configuration, tokenizer and model card into a new folder.
+    """Write weights (safetensors), configuration (with how to ask the model), tokenizer and model
+    card into a new folder.
 
     Raises:
         OSError: if they cannot be written.
     """
+    setattr(model.config, KEY, answering.model_dump(mode="json"))
     try:
         model.save_pretrained(folder, state_dict=state)
         tokenizer.save_pretrained(folder)

@@ -19,6 +19,8 @@ Text = Annotated[str, Field(min_length=1, pattern=r"\S")]
 Count = Annotated[int, Field(ge=1, le=1_000_000_000)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Percent = Annotated[float, Field(ge=0, le=100)]
+WindowTokens = Annotated[int, Field(ge=16, le=8192)]
+Stride = Annotated[int, Field(ge=0)]
 
 METRICS = ("f1", "exact_match", "span_accuracy", "start_accuracy", "end_accuracy", "loss")
 
@@ -64,14 +66,18 @@ class Data(Section):
         description="train on this many questions drawn from `train` with the seed; unset: all",
     )
     validation_sample: Count | None = Field(default=None, description="the same for `validation`")
-    max_length: int = Field(
-        default=384,
-        ge=16,
-        le=8192,
-        description="tokens in a window, question and special tokens included",
+    tuning: Text | None = Field(
+        default=None,
+        description=(
+            "SQuAD v2: questions on which the null threshold is tuned after each epoch, in the same"
+            " form; none of them may be in `validation`; unset: score.null_threshold as it is"
+        ),
     )
-    stride: int = Field(
-        default=128, ge=0, description="tokens shared by neighbouring windows of one context"
+    max_length: WindowTokens = Field(
+        default=384, description="tokens in a window, question and special tokens included"
+    )
+    stride: Stride = Field(
+        default=128, description="tokens shared by neighbouring windows of one context"
     )
     unanswerable: bool = Field(
         default=False, description="SQuAD v2: a question without an answer is data, not an error"
@@ -84,11 +90,21 @@ class Data(Section):
     )
     columns: Columns = Field(default_factory=Columns, description="column names of flat files")
 
-    @field_validator("train", "validation")
+    @field_validator("train", "validation", "tuning")
     @classmethod
-    def _readable_name(cls, text: str) -> str:
-        parse_data(text)
+    def _readable_name(cls, text: str | None) -> str | None:
+        if text is not None:
+            parse_data(text)
         return text
+
+    @model_validator(mode="after")
+    def _tuning_has_a_use(self) -> Data:
+        if self.tuning is not None and not self.unanswerable:
+            raise ValueError(
+                "tuning is for SQuAD v2; set unanswerable = true, or remove it: without it every"
+                " question is answered and there is no null threshold"
+            )
+        return self
 
     @model_validator(mode="after")
     def _stride_fits(self) -> Data:
@@ -136,6 +152,27 @@ class Model(Section):
     )
     attention_dropout: Share | None = Field(
         default=None, description="dropout of attention weights; unset: the model's own"
+    )
+    cache_frozen: bool = Field(
+        default=False,
+        description=(
+            "compute the frozen embeddings and first layers once and keep their outputs; their"
+            " dropout is off then, which changes training"
+        ),
+    )
+    compile: Literal["auto", "on", "off"] = Field(
+        default="auto",
+        description=(
+            "compile each encoder layer with torch.compile; auto: on a GPU, where the job is long"
+            " enough to pay for it"
+        ),
+    )
+    packing: Literal["auto", "on", "off"] = Field(
+        default="auto",
+        description=(
+            "compute a batch's windows end to end instead of padding them; auto: where the model"
+            " and the device can"
+        ),
     )
 
 
@@ -231,6 +268,13 @@ class Zero(Section):
         le=3,
         description="what ranks share out: 0 nothing, 1 optimiser, 2 + gradients, 3 + weights",
     )
+    optimizer: Literal["auto", "flat", "deepspeed"] = Field(
+        default="auto",
+        description=(
+            "who takes the step in stages 1 and 2; flat: one flat gradient, no host sync;"
+            " deepspeed: its own; auto: flat, unless [zero.deepspeed] asks for what it has not"
+        ),
+    )
     deepspeed: dict[str, Any] = Field(
         default_factory=dict,
         description="further keys of DeepSpeed's configuration, which checks them",
@@ -265,8 +309,11 @@ class Score(Section):
         default=0.0,
         description=(
             "SQuAD v2: answer nothing where the null score exceeds the best span's by more than"
-            " this"
+            " this (logits)"
         ),
+    )
+    tune_for: Literal["f1", "exact_match"] = Field(
+        default="f1", description="what the threshold tuned on data.tuning is to make best there"
     )
     batch_size: Count = Field(
         default=32, description="windows per forward pass on one rank during evaluation"

@@ -204,7 +204,7 @@ def _locate(
     is passed over."""
     located: dict[str, dict[str, str]] = {"data": {}, "model": {}}
     problems: list[tuple[KeyPath, str]] = []
-    for key in ("train", "validation"):
+    for key in ("train", "validation", "tuning"):
         try:
             source = parse_data(_text_at(table, "data", key))
         except ValueError:

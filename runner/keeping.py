@@ -12,10 +12,11 @@ import numpy as np
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from runner.answering import Answering
 from runner.errors import DataError
+from runner.evaluation import Evaluation
 from runner.export import export_model
 from runner.plain import from_plain, to_plain
-from runner.scoring import Evaluation
 
 MODEL = "model"
 _RECORD = "kept.json"
@@ -38,6 +39,7 @@ def write_kept(
     state: Mapping[str, Tensor],
     tokenizer: PreTrainedTokenizerBase,
     card: str,
+    answering: Answering,
 ) -> None:
     """Write an evaluation and its exported model into a new folder.
 
@@ -45,7 +47,7 @@ def write_kept(
         OSError: if they cannot be written.
     """
     folder.mkdir()
-    export_model(folder / MODEL, model, dict(state), tokenizer, card)
+    export_model(folder / MODEL, model, dict(state), tokenizer, card, answering)
     (folder / _RECORD).write_text(json.dumps(to_plain(kept)), encoding="utf-8")
 
 

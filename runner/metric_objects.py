@@ -12,7 +12,7 @@ from typing import Any
 import datasets
 import evaluate
 
-from runner.metrics import squad_scores, squad_v2_scores
+from runner.metrics import Scores, ScoresV2, squad_scores, squad_v2_scores
 
 _HOMEPAGE = "https://rajpurkar.github.io/SQuAD-explorer/"
 _CITATION = """\
@@ -33,7 +33,10 @@ Args:
 
 
 class _InMemory(evaluate.Metric):
-    """An `evaluate.Metric` of one process that never makes a cache file, a lock or a folder."""
+    """An `evaluate.Metric` of one process that never makes a cache file, a lock or a folder.
+
+    `scores` holds what the last `compute` found for each question, in the references' order.
+    """
 
     def __init__(self) -> None:
         super().__init__(keep_in_memory=True)
@@ -68,6 +71,8 @@ class Squad(_InMemory):
     Squad().compute(predictions=[...], references=[...]) in the format of `inputs_description`.
     """
 
+    scores: Scores
+
     def _info(self) -> evaluate.MetricInfo:
         return self._describe("v1.1", {})
 
@@ -78,11 +83,14 @@ class Squad(_InMemory):
         # By position, since the hub's metric counts a question as often as it is listed.
         found = {str(n): text[r["id"]] for n, r in enumerate(references) if r["id"] in text}
         wanted = {str(n): reference["answers"]["text"] for n, reference in enumerate(references)}
-        return squad_scores(found, wanted).official()
+        self.scores = squad_scores(found, wanted)
+        return self.scores.official()
 
 
 class SquadV2(_InMemory):
     """SQuAD v2.0: exact, f1, total, the same for HasAns_ and NoAns_, and the best thresholds."""
+
+    scores: ScoresV2
 
     def _info(self) -> evaluate.MetricInfo:
         return self._describe("v2.0", {"no_answer_probability": datasets.Value("float32")})
@@ -93,9 +101,10 @@ class SquadV2(_InMemory):
         references: list[dict[str, Any]],
         no_answer_threshold: float = 1.0,
     ) -> dict[str, float]:
-        return squad_v2_scores(
+        self.scores = squad_v2_scores(
             {prediction["id"]: prediction["prediction_text"] for prediction in predictions},
             {reference["id"]: reference["answers"]["text"] for reference in references},
             {prediction["id"]: prediction["no_answer_probability"] for prediction in predictions},
             no_answer_threshold,
-        ).official()
+        )
+        return self.scores.official()

@@ -3,7 +3,7 @@
 The sums run in the questions' order and in the scripts' own ways of adding, because another order
 rounds differently. Imports neither torch nor evaluate; `metric_objects` offers the same scores as
 `evaluate.Metric` objects. Shape suffixes: N questions, in the order of the references; M groups of
-questions of equal null difference.
+questions of equal null difference; U different values.
 """
 
 from __future__ import annotations
@@ -243,33 +243,63 @@ def tune_null_threshold(
     return NullThreshold(float(bound_M1[chosen]), float(100.0 * total_M1[chosen] / len(references)))
 
 
+Interval = tuple[float, float]
+LEVEL = 0.95
+RESAMPLES = 2000
+
+
 def bootstrap_interval(
-    values: np.ndarray, seed: int, level: float = 0.95, resamples: int = 2000
-) -> tuple[float, float]:
+    values: np.ndarray, seed: int, level: float = LEVEL, resamples: int = RESAMPLES
+) -> Interval:
     """Percentile bootstrap interval of a mean (Efron, 1979); the same seed gives the same interval.
+
+    N questions are drawn with replacement. Since scores of questions take few different values, how
+    often each value is drawn is drawn instead, from the multinomial distribution that the N draws
+    have: a million questions cost what a thousand do.
 
     Args:
         values: [N] one number per question, N >= 1, such as Scores.f1_N.
         seed: of numpy's default generator.
         level: share of the resampled means that lies inside.
-        resamples: how often N questions are drawn again, with replacement.
+        resamples: how often N questions are drawn again.
 
     Returns:
         Lower and upper end, in the unit of the values.
 
     Raises:
-        ValueError: no values, a level outside (0, 1), or no resamples.
+        ValueError: no values, one that is no number, a level outside (0, 1), or no resamples.
     """
     value_N = np.asarray(values, dtype=np.float64)
     if value_N.ndim != 1 or not len(value_N) or not 0 < level < 1 or resamples < 1:
         raise ValueError("needs values of shape [N], N >= 1, 0 < level < 1 and resamples >= 1")
+    if not np.isfinite(value_N).all():
+        raise ValueError("a value is not a finite number")
+    value_U, count_U = np.unique(value_N, return_counts=True)
     draw = np.random.default_rng(seed)
-    means, rows = [], max(1, 1_000_000 // len(value_N))  # a few MB at a time
+    means, rows = [], max(1, 1_000_000 // len(value_U))  # a few MB at a time
     for done in range(0, resamples, rows):
-        size = min(rows, resamples - done), len(value_N)
-        means.append(value_N[draw.integers(len(value_N), size=size)].mean(1))
+        size = min(rows, resamples - done)
+        drawn = draw.multinomial(len(value_N), count_U / len(value_N), size=size)
+        means.append(drawn @ value_U / len(value_N))
     low, high = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def intervals(scores: Scores | ScoresV2, seed: int) -> dict[str, Interval]:
+    """Bootstrap interval of exact match and F1, for SQuAD v2 also over questions with and without
+    an answer."""
+    rows = {"": np.full(scores.total, True)}
+    if isinstance(scores, ScoresV2):
+        if scores.has_answer is not None:
+            rows["has_answer_"] = scores.has_answer_N
+        if scores.no_answer is not None:
+            rows["no_answer_"] = ~scores.has_answer_N
+    found = {}
+    for part, chosen_N in rows.items():
+        for name, value_N in (("exact_match", scores.exact_N), ("f1", scores.f1_N)):
+            if (part, name) != ("no_answer_", "f1"):  # the same as its exact match
+                found[f"{part}{name}"] = bootstrap_interval(value_N[chosen_N], seed)
+    return found
 
 
 def _part(exact: Sequence[float], overlap: Sequence[float]) -> Part:

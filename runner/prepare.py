@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from runner.dataset import Dataset, Example, load_dataset
-from runner.errors import JobError
-from runner.features import Windows, cached_windows
+from runner.errors import DataError, JobError
+from runner.feature_cache import cached_windows
+from runner.features import Windows
 from runner.job import Data, Probe
 
 
@@ -25,17 +26,20 @@ class Questions:
 
 def load_questions(
     section: Data, seed: int, tokenizer: PreTrainedTokenizerBase
-) -> tuple[Questions, Questions]:
-    """Return training and validation questions.
+) -> tuple[Questions, Questions, Questions | None]:
+    """Return training and validation questions, and those on which a null threshold is tuned.
 
-    Both data sets are read and checked before either is tokenised: what is wrong in the second must
-        not wait.
+    All data sets are read and checked before one is tokenised: what is wrong in the last must not
+    wait.
 
     Raises:
         JobError: if a window is longer than the model's positions reach; else as `load_dataset` and
             `build_windows`.
+        DataError: if a question that is scored would also be tuned on.
     """
-    slices = ((section.train, section.sample), (section.validation, section.validation_sample))
+    slices = [(section.train, section.sample), (section.validation, section.validation_sample)]
+    if section.tuning is not None:
+        slices.append((section.tuning, None))
     datasets = [
         load_dataset(
             name,
@@ -47,7 +51,9 @@ def load_questions(
         )
         for name, sample in slices
     ]
-    train, validation = (
+    if section.tuning is not None:
+        refuse_shared(datasets[2], datasets[1])
+    parts = [
         Questions(
             dataset,
             *cached_windows(
@@ -55,8 +61,8 @@ def load_questions(
             ),
         )
         for dataset in datasets
-    )
-    for part in (train, validation):
+    ]
+    for part in parts:
         longest = int(part.windows.lengths_N.max())
         if longest > tokenizer.model_max_length:
             raise JobError(
@@ -65,7 +71,25 @@ def load_questions(
                     f" ({part.dataset.source}); this model takes {tokenizer.model_max_length}"
                 ]
             )
-    return train, validation
+    return parts[0], parts[1], parts[2] if len(parts) > 2 else None
+
+
+def refuse_shared(tuning: Dataset, validation: Dataset) -> None:
+    """Hold tuning and reported questions apart, by their texts: ids say nothing across files.
+
+    Raises:
+        DataError: naming the first question that is in both.
+    """
+    scored = {(e.question.strip(), e.context): e.id for e in validation.examples}
+    shared = [e for e in tuning.examples if (e.question.strip(), e.context) in scored]
+    if shared:
+        first = shared[0]
+        raise DataError(
+            f"data.tuning: {len(shared)} of its {len(tuning.examples)} questions are also in"
+            f" data.validation, such as {first.id} (there"
+            f" {scored[first.question.strip(), first.context]}); a threshold tuned on the questions"
+            " that are reported would report too much: take another slice"
+        )
 
 
 def probe_examples(probes: Sequence[Probe]) -> list[Example]:

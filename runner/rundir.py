@@ -32,6 +32,8 @@ class RunDir:
         self.curves_svg = self.path / "curves.svg"
         self.curves_png = self.path / "curves.png"
         self.report = self.path / "report.md"
+        self.report_page = self.path / "report.html"
+        self.evaluations = self.path / "evaluations"
         self.checkpoints = self.path / "checkpoints"
         self.attempts = self.path / "attempts"
         self.model = self.path / "model"
@@ -85,8 +87,8 @@ class RunDir:
         """All that a run writes; what stands beside it (submit.sh, a user's notes) is not its."""
         return (
             *(self.job, self.provenance, self.deepspeed, *self.tables, self.predictions),
-            *(self.curves_svg, self.curves_png, self.report, self.checkpoints, self.attempts),
-            *(self.model, self.log, self.result),
+            *(self.curves_svg, self.curves_png, self.report, self.report_page, self.evaluations),
+            *(self.checkpoints, self.attempts, self.model, self.log, self.result),
         )
 
     def finished(self) -> bool:

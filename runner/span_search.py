@@ -49,6 +49,12 @@ class Spans:
             self.score_NK.cpu(), self.start_NK.cpu(), self.end_NK.cpu(), self.null_score_N.cpu()
         )
 
+    def __getitem__(self, rows: slice | Tensor) -> Spans:
+        """The spans of some windows, by a slice (then they are views) or by positions."""
+        return Spans(
+            self.score_NK[rows], self.start_NK[rows], self.end_NK[rows], self.null_score_N[rows]
+        )
+
 
 def join(parts: Sequence[Spans]) -> Spans:
     """Put the spans of several batches, at least one and all of the same K, below one another."""

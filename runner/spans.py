@@ -10,13 +10,25 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from runner.span_search import NEVER, Mode, Spans, join, search
 
-__all__ = ["Answer", "Candidate", "Mode", "Spans", "answers", "join", "search"]
+__all__ = [
+    "Answer",
+    "Candidate",
+    "Mode",
+    "Spans",
+    "answers",
+    "decide",
+    "join",
+    "search",
+    "stream_answers",
+]
+
+_QUESTIONS = 4096  # merged at once: enough for numpy, little enough for memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +51,11 @@ class Candidate:
 class Answer:
     """The answer to a question: text, probability (`score`), characters [start, end) and window.
 
-    null_score is the least start + end logit at [CLS] over the question's windows. null_difference,
-    null_score minus the best span's logit score, is what a null threshold is compared with.
-    null_probability is the null answer's share of the n-best, 0.0 where no empty answer is allowed.
-    n_best is sorted, best first. Without any span: score 0.0, window -1, the best span's logit
-    counts as 0.0.
+    null_score is the least start + end logit at [CLS] over the question's windows, null_window
+    where it stands. null_difference, null_score minus the best span's logit score, is what a null
+    threshold is compared with. null_probability is the null answer's share of the n-best, 0.0 where
+    no empty answer is allowed. n_best is sorted, best first. Without any span: score 0.0, window
+    -1, the best span's logit counts as 0.0.
     """
 
     id: str
@@ -55,12 +67,35 @@ class Answer:
     null_score: float
     null_probability: float
     null_difference: float
+    null_window: int
     n_best: tuple[Candidate, ...]
 
     @property
     def span(self) -> Candidate | None:
         """The best candidate with text, whether or not the null answer won; None without any."""
         return next((candidate for candidate in self.n_best if candidate.text), None)
+
+
+def decide(answer: Answer, null_threshold: float, mode: Mode = "exact") -> Answer:
+    """The same answer under another null threshold, as `answers` with it would give.
+
+    Args:
+        answer: made by `answers` with some null threshold.
+        null_threshold: "" is the answer where null_difference exceeds it.
+        mode: as the answer was made.
+    """
+    if answer.null_difference > null_threshold:
+        chosen = "", answer.null_probability, 0, 0, answer.null_window
+    else:
+        best = answer.span or _nothing(mode)
+        chosen = best.text, best.score, best.start, best.end, best.window
+    text, score, start, end, window = chosen
+    return replace(answer, text=text, score=score, start=start, end=end, window=window)
+
+
+def _nothing(mode: Mode) -> Candidate:
+    # What stands for the best span where there is none.
+    return Candidate("empty" if mode == "run_qa" else "", 0.0, 0.0, 0, 0, -1)
 
 
 @contextmanager
@@ -76,7 +111,6 @@ def _collector_paused() -> Iterator[None]:
             gc.enable()
 
 
-@_collector_paused()
 def answers(
     spans: Spans,
     question_N: np.ndarray,
@@ -88,6 +122,7 @@ def answers(
     n_best: int = 20,
     null_threshold: float | None = None,
     mode: Mode = "exact",
+    keep: int | None = None,
 ) -> list[Answer]:
     """Merge the windows of each question into one answer and its n-best list.
 
@@ -109,6 +144,8 @@ def answers(
         n_best: the most spans to keep per question.
         null_threshold: None never answers "" where a span exists (SQuAD v1); else "" is the answer
             where null_difference > null_threshold (SQuAD v2, run_qa's rule).
+        keep: the most candidates that an answer lists, at least 1; None lists all of the n_best.
+            Probabilities stay those over all. The best span is always listed.
 
     Returns:
         One Answer per question, in the order of `ids`.
@@ -116,22 +153,85 @@ def answers(
     Raises:
         ValueError: question_N is not ascending, a question has no window, lengths do not agree.
     """
+    found = stream_answers(
+        spans,
+        question_N,
+        segments_N2=segments_N2,
+        chars_T2=chars_T2,
+        ids=ids,
+        contexts=contexts,
+        n_best=n_best,
+        null_threshold=null_threshold,
+        mode=mode,
+        keep=keep,
+    )
+    return list(found)
+
+
+def stream_answers(
+    spans: Spans,
+    question_N: np.ndarray,
+    *,
+    segments_N2: np.ndarray,
+    chars_T2: np.ndarray,
+    ids: Sequence[str],
+    contexts: Sequence[str],
+    n_best: int = 20,
+    null_threshold: float | None = None,
+    mode: Mode = "exact",
+    keep: int | None = None,
+) -> Iterator[Answer]:
+    """As `answers`, one after the other: a few thousand questions are in memory at a time."""
     num, spans = len(ids), spans.cpu()
     question_N, segments_N2 = np.asarray(question_N), np.asarray(segments_N2)
-    score_NK, null_N = spans.score_NK.numpy(), spans.null_score_N.numpy()
-    if not len(question_N) == len(segments_N2) == len(score_NK) or len(contexts) != num:
+    if not len(question_N) == len(segments_N2) == len(spans.score_NK) or len(contexts) != num:
         raise ValueError("the arrays hold different numbers of windows or of questions")
-    if n_best < 1:
-        raise ValueError("n_best, the spans to keep per question, must be at least 1")
+    if n_best < 1 or (keep is not None and keep < 1):
+        raise ValueError("n_best and keep, the spans to keep per question, must be at least 1")
     steps = np.diff(question_N.astype(np.int64), prepend=-1, append=num)
     if steps[0] != 1 or steps[-1] != 1 or not np.isin(steps, (0, 1)).all():
         raise ValueError("question_N must be ascending and name every question at least once")
-    if num == 0:
-        return []
+    chars_T2 = np.asarray(chars_T2)
 
+    def groups() -> Iterator[Answer]:
+        for first in range(0, num, _QUESTIONS):
+            last = min(first + _QUESTIONS, num)
+            low, high = np.searchsorted(question_N, [first, last])
+            yield from _merged(
+                spans[low:high],
+                question_N[low:high] - first,
+                segments_N2[low:high, 0],
+                chars_T2,
+                ids[first:last],
+                contexts[first:last],
+                n_best,
+                null_threshold,
+                mode,
+                keep,
+            )
+
+    return groups()
+
+
+@_collector_paused()
+def _merged(
+    spans: Spans,
+    question_N: np.ndarray,
+    offset_N: np.ndarray,
+    chars_T2: np.ndarray,
+    ids: Sequence[str],
+    contexts: Sequence[str],
+    n_best: int,
+    null_threshold: float | None,
+    mode: Mode,
+    keep: int | None,
+) -> list[Answer]:
+    # `answers` of a few questions, all of it checked.
+    num = len(ids)
+    score_NK, null_N = spans.score_NK.numpy(), spans.null_score_N.numpy()
     window_C, rank_C = np.nonzero(score_NK > NEVER)
     logit_C, question_C = score_NK[window_C, rank_C], question_N[window_C]
-    offset_C, chars_T2 = segments_N2[window_C, 0], np.asarray(chars_T2)
+    offset_C = offset_N[window_C]
     start_C = chars_T2[offset_C + spans.start_NK.numpy()[window_C, rank_C], 0]
     end_C = chars_T2[offset_C + spans.end_NK.numpy()[window_C, rank_C], 1]
     found_Q = np.bincount(question_C, minlength=num)
@@ -153,12 +253,16 @@ def answers(
     share_C, null_share_Q = _softmax(
         logit_C, question_C, null_Q if null_threshold is not None else np.full(num, NEVER)
     )
+    columns = question_C, share_C, logit_C, start_C, end_C, window_C - first_Q[question_C]
+    if keep is not None and mode == "exact":  # the best has text: no later one is needed
+        kept_C = _place_in_group(question_C) < keep
+        columns = tuple(column_C[kept_C] for column_C in columns)
+    question_C, *columns = columns
 
-    places = zip(question_C.tolist(), start_C.tolist(), end_C.tolist(), strict=True)
+    places = zip(*(column_C.tolist() for column_C in (question_C, *columns[2:4])), strict=True)
     texts = [contexts[question][start:end] for question, start, end in places]
-    columns = share_C, logit_C, start_C, end_C, window_C - first_Q[question_C]
-    candidates = list(map(Candidate, texts, *(column.tolist() for column in columns)))
-    nothing = Candidate("empty" if mode == "run_qa" else "", 0.0, 0.0, 0, 0, -1)
+    candidates = list(map(Candidate, texts, *(column_C.tolist() for column_C in columns)))
+    nothing = _nothing(mode)
     bounds = np.searchsorted(question_C, np.arange(num + 1)).tolist()
     found = np.minimum(found_Q, n_best).tolist()
     result = []
@@ -167,16 +271,19 @@ def answers(
     for question, (null_score, null_share, null_window, above) in enumerate(nulls):
         listed = tuple(candidates[bounds[question] : bounds[question + 1]])
         best = next((candidate for candidate in listed if candidate.text), nothing)
-        null_difference = null_score - best.logit
+        span, null_difference = best, null_score - best.logit
         if null_threshold is not None:
             null = Candidate("", null_share, null_score, 0, 0, null_window)
-            listed = (*listed[:above], null, *listed[above:])
+            if above <= len(listed):
+                listed = (*listed[:above], null, *listed[above:])
             best = null if null_difference > null_threshold else best
         elif listed and found[question] > 1:
             # run_qa does answer with a token without characters, unless it is the only candidate.
             best = listed[0]
+        if keep is not None and len(listed) > keep:
+            listed = listed[:keep] if span in (nothing, *listed[:keep]) else (*listed[:keep], span)
         chosen = best.text, best.score, best.start, best.end, best.window
-        nullness = null_score, null_share, null_difference
+        nullness = null_score, null_share, null_difference, null_window
         result.append(Answer(ids[question], *chosen, *nullness, listed))
     return result
 

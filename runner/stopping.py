@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from runner.evaluation import Evaluation
 from runner.job import Stop
-from runner.scoring import Evaluation
 
 
 @dataclass(frozen=True)

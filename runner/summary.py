@@ -3,20 +3,24 @@ predictions.jsonl."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from runner.answering import Answering, job_answering
+from runner.card import public_name
 from runner.console import duration
-from runner.dataset import Example
 from runner.engine import Layout
+from runner.evaluation import Evaluation, in_use
 from runner.job import Job, Probe
+from runner.metrics import LEVEL, RESAMPLES
 from runner.prepare import Questions
 from runner.progress import Totals
+from runner.records import as_lines, prediction_records
 from runner.rundir import RunDir, write_atomic
-from runner.scoring import Evaluation, Readings
-from runner.tables import Value, markdown, read_rows
+from runner.scoring import Readings
+from runner.tables import Value, read_rows
 
 
 def below_here(name: str) -> str:
@@ -25,9 +29,9 @@ def below_here(name: str) -> str:
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else name
 
 
-def data_hashes(training: Questions, validation: Questions) -> dict[str, str]:
+def data_hashes(*parts: Questions | None) -> dict[str, str]:
     """Slice name to content hash, for the model card."""
-    return {part.dataset.source: part.dataset.sha256 for part in (training, validation)}
+    return {part.dataset.source: part.dataset.sha256 for part in parts if part is not None}
 
 
 def headline(scores: Evaluation) -> dict[str, float]:
@@ -43,6 +47,13 @@ def headline(scores: Evaluation) -> dict[str, float]:
     }
 
 
+def reported(scores: Evaluation) -> dict[str, float]:
+    """What may be published: all scores but those at a threshold that was chosen on the very
+    questions scored."""
+    details = {k: v for k, v in scores.details.items() if not k.startswith("best_")}
+    return headline(scores) | details
+
+
 def eval_row(epoch: int, step: int, totals: Totals, scores: Evaluation) -> dict[str, Value]:
     """One row of eval.csv."""
     readings = scores.readings
@@ -53,15 +64,60 @@ def eval_row(epoch: int, step: int, totals: Totals, scores: Evaluation) -> dict[
         "train_span_accuracy_percent": 100 * totals.right / totals.windows,
         "validation_loss_nats": readings.loss,
         "exact_match_percent": scores.exact_match,
+        **_ends("exact_match", scores),
         "f1_percent": scores.f1,
+        **_ends("f1", scores),
         "start_accuracy_percent": readings.start_accuracy,
         "end_accuracy_percent": readings.end_accuracy,
         "span_accuracy_percent": readings.span_accuracy,
         **{f"{name}_percent": value for name, value in scores.details.items()},
+        **_threshold(scores),
         "train_seconds": totals.seconds,
         "evaluation_seconds": readings.seconds,
         "examples_per_second": totals.windows / totals.seconds,
     }
+
+
+def _ends(name: str, scores: Evaluation) -> dict[str, Value]:
+    low, high = scores.intervals[name]
+    return {f"{name}_low_percent": low, f"{name}_high_percent": high}
+
+
+def _threshold(scores: Evaluation) -> dict[str, Value]:
+    threshold = scores.null_threshold
+    return {} if threshold is None else {"null_threshold_logits": threshold}
+
+
+def result_scores(scores: Evaluation, default_threshold: float, seed: int) -> dict[str, Any]:
+    """The scores in result.json: metrics, their intervals and, for SQuAD v2, the null threshold.
+
+    Args:
+        scores: the evaluation.
+        default_threshold: null threshold where none is tuned.
+        seed: of the bootstrap.
+    """
+    table: dict[str, Any] = {
+        "metrics": headline(scores) | scores.details,
+        "intervals": {name: list(ends) for name, ends in scores.intervals.items()},
+        "bootstrap": {"level": LEVEL, "resamples": RESAMPLES, "seed": seed},
+        "questions": len(scores.exact_N),
+    }
+    if scores.null_threshold is not None:
+        table["null_threshold"] = {
+            "in_use": scores.null_threshold,
+            "default": default_threshold,
+            "tuned": None if scores.tuned is None else asdict(scores.tuned),
+        }
+    return table
+
+
+def answering_of(job: Job, scores: Evaluation) -> Answering:
+    """How the exported model is to be asked; folders of this machine are left out."""
+    tuned = scores.tuned
+    if tuned is not None:
+        tuned = replace(tuned, source=public_name(tuned.source))
+    score = in_use(job.score, scores.null_threshold)
+    return job_answering(job.data, score).model_copy(update={"tuned": tuned})
 
 
 def probe_table(epoch: int, readings: Readings, probes: Sequence[Probe]) -> list[dict[str, Value]]:
@@ -82,37 +138,35 @@ def probe_table(epoch: int, readings: Readings, probes: Sequence[Probe]) -> list
     ]
 
 
-def write_predictions(run: RunDir, readings: Readings, examples: Sequence[Example]) -> None:
+def write_predictions(
+    run: RunDir, scores: Evaluation, validation: Questions, *, unanswerable: bool
+) -> None:
     """Write predictions.jsonl: one question a line, with the right answers beside the model's."""
-    lines = [
-        json.dumps(
-            {
-                "id": answer.id,
-                "question": example.question,
-                "answer": answer.text,
-                "score": round(answer.score, 6),
-                "start": answer.start,
-                "end": answer.end,
-                "answers": list(example.answers),
-            },
-            ensure_ascii=False,
-        )
-        for answer, example in zip(readings.answers, examples, strict=True)
-    ]
-    write_atomic(run.predictions, "\n".join(lines) + "\n")
+    records = prediction_records(
+        scores.readings.answers,
+        validation.dataset.examples,
+        validation.windows,
+        scores.exact_N,
+        scores.f1_N,
+        unanswerable=unanswerable,
+    )
+    write_atomic(run.predictions, as_lines(records))
 
 
 def announcement(
     job: Job,
     training: Questions,
     validation: Questions,
+    tuning: Questions | None,
     parameters: Mapping[str, Value],
     precision: str,
     layout: Layout,
 ) -> list[str]:
     """Say what is about to happen, in a few lines."""
     lines = []
-    for name, part in (("train", training), ("validation", validation)):
+    for name, part in (("train", training), ("validation", validation), ("tuning", tuning)):
+        if part is None:
+            continue
         lines.append(
             f"{name}: {len(part.dataset.examples)} questions in {len(part.windows)} windows of"
             f" {part.windows.lengths_N.mean():.0f} tokens on"
@@ -153,40 +207,12 @@ def epoch_rows(run: RunDir) -> list[dict[str, Value]]:
     ]
 
 
-def report_text(
-    job: Job,
-    result: Mapping[str, Any],
-    epochs: Sequence[Mapping[str, Value]],
-    probes: Sequence[Mapping[str, Value]],
-) -> str:
-    """Write report.md: scores, epochs, probes, time."""
-    metrics = [{"metric": name, "value": value} for name, value in result["metrics"].items()]
-    seconds = [{"phase": name, "seconds": value} for name, value in result["seconds"].items()]
-    parts = [
-        f"# {job.name}",
-        (
-            f"Weights of epoch {result['epoch']} (step {result['step']}), scored on"
-            f" `{job.data.validation}`."
-        ),
-        markdown(metrics),
-        "## Epochs",
-        markdown(epochs),
-        "![curves](curves.svg)",
-    ]
-    if probes:
-        parts += ["## Probes", markdown(probes)]
-    parts += ["## Time", markdown(seconds)]
-    return "\n\n".join(part.rstrip() for part in parts) + "\n"
-
-
 def closing_lines(job: Job, run: RunDir, result: Mapping[str, Any]) -> list[str]:
     """The last lines of a run: its scores and where everything is."""
-    metric = result["metrics"]
     lines = [
-        (
-            f"Exact match {metric['exact_match']:.1f} %, F1 {metric['f1']:.1f} % on"
-            f" {below_here(job.data.validation)}"
-        ),
+        f"{score_line(result, '')} on {below_here(job.data.validation)}",
+        *threshold_lines(result),
+        f"In brackets: 95 % intervals over the {result['questions']:,} questions",
         (
             f"Done in {duration(result['seconds']['total'])}. Written to"
             f" {below_here(str(run.path))}:"
@@ -199,10 +225,38 @@ def closing_lines(job: Job, run: RunDir, result: Mapping[str, Any]) -> list[str]
         *probes,
         ("curves.png, curves.svg", "the same as pictures"),
         ("predictions.jsonl", "an answer for each validation question"),
-        ("report.md, result.json", "the summary; only a run that succeeded has it"),
+        ("report.html, report.md", "scores, curves, where it is wrong and how"),
+        ("result.json", "the scores; only a run that succeeded has it"),
     ):
         lines.append(f"  {name:24}{what}")
     return lines
+
+
+def score_line(result: Mapping[str, Any], prefix: str) -> str:
+    """Exact match and F1 with their intervals: those in use, or with the prefix "default_"."""
+    parts = []
+    for key, name in (("exact_match", "exact match"), ("f1", "F1")):
+        low, high = result["intervals"][f"{prefix}{key}"]
+        value = result["metrics"][f"{prefix}{key}"]
+        parts.append(f"{name} {value:.1f} % [{low:.1f} to {high:.1f}]")
+    text = ", ".join(parts)
+    return text[:1].upper() + text[1:]
+
+
+def threshold_lines(result: Mapping[str, Any]) -> list[str]:
+    """SQuAD v2: the null threshold in use and its origin, and what the default one gives."""
+    if "null_threshold" not in result:
+        return []
+    threshold, tuned = result["null_threshold"], result["null_threshold"]["tuned"]
+    if tuned is None:
+        return [f"at the null threshold {threshold['in_use']:.4g}, which was not tuned"]
+    return [
+        (
+            f"at the null threshold {threshold['in_use']:.4g}, tuned on {tuned['questions']:,}"
+            f" questions of {below_here(tuned['source'])};"
+        ),
+        f"at the default, {threshold['default']:.4g}: {score_line(result, 'default_')}",
+    ]
 
 
 def probe_changes(rows: Sequence[Mapping[str, Value]]) -> list[dict[str, Value]]:

@@ -57,7 +57,7 @@ def markdown(rows: Sequence[Mapping[str, Value]]) -> str:
     out.write("| " + " | ".join(keys) + " |\n")
     out.write("|" + "|".join("---:" if right else "---" for right in numeric) + "|\n")
     for row in rows:
-        cells = (" ".join(_shown(row[key]).split()).replace("|", "\\|") for key in keys)
+        cells = (" ".join(spelled(row[key]).split()).replace("|", "\\|") for key in keys)
         out.write("| " + " | ".join(cells) + " |\n")
     return out.getvalue()
 
@@ -71,7 +71,7 @@ def terminal(title: str, rows: Sequence[Mapping[str, Value]]) -> Table:
         right = all(isinstance(row[key], int | float | None) for row in rows)
         table.add_column(Text(key), justify="right" if right else "left", overflow="fold")
     for row in rows:
-        table.add_row(*(Text(_shown(value)) for value in row.values()))  # no markup: [CLS] stays
+        table.add_row(*(Text(spelled(value)) for value in row.values()))  # no markup: [CLS] stays
     return table
 
 
@@ -80,7 +80,8 @@ def _cell(value: Value) -> Value:
     return "" if value is None else repr(float(value)) if isinstance(value, float) else value
 
 
-def _shown(value: Value) -> str:
+def spelled(value: Value) -> str:
+    """A value as tables show it: three figures or one decimal."""
     if value is None:
         return "-"
     if isinstance(value, float):

@@ -16,6 +16,7 @@ from runner.card import model_card
 from runner.checkpoint import BEST, Checkpoints, windows_sha256
 from runner.claim import Attempt
 from runner.clock import Clock
+from runner.computing import Computing, choose_computing, keep_frozen
 from runner.console import Reporter
 from runner.control import Boundary, everyone, gather, is_cut_off, main_first, share
 from runner.crew import Crew
@@ -28,11 +29,12 @@ from runner.engine import (
 )
 from runner.epoch import Course, train_epoch
 from runner.errors import ExpectationError, Interrupted, MachineError
+from runner.evaluation import TunedThreshold, evaluate, in_use, tune
 from runner.expectation import missed_expectation
 from runner.export import gathered_state, own_logits, publish_model, verify_export
 from runner.features import build_windows
 from runner.health import Health
-from runner.job import Job
+from runner.job import Job, Score
 from runner.jobfile import dump_job
 from runner.keeping import MODEL, Kept, write_kept
 from runner.model import (
@@ -45,19 +47,25 @@ from runner.model import (
     parameter_table,
     takes_segment_ids,
 )
+from runner.noise import Noise
 from runner.plots import draw_curves
 from runner.prepare import Questions, load_questions, probe_examples
 from runner.progress import Memory, Progress, seed_everything
 from runner.ranks import Rank, current_rank
-from runner.rundir import RunDir, write_atomic, write_json
+from runner.reading import Reader
+from runner.records import LISTED
+from runner.report import write_report
+from runner.resident import make_resident
+from runner.rundir import RunDir, write_json
 from runner.sameness import differing_fields, read_record
-from runner.scoring import Reader, evaluate, read_windows
+from runner.scoring import read_windows
 from runner.signals import asked
 from runner.span_loss import SpanLoss, choose_span_loss
 from runner.stopping import Stopper
 from runner.store import Stage
 from runner.summary import (
     announcement,
+    answering_of,
     below_here,
     closing_lines,
     data_hashes,
@@ -66,7 +74,8 @@ from runner.summary import (
     headline,
     probe_changes,
     probe_table,
-    report_text,
+    reported,
+    result_scores,
     write_predictions,
 )
 from runner.tables import Value, append_row, terminal
@@ -96,7 +105,8 @@ def train(job: Job, *, attempt: Attempt | None, threads: int | None = None) -> R
         # cuBLAS reads this when CUDA starts; without it the strict mode below refuses its products.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    device = start_distributed(rank, threads)
+    with clock("deepspeed"):
+        device = start_distributed(rank, threads)
     folder, number = share((str(attempt.run.path), attempt.number) if attempt else None)
     run = RunDir(folder)
     crew = Crew(run, number, rank.index, rank.world)
@@ -126,11 +136,12 @@ def train_watched(
     watch.at("reading the data", bounded=False)
     with clock("data"):
         tokenizer = main_first(rank, lambda: load_tokenizer(job.model))
-        training, validation = main_first(
+        training, validation, tuning = main_first(
             rank, lambda: load_questions(job.data, job.seed, tokenizer)
         )
         probes = probe_examples(job.probe)
         probe_windows = build_windows(probes, tokenizer, job.data.max_length, job.data.stride)
+        sets = [part.windows for part in (training, validation, tuning) if part is not None]
     stop_if_asked(run)
     watch.at("loading the model", bounded=False)
     with clock("model"):
@@ -143,9 +154,27 @@ def train_watched(
         total_steps = -(-len(training.windows) // job.train.batch_size) * job.train.epochs
         # From here on each rank draws its own dropout.
         seed_everything(job.seed * 1_000_003 + rank.index)
+        computing = choose_computing(
+            job.model,
+            job.zero,
+            pretrained.model,
+            device,
+            precision,
+            longest=max(int(windows.lengths_N.max()) for windows in sets),
+            tokens=len(training.windows.tokens_T) * job.train.epochs,
+            noise=Noise(job.seed, rank.index),
+        )
         groups = optimiser_groups(pretrained.model, job.train.weight_decay)
         span_loss = choose_span_loss(job.model.span_loss, pretrained.model, device, job.zero.stage)
-        engine = start_engine(pretrained.model, device, groups, job.train, config, total_steps)
+        engine = start_engine(
+            pretrained.model,
+            device,
+            groups,
+            job.train,
+            config,
+            total_steps,
+            computing.optimiser,
+        )
     stop_if_asked(run)
     pad_id = tokenizer.pad_token_id
     reader = Reader(
@@ -154,7 +183,18 @@ def train_watched(
         pad_id=pad_id if isinstance(pad_id, int) else 0,
         segment_ids=takes_segment_ids(tokenizer),
         multiple=8 if device.type == "cuda" else 1,
+        packing=computing.packing,
+        residents=make_resident(sets, device),
     )
+    with clock("frozen"):
+        reader, kept_lines = keep_frozen(
+            reader,
+            computing.trunk,
+            sets,
+            job.score.batch_size,
+            run.path,
+            rank,
+        )
 
     # What is remembered, how it is saved, and when.
     progress = Progress(torch.zeros(2, device=device), total_steps // job.train.epochs)
@@ -166,7 +206,7 @@ def train_watched(
         rank,
         engine,
         device,
-        identity(job, rank, layout, precision, training, validation),
+        identity(job, rank, layout, precision, computing, training, validation, tuning),
         reporter.say,
     )
     health = Health(
@@ -211,30 +251,51 @@ def train_watched(
         job.seed,
         rank,
         layout,
+        computing.noise,
         clock,
         health,
+        lambda text: reporter.say(f"  {text}"),
         lambda row: write_row(run.train_table, row),
         boundary,
     )
     if rank.is_main:
         write_json(run.deepspeed, config)
-        for line in announcement(job, training, validation, parameters[-1], precision, layout):
+        for line in announcement(
+            job, training, validation, tuning, parameters[-1], precision, layout
+        ):
             reporter.say(f"  {line}")
-        reporter.say(f"  {span_loss.described()}")
+        for line in [span_loss.described(), *computing.described(), *kept_lines]:
+            reporter.say(f"  {line}")
         if job.model.freeze:
             reporter.show(terminal("Frozen layers", parameters))
 
-    def ask_probes(epoch: int) -> None:
+    def ask_probes(epoch: int, score: Score) -> None:
         asked_before = any(row["epoch"] == epoch for row in memory.probe_rows)
         if not probes or asked_before:  # and saved, by the attempt before this one
             return
         readings = read_windows(
-            reader, probe_windows, probes, job.score, rank, unanswerable=job.data.unanswerable
+            reader, probe_windows, probes, score, rank, unanswerable=job.data.unanswerable
         )
         if readings is not None:
             memory.probe_rows.extend(rows := probe_table(epoch, readings, job.probe))
             for row in rows:
                 write_row(run.probe_table, row)
+
+    def tuned_threshold() -> TunedThreshold | None:
+        """Tune on data.tuning. Every rank must call this; rank 0 gets what was found."""
+        if tuning is None:
+            return None
+        readings = read_windows(
+            reader,
+            tuning.windows,
+            tuning.dataset.examples,
+            job.score,
+            rank,
+            unanswerable=True,
+            keep=1,
+            step=lambda done, note="": boundary(),
+        )
+        return None if readings is None else tune(readings, tuning.dataset, job.score)
 
     watch.at("loading the checkpoint", bounded=False)
     kept: Kept | None = None
@@ -242,12 +303,15 @@ def train_watched(
         found = checkpoints.load(memory, needs_best=job.stop is not None)
         if found is not None and rank.is_main:
             kept = checkpoints.kept(memory)
-    origin = record(job, rank, device, training, validation, pretrained, precision, span_loss)
+    origin = record(
+        job, rank, device, training, validation, tuning, pretrained, precision, span_loss
+    )
+    origin |= {"computing": computing.recorded()}
     if found is None:
         if rank.is_main:
             write_json(run.provenance, origin)
         with clock("probes"):
-            ask_probes(0)
+            ask_probes(0, job.score)
     else:
         reporter.say(f"  goes on after step {progress.step} of {total_steps} ({found.name})")
         if rank.is_main:
@@ -264,9 +328,12 @@ def train_watched(
             ) as follow,
         ):
             train_epoch(course, progress, follow)
+        is_scored = epoch % job.train.eval_every == 0 or last
+        with clock("evaluation"):
+            tuned = tuned_threshold() if is_scored else None
         with clock("probes"):
-            ask_probes(epoch)
-        if epoch % job.train.eval_every and not last:
+            ask_probes(epoch, in_use(job.score, tuned.threshold if tuned else None))
+        if not is_scored:
             if rank.is_main:
                 draw_curves(run, job.name)
             save(required=False)
@@ -280,13 +347,19 @@ def train_watched(
                 job.score,
                 rank,
                 unanswerable=job.data.unanswerable,
+                keep=LISTED,
                 step=lambda done, note="": boundary(),
             )
         watch.at(f"scoring after epoch {epoch}", bounded=False)
         scores = verdict = None
         if readings is not None:
             scores = evaluate(
-                readings, validation.dataset.examples, unanswerable=job.data.unanswerable
+                readings,
+                validation.dataset.examples,
+                job.score,
+                unanswerable=job.data.unanswerable,
+                seed=job.seed,
+                tuned=tuned,
             )
             verdict = memory.stopper.judge(scores)
             write_row(run.eval_table, eval_row(epoch, progress.step, progress.totals, scores))
@@ -303,9 +376,17 @@ def train_watched(
             def write_best(stage: Stage, kept: Kept | None = kept, state: Any = state) -> None:
                 if kept is None:
                     raise AssertionError("rank 0 has scored the model")
-                hashes = data_hashes(training, validation)
-                card = model_card(job, headline(kept.scores), hashes, dump_job(job))
-                write_kept(stage.folder / BEST, kept, engine.module, state, tokenizer, card)
+                scores, answering = kept.scores, answering_of(job, kept.scores)
+                card = model_card(
+                    job,
+                    reported(scores),
+                    data_hashes(training, validation, tuning),
+                    dump_job(job),
+                    intervals=scores.intervals,
+                    asked=answering,
+                )
+                folder = stage.folder / BEST
+                write_kept(folder, kept, engine.module, state, tokenizer, card, answering)
 
             save(write_best, required=True)
             if rank.is_main:
@@ -334,7 +415,7 @@ def train_watched(
                 job.data.stride,
             )
         result = {
-            "metrics": headline(kept.scores) | kept.scores.details,
+            **result_scores(kept.scores, job.score.null_threshold, job.seed),
             "epoch": kept.epoch,
             "step": kept.step,
             "weights_sha256": provenance.file_sha256(run.model / "model.safetensors"),
@@ -373,8 +454,8 @@ def finish(
 ) -> None:
     """Write predictions, report and, last of all, result.json; show the outcome."""
     shown = probe_changes(probe_rows)
-    write_predictions(run, kept.scores.readings, validation.dataset.examples)
-    write_atomic(run.report, report_text(job, result, epoch_rows(run), shown))
+    write_predictions(run, kept.scores, validation, unanswerable=job.data.unanswerable)
+    write_report(run.path, result)
     write_json(run.result, result)
     if shown:
         reporter.show(terminal("What the model answers", shown))
@@ -388,6 +469,7 @@ def record(
     device: torch.device,
     training: Questions,
     validation: Questions,
+    tuning: Questions | None,
     pretrained: Pretrained,
     precision: str,
     span_loss: SpanLoss,
@@ -406,7 +488,12 @@ def record(
                 "revision": questions.dataset.revision,
                 "sha256": questions.dataset.sha256,
             }
-            for part, questions in (("train", training), ("validation", validation))
+            for part, questions in (
+                ("train", training),
+                ("validation", validation),
+                ("tuning", tuning),
+            )
+            if questions is not None
         },
         "model": {
             "name": job.model.name,
@@ -430,8 +517,10 @@ def identity(
     rank: Rank,
     layout: Layout,
     precision: str,
+    computing: Computing,
     training: Questions,
     validation: Questions,
+    tuning: Questions | None,
 ) -> dict[str, Any]:
     """What a checkpoint must share with this start to be its own."""
     return {
@@ -439,8 +528,10 @@ def identity(
         "zero_stage": job.zero.stage,
         "layout": layout.micro_batches,
         "precision": precision,
+        "computing": computing.choice(),
         "train": training.dataset.sha256,
         "validation": validation.dataset.sha256,
+        "tuning": None if tuning is None else tuning.dataset.sha256,
         "windows": windows_sha256(training.windows, validation.windows),
     }
 

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from runner.answering import Tuned, job_answering
 from runner.card import model_card
 from runner.job import Card, Job
 
 GOLDEN = Path(__file__).with_name("golden") / "model_card.md"
+INTERVALS = {"exact_match": (78.25, 84.0), "f1": (86.0, 90.125)}
 SCORES = {"exact_match": 81.25, "f1": 88.124, "loss": 0.875, "span_accuracy": 70.0}
 
 
@@ -24,9 +26,10 @@ def job(text="", **data):
     return Job.model_validate(tables | ({"model": {"name": text}} if text else {}))
 
 
-def card(job, job_text='name = "tiny-card"\n'):
+def card(job, job_text='name = "tiny-card"\n', tuned=None):
     hashes = {job.data.train: "a1" * 32, job.data.validation: "b2" * 32}
-    return model_card(job, SCORES, hashes, job_text)
+    answering = job_answering(job.data, job.score).model_copy(update={"tuned": tuned})
+    return model_card(job, SCORES, hashes, job_text, intervals=INTERVALS, asked=answering)
 
 
 def test_the_card_is_the_golden_one():
@@ -119,4 +122,15 @@ def test_a_fence_in_the_job_does_not_end_the_jobs_own():
 
 def test_the_card_says_whether_the_model_may_answer_nothing():
     assert "always answers" in card(job())
-    assert "may answer nothing" in card(job(unanswerable=True))
+    text = card(job(unanswerable=True))
+    assert "answers nothing where the null score exceeds the best span's by more than 0." in text
+    tuned = Tuned(source="dev.json", sha256="c3" * 32, questions=200, metric="f1", percent=50.0)
+    text = card(job(unanswerable=True), tuned=tuned)
+    assert "by more than 0, tuned on 200 questions of `dev.json`." in text
+
+
+def test_the_tuning_data_are_no_folder_of_the_machine_either():
+    from runner.jobfile import dump_job
+
+    private = job(unanswerable=True, tuning="/somewhere/t.json[:5]")
+    assert "/somewhere" not in card(private, dump_job(private))

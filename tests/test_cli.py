@@ -123,7 +123,10 @@ def test_line_100_is_a_line():
     )
 
 
-@pytest.mark.parametrize("verb", [[], ["check"], ["run"], ["schema"]])
+VERBS = ("check", "run", "predict", "evaluate", "report", "schema")
+
+
+@pytest.mark.parametrize("verb", [[], *([verb] for verb in VERBS)])
 def test_help_fits_80_columns(verb):
     code, out, err = spantune(*verb, "--help", COLUMNS="80")
     assert (code, err) == (0, "")
@@ -330,4 +333,4 @@ def test_the_help_tells_every_verb_that_people_use(capsys):
     with pytest.raises(SystemExit):
         cli.main(["--help"])
     verbs = re.findall(r"^    (\w+)(?: {2,}|$)", capsys.readouterr().out, re.MULTILINE)
-    assert verbs == ["check", "run", "reproduce", "schema"]
+    assert verbs == ["check", "run", "predict", "evaluate", "report", "reproduce", "schema"]

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import time
+from types import SimpleNamespace
 
+import psutil
 import pytest
 
+import runner.clock
 from runner.clock import Clock
 
 
@@ -72,3 +75,62 @@ def test_earlier_starts_are_carried_over(clock):
     clock.step_done()
     assert clock.seconds()["until_first_step"] == 5.0  # of the run's first step
     assert clock.elapsed() >= 60.0
+
+
+def process(*cmdline: str, created: float = 0.0) -> SimpleNamespace:
+    return SimpleNamespace(cmdline=lambda: list(cmdline), create_time=lambda: created)
+
+
+@pytest.mark.parametrize(
+    ("cmdline", "launches"),
+    [
+        (("/usr/bin/python3", "/usr/bin/deepspeed", "runner/main.py", "x.toml"), True),
+        (("python", "-u", "-m", "deepspeed.launcher.launch", "main.py"), True),
+        (("python3.11", "/venv/bin/spantune", "run", "x.toml"), True),
+        (("python3.11", "-m", "runner", "run", "x.toml"), True),
+        (("flock", "lock", "deepspeed", "runner/main.py"), False),
+        (("bash", "-c", "deepspeed runner/main.py"), False),
+        (("python", "-m", "pytest", "tests"), False),
+        (("python",), False),
+        ((), False),
+    ],
+)
+def test_launchers_are_told_from_what_only_names_them(cmdline, launches):
+    assert runner.clock._launches(process(*cmdline)) is launches
+
+
+def test_a_process_that_is_gone_launches_nothing():
+    def gone():
+        raise psutil.NoSuchProcess(1)
+
+    assert runner.clock._launches(SimpleNamespace(cmdline=gone)) is False
+
+
+def test_the_first_step_is_told_once_with_what_came_before(monkeypatch):
+    class Mine:
+        def create_time(self):
+            return psutil.Process().create_time()
+
+        def parents(self):
+            born = self.create_time()
+            launcher = ("python", "-m", "deepspeed.launcher.launch")
+            runner = ("python", "/bin/deepspeed", "main.py")
+            return [process(*launcher, created=born - 2), process(*runner, created=born - 5)]
+
+    stub = SimpleNamespace(Process=Mine, Error=psutil.Error)
+    real = psutil.Process
+    monkeypatch.setattr(runner.clock, "psutil", stub)
+    Mine.create_time = lambda self: real().create_time()
+    times = Clock()
+    with times("data"):
+        pass
+    assert times.step_done()
+    assert not times.step_done()
+    line = times.first_step()
+    assert line.startswith("first step after ")
+    assert "launcher 5.0, start " in line
+    assert "data 0.0" in line
+    seconds = times.seconds()
+    assert seconds["total"] >= seconds["until_first_step"] >= seconds["start"] > 0
+    waited = float(line.split()[3])
+    assert waited == pytest.approx(5 + seconds["until_first_step"], abs=0.1)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import re
+import sys
 
 import pytest
 from rich.table import Table
 
-from runner.console import LOG_WIDTH, Reporter, complain, duration
+from runner.console import LOG_WIDTH, Reporter, complain, duration, progress
 from runner.errors import StorageError
 
 ODD = "job.toml:100: [bold]x[/y] [CLS] :smile: \u4e2d " + "long " * 60 + "end"
@@ -107,3 +109,30 @@ def test_a_complaint_keeps_its_lines_and_steers_no_terminal(capsys):
     out, err = capsys.readouterr()
     assert out == ""
     assert err == f"{ODD}\nb.toml:100: \\x1b[31mred\\u202e\n"
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_bar_goes_to_stderr_while_results_go_elsewhere(monkeypatch):
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    with progress("answering", 8) as step:
+        step(3)
+    assert "answering" in screen.getvalue()
+    with progress("answering", None) as step:  # nobody knows how many there are
+        step(3, "so far")
+    assert "so far" in screen.getvalue()
+
+
+@pytest.mark.parametrize("both", [True, False])
+def test_no_bar_in_a_log_and_none_among_results(monkeypatch, both):
+    screen = Terminal() if both else io.StringIO()
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    with progress("answering", 8) as step:
+        step(3)
+    assert screen.getvalue() == ""

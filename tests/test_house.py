@@ -21,18 +21,28 @@ FLOORS = {
         *("rundir", "tables", "plots", "provenance", "console", "tracking"),
         *("attempts", "claim", "starting", "files", "store", "commit"),
         *("crew", "watch", "sameness"),
+        *("answering", "page", "line_chart", "page_markdown", "page_html", "report_data"),
+        "answer_arguments",
     ],
     2: [
-        *("hub", "dataset", "features", "batches", "model", "prepare"),
+        *("hub", "dataset", "features", "feature_cache", "batches", "model", "prepare"),
+        *("noise", "attention", "packing", "frozen", "resident", "reading"),
         *("spans", "span_search", "metrics", "metric_objects", "text_match"),
         "tracker_process",
         *("control", "shards", "plain"),
+        *("question_source", "score_file"),
     ],
     3: [
-        *("engine", "scoring", "span_loss", "epoch", "stopping", "summary"),
+        *("engine", "flat_zero", "computing", "scoring", "span_loss", "epoch", "stopping"),
         *("export", "fresh_logits", "card", "progress", "health", "checkpoint", "keeping"),
+        *("evaluation", "records"),
+        *("error_tables", "comparison", "run_report", "comparison_report", "report"),
+        "summary",
     ],
-    4: ["train", "check", "launch", "reproduce"],
+    4: [
+        *("train", "check", "launch", "reproduce"),
+        *("predict", "predict_verb", "qa_pipeline", "assess"),
+    ],
     5: ["cli", "main", "__main__", "__init__"],
 }
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules}

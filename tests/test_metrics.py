@@ -19,6 +19,7 @@ from runner.metrics import (
     bootstrap_interval,
     exact_match,
     f1,
+    intervals,
     normalise,
     squad_scores,
     squad_v2_scores,
@@ -361,13 +362,40 @@ def test_bootstrap_interval_of_a_binary_score_meets_the_binomial_one():
     assert bootstrap_interval(np.array([7.0]), seed=0) == (7.0, 7.0)
 
 
+def test_bootstrap_draws_questions_with_replacement():
+    """Drawing how often each value comes is drawing the questions themselves."""
+    values = np.random.default_rng(4).choice([0.0, 40.0, 66.7, 100.0], 60, p=[0.3, 0.1, 0.2, 0.4])
+    low, high = bootstrap_interval(values, seed=2, resamples=40_000)
+    draw = np.random.default_rng(5)
+    means = values[draw.integers(60, size=(40_000, 60))].mean(1)
+    assert (low, high) == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])), abs=0.35)
+
+
 @pytest.mark.parametrize(
-    "change",
-    [{"values": np.zeros(0)}, {"values": np.zeros((2, 2))}, {"level": 1.0}, {"resamples": 0}],
+    ("change", "message"),
+    [
+        ({"values": np.zeros(0)}, "N >= 1"),
+        ({"values": np.zeros((2, 2))}, "N >= 1"),
+        ({"level": 1.0}, "N >= 1"),
+        ({"resamples": 0}, "N >= 1"),
+        ({"values": np.array([1.0, np.nan])}, "finite"),
+    ],
 )
-def test_bootstrap_refuses_nonsense(change):
-    with pytest.raises(ValueError, match="N >= 1"):
+def test_bootstrap_refuses_nonsense(change, message):
+    with pytest.raises(ValueError, match=message):
         bootstrap_interval(**({"values": np.ones(3), "seed": 0} | change))
+
+
+def test_intervals_of_all_parts():
+    golds = {"a": ["red"], "b": [], "c": ["blue"], "d": []}
+    scores = squad_v2_scores({"a": "red", "b": "", "c": "x", "d": "y"}, golds)
+    found = intervals(scores, seed=3)
+    half = bootstrap_interval(np.array([100.0, 0.0]), 3)
+    assert found["has_answer_exact_match"] == found["has_answer_f1"] == half
+    assert found["no_answer_exact_match"] == half
+    assert found["exact_match"] == bootstrap_interval(np.array([100.0, 100.0, 0.0, 0.0]), 3)
+    assert set(intervals(squad_scores({"a": "red"}, {"a": ["red"]}), 3)) == {"exact_match", "f1"}
+    assert "no_answer_exact_match" not in intervals(squad_v2_scores({"a": ""}, {"a": ["x"]}), 3)
 
 
 # ---- evaluate.Metric objects and imports

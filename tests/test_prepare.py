@@ -41,13 +41,14 @@ def tokenizer(tiny):
 
 def test_both_slices_with_their_samples(data, tokenizer):
     section = data(sample=4, validation_sample=2)
-    train, validation = load_questions(section, 3, tokenizer)
+    train, validation, tuning = load_questions(section, 3, tokenizer)
+    assert tuning is None
     assert [len(train.dataset.examples), len(validation.dataset.examples)] == [4, 2]
     assert [len(train.windows), len(validation.windows)] == [4, 2]
     assert not train.cached
-    other, _ = load_questions(section, 4, tokenizer)
+    other, *_ = load_questions(section, 4, tokenizer)
     assert other.dataset.examples != train.dataset.examples
-    again, _ = load_questions(section, 3, tokenizer)
+    again, *_ = load_questions(section, 3, tokenizer)
     assert again.cached
     assert again.dataset == train.dataset
 
@@ -55,14 +56,38 @@ def test_both_slices_with_their_samples(data, tokenizer):
 def test_settings_of_the_section_reach_the_data(data, tokenizer):
     with pytest.raises(DataError, match="1 of 2 rows refused"):
         load_questions(data(validation=(CONTEXT, "")), 0, tokenizer)
-    _, validation = load_questions(data(validation=(CONTEXT, ""), on_bad_row="drop"), 0, tokenizer)
+    _, validation, _ = load_questions(
+        data(validation=(CONTEXT, ""), on_bad_row="drop"), 0, tokenizer
+    )
     assert validation.dataset.dropped == ("validation.json:2: context is empty",)
     with pytest.raises(DataError, match="no column 'text'"):
         load_questions(data(columns={"context": "text"}), 0, tokenizer)
-    train, _ = load_questions(
+    train, *_ = load_questions(
         data((CONTEXT * 9,), (CONTEXT,), max_length=32, stride=8), 0, tokenizer
     )
     assert train.windows.lengths_N.max() == 32
+
+
+def test_the_threshold_is_tuned_on_questions_of_its_own(data, tokenizer):
+    section = data(unanswerable=True, validation=(CONTEXT + "Here.",))
+    section = section.model_copy(update={"tuning": f"{section.train}[:2]"})
+    _, _, tuning = load_questions(section, 3, tokenizer)
+    assert tuning is not None
+    assert [e.id for e in tuning.dataset.examples] == ["train0", "train1"]
+    assert len(tuning.windows) == 2
+
+
+def test_a_question_that_is_reported_is_never_tuned_on(data, tokenizer, monkeypatch):
+    # Its id and the blanks around it are other ones: the texts decide.
+    section = data(unanswerable=True, train=(CONTEXT + "There.", CONTEXT))
+    section = section.model_copy(update={"tuning": section.train})
+    monkeypatch.setattr(prepare, "cached_windows", None)  # refused before anything is tokenised
+    with pytest.raises(DataError) as refused:
+        load_questions(section, 3, tokenizer)
+    assert str(refused.value).startswith(
+        "data.tuning: 1 of its 2 questions are also in data.validation, such as train1 (there "
+        "validation2);"
+    )
 
 
 def test_a_bad_validation_set_is_found_before_anything_is_tokenised(data, tokenizer, monkeypatch):

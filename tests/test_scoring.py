@@ -1,30 +1,122 @@
-"""Scores of given answers, where a question may have none."""
+"""A model run over windows in blocks: any blocks, any batches give the same answers and sums."""
 
 from __future__ import annotations
 
+import dataclasses
+
+import numpy as np
 import pytest
 
+from runner import scoring
 from runner.dataset import Example
-from runner.scoring import Readings, evaluate
-from runner.spans import Answer, Candidate
+from runner.features import build_windows
+from runner.job import Model, Score
+from runner.model import load_pretrained, load_tokenizer, takes_segment_ids
+from runner.ranks import Rank
+from runner.reading import Reader
+from runner.scoring import read_windows
+
+ALONE = Rank(0, 1, 0, 1)
+CONTEXT = "The lantern folds flat; its battery lasts nine hours on the bright setting. "
 
 
-def answer(identity: str, text: str, best: str, difference: float) -> Answer:
-    listed = (Candidate(best, 0.6, 1.0, 0, len(best), 0), Candidate("", 0.4, 0.5, 0, 0, 0))
-    return Answer(identity, text, 0.6, 0, len(text), 0, 0.5, 0.4, difference, listed)
+@pytest.fixture(scope="module")
+def reader(tiny):
+    import torch
+
+    section = Model(name=str(tiny("bert")))
+    tokenizer = load_tokenizer(section)
+    model = load_pretrained(section, 0).model
+    segment_ids = takes_segment_ids(tokenizer)
+    return Reader(model, torch.device("cpu"), 0, segment_ids, 1), tokenizer
 
 
-def test_answers_and_their_absence_are_scored_apart():
-    examples = [
-        Example("a", "q?", "red house", ("red",), (0,)),
-        Example("b", "q?", "red house", (), ()),
-        Example("c", "q?", "red house", ("house",), (4,)),
+@pytest.fixture(scope="module")
+def examples():
+    lengths = [1, 9, 2, 1, 5, 1, 3]
+    return [
+        Example(str(n), "How long?", CONTEXT * length, ("nine hours",), (CONTEXT.find("nine"),))
+        for n, length in enumerate(lengths)
     ]
-    # "c" wrongly answers nothing, though its best span is right: only the threshold is to blame.
-    found = (answer("a", "red", "red", -2.0), answer("b", "", "house", 3.0))
-    readings = Readings(1.0, 0, 0, 0, (*found, answer("c", "", "house", 1.0)), 0.1)
-    scores = evaluate(readings, examples, unanswerable=True)
-    assert scores.exact_match == pytest.approx(200 / 3)
-    assert scores.details["has_answer_exact_match"] == 50
-    assert scores.details["no_answer_exact_match"] == 100
-    assert scores.details["best_exact_match"] == scores.details["best_f1"] == 100
+
+
+def test_blocks_hold_whole_questions():
+    questions_N = np.repeat(np.arange(5), [1, 7, 2, 1, 3])
+    for most in (1, 2, 3, 5, 8, 14, 100):
+        scoring.BLOCK, old = most, scoring.BLOCK
+        try:
+            blocks = list(scoring._blocks(questions_N))
+        finally:
+            scoring.BLOCK = old
+        assert [b.start for b in blocks] == [0, *(b.stop for b in blocks[:-1])]
+        assert blocks[-1].stop == len(questions_N)
+        for block in blocks:
+            inside = questions_N[block]
+            assert not set(inside) & set(np.delete(questions_N, np.r_[block]))
+            assert len(inside) <= most or len(set(inside)) == 1
+    assert list(scoring._blocks(np.zeros(0, np.int64))) == []
+
+
+@pytest.mark.parametrize("unanswerable", [False, True])
+def test_any_blocks_give_the_same_answers(reader, examples, monkeypatch, unanswerable):
+    reader, tokenizer = reader
+    windows = build_windows(examples, tokenizer, 64, 16)
+    assert len(windows) > 2 * len(examples)
+    told = []
+
+    def read(**options):
+        return read_windows(
+            reader, windows, examples, Score(batch_size=3), ALONE,
+            unanswerable=unanswerable, step=told.append, **options,
+        )  # fmt: skip
+
+    whole = read()
+    assert told == list(range(1, -(-len(windows) // 3) + 1))
+    monkeypatch.setattr(scoring, "BLOCK", 4)
+    parts = read()
+    assert whole is not None
+    assert parts is not None
+    assert [a.text for a in parts.answers] == [a.text for a in whole.answers]
+    for mine, other in zip(parts.answers, whole.answers, strict=True):
+        assert (mine.start, mine.end, mine.window) == (other.start, other.end, other.window)
+        assert mine.score == pytest.approx(other.score, rel=1e-4)
+        assert mine.null_difference == pytest.approx(other.null_difference, abs=1e-4)
+    assert parts.loss == pytest.approx(whole.loss, rel=1e-5)
+    for name in ("start_accuracy", "end_accuracy", "span_accuracy"):
+        assert getattr(parts, name) == pytest.approx(getattr(whole, name))
+    short = read(keep=2)
+    assert short is not None
+    assert all(len(answer.n_best) <= 3 for answer in short.answers)
+    assert [a.text for a in short.answers] == [a.text for a in whole.answers]
+
+
+def test_no_answer_is_scored_where_each_window_has_its_cls(reader, examples):
+    reader, tokenizer = reader
+    windows = build_windows(examples[:1], tokenizer, 130, 16)
+    elsewhere = dataclasses.replace(windows, cls_N=windows.cls_N + 2)
+    first, other = (
+        read_windows(reader, some, examples[:1], Score(), ALONE, unanswerable=True)
+        for some in (windows, elsewhere)
+    )
+    assert first is not None
+    assert other is not None
+    logits_T2 = reader.read(windows, np.array([0])).logits_T2.detach()
+    for place, found in ((0, first), (2, other)):
+        wanted = float(logits_T2[place].sum())
+        assert found.answers[0].null_score == pytest.approx(wanted, abs=1e-5)
+
+
+def test_no_windows_are_no_answers(reader):
+    reader, tokenizer = reader
+    windows = build_windows([], tokenizer, 64, 16)
+    found = read_windows(reader, windows, [], Score(), ALONE, unanswerable=False)
+    assert found is not None
+    assert (found.answers, found.loss) == ((), 0.0)
+
+
+def test_other_ranks_get_nothing(reader, examples, monkeypatch):
+    reader, tokenizer = reader
+    windows = build_windows(examples[:2], tokenizer, 64, 16)
+    monkeypatch.setattr(scoring, "gather", lambda value: None)
+    second = Rank(1, 2, 1, 2)
+    assert read_windows(reader, windows, examples[:2], Score(), second, unanswerable=False) is None

@@ -632,6 +632,7 @@ def test_joined_batches_are_the_whole():
     )
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("mode", ["exact", "run_qa"])
 @pytest.mark.parametrize("kind", ["random", "peaked", "tied"])

@@ -1,11 +1,13 @@
 """Span search beside the loop of Hugging Face's run_qa recipe, on synthetic logits of full windows.
 
     python tests/bench/span_search.py [--windows 10000] [--length 384] [--rounds 5] [--recipe 2000]
+                                      [--device cuda]
 
-One CPU thread, and CPU time rather than wall time, since the machine may be shared. In every round
-each method runs once, so that a change of its load meets them all; the table shows the median of
-the rounds and, for the ratio, the median of the rounds' ratios. The recipe's loop runs over the
-first `--recipe` windows and is scaled up.
+One CPU thread, and CPU time rather than wall time, since the machine may be shared; with a GPU,
+wall time until it is done, logits and bounds on it beforehand, beside the recipe on the CPU. In
+every round each method runs once, so that a change of its load meets them all; the table shows the
+median of the rounds and, for the ratio, the median of the rounds' ratios. The recipe's loop runs
+over the first `--recipe` windows and is scaled up.
 
 "search" stops at spans: positions and scores. "answers" goes on to texts, probabilities and n-best
 lists, one question per window. The recipe is `postprocess_qa_predictions` of Hugging Face's
@@ -87,17 +89,22 @@ def make_logits(kind: str, num: int, length: int) -> torch.Tensor:
     return logits_T2
 
 
-def seconds(work: Callable[[], object]) -> float:
-    """CPU time of one call; its result is freed outside of the time."""
-    began = time.process_time()
+def seconds(work: Callable[[], object], device: str) -> float:
+    """CPU time of one call, on a GPU wall time; its result is freed outside of the time."""
+    clock = time.process_time if device == "cpu" else time.perf_counter
+    if device != "cpu":
+        torch.cuda.synchronize()
+    began = clock()
     result = work()
-    took = time.process_time() - began
+    if device != "cpu":
+        torch.cuda.synchronize()
+    took = clock() - began
     del result
     return took
 
 
 def measure(
-    kind: str, num: int, length: int, rounds: int, recipe: int
+    kind: str, num: int, length: int, rounds: int, recipe: int, device: str
 ) -> list[dict[str, float | str]]:
     """One row per method: name, median seconds, median ratio of the recipe's time to it."""
     logits_T2 = make_logits(kind, num, length)
@@ -114,8 +121,10 @@ def measure(
     ]
     few_chars = [tokens] * recipe
 
+    there = [tensor.to(device) for tensor in (logits_T2, segments_N2, contexts_N2)]
+
     def found(mode: Mode, n_best: int = N_BEST):
-        return search(logits_T2, segments_N2, contexts_N2, n_best=n_best, mode=mode)
+        return search(*there, n_best=n_best, mode=mode)
 
     def answered(mode: Mode, n_best: int = N_BEST):
         return answers(
@@ -141,7 +150,7 @@ def measure(
     taken: dict[str, list[float]] = {name: [] for name in methods}
     for round_ in range(rounds + 1):
         for name, (_, scale, work) in methods.items():
-            took = seconds(work) * scale
+            took = seconds(work, device) * scale
             if round_:  # the first round warms up
                 taken[name].append(took)
     same = [a.text for a in answered("run_qa")[:recipe]] == [
@@ -167,15 +176,22 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=384)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--recipe", type=int, default=2_000, help="windows that the recipe gets")
+    parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     torch.set_num_threads(1)
     print(f"python tests/bench/span_search.py {' '.join(sys.argv[1:])}".rstrip())
     versions = f"torch {torch.__version__}, Python {platform.python_version()}"
-    print(f"{versions}, {platform.machine()}, 1 thread\n")
-    print("| logits | method | CPU seconds | recipe's time / its time |\n|---|---|---:|---:|")
+    where = "1 thread" if args.device == "cpu" else torch.cuda.get_device_name()
+    print(f"{versions}, {platform.machine()}, {where}\n")
+    print("| logits | method | seconds | recipe's time / its time |\n|---|---|---:|---:|")
     for kind in ("random", "peaked"):
         for row in measure(
-            kind, args.windows, args.length, args.rounds, min(args.recipe, args.windows)
+            kind,
+            args.windows,
+            args.length,
+            args.rounds,
+            min(args.recipe, args.windows),
+            args.device,
         ):
             print(
                 f"| {row['logits']} | {row['method']} | {row['seconds']:.3f} | {row['ratio']:.1f} |"

@@ -1,0 +1,189 @@
+"""Scores a finished model on another data set, with intervals, into a folder of its own."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from runner import provenance
+from runner.answer_arguments import Opening
+from runner.card import public_name
+from runner.console import Step, progress
+from runner.dataset import Dataset
+from runner.evaluation import Evaluation, TunedThreshold, evaluate, in_use
+from runner.features import Windows, build_windows
+from runner.job import Score
+from runner.predict import ALONE, Predictor, open_model
+from runner.records import LISTED, as_lines, prediction_records
+from runner.report import write_report
+from runner.rundir import RunDir, storage_errors, write_atomic, write_json
+from runner.scoring import read_windows
+from runner.sources import parse_data
+from runner.summary import below_here, result_scores, score_line, threshold_lines
+
+NEVER = float("inf")  # a null threshold that nothing exceeds
+
+
+def evaluate_model(
+    opening: Opening, dataset: Dataset, *, v2: bool, seed: int, output: Path | None
+) -> tuple[dict[str, Any], Path | None]:
+    """Score a model on a data set.
+
+    Args:
+        opening: the model.
+        dataset: questions with right answers.
+        v2: by SQuAD v2.0; so is a model that may answer nothing.
+        seed: of the bootstrap.
+        output: folder for what is found; None takes one in the run folder, where it is one.
+
+    Returns:
+        What result.json holds, and the folder; None where nothing was written.
+
+    Raises:
+        RunnerError, UsageError: as `open_model` and `write_evaluation`.
+    """
+    predictor = open_model(opening, listed=None)
+    v2 = v2 or predictor.answering.unanswerable
+    with progress("answering", None) as step:
+        scores, windows = assess(predictor, dataset, v2=v2, seed=seed, step=step)
+    run = RunDir(opening.name)
+    if output is None and run.job.is_file():
+        output = run.evaluations / folder_name(dataset.source)
+    if output is None:
+        return result_of(predictor, dataset, scores, seed), None
+    return write_evaluation(output, predictor, dataset, windows, scores, seed), output
+
+
+def evaluation_lines(source: str, result: Mapping[str, Any], dropped: int) -> list[str]:
+    """What an evaluation found, for a terminal."""
+    official = "SQuAD v2.0" if "best_f1" in result["metrics"] else "SQuAD v1.1"
+    left = f", {dropped} bad rows left out" if dropped else ""
+    lines = [f"{below_here(source)}: {result['questions']:,} questions, {official}{left}"]
+    lines += [score_line(result, ""), *threshold_lines(result)]
+    for key, name in (
+        ("has_answer_f1", "with an answer: F1"),
+        ("no_answer_exact_match", "without an answer: left unanswered"),
+    ):
+        if key in result["metrics"]:
+            low, high = result["intervals"][key]
+            lines.append(f"{name} {result['metrics'][key]:.1f} % [{low:.1f} to {high:.1f}]")
+    resamples = result["bootstrap"]["resamples"]
+    lines.append(f"In brackets: 95 % bootstrap intervals over questions ({resamples:,} resamples)")
+    return lines
+
+
+def needs_v2(dataset: Dataset) -> bool:
+    """Whether a data set can only be scored by SQuAD v2.0: a question has no answer."""
+    return any(not example.answers for example in dataset.examples)
+
+
+def assess(
+    predictor: Predictor, dataset: Dataset, *, v2: bool, seed: int, step: Step
+) -> tuple[Evaluation, Windows]:
+    """Answer a data set's questions and hold the answers against the right ones.
+
+    A model that always answers is scored as it is, by SQuAD v2.0 too: what has no answer it then
+    gets wrong. A tuned threshold is shown beside the default one.
+
+    Args:
+        predictor: the model.
+        dataset: questions with right answers.
+        v2: score by SQuAD v2.0, else by v1.1.
+        seed: of the bootstrap.
+        step: told of each batch.
+    """
+    answering = predictor.answering
+    windows = build_windows(
+        dataset.examples, predictor.tokenizer, answering.max_length, answering.stride
+    )
+    score, tuned = answering.score, None
+    if not answering.unanswerable:
+        score = in_use(score, NEVER)
+    elif answering.tuned is not None:
+        tuned = TunedThreshold(score.null_threshold, answering.tuned)
+        score = in_use(score, Score().null_threshold)
+    readings = read_windows(
+        predictor.reader,
+        windows,
+        dataset.examples,
+        score,
+        ALONE,
+        unanswerable=v2,
+        keep=LISTED,
+        step=step,
+    )
+    if readings is None:
+        raise AssertionError("a process alone is its rank 0")
+    scores = evaluate(readings, dataset.examples, score, unanswerable=v2, seed=seed, tuned=tuned)
+    if not answering.unanswerable:
+        scores = replace(scores, null_threshold=None)
+    return scores, windows
+
+
+def result_of(
+    predictor: Predictor, dataset: Dataset, scores: Evaluation, seed: int
+) -> dict[str, Any]:
+    """result.json of an evaluation: as a run's, with the data set and the model."""
+    files = sorted(Path(predictor.location).glob("*.safetensors"))
+    return {
+        **result_scores(scores, Score().null_threshold, seed),
+        "data": {
+            "source": dataset.source,
+            "sha256": dataset.sha256,
+            "dropped": len(dataset.dropped),
+        },
+        "model": {
+            "name": public_name(predictor.name.rstrip("/")),
+            "weights_sha256": provenance.file_sha256(files[0]) if len(files) == 1 else None,
+        },
+        "answering": predictor.answering.model_dump(mode="json"),
+        "seconds": {"total": round(scores.readings.seconds, 3)},
+    }
+
+
+def folder_name(source: str) -> str:
+    """A file name for an evaluation on a data source; slices stay apart."""
+    name = source.rpartition("/")[2] if parse_data(source).kind == "file" else source
+    name = name.replace("[:", "[0:").replace(":]", ":end]").replace("%", "p")
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "data"
+
+
+def write_evaluation(
+    folder: Path,
+    predictor: Predictor,
+    dataset: Dataset,
+    windows: Windows,
+    scores: Evaluation,
+    seed: int,
+) -> dict[str, Any]:
+    """Write predictions.jsonl, provenance.json, the report and, last, result.json, which is
+    returned.
+
+    Raises:
+        StorageError: if the folder cannot be written.
+    """
+    with storage_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    run, result = RunDir(folder), result_of(predictor, dataset, scores, seed)
+    records = prediction_records(
+        scores.readings.answers,
+        dataset.examples,
+        windows,
+        scores.exact_N,
+        scores.f1_N,
+        unanswerable=scores.null_threshold is not None,
+    )
+    write_atomic(run.predictions, as_lines(records))
+    device = predictor.reader.device
+    name = (
+        torch.cuda.get_device_name(device) if device.type == "cuda" else provenance.processor_name()
+    )
+    write_json(run.provenance, provenance.collect(seed, 1, torch.get_num_threads(), [name]))
+    write_report(folder, result)
+    write_json(run.result, result)
+    return result

@@ -1,0 +1,168 @@
+"""`predict` as a command and as a function: lines out, bad rows, output files, streams."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from runner.answer_arguments import Opening
+from runner.dataset import Asked
+from runner.errors import DataError, StorageError
+from runner.job import Columns
+from runner.predict import Predictor
+from runner.predict_verb import lines_to, predict_lines, predict_questions
+
+ROOT = Path(__file__).parents[1]
+CONTEXT = "The lantern folds flat; its battery lasts nine hours on the bright setting."
+
+
+@pytest.fixture(scope="module")
+def predictor(tiny):
+    return Predictor.load(str(tiny("bert")), device="cpu", listed=1)
+
+
+@pytest.fixture
+def opening(tiny):
+    return Opening(str(tiny("bert")), "cpu", None, None, None, None)
+
+
+def rows(*questions: str) -> str:
+    return "".join(json.dumps({"question": q, "context": CONTEXT}) + "\n" for q in questions)
+
+
+def asked(place: str, question: str = "Who?", problem: str | None = None) -> Asked:
+    return Asked(place, place, question, CONTEXT, problem)
+
+
+def test_every_good_row_is_a_line_and_every_bad_one_is_told(predictor, capsys):
+    groups = [
+        [asked("1"), asked("2", problem="context is empty")],
+        [asked("3", "Who? " * 200), asked("4"), asked("5", "Where? " * 200)],
+    ]
+    lines, done = [], []
+    counts = predict_lines(
+        predictor, groups, lines.append, name="f", on_bad_row="drop", step=done.append
+    )
+    assert [json.loads(line)["id"] for line in lines] == ["1", "4"]
+    assert (counts.answered, done) == (2, [2, 5])
+    assert [place for place, _ in counts.bad] == ["2", "3", "5"]
+    told = capsys.readouterr().err.splitlines()
+    assert told[0] == "left out: 2: context is empty"
+    assert told[1].startswith("left out: 3: its 800 tokens")
+    assert told[1].endswith("; the question is too long")
+
+
+def test_the_first_bad_row_ends_it_after_the_answers_before_it(predictor):
+    lines = []
+    group = [asked("1"), asked("2", problem="context is empty"), asked("3")]
+    with pytest.raises(DataError, match="f: 1 question cannot be asked"):
+        predict_lines(
+            predictor, [group], lines.append, name="f", on_bad_row="fail", step=lambda *_: None
+        )
+    assert len(lines) == 1
+
+
+def test_a_file_is_looked_through_before_the_model_is_opened(tmp_path, opening, monkeypatch):
+    monkeypatch.setattr("runner.predict_verb.open_model", None)
+    path = tmp_path / "q.jsonl"
+    path.write_text(rows("Who?", "", "Where?", " "))
+    with pytest.raises(DataError, match=r"2 questions cannot be asked(.|\n)*q\.jsonl:2"):
+        predict_questions(
+            opening, str(path), Columns(), on_bad_row="fail", listed=1, output=None, say=print
+        )
+
+
+def test_an_output_file_is_whole_or_not_there(tmp_path, opening):
+    path, output = tmp_path / "q.jsonl", tmp_path / "out.jsonl"
+    path.write_text(rows("Who?", "", "Where?"))
+    output.write_text("before")
+    with pytest.raises(DataError):
+        predict_questions(
+            opening, str(path), Columns(), on_bad_row="fail", listed=1, output=output, say=print
+        )
+    assert output.read_text() == "before"
+    said = []
+    counts = predict_questions(
+        opening, str(path), Columns(), on_bad_row="drop", listed=1, output=output, say=said.append
+    )
+    assert (counts.answered, len(counts.bad), said) == (2, 1, [])
+    assert [json.loads(line)["question"] for line in output.read_text().splitlines()] == [
+        *("Who?", "Where?")
+    ]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.jsonl", "q.jsonl"]
+
+
+def test_a_failure_while_writing_leaves_what_was_there(tmp_path):
+    path = tmp_path / "out.jsonl"
+    path.write_text("before")
+
+    def fail():
+        with lines_to(path) as write:
+            write("half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert path.read_text() == "before"
+    assert list(tmp_path.iterdir()) == [path]
+    with pytest.raises(StorageError, match="nowhere"), lines_to(tmp_path / "nowhere" / "x"):
+        pass
+
+
+def test_one_question(opening):
+    said = []
+    predict_questions(
+        opening, ("How long?", CONTEXT), Columns(), on_bad_row="fail", listed=2, output=None,
+        say=said.append,
+    )  # fmt: skip
+    (line,) = said
+    found = json.loads(line)
+    assert CONTEXT[found["start"] : found["end"]] == found["answer"]
+    assert len(found["n_best"]) == 2
+
+
+# ---- the command
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "runner", *arguments]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
+
+
+def test_answers_come_out_while_questions_still_arrive(tiny):
+    with subprocess.Popen(
+        command("predict", str(tiny("bert")), "--device", "cpu", "--threads", "1"),
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env=environment(), cwd=ROOT,
+    ) as process:  # fmt: skip
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
+        for number in range(3):  # each answer is there before the next question is asked
+            row = {"id": number, "question": "How long?", "context": CONTEXT}
+            process.stdin.write(json.dumps(row).encode() + b"\n")
+            process.stdin.flush()
+            assert json.loads(process.stdout.readline())["id"] == str(number)
+        process.stdin.write(b"{}\n")
+        process.stdin.close()
+        assert process.wait(60) == 65
+        assert b"stdin:4: " in process.stderr.read()
+
+
+def test_a_reader_who_has_seen_enough_ends_the_command(tiny, tmp_path):
+    path = tmp_path / "q.jsonl"
+    path.write_text(rows(*["How long?"] * 2000))
+    done = subprocess.run(
+        f'"{sys.executable}" -m runner predict "{tiny("bert")}" "{path}" --device cpu | head -n 1',
+        shell=True, capture_output=True, timeout=120, env=environment(), cwd=ROOT, check=False,
+    )  # fmt: skip
+    assert json.loads(done.stdout)["id"] == "1"
+    assert b"Traceback" not in done.stderr

@@ -1,0 +1,168 @@
+"""A whole SQuAD v2 run: its threshold is tuned on questions of its own, stored, and used by all."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from runner.rundir import RunDir
+
+ROOT = Path(__file__).parents[1]
+CONTEXT = "The lantern folds flat; its battery lasts nine hours on the bright setting. "
+JOB = """
+name = "tuned"
+[data]
+train = "{data}[:16]"
+tuning = "{data}[16:28]"
+validation = "{data}[28:]"
+unanswerable = true
+max_length = 100
+stride = 16
+[score]
+max_answer_length = 6
+null_threshold = 3.0
+[model]
+name = "{model}"
+dropout = 0.0
+[train]
+epochs = 1
+batch_size = 8
+learning_rate = 1e-3
+[[probe]]
+question = "How long does the battery last?"
+context = "{context}"
+"""
+
+
+@pytest.fixture(scope="module")
+def run(tiny, tmp_path_factory) -> RunDir:
+    folder = tmp_path_factory.mktemp("tuned")
+    rows = [
+        {
+            "id": f"q{n}",
+            "question": f"How long is it, question {n}?",
+            "context": CONTEXT * (1 + n % 3),
+            "answer": "" if n % 2 else "nine hours",
+            "answer_start": "" if n % 2 else CONTEXT.find("nine hours"),
+        }
+        for n in range(40)
+    ]
+    with (folder / "data.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    job = folder / "job.toml"
+    text = JOB.format(data=folder / "data.csv", model=tiny("bert"), context=CONTEXT.strip())
+    job.write_text(text)
+    done = subprocess.run(
+        [sys.executable, ROOT / "runner" / "main.py", "rank", job, "--run-dir", folder / "run"],
+        capture_output=True, text=True, timeout=300, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = RunDir(folder / "run")
+    (folder / "said.txt").write_text(done.stdout)
+    return found
+
+
+def records(run: RunDir) -> list[dict]:
+    return [json.loads(line) for line in run.predictions.read_text().splitlines()]
+
+
+def test_default_and_tuned_scores_stand_side_by_side_everywhere(run):
+    result = json.loads(run.result.read_text())
+    threshold = result["null_threshold"]
+    assert threshold["default"] == 3.0
+    assert threshold["tuned"]["questions"] == 12
+    assert threshold["tuned"]["metric"] == "f1"
+    for name in ("exact_match", "f1", "default_exact_match", "default_f1"):
+        low, high = result["intervals"][name]
+        assert low <= result["metrics"][name] <= high
+    with run.eval_table.open(newline="") as file:
+        last = list(csv.DictReader(file))[-1]
+    assert float(last["f1_percent"]) == result["metrics"]["f1"]
+    assert float(last["default_f1_percent"]) == result["metrics"]["default_f1"]
+    assert float(last["null_threshold_logits"]) == threshold["in_use"]
+    assert float(last["f1_low_percent"]) == result["intervals"]["f1"][0]
+    said = (run.path.parent / "said.txt").read_text()
+    assert "tuning: 12 questions in" in said
+    assert "tuned on 12 questions of" in said
+    assert "at the default, 3: Exact match" in said
+    assert "| tuned, in use |" in run.report.read_text()
+    assert "| default |" in run.report.read_text()
+
+
+def test_answers_are_those_of_the_tuned_threshold(run):
+    threshold = json.loads(run.result.read_text())["null_threshold"]["in_use"]
+    found = records(run)
+    assert len(found) == 12
+    assert all((row["answer"] == "") == (row["null_difference"] > threshold) for row in found)
+    exact = 100 * sum(row["exact_match"] for row in found) / 12
+    assert exact == pytest.approx(json.loads(run.result.read_text())["metrics"]["exact_match"])
+    # Windows: the context of one sentence fits into one, that of three does not.
+    assert {row["windows"] == 1 for row in found} == {True, False}
+    assert len({row["context_tokens"] for row in found}) == 3
+
+
+def test_predict_asks_the_model_as_the_run_did(run):
+    from runner.predict import Predictor, Question
+
+    config = json.loads((run.model / "config.json").read_text())["spantune"]
+    threshold = json.loads(run.result.read_text())["null_threshold"]
+    assert config["score"]["null_threshold"] == threshold["in_use"]
+    assert (config["max_length"], config["stride"], config["unanswerable"]) == (100, 16, True)
+    assert config["tuned"]["source"] == "data.csv[16:28]"  # no folder of this machine
+    found = records(run)
+    with (run.path.parent / "data.csv").open(newline="") as file:
+        rows = {row["id"]: row for row in csv.DictReader(file)}
+    asked = [Question(r["id"], r["question"], rows[r["id"]]["context"]) for r in found]
+    answers = Predictor.load(str(run.path), device="cpu").answers(asked)
+    assert [a.answer for a in answers] == [row["answer"] for row in found]
+    assert [(a.start, a.end, a.windows) for a in answers] == [
+        (row["start"], row["end"], row["windows"]) for row in found
+    ]
+    # Scored on its own validation data the model has its own scores again.
+    from runner.answer_arguments import Opening
+    from runner.assess import evaluate_model
+    from runner.dataset import load_dataset
+    from runner.job import Columns
+
+    data = load_dataset(
+        f"{run.path.parent / 'data.csv'}[28:]",
+        columns=Columns(), unanswerable=True, on_bad_row="fail",
+    )  # fmt: skip
+    opening = Opening(str(run.path), "cpu", None, None, None, None)
+    result, _ = evaluate_model(opening, data, v2=False, seed=42, output=None)
+    own = json.loads(run.result.read_text())
+    assert result["metrics"]["f1"] == pytest.approx(own["metrics"]["f1"])
+    assert result["intervals"]["f1"] == pytest.approx(own["intervals"]["f1"])
+
+
+def test_a_tuning_set_that_overlaps_ends_the_run_at_once(run, tmp_path):
+    done = subprocess.run(
+        [
+            *(sys.executable, ROOT / "runner" / "main.py", "check", run.job, "--data"),
+            *("--set", f"data.tuning={run.path.parent / 'data.csv'}[26:30]"),
+        ],
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 65
+    assert done.stderr.startswith("data.tuning: 2 of its 4 questions are also in data.validation")
+
+
+def test_tuning_without_unanswerable_questions_is_a_mistake_in_the_job(run):
+    done = subprocess.run(
+        [
+            *(sys.executable, ROOT / "runner" / "main.py", "check", run.job),
+            *("--set", "data.unanswerable=false"),
+        ],
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 64
+    assert "tuning is for SQuAD v2; set unanswerable = true" in done.stderr
