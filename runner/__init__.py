@@ -2,8 +2,8 @@
 
 Reading order: `job` (what a job file may say) and `jobfile` (reading it) - `rundir` (where a run
 writes) - `train` (the loop, top to bottom) - `dataset`, `features`, `batches`, `model`, `engine`,
-`scoring`, `spans`, `metrics` (what the loop uses) - `cli` (the command). Importing this package
-never imports torch.
+`scoring`, `spans`, `evaluation`, `metrics` (what the loop uses) - `predict` (answers), `report` (a
+run's page) - `cli` (the command). Importing this package never imports torch.
 """
 
 __version__ = "0.1.0"

@@ -48,10 +48,6 @@ class Evaluation:
         """A score by the name that [stop] and [expect] use."""
         return float(getattr(self if name in ("exact_match", "f1") else self.readings, name))
 
-    def score_section(self, score: Score) -> Score:
-        """The job's [score] with the null threshold in use."""
-        return in_use(score, self.null_threshold)
-
 
 def in_use(score: Score, null_threshold: float | None) -> Score:
     """[score] with another null threshold; None leaves it."""

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Literal
 
 from runner.answer_arguments import Opening
+from runner.asked import Asked
 from runner.console import Step, complain, progress
-from runner.dataset import Asked
 from runner.errors import DataError
 from runner.job import Columns
 from runner.predict import Prediction, Predictor, Question, open_model

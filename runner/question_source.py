@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from runner.dataset import Asked, parse_asked, read_asked
+from runner.asked import Asked, parse_asked, read_asked
 from runner.errors import AssetError, DataError, StorageError
 from runner.job import Columns
 

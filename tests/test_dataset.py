@@ -16,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from runner import dataset
+from runner import rows as row_reader
 from runner.dataset import Example, content_sha256, load_dataset
 from runner.errors import AssetError, DataError
 from runner.hub import Snapshot
@@ -563,7 +563,7 @@ def hub(tmp_path, monkeypatch):
     folder = tmp_path / "snapshots" / ("c" * 40)
     folder.mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(dataset, "snapshot", lambda *_: Snapshot(folder, folder.name))
+    monkeypatch.setattr(row_reader, "snapshot", lambda *_: Snapshot(folder, folder.name))
 
     def write(**files):
         for name, content in files.items():

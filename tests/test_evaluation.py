@@ -80,7 +80,6 @@ def test_a_tuned_threshold_decides_and_the_default_stands_beside_it():
     assert scores.exact_N.tolist() == [100.0] * 3
     assert in_use(SCORE, scores.null_threshold).null_threshold == tuned.threshold
     assert in_use(SCORE, None) is SCORE
-    assert scores.score_section(SCORE).null_threshold == tuned.threshold
 
 
 def test_the_threshold_is_tuned_for_the_metric_that_the_job_names():

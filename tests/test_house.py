@@ -30,7 +30,7 @@ FLOORS = {
         *("spans", "span_search", "metrics", "metric_objects", "text_match"),
         "tracker_process",
         *("control", "shards", "plain"),
-        *("question_source", "score_file"),
+        *("rows", "asked", "question_source", "score_file"),
     ],
     3: [
         *("engine", "flat_zero", "computing", "scoring", "span_loss", "epoch", "stopping"),

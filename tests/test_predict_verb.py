@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from runner.answer_arguments import Opening
-from runner.dataset import Asked
+from runner.asked import Asked
 from runner.errors import DataError, StorageError
 from runner.job import Columns
 from runner.predict import Predictor
