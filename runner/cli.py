@@ -26,7 +26,7 @@ from runner.answer_arguments import (
     report_arguments,
 )
 from runner.console import complain
-from runner.errors import RunnerError
+from runner.errors import Interrupted, RunnerError
 from runner.job import Job
 from runner.jobfile import job_schema, load_job
 from runner.ranks import Rank, current_rank
@@ -201,9 +201,18 @@ def _check(arguments: argparse.Namespace) -> int:
 def _rank(arguments: argparse.Namespace) -> int:
     """Be one rank of a run. One rank speaks; the others follow with the same code a moment
     later."""
-    signals.listen()
     rank = current_rank()
     attempt = None
+
+    def leave_early(name: str) -> None:
+        if attempt is not None:
+            with suppress(RunnerError):
+                attempt.end(Interrupted.exit_code)
+        if rank.is_main:
+            complain(f"stopped by {name} before training began; the same command begins again")
+        _leave(Interrupted.exit_code)
+
+    signals.listen(leave_early)
     try:
         job, where = _load(arguments), _where(arguments)
         opened = open_run(job, where) if rank.is_main else finished_run(job, where)

@@ -8,6 +8,7 @@ import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -125,8 +126,16 @@ def learning_rate_factor(train: Train, total_steps: int) -> Callable[[int], floa
     return factor
 
 
-def start_distributed(rank: Rank, threads: int | None = None) -> torch.device:
-    """Choose the device, the CPU threads, and join the process group (also one process)."""
+def start_distributed(
+    rank: Rank, threads: int | None = None, meeting_minutes: float = 10.0
+) -> torch.device:
+    """Choose the device, the CPU threads, and join the process group (also one process).
+
+    Args:
+        rank: this one.
+        threads: CPU threads; None shares the cores of the machine among its ranks.
+        meeting_minutes: how long to wait for the other ranks to come.
+    """
     on_cuda = torch.cuda.is_available()
     if on_cuda:
         torch.cuda.set_device(rank.local)
@@ -155,12 +164,14 @@ def start_distributed(rank: Rank, threads: int | None = None) -> torch.device:
     for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):
         warnings.filterwarnings("ignore", message=f".*{name}.*", category=FutureWarning)
     if not dist.is_initialized():
-        deepspeed.init_distributed(
-            dist_backend="nccl" if on_cuda else "gloo",
-            auto_mpi_discovery=False,
-            verbose=False,
-            timeout=PATIENCE,
+        # Ranks meet soon or never; once they have met, they wait for each other's work.
+        meeting = timedelta(minutes=meeting_minutes)
+        store, index, world = next(dist.rendezvous("env://", timeout=meeting))
+        backend = "nccl" if on_cuda else "gloo"
+        dist.init_process_group(
+            backend, store=store, rank=index, world_size=world, timeout=PATIENCE
         )
+        deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
     open_control()
     return torch.device("cuda", rank.local) if on_cuda else torch.device("cpu")
 

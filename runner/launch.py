@@ -114,6 +114,8 @@ def _wait(children: list[subprocess.Popen[bytes]]) -> list[int]:
             codes.append(child.returncode)
             if child.returncode and deadline is None:
                 deadline = time.monotonic() + GRACE
+                for other in left:  # one that is still at its start would wait for it in vain
+                    other.send_signal(signal.SIGTERM)
         if deadline is not None and time.monotonic() > deadline:
             for child in left:
                 child.kill()

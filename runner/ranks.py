@@ -71,6 +71,11 @@ def _from_environment() -> Rank:
     return Rank(index=0, world=1, local=0, local_world=1)
 
 
+def is_launched() -> bool:
+    """Whether a launcher has started this process as one rank of a run."""
+    return "RANK" in os.environ or "SLURM_STEP_ID" in os.environ
+
+
 def free_port() -> int:
     """A TCP port of this machine that nobody listens on now, for ranks to meet at."""
     with socket.socket() as probe:

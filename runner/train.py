@@ -59,7 +59,7 @@ from runner.resident import make_resident
 from runner.rundir import RunDir, write_json
 from runner.sameness import differing_fields, read_record
 from runner.scoring import read_windows
-from runner.signals import asked
+from runner.signals import asked, hold
 from runner.span_loss import SpanLoss, choose_span_loss
 from runner.stopping import Stopper
 from runner.store import Stage
@@ -105,9 +105,11 @@ def train(job: Job, *, attempt: Attempt | None, threads: int | None = None) -> R
         # cuBLAS reads this when CUDA starts; without it the strict mode below refuses its products.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    with clock("deepspeed"):
-        device = start_distributed(rank, threads)
-    folder, number = share((str(attempt.run.path), attempt.number) if attempt else None)
+    with leaving_together():
+        with clock("deepspeed"):
+            device = start_distributed(rank, threads, job.train.timeout_minutes)
+        hold()
+        folder, number = share((str(attempt.run.path), attempt.number) if attempt else None)
     run = RunDir(folder)
     crew = Crew(run, number, rank.index, rank.world)
     watch = Watch(crew, rank.index, 60 * job.train.timeout_minutes, attempt, is_cut_off)
@@ -534,6 +536,20 @@ def identity(
         "tuning": None if tuning is None else tuning.dataset.sha256,
         "windows": windows_sha256(training.windows, validation.windows),
     }
+
+
+@contextmanager
+def leaving_together() -> Iterator[None]:
+    """Explain why ranks do not meet, before there is a folder in which they could leave word."""
+    try:
+        yield
+    except Exception as error:
+        if not is_cut_off(error):
+            raise
+        if asked():
+            raise Interrupted(f"stopped by {asked()} before training began") from None
+        first = " ".join(str(error).split())[:200]
+        raise MachineError(f"the ranks have not met: {first}") from None
 
 
 def stop_if_asked(run: RunDir) -> None:

@@ -81,6 +81,7 @@ class Watch:
                 raise self._explained(error) from None
             first = (str(error).splitlines() or [""])[0]
             text = f"at {self.place}: {type(error).__name__}: {first}"
+            self._crew.speaks_first(at_once=True)  # with its traceback
             self._crew.leave(Words(RunnerError.exit_code, text, waits=False))
             raise
 

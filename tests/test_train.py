@@ -104,9 +104,9 @@ def test_two_ranks_walk_a_whole_job(job_file, tmp_path, tiny):
         begin, end = int(row["start_character"]), int(row["end_character"])
         assert CONTEXT[begin:end] == row["answer"]
     steps = [int(row["step"]) for row in evals]
-    assert sorted(p.name for p in run.checkpoints.iterdir()) == [
-        f"step-{n:06d}-scored-a0001" for n in steps
-    ]
+    names = [f"step-{step:06d}-scored-a0001" for step in steps]
+    assert sorted(path.name for path in run.checkpoints.iterdir()) == names
+    assert not list(run.checkpoints.rglob("*.py"))  # DeepSpeed leaves programs beside its data
     predictions = [json.loads(line) for line in run.predictions.read_text().splitlines()]
     assert len(predictions) == 20
     assert result["export_difference"] < 1e-4
@@ -133,11 +133,14 @@ def test_two_ranks_walk_a_whole_job(job_file, tmp_path, tiny):
     assert frozen <= unchanged
     assert not {n for n in unchanged - frozen if "key.bias" not in n}
 
-    # The record runs as it is, and a folder that holds a run is refused.
+    # The record runs as it is; what is finished is told at once, what is another job refused.
     assert main_script("check", run.job).returncode == 0
     again = main_script(run.job, "--run-dir", run.path)
-    assert again.returncode == 73
-    assert "already holds a run" in again.stderr
+    assert (again.returncode, again.stderr) == (0, "")
+    assert again.stdout == f"{run.path}: finished already; --restart begins anew\n"
+    other = main_script(run.job, "--run-dir", run.path, "--set", "seed=7")
+    assert other.returncode == 65
+    assert "another job: seed is 42 there and 7 now" in other.stderr
 
 
 def test_ranks_and_zero_stages_take_the_same_steps(job_file, tmp_path):

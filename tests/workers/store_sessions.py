@@ -5,6 +5,7 @@ can fail or be their last.
     store_sessions.py random N SEED   SIGKILL of a rank, or of both, at a random time, N times
     store_sessions.py fail            each operation in turn fails, with every kind of error
     store_sessions.py damage          flipped bytes, truncations, deleted, swapped and foreign files
+    store_sessions.py zombies         starts that freeze in the midst of saving and thaw too late
 
 Each prints one JSON object of counts; anything broken ends the program with an assertion.
 """
@@ -29,6 +30,7 @@ from pathlib import Path
 CHECKOUT = Path(__file__).resolve().parents[2]
 sys.path[:1] = [str(CHECKOUT)]
 
+from runner.attempts import numbers  # noqa: E402
 from runner.claim import Attempt  # noqa: E402
 from runner.commit import newest, rotate, save, take_over  # noqa: E402
 from runner.errors import DataError, RunnerError, StorageError  # noqa: E402
@@ -130,6 +132,15 @@ def session(path: Path, talk: Pipes, files: Watched) -> dict:
         attempt.began_at(step)
     best = manifest.facts["best"] if manifest else None
     began, failures = step, []
+
+    def tidied() -> None:
+        if attempt:
+            try:
+                rotate(store, attempt, best)
+            except OSError as error:
+                failures.append(f"rotation: {error}")
+
+    tidied()
     while step < STEPS:
         step, state = step + 1, state_after(state, talk.index)
         if step % EVERY:
@@ -152,11 +163,7 @@ def session(path: Path, talk: Pipes, files: Watched) -> dict:
         except StorageError as error:
             failures.append(str(error))
             continue
-        if attempt:
-            try:
-                rotate(store, attempt, best)
-            except OSError as error:
-                failures.append(f"rotation: {error}")
+        tidied()
     if attempt:
         attempt.end(0)
     return {
@@ -385,7 +392,7 @@ def fail_everywhere(root: Path) -> dict[str, int]:
     logs = [answer["log"] for _, answer in found]
     for rank in range(RANKS):
         for kind, code in ERRORS.items():
-            for lasting in (False, True):
+            for lasting in (False, True)[: 1 + (kind == "ENOSPC")]:  # a full disk stays full
                 for number, name in enumerate(logs[rank], 1):
                     if name not in (*WRITING, *REMOVING) or (code is None and name != "write"):
                         continue
@@ -394,13 +401,11 @@ def fail_everywhere(root: Path) -> dict[str, int]:
                         due = n == number or (lasting and n > number)
                         if not due or name not in (*WRITING, *REMOVING):
                             return operation()
-                        if code is None and name == "write":
-                            return short(operation)
-                        if code is None or name == "close":
+                        if code is None:
+                            return short(operation) if name == "write" else operation()
+                        if name == "close":
                             operation()
-                        if code is not None:
-                            raise OSError(code, os.strerror(code))
-                        return None
+                        raise OSError(code, os.strerror(code))
 
                     path = root / f"{rank}-{number}"
                     path.mkdir()
@@ -493,6 +498,58 @@ def damage_everywhere(root: Path) -> dict[str, int]:
     return counts
 
 
+def thaw_zombies(root: Path) -> dict[str, int]:
+    """A start freezes (SIGSTOP of both ranks) in the midst of saving, is succeeded, and thaws when
+    its heir is half done or has finished: nothing of what it does then is ever loaded."""
+    counts: Counter[str] = Counter()
+    path = root / "undisturbed"
+    path.mkdir()
+    log = start(path)[0][1]["log"]
+    renames = [n for n, name in enumerate(log, 1) if name == "rename"]
+    # Right before a rename (after the fence was asked), and at operations all over the session.
+    moments = [*renames[:5], *range(20, len(log), len(log) // 6)][:12]
+    for number in moments:
+        for early in (True, False):
+            path = root / f"zombie-{number}-{early}"
+            path.mkdir()
+
+            def freeze(n, _, operation, number=number):
+                if n == number:
+                    os.kill(os.getpid(), signal.SIGSTOP)
+                return operation()
+
+            heirs: list = []
+
+            def succeed(children, path=path, early=early, heirs=heirs):
+                os.waitpid(children[0], os.WUNTRACED)
+                os.kill(children[1], signal.SIGSTOP)
+                for kind in ("alive", "json"):
+                    os.utime(path / "attempts" / f"0001.{kind}", (1, 1))
+
+                def thaw(_):
+                    for child in children:
+                        os.kill(child, signal.SIGCONT)
+
+                heirs.append(start(path, after=thaw if early else None))
+                if not early:
+                    thaw(None)
+
+            found = start(path, {0: freeze}, after=succeed)
+            finished(heirs[0])
+            # The zombie has noticed, or had nothing left to write.
+            assert found[0][0] in (0, 71, 73), found
+            counts["noticed"] += found[0][0] == 73
+            attempt = len(numbers(RunDir(path)))
+            third = start(path)
+            finished(third, began=STEPS)
+            assert attempt == 2
+            late = [n for n in standing(path) if checkpoint_place(n)[2] == 1]
+            counts["late commits that nobody loads"] += len(late) > 0
+            shutil.rmtree(path)
+            counts["zombies"] += 1
+    return counts
+
+
 def flip(path: Path, place: int, bit: int) -> None:
     data = bytearray(path.read_bytes())
     data[place] ^= bit
@@ -513,7 +570,9 @@ def swap(one: Path, other: Path) -> None:
 
 def main() -> None:
     verb, *rest = sys.argv[1:]
-    with tempfile.TemporaryDirectory() as folder:
+    memory = Path("/dev/shm")  # where nothing is slow, unless the disk is to be tried too
+    place = memory if memory.is_dir() and verb != "random" else None
+    with tempfile.TemporaryDirectory(dir=place) as folder:
         root = Path(folder)
         if verb == "kill":
             counts = kill_everywhere(root)
@@ -521,6 +580,8 @@ def main() -> None:
             counts = kill_at_random(root, int(rest[0]), int(rest[1]))
         elif verb == "fail":
             counts = fail_everywhere(root)
+        elif verb == "zombies":
+            counts = thaw_zombies(root)
         else:
             counts = damage_everywhere(root)
     print(json.dumps(counts))
