@@ -118,7 +118,7 @@ def test_every_way_to_take_a_step_has_the_same_result():
     ways = {
         "tokens on the device": {"resident": True},
         "ZeRO-1": {"zero": Zero(stage=1)},
-        "DeepSpeed's optimiser": {"zero": Zero(optimiser="deepspeed")},
+        "DeepSpeed's optimiser": {"zero": Zero(optimizer="deepspeed")},
         "padded": {"section": Model(name="x", precision="bf16", packing="off")},
         "compiled": {"section": Model(name="x", precision="bf16", compile="on")},
     }

@@ -414,7 +414,7 @@ def main() -> None:
         modes = {
             "plain PyTorch, fused AdamW": bench.plain(),
             "ZeRO-2, ours": bench.ours(Zero()),
-            "ZeRO-2, DeepSpeed's with our settings": bench.ours(Zero(optimiser="deepspeed")),
+            "ZeRO-2, DeepSpeed's with our settings": bench.ours(Zero(optimizer="deepspeed")),
             "ZeRO-2, DeepSpeed's defaults": bench.defaults(),
         }
         bench.report("what ZeRO-2 costs", bench.measure(modes))
