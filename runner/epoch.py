@@ -14,10 +14,10 @@ from torch import Tensor
 from runner.batches import epoch_batches, rank_share
 from runner.clock import Clock
 from runner.console import Step
-from runner.engine import Layout
 from runner.errors import RunnerError
 from runner.features import Windows
 from runner.job import Train
+from runner.layout import Layout
 from runner.ranks import Rank
 from runner.scoring import Reader, token_accuracy
 from runner.span_loss import SpanLoss

@@ -10,9 +10,9 @@ from typing import Any
 
 from runner.console import duration
 from runner.dataset import Example
-from runner.engine import Layout
 from runner.epoch import Totals
 from runner.job import Job, Probe
+from runner.layout import Layout
 from runner.prepare import Questions
 from runner.rundir import RunDir, write_atomic
 from runner.scoring import Evaluation, Readings

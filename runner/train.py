@@ -19,7 +19,6 @@ from runner.card import model_card
 from runner.clock import Clock
 from runner.console import Reporter
 from runner.engine import (
-    batch_layout,
     deepspeed_config,
     gather,
     main_first,
@@ -33,6 +32,7 @@ from runner.export import export_model, gathered_state, own_logits, verify_expor
 from runner.features import build_windows
 from runner.job import Job
 from runner.jobfile import dump_job
+from runner.layout import batch_layout
 from runner.model import (
     Pretrained,
     choose_precision,

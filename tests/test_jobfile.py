@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
 from runner.errors import JobError
-from runner.job import METRICS, Job
+from runner.job import METRICS, Job, one_of
 from runner.job_problems import schema_problems
 from runner.jobfile import MAX_BYTES, dump_job, load_job
 
@@ -157,7 +157,7 @@ UNKNOWN = [
     ("nmae = 1", "did you mean name?"),
     ("Seed = 1", "did you mean seed?"),
     ("probes = 1", "did you mean probe?"),
-    ("zzz = 1", "allowed here: name, seed, data, model, train, stop, zero, score, probe or expect"),
+    ("zzz = 1", f"allowed here: {one_of(tuple(Job.model_fields))}"),
     ("stage = 1", "it belongs to [zero]"),
     ("batch_size = 8", "it belongs to [train] or [score]"),
     ("data.trian = 1", "did you mean train?"),
