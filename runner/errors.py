@@ -48,6 +48,12 @@ class AssetError(RunnerError):
     exit_code = 69
 
 
+class SlurmError(RunnerError):
+    """SLURM is not here, does not answer, or refuses what it is asked (71)."""
+
+    exit_code = 71
+
+
 class RunDirError(RunnerError):
     """The run folder already belongs to another run (73)."""
 

@@ -35,6 +35,8 @@ class RunDir:
         self.model = self.path / "model"
         self.log = self.path / "log.txt"
         self.result = self.path / "result.json"
+        self.submit_script = self.path / "submit.sh"
+        self.slurm = self.path / "slurm.json"
 
     @classmethod
     def create(cls, root: Path, job_name: str, exact: Path | None = None) -> RunDir:

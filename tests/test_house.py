@@ -19,7 +19,7 @@ FLOORS = {
     1: [
         *("job", "jobfile", "job_problems", "sources", "toml_lines"),
         *("rundir", "tables", "plots", "provenance", "console"),
-        *("slurm_values", "slurm_defaults", "layout"),
+        *("slurm_values", "slurm_defaults", "slurm_jobs", "slurm", "layout", "sweep"),
     ],
     2: [
         *("dataset", "features", "batches", "model", "prepare"),
