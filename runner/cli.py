@@ -6,23 +6,29 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import shlex
 import sys
 import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from runner import __version__
 from runner.console import complain
-from runner.errors import RunnerError
+from runner.errors import JobError, RunnerError
+from runner.hub import offline_if_unreachable
 from runner.job import Job
 from runner.jobfile import job_schema, load_job
 from runner.ranks import Rank, current_rank
+from runner.rundir import RunDir, below_here
+from runner.sweep import Trial
 
 EPILOG = """\
 exit codes: 0 done, 2 command line, 64 job file, 65 data or model refused,
-69 asset missing offline, 70 our bug, 73 run folder taken, 74 reading or writing
-failed, 75 interrupted after a checkpoint, 78 an [expect] gate missed
+69 asset missing offline, 70 our bug, 72 SLURM refuses or does not answer,
+73 run folder taken, 74 reading or writing failed, 75 interrupted after a
+checkpoint, 78 an [expect] gate missed
 """
 
 OUR_MISTAKE = "a mistake in spantune, not in your job; please report it with the lines above"
@@ -95,13 +101,55 @@ def _parse(argv: list[str], rank: Rank) -> argparse.Namespace:
     _run_arguments(one_rank)
     one_rank.set_defaults(act=_rank)
 
+    _slurm_verbs(verbs)
+
     schema = verbs.add_parser("schema", help="print the JSON Schema of a job file")
     schema.set_defaults(act=_schema)
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    arguments.typed = argv
+    return arguments
+
+
+def _slurm_verbs(verbs: Any) -> None:
+    submit = verbs.add_parser("submit", help="give jobs to SLURM; --dry-run shows the batch script")
+    submit.add_argument("jobs", metavar="JOB.toml", nargs="+", help="the job files")
+    _set_argument(submit)
+    _folder_arguments(submit)
+    submit.add_argument("--dry-run", action="store_true", help="print the batch script, no more")
+    submit.set_defaults(act=_submit)
+
+    status = verbs.add_parser("status", help="how far runs are, from their folders and from SLURM")
+    status.add_argument("runs_named", metavar="RUN", nargs="*", type=Path, help="run folders (all)")
+    status.add_argument("--runs", type=Path, default=Path("runs"), help="folder of all runs (runs)")
+    status.add_argument(
+        "--watch", type=_count, nargs="?", const=10, metavar="SECONDS", help="again and again (10)"
+    )
+    status.set_defaults(act=_status)
+
+    logs = verbs.add_parser("logs", help="what a run says")
+    logs.add_argument("run", metavar="RUN", type=Path, help="the run folder")
+    logs.add_argument("-f", "--follow", action="store_true", help="go on until the run is over")
+    logs.set_defaults(act=_logs)
+
+    cancel = verbs.add_parser("cancel", help="tell runs to save and end")
+    cancel.add_argument("runs_named", metavar="RUN", nargs="+", type=Path, help="run folders")
+    cancel.set_defaults(act=_cancel)
+
+    sweep = verbs.add_parser("sweep", help="compare the trials of a sweep, with intervals")
+    sweep.add_argument("folder", metavar="SWEEP", type=Path, help="the sweep's folder")
+    sweep.set_defaults(act=_sweep)
+
+    may_requeue = verbs.add_parser("may-requeue")  # asked by the batch script
+    may_requeue.add_argument("run", type=Path)
+    may_requeue.set_defaults(act=_may_requeue)
 
 
 def _job_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("job", metavar="JOB.toml", help="the job file")
+    _set_argument(parser)
+
+
+def _set_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set",
         action="append",
@@ -111,11 +159,15 @@ def _job_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _run_arguments(parser: argparse.ArgumentParser) -> None:
+def _folder_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of all runs (runs)")
     parser.add_argument(
         "--run-dir", type=Path, metavar="DIR", help="this run's own folder, instead of a new one"
     )
+
+
+def _run_arguments(parser: argparse.ArgumentParser) -> None:
+    _folder_arguments(parser)
     parser.add_argument(
         "--threads", type=_count, metavar="N", help="CPU threads of each rank (cores / ranks)"
     )
@@ -136,6 +188,7 @@ def _check(arguments: argparse.Namespace) -> int:
     if not arguments.data:
         _say(f"{arguments.job}: no problems ({job.name}: {job.model.name} on {job.data.train})")
         return 0
+    offline_if_unreachable(job)
     from runner.check import check_data
 
     for line in check_data(job, arguments.ranks):
@@ -148,6 +201,9 @@ def _rank(arguments: argparse.Namespace) -> int:
     rank = current_rank()
     try:
         job = _load(arguments)
+        if job.sweep is not None:
+            raise JobError([f"{arguments.job}: has a [sweep]; start it with run or submit"])
+        offline_if_unreachable(job)
         from runner.engine import stop_distributed
         from runner.train import train
 
@@ -174,8 +230,12 @@ def _leave(code: int) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    """Check the job on this process, then let deepspeed start the ranks."""
-    _load(arguments)
+    """Check the job on this process, then let deepspeed start the ranks; of a sweep, each trial."""
+    from runner.sweep import load_trials
+
+    job, trials = load_trials(arguments.job, arguments.set)
+    if trials:
+        return _run_sweep(arguments, job, trials)
     from runner.launch import launch
 
     passed = [arg for item in arguments.set for arg in ("--set", item)]
@@ -185,14 +245,137 @@ def _run(arguments: argparse.Namespace) -> int:
     return launch(["rank", arguments.job, *passed], arguments.ranks)
 
 
+def _run_sweep(arguments: argparse.Namespace, job: Job, trials: list[Trial]) -> int:
+    from runner.launch import launch
+    from runner.local_sweep import run_trials
+    from runner.rundir import new_stamp
+    from runner.sweep import open_trials
+
+    folder = (arguments.run_dir or arguments.runs / job.name / new_stamp()).absolute()
+    passed = ["--threads", str(arguments.threads)] if arguments.threads else []
+
+    def start(run: RunDir) -> int:
+        return launch(["rank", str(run.job), "--run-dir", str(run.path), *passed], arguments.ranks)
+
+    _say(f"{job.name}: {len(open_trials(folder, trials))} of {len(trials)} trials to run, {folder}")
+    failed: dict[str, int] = {}
+    for name, code in run_trials(folder, job, trials, start):
+        _say(f"{name}: {'starts' if code is None else f'ended with exit code {code}'}")
+        if code:
+            failed[name] = code
+    _show_sweep(folder)
+    return next(iter(failed.values())) if failed else 0
+
+
+def _show_sweep(folder: Path) -> None:
+    from rich.console import Console
+
+    from runner.sweep_table import NOTE, compare
+    from runner.tables import terminal
+
+    Console(highlight=False, emoji=False).print(terminal(str(folder), compare(folder)))
+    _say(NOTE)
+
+
+def _submit(arguments: argparse.Namespace) -> int:
+    from runner.submit import check_order, submit_run, submit_sweep
+
+    if arguments.run_dir is not None and len(arguments.jobs) > 1:
+        raise JobError(["--run-dir: takes the run of one job, not of several"])
+    written_by = shlex.join(["spantune", *(w for w in arguments.typed if w != "--dry-run")])
+    orders = [check_order(path, arguments.set, written_by) for path in arguments.jobs]
+    for order in orders:
+        name = order.job.name
+        if arguments.dry_run:
+            _say(order.draft(arguments.runs, arguments.run_dir).removesuffix("\n"))
+            continue
+        submit = submit_sweep if order.trials else submit_run
+        done = submit(order, arguments.runs, arguments.run_dir)
+        if done is None:
+            _say(f"{name}: finished already, {arguments.run_dir}")
+            continue
+        trials = f", an array of {done.runs} trials" if order.trials else ""
+        _say(f"{name}: job {done.job_id}{trials}, {order.where()}")
+        if done.doubt:
+            _say(f"  SLURM could not start it on the nodes as they are now: {done.doubt}")
+        folder = shlex.quote(below_here(done.folder))
+        verbs = ("status {}",) if order.trials else ("status {}", "logs {} -f")
+        for verb in (*verbs, "cancel {}", *(["sweep {}"] if order.trials else [])):
+            _say(f"  spantune {verb.format(folder)}")
+        for note in order.notes():
+            _say(f"  {note}")
+    return 0
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from rich.console import Group
+    from rich.live import Live
+    from rich.text import Text
+
+    from runner.status import find_runs, standings
+    from runner.tables import terminal
+
+    def look() -> tuple[Group, bool]:
+        found, silence = standings(find_runs(arguments.runs_named, arguments.runs))
+        rows = [standing.row(Path.cwd()) for standing in found]
+        shown = terminal("", rows) if rows else Text(f"no runs in {arguments.runs}")
+        return Group(*([Text(silence)] if silence else []), shown), all(s.over for s in found)
+
+    shown, over = look()
+    if not arguments.watch:
+        from rich.console import Console
+
+        Console(highlight=False, emoji=False).print(shown)
+        return 0
+    with Live(shown, auto_refresh=False) as live:
+        while not over:
+            time.sleep(arguments.watch)
+            shown, over = look()
+            live.update(shown, refresh=True)
+    return 0
+
+
+def _logs(arguments: argparse.Namespace) -> int:
+    from runner.attend import follow
+
+    for text in follow(RunDir.open(arguments.run), forever=arguments.follow):
+        _write(text)
+    return 0
+
+
+def _cancel(arguments: argparse.Namespace) -> int:
+    from runner.attend import cancel
+    from runner.status import find_runs
+
+    for run in find_runs(arguments.runs_named, Path()):
+        _say(f"{below_here(run.path)}: {cancel(run)}")
+    return 0
+
+
+def _sweep(arguments: argparse.Namespace) -> int:
+    _show_sweep(arguments.folder)
+    return 0
+
+
+def _may_requeue(arguments: argparse.Namespace) -> int:
+    from runner.status import check_budget
+
+    check_budget(RunDir.open(arguments.run))
+    return 0
+
+
 def _schema(_: argparse.Namespace) -> int:
     _say(job_schema().removesuffix("\n"))
     return 0
 
 
 def _say(text: str) -> None:
+    _write(f"{text}\n")
+
+
+def _write(text: str) -> None:
     try:
-        print(text, flush=True)
+        print(text, end="", flush=True)
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + 13)

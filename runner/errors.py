@@ -49,9 +49,9 @@ class AssetError(RunnerError):
 
 
 class SlurmError(RunnerError):
-    """SLURM is not here, does not answer, or refuses what it is asked (71)."""
+    """SLURM is not here, does not answer, or refuses what it is asked (72)."""
 
-    exit_code = 71
+    exit_code = 72
 
 
 class RunDirError(RunnerError):

@@ -106,6 +106,25 @@ def dump_job(job: Job) -> str:
     return tomli_w.dumps(table, multiline_strings=False)
 
 
+def first_difference(one: Job, other: Job) -> str | None:
+    """Name the first key in which two jobs differ, with both values; None if they are the same run.
+
+    Where it runs and what watches it ([slurm], [track]) is not part of what a run is.
+    """
+    pair = [
+        job.model_dump(mode="json", exclude={"slurm", "sweep", "track"}) for job in (one, other)
+    ]
+
+    def walk(a: Any, b: Any, path: KeyPath) -> str | None:
+        if isinstance(a, dict) and isinstance(b, dict):
+            keys = [*a, *(key for key in b if key not in a)]
+            found = (walk(a.get(key), b.get(key), (*path, key)) for key in keys)
+            return next((sentence for sentence in found if sentence), None)
+        return None if a == b else f"{spell(path)} is {show(a)} there and {show(b)} now"
+
+    return walk(pair[0], pair[1], ())
+
+
 def job_schema() -> str:
     """Return the JSON Schema of a job file, as text with a final newline."""
     schema = Job.model_json_schema()

@@ -59,7 +59,7 @@ class RunDir:
                         " that one away"
                     ) from None
                 return run
-            stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+            stamp = new_stamp()
             for attempt in range(100):
                 path = root / job_name / (stamp if attempt == 0 else f"{stamp}-{attempt}")
                 try:
@@ -88,6 +88,17 @@ class RunDir:
     def finished(self) -> bool:
         """Whether the run succeeded."""
         return self.result.is_file()
+
+
+def below_here(name: str | Path) -> str:
+    """Spell a path relative to the current folder where it is below it; other names stay."""
+    path = Path(name)
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(name)
+
+
+def new_stamp() -> str:
+    """Name a new run by the time, UTC to the second."""
+    return datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
 
 
 def write_atomic(path: Path, text: str) -> None:

@@ -247,5 +247,5 @@ fi
 """
 
 _NO_REQUEUE = """
-[ "$code" != 75 ] || echo "saved; to go on: sbatch $0" >&2
+if [ "$code" = 75 ] && [ -z "$ended" ]; then echo "saved; to go on: sbatch submit.sh" >&2; fi
 """

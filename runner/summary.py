@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from runner.console import duration
@@ -14,15 +13,9 @@ from runner.epoch import Totals
 from runner.job import Job, Probe
 from runner.layout import Layout
 from runner.prepare import Questions
-from runner.rundir import RunDir, write_atomic
+from runner.rundir import RunDir, below_here, write_atomic
 from runner.scoring import Evaluation, Readings
 from runner.tables import Value, markdown, read_rows
-
-
-def below_here(name: str) -> str:
-    """Spell a path relative to the current folder where it is below it; other names stay."""
-    path = Path(name)
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else name
 
 
 def data_hashes(training: Questions, validation: Questions) -> dict[str, str]:

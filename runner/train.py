@@ -46,13 +46,12 @@ from runner.model import (
 from runner.plots import draw_curves
 from runner.prepare import Questions, load_questions, probe_examples
 from runner.ranks import Rank, current_rank
-from runner.rundir import RunDir, write_atomic, write_json
+from runner.rundir import RunDir, below_here, write_atomic, write_json
 from runner.scoring import Evaluation, Reader, evaluate, read_windows
 from runner.span_loss import SpanLoss, choose_span_loss
 from runner.stopping import Stopper, missed_expectation
 from runner.summary import (
     announcement,
-    below_here,
     closing_lines,
     data_hashes,
     epoch_rows,

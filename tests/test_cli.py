@@ -29,6 +29,7 @@ CODES = {
     "JobError": 64,
     "DataError": 65,
     "AssetError": 69,
+    "SlurmError": 72,
     "RunDirError": 73,
     "StorageError": 74,
     "Interrupted": 75,

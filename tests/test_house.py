@@ -20,21 +20,23 @@ FLOORS = {
         *("job", "jobfile", "job_problems", "sources", "toml_lines"),
         *("rundir", "tables", "plots", "provenance", "console"),
         *("slurm_values", "slurm_defaults", "slurm_jobs", "slurm", "layout", "sweep"),
+        *("text_match", "sweep_table", "hub"),
     ],
     2: [
         *("dataset", "features", "batches", "model", "prepare"),
-        *("spans", "span_search", "metrics", "metric_objects", "text_match"),
+        *("spans", "span_search", "metrics", "metric_objects"),
     ],
     3: [
         *("engine", "scoring", "span_loss", "epoch", "stopping", "summary"),
         *("export", "fresh_logits", "card"),
     ],
-    4: ["train", "check", "launch"],
+    4: ["train", "check", *("launch", "submit", "status", "attend", "local_sweep")],
     5: ["cli", "main", "__main__", "__init__"],
 }
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules}
 # The desk: what a login node runs. The rest is the workshop.
-DESK = {*FLOORS[0], *FLOORS[1], *FLOORS[5], "launch"}
+DESK = {*FLOORS[0], *FLOORS[1], *FLOORS[5]}
+DESK |= {"launch", "submit", "status", "attend", "local_sweep"}
 HEAVY = {"torch", "transformers", "datasets", "deepspeed", "evaluate", "numpy", "span_kernels"}
 TREES = {
     path.stem: ast.parse(path.read_text(encoding="utf-8"), path.name)

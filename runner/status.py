@@ -1,0 +1,277 @@
+"""How far runs are: from their folders, and from SLURM where they were given to it."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tomli
+
+from runner.console import duration
+from runner.errors import Interrupted, RunDirError, SlurmError
+from runner.rundir import RunDir
+from runner.slurm_jobs import SlurmJob, Submission, ask_jobs, read_submission
+from runner.sweep import MANIFEST, read_manifest
+from runner.tables import Value, read_rows
+
+FRESH = 120.0  # seconds since a running rank's last sign of life; it gives one every 30
+SHOWN = 20  # runs that are listed if none is named
+MAX_IDLE = 3  # starts in a row without progress, after which a run is not requeued
+MAX_STARTS = 50  # starts after which it is not requeued in any case
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A start of a run, as its ledger tells.
+
+    Attributes:
+        host, pid: where its rank 0 runs.
+        slurm_job_id: of the job it belongs to; None outside of SLURM.
+        exit_code: None as long as it has not ended by itself.
+        alive: whether it has given a sign of life lately.
+    """
+
+    host: str
+    pid: int
+    slurm_job_id: str | None
+    exit_code: int | None
+    alive: bool
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where a run stands.
+
+    Attributes:
+        run: its folder.
+        state: in a word or two.
+        over: whether it will not go on by itself.
+        job: its name in SLURM; None outside.
+        epoch, epochs: how much of the training is done, and how much there is.
+        f1, exact_match: of its newest evaluation, percent.
+        left: seconds of training left at its present speed; None if it is not running.
+        limit: time left until SLURM's limit, as SLURM spells it.
+        place: where it runs.
+    """
+
+    run: RunDir
+    state: str
+    over: bool
+    job: str | None
+    epoch: float | None
+    epochs: int | None
+    f1: float | None
+    exact_match: float | None
+    left: float | None
+    limit: str
+    place: str
+
+    def row(self, root: Path) -> dict[str, Value]:
+        """One row of the table; names are relative to `root` where they are below it."""
+        path = self.run.path
+        done = None if self.epoch is None else f"{self.epoch:.3g}"
+        return {
+            "run": str(path.relative_to(root)) if path.is_relative_to(root) else str(path),
+            "state": self.state,
+            "job": self.job,
+            "epoch": f"{done or 0}/{self.epochs}" if self.epochs else done,
+            "F1 %": self.f1,
+            "EM %": self.exact_match,
+            "left": None if self.left is None else duration(self.left),
+            "limit": self.limit or None,
+            "on": self.place or None,
+        }
+
+
+def find_runs(named: Sequence[Path], root: Path) -> list[RunDir]:
+    """The runs to tell of: those named, all trials of a sweep that is named, or the newest below
+    `root`, oldest first.
+
+    Raises:
+        RunDirError: if a name is none of these.
+    """
+    if named:
+        return [run for path in named for run in _runs_at(path)]
+    folders = [*root.glob("*/*/job.toml"), *root.glob("*/*/*/job.toml")]
+    newest = sorted(folders, key=_age, reverse=True)[:SHOWN]
+    return [RunDir(path.parent) for path in reversed(newest)]
+
+
+def standings(runs: Iterable[RunDir]) -> tuple[list[Standing], str | None]:
+    """Where each run stands; and a sentence if SLURM was asked and did not answer."""
+    pairs = [(run, read_submission(run.slurm)) for run in runs]
+    asked = [sub.name for run, sub in pairs if sub is not None and not run.finished()]
+    jobs: Mapping[str, SlurmJob] = {}
+    silence = None
+    try:
+        jobs = ask_jobs(asked)
+    except SlurmError as error:
+        silence = f"{error}; what follows is from the run folders alone"
+    return [_standing(run, sub, jobs, answered=silence is None) for run, sub in pairs], silence
+
+
+def newest_attempt(run: RunDir) -> Attempt | None:
+    """Read the newest start from the ledger `attempts/`; None before the first."""
+    for path in sorted(_starts(run), reverse=True):
+        try:
+            entry = json.loads(path.read_text(encoding="utf-8"))
+            end = path.with_suffix(".end.json")
+            code = json.loads(end.read_text())["exit_code"] if end.is_file() else None
+            return Attempt(
+                str(entry["host"]),
+                int(entry["pid"]),
+                None if entry["slurm_job_id"] is None else str(entry["slurm_job_id"]),
+                code,
+                code is None and time.time() - _age(path.with_suffix(".alive")) < FRESH,
+            )
+        except (OSError, ValueError, TypeError, KeyError):
+            continue  # being written just now
+    return None
+
+
+def check_budget(run: RunDir) -> None:
+    """Look whether a run that was interrupted, or lost its node, may be requeued.
+
+    Raises:
+        Interrupted: if its last starts have brought it no further, or there were too many.
+    """
+    starts = sorted(_starts(run))
+    if len(starts) >= MAX_STARTS:
+        raise Interrupted(f"{run.path}: {len(starts)} starts are enough; not requeued")
+    steps = [_from_step(path) for path in starts[-MAX_IDLE:]]
+    reached = max((int(p.name[5:]) for p in run.checkpoints.glob("step-[0-9]*")), default=0)
+    if len(steps) == MAX_IDLE and len({*steps, reached}) == 1:
+        raise Interrupted(
+            f"{run.path}: {MAX_IDLE} starts from step {reached} have saved nothing new; not"
+            f" requeued: see {run.log.name}, then submit it again"
+        )
+
+
+def _standing(
+    run: RunDir, submission: Submission | None, jobs: Mapping[str, SlurmJob], *, answered: bool
+) -> Standing:
+    attempt = newest_attempt(run)
+    job = jobs[submission.name] if submission and submission.name in jobs else None
+    if submission is not None and answered and job is None and not run.finished():
+        job = SlurmJob("ended", "", "", "")  # so long ago that SLURM has forgotten it
+    state, over = _state(run, attempt, job)
+    training = _rows(run.train_table)
+    evaluations = _rows(run.eval_table)
+    epoch = _number(training[-1], "epoch") if training else None
+    epochs = _epochs(run)
+    running = not over and attempt is not None and attempt.alive
+    speed = _speed(training) if running else None
+    place = job.nodes if job else ""
+    return Standing(
+        run,
+        state,
+        over,
+        submission.name if submission else None,
+        epoch,
+        epochs,
+        _number(evaluations[-1], "f1_percent") if evaluations else None,
+        _number(evaluations[-1], "exact_match_percent") if evaluations else None,
+        (epochs - epoch) / speed if speed and epochs and epoch is not None else None,
+        job.time_left if job and job.state == "RUNNING" else "",
+        place or (_where(attempt) if attempt and attempt.alive else ""),
+    )
+
+
+def _state(run: RunDir, attempt: Attempt | None, job: SlurmJob | None) -> tuple[str, bool]:
+    """A run's state in a word or two, and whether it is over."""
+    if run.finished():
+        missed = attempt is not None and attempt.exit_code == 78
+        return ("finished, [expect] missed" if missed else "finished"), True
+    if job is not None and job.waits:
+        word = "pending" if attempt is None else "requeued"
+        return (f"{word} ({job.reason})" if job.reason not in ("", "None") else word), False
+    if job is not None and not job.ended and job.state != "ended":
+        begun = attempt is not None and attempt.alive
+        return ("running" if begun else "starting" if job.state == "RUNNING" else "ending"), False
+    if attempt is not None and attempt.alive:
+        return "running", False
+    if job is not None and job.state in ("CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY"):
+        return job.state.lower().replace("_", " "), True
+    if attempt is None:
+        return ("not started" if job is None else "ended before it began"), True
+    if attempt.exit_code is None:
+        return "lost: killed without a word", True
+    if attempt.exit_code == 75:
+        return "interrupted, goes on if started again", True
+    return f"failed ({attempt.exit_code})", True
+
+
+def _starts(run: RunDir) -> list[Path]:
+    return [path for path in run.path.glob("attempts/[0-9]*.json") if path.stem.isdecimal()]
+
+
+def _from_step(path: Path) -> int | None:
+    try:
+        return int(json.loads(path.read_text(encoding="utf-8"))["from_step"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def _runs_at(path: Path) -> list[RunDir]:
+    if (path / MANIFEST).is_file():
+        trials = [RunDir(path / trial["name"]) for trial in read_manifest(path)["trials"]]
+        return [run for run in trials if run.job.is_file()]
+    try:
+        return [RunDir.open(path)]
+    except RunDirError:
+        inner = sorted(path.glob("*/job.toml")) or sorted(path.glob("*/*/job.toml"))
+        if not inner:
+            raise
+        return [RunDir(job.parent) for job in inner]
+
+
+def _where(attempt: Attempt) -> str:
+    return "here" if attempt.host == socket.gethostname() else attempt.host
+
+
+def _age(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    try:
+        return read_rows(path)
+    except (OSError, ValueError):
+        return []
+
+
+def _number(row: Mapping[str, str], key: str) -> float | None:
+    try:
+        return float(row[key])
+    except (KeyError, ValueError, TypeError):  # a row that is being written
+        return None
+
+
+def _epochs(run: RunDir) -> int | None:
+    try:
+        job: dict[str, Any] = tomli.loads(run.job.read_text(encoding="utf-8"))
+        return int(job["train"]["epochs"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def _speed(training: Sequence[Mapping[str, str]]) -> float | None:
+    """Epochs a second over the last rows of this start; its clock begins anew with each start."""
+    points = [(_number(row, "elapsed_seconds"), _number(row, "epoch")) for row in training[-50:]]
+    known = [(seconds, epoch) for seconds, epoch in points if seconds is not None and epoch]
+    last = len(known) - 1
+    first = last
+    while first > 0 and known[first - 1][0] < known[first][0]:
+        first -= 1
+    if first >= last:
+        return None
+    (began, before), (ended, after) = known[first], known[last]
+    return (after - before) / (ended - began) if after > before else None
