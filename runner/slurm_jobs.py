@@ -218,5 +218,6 @@ def _ask(
 
 def _words(text: str) -> str:
     """SLURM's message in one line, without the names of its commands before each."""
-    lines = [re.sub(r"^\w+: (error: |fatal: )?", "", line.strip()) for line in text.splitlines()]
+    before = re.compile(r"^(\w+: (error|fatal): |allocation failure: )+")
+    lines = [before.sub("", line.strip()) for line in text.splitlines()]
     return printable("; ".join(dict.fromkeys(line for line in lines if line))) or "no reason given"

@@ -1,10 +1,10 @@
 #!/bin/bash
 # bert-squad on SLURM, written by: spantune submit jobs/bert_squad.toml
 #
-#   sbatch submit.sh            submits it again: a run that has begun goes on where it was saved
-#   spantune status RUN         how far it is: RUN is /scratch/me/runs/bert-squad/20261125-120000
-#   spantune logs RUN -f        what it says
-#   spantune cancel RUN         saves and ends it
+#   spantune status RUN                  how far it is; RUN is /scratch/me/runs/bert-squad/20261125-120000
+#   spantune logs RUN -f                 what it says
+#   spantune cancel RUN                  saves and ends it
+#   spantune submit JOB --run-dir RUN    goes on where it was saved (so does sbatch submit.sh)
 #
 # The job ends with the run's exit code: 0 done, 64 job file, 65 data or model refused, 69 asset
 # missing, 73 run folder taken, 74 reading or writing failed, 75 interrupted after a checkpoint,
