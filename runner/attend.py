@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from runner.attempts import Owner, describe
 from runner.errors import RunDirError
 from runner.rundir import RunDir, storage_errors
 from runner.slurm_jobs import read_submission, scancel
-from runner.status import newest_attempt, standings
+from runner.status import newest_start, standings
 from runner.submit import queued
 
 LOOK = 0.5  # seconds between looks at a file that grows
@@ -70,16 +70,17 @@ def cancel(run: RunDir) -> str:
         assert submission is not None
         scancel(submission.name)
         return f"job {submission.name} is cancelled: it saves, ends, and is not requeued"
-    attempt = newest_attempt(run)
-    if attempt is None or not attempt.alive:
+    start = newest_start(run)
+    if start is None or not start.alive:
         return "is not running"
-    if attempt.host != socket.gethostname():
-        raise RunDirError(f"{run.path} runs on {attempt.host}, outside of SLURM: cancel it there")
+    owner = start.owner
+    if owner.machine != Owner.here(0, anew=False).machine:  # its pid means something else here
+        raise RunDirError(f"{run.path} is being run by {describe(owner)}: cancel it there")
     try:
-        os.kill(attempt.pid, signal.SIGTERM)
+        os.kill(owner.pid, signal.SIGTERM)
     except ProcessLookupError:
         return "is not running"
-    return f"process {attempt.pid} is told to save and end"
+    return f"process {owner.pid} is told to save and end"
 
 
 def _new_text(path: Path, place: int) -> tuple[str, int]:

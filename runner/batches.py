@@ -61,7 +61,8 @@ def epoch_batches(
     last.
 
     With `buckets`, windows of similar length share a batch: shuffle, sort inside chunks, cut,
-    shuffle the batches.
+    shuffle the batches. The first epoch begins with its two longest batches: what does not fit into
+    memory fails at once (the second time with the optimiser's state in place), or not at all.
 
     Args:
         lengths_N: tokens of each window.
@@ -83,6 +84,11 @@ def epoch_batches(
         rows = rows[np.argsort(lengths_N[rows], kind="stable")]
         batches += np.split(rows, len(rows) // batch_size)
     shuffled = [batches[n] for n in generator.permutation(len(batches))]
+    if epoch == 0:
+        size = [(lengths_N[rows].max(), lengths_N[rows].sum()) for rows in shuffled]
+        longest = sorted(range(len(shuffled)), key=lambda n: size[n], reverse=True)[:2]
+        others = [rows for n, rows in enumerate(shuffled) if n not in longest]
+        shuffled = [shuffled[n] for n in longest] + others
     rest = order[full:]
     if len(rest):
         shuffled.append(rest[np.argsort(lengths_N[rest], kind="stable")])

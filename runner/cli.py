@@ -11,10 +11,11 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from runner import __version__
+from runner import __version__, signals
 from runner.console import complain
 from runner.errors import JobError, RunnerError
 from runner.hub import offline_if_unreachable
@@ -22,13 +23,15 @@ from runner.job import Job
 from runner.jobfile import job_schema, load_job
 from runner.ranks import Rank, current_rank
 from runner.rundir import RunDir, below_here
+from runner.starting import Where, check_finished, finished_run, open_run
 from runner.sweep import Trial
 
 EPILOG = """\
-exit codes: 0 done, 2 command line, 64 job file, 65 data or model refused,
-69 asset missing offline, 70 our bug, 72 SLURM refuses or does not answer,
-73 run folder taken, 74 reading or writing failed, 75 interrupted after a
-checkpoint, 78 an [expect] gate missed
+exit codes: 0 done, 2 command line, 64 job file, 65 data, model or checkpoint
+refused, 69 asset missing offline, 70 our bug, 71 a rank died, got stuck or ran
+out of memory, 72 SLURM refuses or does not answer, 73 run folder in use, 74
+reading or writing failed, 75 stopped and saved: start it again, 76 loss or
+gradients are no longer numbers, 78 an [expect] gate missed
 """
 
 OUR_MISTAKE = "a mistake in spantune, not in your job; please report it with the lines above"
@@ -114,7 +117,13 @@ def _slurm_verbs(verbs: Any) -> None:
     submit = verbs.add_parser("submit", help="give jobs to SLURM; --dry-run shows the batch script")
     submit.add_argument("jobs", metavar="JOB.toml", nargs="+", help="the job files")
     _set_argument(submit)
-    _folder_arguments(submit)
+    submit.add_argument("--runs", type=Path, default=Path("runs"), help="folder of all runs (runs)")
+    submit.add_argument(
+        "--run-dir",
+        type=Path,
+        metavar="DIR",
+        help="the run's or sweep's own folder; what was cut short there goes on",
+    )
     submit.add_argument("--dry-run", action="store_true", help="print the batch script, no more")
     submit.set_defaults(act=_submit)
 
@@ -159,15 +168,19 @@ def _set_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _folder_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of all runs (runs)")
-    parser.add_argument(
-        "--run-dir", type=Path, metavar="DIR", help="this run's own folder, instead of a new one"
-    )
-
-
 def _run_arguments(parser: argparse.ArgumentParser) -> None:
-    _folder_arguments(parser)
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of all runs (runs)")
+    folder = parser.add_mutually_exclusive_group()
+    folder.add_argument(
+        "--run-dir",
+        type=Path,
+        metavar="DIR",
+        help="this run's own folder; a run that was cut short there goes on",
+    )
+    folder.add_argument("--resume", type=Path, metavar="RUN", help="go on with this run")
+    parser.add_argument(
+        "--restart", action="store_true", help="begin anew, whatever the folder holds"
+    )
     parser.add_argument(
         "--threads", type=_count, metavar="N", help="CPU threads of each rank (cores / ranks)"
     )
@@ -197,29 +210,51 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _rank(arguments: argparse.Namespace) -> int:
-    """Be one rank of a run. Rank 0 speaks; the others follow with the same code a moment later."""
+    """Be one rank of a run. One rank speaks; the others follow with the same code a moment
+    later."""
+    signals.listen()
     rank = current_rank()
+    attempt = None
     try:
-        job = _load(arguments)
+        job, where = _load(arguments), _where(arguments)
         if job.sweep is not None:
             raise JobError([f"{arguments.job}: has a [sweep]; start it with run or submit"])
+        opened = open_run(job, where) if rank.is_main else finished_run(job, where)
+        if isinstance(opened, RunDir):
+            return _tell_finished(job, opened, speaks=rank.is_main)
+        attempt = opened
         offline_if_unreachable(job)
         from runner.engine import stop_distributed
         from runner.train import train
 
-        train(job, runs=arguments.runs, run_dir=arguments.run_dir, threads=arguments.threads)
+        train(job, attempt=attempt, threads=arguments.threads)
         stop_distributed()
+        code = 0
     except RunnerError as error:
-        if rank.is_main:
+        code = error.exit_code
+        if rank.is_main if error.speaks is None else error.speaks:
             complain(str(error))
-        else:
+        elif error.speaks is None:
             time.sleep(1)  # the launcher ends all ranks at the first failure: let rank 0 speak
-        return _leave(error.exit_code)
     except Exception:
+        code = RunnerError.exit_code
         traceback.print_exc()
         complain(f"rank {rank.index}: {OUR_MISTAKE}")
-        return _leave(RunnerError.exit_code)
-    return _leave(0)
+    if attempt is not None:
+        with suppress(RunnerError):  # the next start then waits for a silence
+            attempt.end(code)
+    return _leave(code)
+
+
+def _where(arguments: argparse.Namespace) -> Where:
+    return Where(arguments.runs, arguments.run_dir, arguments.resume, arguments.restart)
+
+
+def _tell_finished(job: Job, run: RunDir, *, speaks: bool) -> int:
+    if speaks:
+        _say(f"{run.path}: finished already; --restart begins anew")
+    check_finished(job, run)
+    return 0
 
 
 def _leave(code: int) -> int:
@@ -230,17 +265,22 @@ def _leave(code: int) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    """Check the job on this process, then let deepspeed start the ranks; of a sweep, each trial."""
+    """Check the job on this process, then start the ranks; of a sweep, those of each trial."""
     from runner.sweep import load_trials
 
     job, trials = load_trials(arguments.job, arguments.set)
     if trials:
         return _run_sweep(arguments, job, trials)
+    finished = finished_run(job, _where(arguments))
+    if finished is not None:
+        return _tell_finished(job, finished, speaks=True)
     from runner.launch import launch
 
     passed = [arg for item in arguments.set for arg in ("--set", item)]
     passed += ["--runs", str(arguments.runs)]
     passed += ["--run-dir", str(arguments.run_dir)] if arguments.run_dir else []
+    passed += ["--resume", str(arguments.resume)] if arguments.resume else []
+    passed += ["--restart"] if arguments.restart else []
     passed += ["--threads", str(arguments.threads)] if arguments.threads else []
     return launch(["rank", arguments.job, *passed], arguments.ranks)
 

@@ -1,5 +1,4 @@
-"""DeepSpeed: its configuration as a pure function of the job, starting it, and the collectives that
-the run needs."""
+"""DeepSpeed: its configuration as a pure function of the job, and starting it."""
 
 from __future__ import annotations
 
@@ -8,19 +7,17 @@ import math
 import os
 import warnings
 from collections.abc import Callable
-from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from runner.errors import JobError, RunnerError
+from runner.control import PATIENCE, open_control
+from runner.errors import JobError
 from runner.job import Train, Zero
 from runner.layout import Layout
 from runner.ranks import Rank, free_port
-
-Result = TypeVar("Result")
 
 
 def deepspeed_config(
@@ -58,7 +55,9 @@ def deepspeed_config(
         # Its overflow check is some 13 small operations for each tensor in each step; `epoch` looks
         # at the loss and at the norm of all gradients instead.
         config["bf16"] = {"enabled": True, "check_grad_overflow": False}
-        config["data_types"] = {"grad_accum_dtype": "fp32"} if layout.micro_batches > 1 else {}
+        # Without ZeRO, DeepSpeed can add up micro-batches only in the model's own precision.
+        several = layout.micro_batches > 1 and zero.stage > 0
+        config["data_types"] = {"grad_accum_dtype": "fp32"} if several else {}
     elif precision == "fp16":
         config["fp16"] = {"enabled": True, "loss_scale": 0, "initial_scale_power": 16}
     return _overlaid(config, zero.deepspeed)
@@ -120,8 +119,9 @@ def start_distributed(rank: Rank, threads: int | None = None) -> torch.device:
             dist_backend="nccl" if on_cuda else "gloo",
             auto_mpi_discovery=False,
             verbose=False,
-            timeout=timedelta(minutes=30),
+            timeout=PATIENCE,
         )
+    open_control()
     return torch.device("cuda", rank.local) if on_cuda else torch.device("cpu")
 
 
@@ -193,45 +193,3 @@ def stop_distributed() -> None:
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
-
-
-def main_first(rank: Rank, work: Callable[[], Result]) -> Result:
-    """Let rank 0 do `work` first (it may fill a cache), then the others; a failure of rank 0 ends
-    all of them."""
-    failure: list[Any] = [None]
-    result: Result | None = None
-    if rank.is_main:
-        try:
-            result = work()
-        except RunnerError as error:
-            failure = [error]
-        except Exception as error:
-            failure = [error]
-            _announce(failure)
-            raise
-    _announce(failure)
-    if failure[0] is not None:
-        raise failure[0]
-    return result if rank.is_main else work()  # type: ignore[return-value]
-
-
-def _announce(failure: list[Any]) -> None:
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.broadcast_object_list(failure, src=0)
-
-
-def share(value: Result | None) -> Result:
-    """Give rank 0's value to every rank."""
-    box = [value]
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.broadcast_object_list(box, src=0)
-    return box[0]  # type: ignore[return-value]
-
-
-def gather(value: Result) -> list[Result] | None:
-    """Collect every rank's value on rank 0, in rank order; None elsewhere."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return [value]
-    box: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-    dist.gather_object(value, box, dst=0)
-    return box

@@ -5,49 +5,24 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from runner.batches import epoch_batches, rank_share
 from runner.clock import Clock
 from runner.console import Step
-from runner.errors import RunnerError
+from runner.errors import DivergedError
 from runner.features import Windows
+from runner.health import Health
 from runner.job import Train
 from runner.layout import Layout
+from runner.progress import Progress, Totals
 from runner.ranks import Rank
 from runner.scoring import Reader, token_accuracy
 from runner.span_loss import SpanLoss
 from runner.tables import Value
-
-
-@dataclass
-class Totals:
-    """Sums over windows, all ranks together.
-
-    Attributes:
-        loss: nats, summed over windows.
-        right: windows whose likeliest start and end are both right.
-        windows: how many.
-        tokens: real tokens in them.
-        slots: tokens computed, padding included.
-        seconds: wall time.
-    """
-
-    loss: float = 0.0
-    right: float = 0.0
-    windows: float = 0.0
-    tokens: float = 0.0
-    slots: float = 0.0
-    seconds: float = 0.0
-
-    def add(self, other: Totals) -> None:
-        """Add another stretch of steps to this one."""
-        for name, value in vars(other).items():
-            setattr(self, name, getattr(self, name) + value)
 
 
 @dataclass(frozen=True)
@@ -62,7 +37,10 @@ class Course:
         seed: the job's seed, which decides the order.
         rank, layout: which of a step's windows are this rank's.
         clock: told when the first step is done.
+        health: told of losses and gradients.
         write_row: takes each row of train.csv on rank 0.
+        boundary: called between two steps, when all that is to be remembered is in `Progress`; it
+            may save, or end training by an exception.
     """
 
     reader: Reader
@@ -73,7 +51,9 @@ class Course:
     rank: Rank
     layout: Layout
     clock: Clock
+    health: Health
     write_row: Callable[[dict[str, Value]], None]
+    boundary: Callable[[], None]
 
     @property
     def steps_per_epoch(self) -> int:
@@ -81,19 +61,17 @@ class Course:
         return -(-len(self.windows) // self.section.batch_size)
 
 
-def train_epoch(course: Course, epoch: int, follow: Step) -> Totals:
-    """Train one epoch; every rank must call this with the same arguments.
+def train_epoch(course: Course, progress: Progress, follow: Step) -> None:
+    """Train what is left of an epoch; every rank must call this with the same arguments.
 
     Args:
         course: what to train, how.
-        epoch: from 0.
+        progress: the epoch, and how much of it is done; it is kept up to date, and its totals at
+            the end are the epoch's.
         follow: told of each step.
 
-    Returns:
-        Totals of the epoch, the same on every rank.
-
     Raises:
-        RunnerError: if the loss is no longer a number, naming the step.
+        DivergedError: if loss or gradients are no longer numbers, naming step and questions.
     """
     engine, windows, layout = course.reader.model, course.windows, course.layout
     engine.train()
@@ -101,13 +79,12 @@ def train_epoch(course: Course, epoch: int, follow: Step) -> Totals:
         windows.lengths_N,
         course.section.batch_size,
         course.seed,
-        epoch,
+        progress.epoch - 1,
         buckets=course.section.length_buckets,
     )
-    epoch_totals, mine = Totals(), Totals()
-    sums_2 = torch.zeros(2, device=course.reader.device)  # loss and right spans since the last row
     began = time.monotonic()
-    for done, rows in enumerate(batches, 1):
+    for done, rows in enumerate(batches[progress.done :], progress.done + 1):
+        step = progress.step + 1
         for micro in rank_share(
             rows, course.rank.index, layout.world, layout.micro_batch_size, layout.micro_batches
         ):
@@ -116,53 +93,67 @@ def train_epoch(course: Course, epoch: int, follow: Step) -> Totals:
             # DeepSpeed averages over ranks and micro-batches; weighted so, a step's gradient is the
             # mean over its windows even where a short last batch leaves ranks with unequal shares.
             engine.backward(loss * (read.counted * layout.world * layout.micro_batches / len(rows)))
-            engine.step()
+            take_step(engine, step)
             if read.counted:
                 right_3 = token_accuracy(
                     read.logits_T2, read.segments_B2, read.starts_B, read.ends_B
                 )
-                sums_2 += torch.stack([loss.detach() * read.counted, right_3[2]])
-                mine.windows += read.counted
-                mine.tokens += int(windows.lengths_N[micro].sum())
-                mine.slots += len(read.logits_T2)
+                progress.sums_2 += torch.stack([loss.detach() * read.counted, right_3[2]])
+                progress.mine.windows += read.counted
+                progress.mine.tokens += int(windows.lengths_N[micro].sum())
+                progress.mine.slots += len(read.logits_T2)
+                course.health.passed(step, micro, loss)
+        course.health.stepped(step, rows, engine.get_global_grad_norm())
         course.clock.step_done()
+        progress.done = done
+        now = time.monotonic()
+        progress.mine.seconds += now - began
         if done % course.section.log_every == 0 or done == len(batches):
-            mine.seconds, began = time.monotonic() - began, time.monotonic()
-            row = _over_ranks(mine, sums_2)
-            mine = Totals()
-            sums_2.zero_()
-            epoch_totals.add(row)
-            step = epoch * len(batches) + done
-            norm = engine.get_global_grad_norm()
-            norm = None if norm is None else float(norm)
-            # fp16 looks for its loss scale by overflowing: an infinite norm is normal there.
-            lost = not np.isfinite(norm or 0.0) and not engine.fp16_enabled()
-            if lost or not np.isfinite(row.loss):
-                raise RunnerError(
-                    f"loss {row.loss}, gradient norm {norm} at step {step} (epoch {epoch + 1}); "
-                    'lower train.learning_rate, or set model.precision = "fp32"'
-                )
+            row = over_ranks(progress)
+            course.health.look(row.loss)
+            progress.start_row(row)
             if course.rank.is_main:
+                norm = engine.get_global_grad_norm()
                 course.write_row(
                     {
                         "step": step,
-                        "epoch": round(epoch + done / len(batches), 6),
+                        "epoch": round(progress.epoch - 1 + done / len(batches), 6),
                         "loss_nats": row.loss / row.windows,
                         "span_accuracy_percent": 100 * row.right / row.windows,
                         "learning_rate": float(engine.get_lr()[0]),
-                        "grad_norm": norm,
+                        "grad_norm": None if norm is None else float(norm),
                         "examples_per_second": row.windows / row.seconds,
                         "tokens_per_second": row.tokens / row.seconds,
                         "padding_percent": 100 * (1 - row.tokens / row.slots),
                         "elapsed_seconds": course.clock.elapsed(),
                     }
                 )
-        follow(done, _note(epoch_totals))
-    return epoch_totals
+        follow(done, _note(progress.totals))
+        course.boundary()
+        began = time.monotonic()
 
 
-def _over_ranks(mine: Totals, sums_2: Tensor) -> Totals:
-    """Add up the ranks' sums: the only place where the loop waits for the device."""
+def take_step(engine: Any, step: int) -> None:
+    """Let the optimiser take its step, if the last micro-batch of one was read.
+
+    Raises:
+        DivergedError: if fp16 finds no scale at which the gradients are finite.
+    """
+    try:
+        engine.step()
+    except Exception as error:  # DeepSpeed has no kind of its own for it
+        if "loss scale already at minimum" not in str(error):
+            raise
+        raise DivergedError(
+            f"the gradients of step {step} overflow at every loss scale; lower train.learning_rate,"
+            ' or set model.precision = "bf16" or "fp32"'
+        ) from None
+
+
+def over_ranks(progress: Progress) -> Totals:
+    """Add up the ranks' sums since the last row: the only place where the loop waits for the
+    device."""
+    mine, sums_2 = progress.mine, progress.sums_2
     counts = torch.tensor([mine.windows, mine.tokens, mine.slots], device=sums_2.device)
     sums_5 = torch.cat([sums_2, counts]).double()
     if dist.get_world_size() > 1:

@@ -20,9 +20,13 @@ class RunnerError(Exception):
 
     `cli` prints the text without a traceback and exits with `exit_code`. Anything that is not a
     RunnerError is our own mistake: it keeps its traceback and exits with 70.
+
+    Attributes:
+        speaks: whether this rank is to print it, once the ranks have settled which of them does.
     """
 
     exit_code = 70
+    speaks: bool | None = None
 
 
 class JobError(RunnerError):
@@ -37,7 +41,7 @@ class JobError(RunnerError):
 
 
 class DataError(RunnerError):
-    """A data set, model folder or checkpoint was read and refused (65)."""
+    """A data set, model folder, checkpoint or run folder was read and refused (65)."""
 
     exit_code = 65
 
@@ -48,6 +52,13 @@ class AssetError(RunnerError):
     exit_code = 69
 
 
+class MachineError(RunnerError):
+    """A rank died, got stuck or ran out of memory: neither the job's text nor spantune is at fault
+    (71)."""
+
+    exit_code = 71
+
+
 class SlurmError(RunnerError):
     """SLURM is not here, does not answer, or refuses what it is asked (72)."""
 
@@ -55,7 +66,7 @@ class SlurmError(RunnerError):
 
 
 class RunDirError(RunnerError):
-    """The run folder already belongs to another run (73)."""
+    """The run folder is in use by another start (73)."""
 
     exit_code = 73
 
@@ -70,6 +81,12 @@ class Interrupted(RunnerError):
     """The run was told to stop and has committed its state; start it again to go on (75)."""
 
     exit_code = 75
+
+
+class DivergedError(RunnerError):
+    """The loss, the gradients or the weights are no longer numbers (76)."""
+
+    exit_code = 76
 
 
 class ExpectationError(RunnerError):

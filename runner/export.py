@@ -3,8 +3,10 @@ own logits."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,13 +16,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from runner.dataset import Example
 from runner.errors import RunnerError
 from runner.features import Windows
-from runner.rundir import storage_errors, write_atomic
+from runner.rundir import storage_errors
 from runner.scoring import Reader
 
 CHECKED_WINDOWS = 8
@@ -78,19 +81,44 @@ def export_model(
     tokenizer: PreTrainedTokenizerBase,
     card: str,
 ) -> None:
-    """Write weights (safetensors), configuration, tokenizer and model card aside, then rename the
-    folder into place."""
+    """Write weights (safetensors), configuration, tokenizer and model card into a new folder.
+
+    Raises:
+        OSError: if they cannot be written.
+    """
+    try:
+        model.save_pretrained(folder, state_dict=state)
+        tokenizer.save_pretrained(folder)
+    except SafetensorError as error:  # its text alone tells the number: "... (os error 28)"
+        found = re.search(r"os error (\d+)", str(error))
+        number = int(found[1]) if found else errno.EIO
+        raise OSError(number, os.strerror(number), str(folder)) from error
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def publish_model(exported: Path, folder: Path) -> None:
+    """Let `folder` be the exported model of a checkpoint: the same files, not copies, where the
+    file system has links.
+
+    Raises:
+        StorageError: if it cannot be made; what stood there before is untouched.
+    """
     aside, old = folder.with_name(".model.new"), folder.with_name(".model.old")
     with storage_errors(folder):
         for leftover in (aside, old):
             shutil.rmtree(leftover, ignore_errors=True)
-        model.save_pretrained(aside, state_dict=state)
-        tokenizer.save_pretrained(aside)
-        write_atomic(aside / "README.md", card)
+        shutil.copytree(exported, aside, copy_function=_link)
         if folder.exists():
             folder.rename(old)
         aside.rename(folder)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 @torch.no_grad()

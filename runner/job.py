@@ -173,6 +173,18 @@ class Train(Section):
         default=1, description="epochs between evaluations; the last epoch is always evaluated"
     )
     log_every: Count = Field(default=10, description="optimiser steps between rows of train.csv")
+    checkpoint_minutes: float = Field(
+        default=10.0,
+        gt=0,
+        le=1440,
+        description="minutes between checkpoints at most; each evaluation is followed by one too",
+    )
+    timeout_minutes: float = Field(
+        default=10.0,
+        gt=0,
+        le=1440,
+        description="minutes without progress after which a rank counts as dead or stuck",
+    )
     length_buckets: bool = Field(
         default=True, description="windows of similar length share a batch; false: plain shuffling"
     )

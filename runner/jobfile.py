@@ -15,13 +15,20 @@ import tomli
 import tomli_w
 from pydantic import ValidationError
 
-from runner.errors import JobError
+from runner.errors import DataError, JobError
 from runner.job import Job
 from runner.job_problems import accepts_text, schema_problems, short, show, spell
 from runner.sources import find_file, is_hub_model, package_folder, parse_data
 from runner.toml_lines import Path as KeyPath
 from runner.toml_lines import key_lines, line_of
 
+# Keys that two starts of one run may differ in.
+NO_MATTER: frozenset[KeyPath] = frozenset(
+    {
+        *(("slurm",), ("sweep",), ("track",), ("expect",)),
+        *(("train", "checkpoint_minutes"), ("train", "timeout_minutes")),
+    }
+)
 MAX_BYTES = 200_000  # a job is a page of text; anything larger is another kind of file
 
 
@@ -106,23 +113,37 @@ def dump_job(job: Job) -> str:
     return tomli_w.dumps(table, multiline_strings=False)
 
 
+def recorded_job(path: Path) -> Job:
+    """Read a run's own job.toml back, without asking whether the files that it names are there.
+
+    Raises:
+        DataError: if it is none.
+    """
+    try:
+        return Job.model_validate(tomli.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(f"{path}: is not the record of a run: {reason}") from None
+
+
 def first_difference(one: Job, other: Job) -> str | None:
     """Name the first key in which two jobs differ, with both values; None if they are the same run.
 
-    Where it runs and what watches it ([slurm], [track]) is not part of what a run is.
+    What decides no number of a run is not compared: where it runs and what watches it ([slurm],
+    [track]), what is expected of it, how often it saves, how long ranks wait for each other.
     """
-    pair = [
-        job.model_dump(mode="json", exclude={"slurm", "sweep", "track"}) for job in (one, other)
-    ]
 
     def walk(a: Any, b: Any, path: KeyPath) -> str | None:
+        if path in NO_MATTER:
+            return None
         if isinstance(a, dict) and isinstance(b, dict):
             keys = [*a, *(key for key in b if key not in a)]
             found = (walk(a.get(key), b.get(key), (*path, key)) for key in keys)
             return next((sentence for sentence in found if sentence), None)
-        return None if a == b else f"{spell(path)} is {show(a)} there and {show(b)} now"
+        said = ["not set" if value is None else show(value) for value in (a, b)]
+        return None if a == b else f"{spell(path)} is {said[0]} there and {said[1]} now"
 
-    return walk(pair[0], pair[1], ())
+    return walk(one.model_dump(mode="json"), other.model_dump(mode="json"), ())
 
 
 def job_schema() -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -32,6 +33,7 @@ class RunDir:
         self.curves_png = self.path / "curves.png"
         self.report = self.path / "report.md"
         self.checkpoints = self.path / "checkpoints"
+        self.attempts = self.path / "attempts"
         self.model = self.path / "model"
         self.log = self.path / "log.txt"
         self.result = self.path / "result.json"
@@ -39,35 +41,28 @@ class RunDir:
         self.slurm = self.path / "slurm.json"
 
     @classmethod
-    def create(cls, root: Path, job_name: str, exact: Path | None = None) -> RunDir:
-        """Make a new run folder under `root`, or at `exact`; one that already holds a run is
-        refused.
+    def create(cls, root: Path, job_name: str) -> RunDir:
+        """Make a new, empty run folder under `root`.
 
         Raises:
-            RunDirError: if `exact` already holds a run.
             StorageError: if the folder cannot be made.
         """
+        stamp = new_stamp()
         with storage_errors():
-            if exact is not None:
-                exact.mkdir(parents=True, exist_ok=True)
-                run = cls(exact)
-                try:
-                    run.job.touch(exist_ok=False)
-                except FileExistsError:
-                    raise RunDirError(
-                        f"{exact} already holds a run; give another folder to --run-dir or move"
-                        " that one away"
-                    ) from None
-                return run
-            stamp = new_stamp()
-            for attempt in range(100):
-                path = root / job_name / (stamp if attempt == 0 else f"{stamp}-{attempt}")
+            for number in range(100):
+                path = root / job_name / (stamp if number == 0 else f"{stamp}-{number}")
                 try:
                     path.mkdir(parents=True)
                 except FileExistsError:
                     continue
                 return cls(path)
-        raise RunDirError(f"{root / job_name}/{stamp} and 99 names after it are taken")
+        raise StorageError(f"{root / job_name}/{stamp} and 99 names after it are taken")
+
+    @classmethod
+    def all(cls, root: Path, job_name: str) -> list[RunDir]:
+        """Every run of a job under `root`, the newest last."""
+        folders = (root / job_name).glob("*/job.toml")
+        return [cls(file.parent) for file in sorted(folders, key=lambda f: _stamp(f.parent.name))]
 
     @classmethod
     def open(cls, path: str | Path) -> RunDir:
@@ -81,9 +76,19 @@ class RunDir:
             raise RunDirError(f"{path} is no run folder: it has no job.toml")
         return run
 
-    def checkpoint(self, step: int) -> str:
-        """Name of the checkpoint taken after `step` optimiser steps."""
-        return f"step-{step:06d}"
+    @property
+    def tables(self) -> tuple[Path, ...]:
+        """The tables that grow as training goes on."""
+        return (self.train_table, self.eval_table, self.probe_table)
+
+    @property
+    def written(self) -> tuple[Path, ...]:
+        """All that a run writes; what stands beside it (submit.sh, a user's notes) is not its."""
+        return (
+            *(self.job, self.provenance, self.deepspeed, *self.tables, self.predictions),
+            *(self.curves_svg, self.curves_png, self.report, self.checkpoints, self.attempts),
+            *(self.model, self.log, self.result),
+        )
 
     def finished(self) -> bool:
         """Whether the run succeeded."""
@@ -94,6 +99,28 @@ def below_here(name: str | Path) -> str:
     """Spell a path relative to the current folder where it is below it; other names stay."""
     path = Path(name)
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(name)
+
+
+def checkpoint_name(step: int, attempt: int, *, scored: bool) -> str:
+    """Name of the checkpoint that an attempt takes after `step` optimiser steps, before or after
+    the model was scored there."""
+    return f"step-{step:06d}{'-scored' if scored else ''}-a{attempt:04d}"
+
+
+def checkpoint_place(name: str) -> tuple[int, bool, int] | None:
+    """Step, scored, attempt of a checkpoint's name, which order checkpoints; None for other
+    names."""
+    found = re.fullmatch(r"step-(\d{6,})(-scored)?-a(\d{4,})", name, re.ASCII)
+    return (int(found[1]), bool(found[2]), int(found[3])) if found else None
+
+
+def committed_steps(run: RunDir) -> list[int]:
+    """Steps of all checkpoints that stand under their final name."""
+    try:
+        places = map(checkpoint_place, os.listdir(run.checkpoints))
+    except FileNotFoundError:
+        return []
+    return [place[0] for place in places if place]
 
 
 def new_stamp() -> str:
@@ -118,6 +145,11 @@ def write_atomic(path: Path, text: str) -> None:
             aside.replace(path)
         finally:
             aside.unlink(missing_ok=True)
+
+
+def _stamp(name: str) -> tuple[str, int]:
+    stem, _, number = name.rpartition("-")
+    return (stem, int(number)) if stem.count("-") and number.isdecimal() else (name, 0)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from runner.batches import Padded, collate, pad, score_batches
 from runner.console import Step
+from runner.control import gather
 from runner.dataset import Example
-from runner.engine import gather
 from runner.features import Windows
 from runner.job import Score
 from runner.metric_objects import Squad, SquadV2

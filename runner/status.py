@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import time
@@ -12,6 +13,15 @@ from typing import Any
 
 import tomli
 
+from runner.attempts import (
+    SILENT,
+    Owner,
+    attempts_without_progress,
+    entry_file,
+    life,
+    numbers,
+    owners,
+)
 from runner.console import duration
 from runner.errors import Interrupted, RunDirError, SlurmError
 from runner.rundir import RunDir
@@ -19,26 +29,22 @@ from runner.slurm_jobs import SlurmJob, Submission, ask_jobs, read_submission
 from runner.sweep import MANIFEST, read_manifest
 from runner.tables import Value, read_rows
 
-FRESH = 120.0  # seconds since a running rank's last sign of life; it gives one every 30
 SHOWN = 20  # runs that are listed if none is named
 MAX_IDLE = 3  # starts in a row without progress, after which a run is not requeued
 MAX_STARTS = 50  # starts after which it is not requeued in any case
 
 
 @dataclass(frozen=True)
-class Attempt:
-    """A start of a run, as its ledger tells.
+class Start:
+    """The newest start of a run, as its ledger tells.
 
     Attributes:
-        host, pid: where its rank 0 runs.
-        slurm_job_id: of the job it belongs to; None outside of SLURM.
-        exit_code: None as long as it has not ended by itself.
-        alive: whether it has given a sign of life lately.
+        owner: who made it.
+        exit_code: how it ended; None as long as it has not said so.
+        alive: whether it is going on.
     """
 
-    host: str
-    pid: int
-    slurm_job_id: str | None
+    owner: Owner
     exit_code: int | None
     alive: bool
 
@@ -115,23 +121,24 @@ def standings(runs: Iterable[RunDir]) -> tuple[list[Standing], str | None]:
     return [_standing(run, sub, jobs, answered=silence is None) for run, sub in pairs], silence
 
 
-def newest_attempt(run: RunDir) -> Attempt | None:
-    """Read the newest start from the ledger `attempts/`; None before the first."""
-    for path in sorted(_starts(run), reverse=True):
-        try:
-            entry = json.loads(path.read_text(encoding="utf-8"))
-            end = path.with_suffix(".end.json")
-            code = json.loads(end.read_text())["exit_code"] if end.is_file() else None
-            return Attempt(
-                str(entry["host"]),
-                int(entry["pid"]),
-                None if entry["slurm_job_id"] is None else str(entry["slurm_job_id"]),
-                code,
-                code is None and time.time() - _age(path.with_suffix(".alive")) < FRESH,
-            )
-        except (OSError, ValueError, TypeError, KeyError):
-            continue  # being written just now
-    return None
+def newest_start(run: RunDir) -> Start | None:
+    """Read the newest start from the ledger; None before the first."""
+    started = owners(run)
+    if not started:
+        return None
+    owner = started[-1]
+    code = None
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        text = entry_file(run, owner.attempt, "end.json").read_text(encoding="utf-8")
+        code = int(json.loads(text)["exit_code"])
+    if code is not None:
+        return Start(owner, code, alive=False)
+    try:
+        return Start(owner, None, life(run, owner.attempt) is not None)
+    except OSError:  # somebody else's folder, which we may only read
+        return Start(
+            owner, None, time.time() - _age(entry_file(run, owner.attempt, "alive")) < SILENT
+        )
 
 
 def check_budget(run: RunDir) -> None:
@@ -140,22 +147,20 @@ def check_budget(run: RunDir) -> None:
     Raises:
         Interrupted: if its last starts have brought it no further, or there were too many.
     """
-    starts = sorted(_starts(run))
-    if len(starts) >= MAX_STARTS:
-        raise Interrupted(f"{run.path}: {len(starts)} starts are enough; not requeued")
-    steps = [_from_step(path) for path in starts[-MAX_IDLE:]]
-    reached = max((int(p.name[5:]) for p in run.checkpoints.glob("step-[0-9]*")), default=0)
-    if len(steps) == MAX_IDLE and len({*steps, reached}) == 1:
+    starts, idle = len(numbers(run)), attempts_without_progress(run)
+    if idle >= MAX_IDLE:
         raise Interrupted(
-            f"{run.path}: {MAX_IDLE} starts from step {reached} have saved nothing new; not"
-            f" requeued: see {run.log.name}, then submit it again"
+            f"{run.path}: the last {idle} starts have saved nothing new, so it is not requeued; see"
+            f" {run.log.name}, and submit it again once the reason is gone"
         )
+    if starts >= MAX_STARTS:
+        raise Interrupted(f"{run.path}: {starts} starts are too many; it is not requeued")
 
 
 def _standing(
     run: RunDir, submission: Submission | None, jobs: Mapping[str, SlurmJob], *, answered: bool
 ) -> Standing:
-    attempt = newest_attempt(run)
+    attempt = newest_start(run)
     job = jobs[submission.name] if submission and submission.name in jobs else None
     if submission is not None and answered and job is None and not run.finished():
         job = SlurmJob("ended", "", "", "")  # so long ago that SLURM has forgotten it
@@ -182,7 +187,7 @@ def _standing(
     )
 
 
-def _state(run: RunDir, attempt: Attempt | None, job: SlurmJob | None) -> tuple[str, bool]:
+def _state(run: RunDir, attempt: Start | None, job: SlurmJob | None) -> tuple[str, bool]:
     """A run's state in a word or two, and whether it is over."""
     if run.finished():
         missed = attempt is not None and attempt.exit_code == 78
@@ -206,17 +211,6 @@ def _state(run: RunDir, attempt: Attempt | None, job: SlurmJob | None) -> tuple[
     return f"failed ({attempt.exit_code})", True
 
 
-def _starts(run: RunDir) -> list[Path]:
-    return [path for path in run.path.glob("attempts/[0-9]*.json") if path.stem.isdecimal()]
-
-
-def _from_step(path: Path) -> int | None:
-    try:
-        return int(json.loads(path.read_text(encoding="utf-8"))["from_step"])
-    except (OSError, ValueError, TypeError, KeyError):
-        return None
-
-
 def _runs_at(path: Path) -> list[RunDir]:
     if (path / MANIFEST).is_file():
         trials = [RunDir(path / trial["name"]) for trial in read_manifest(path)["trials"]]
@@ -230,8 +224,8 @@ def _runs_at(path: Path) -> list[RunDir]:
         return [RunDir(job.parent) for job in inner]
 
 
-def _where(attempt: Attempt) -> str:
-    return "here" if attempt.host == socket.gethostname() else attempt.host
+def _where(start: Start) -> str:
+    return "here" if start.owner.host == socket.gethostname() else start.owner.host
 
 
 def _age(path: Path) -> float:

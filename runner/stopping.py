@@ -1,11 +1,10 @@
-"""Which evaluation's weights are kept, when training stops early, and whether the end is what was
-expected."""
+"""Which evaluation's weights are kept, and when training stops early."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from runner.job import Expect, Stop
+from runner.job import Stop
 from runner.scoring import Evaluation
 
 
@@ -36,21 +35,3 @@ class Stopper:
             return Verdict(keep=True, stop=False)
         self.waited += 1
         return Verdict(keep=False, stop=self.waited > self.stop.patience)
-
-
-def missed_expectation(expect: Expect | None, scores: Evaluation) -> str | None:
-    """Say by how much a run missed its [expect]; None where it is met or nothing is expected."""
-    if expect is None:
-        return None
-    missed = []
-    for name in ("exact_match", "f1", "span_accuracy", "loss"):
-        wanted = getattr(expect, name)
-        if wanted is None:
-            continue
-        found = scores.metric(name)
-        if not abs(found - wanted) <= expect.tolerance:
-            missed.append(
-                f"{name} is {found:.2f}, {abs(found - wanted):.2f} from the expected {wanted:.2f} "
-                f"(tolerance {expect.tolerance:g})"
-            )
-    return "; ".join(missed) or None

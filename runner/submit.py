@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from runner.attempts import life, numbers
 from runner.errors import DataError, JobError, RunDirError, SlurmError
 from runner.hub import not_cached
 from runner.job import Job, Slurm
-from runner.jobfile import dump_job, first_difference, load_job
+from runner.jobfile import dump_job, first_difference, recorded_job
 from runner.launch import MAIN
 from runner.layout import batch_layout
-from runner.rundir import RunDir, new_stamp, write_atomic
+from runner.rundir import RunDir, new_stamp, storage_errors, write_atomic
 from runner.slurm import sbatch_script, script_options
 from runner.slurm_defaults import defaults_file, resolve
 from runner.slurm_jobs import (
@@ -170,26 +171,30 @@ def node_command(section: Slurm) -> list[str]:
     return [*section.container, python, "-u", str(MAIN)]
 
 
-def submit_run(order: Order, root: Path, run_dir: Path | None) -> Submitted:
-    """Submit one run: a new one below `root`, or the one in `run_dir`, which goes on.
+def submit_run(order: Order, root: Path, run_dir: Path | None) -> Submitted | None:
+    """Submit one run: a new one below `root`, or the one in `run_dir`, which goes on. None if that
+    is finished.
 
     Raises:
         DataError: if `run_dir` holds a run of another job.
-        RunDirError: if that run is in the queue already.
+        RunDirError: if that run is under way, or in the queue already.
         SlurmError: if SLURM does not take it; a new run folder is then removed again.
     """
     run = RunDir(run_dir) if run_dir is not None else None
     if run is not None and run.job.is_file():
-        difference = first_difference(load_job(run.job), order.job)
+        difference = first_difference(recorded_job(run.job), order.job)
         if difference is not None:
-            raise DataError(f"{run.path} holds a run of another job: {difference}")
-        busy = queued(run)
-        if busy is not None:
-            raise RunDirError(f"{run.path} is submitted already: {busy}")
+            raise DataError(f"{run.path}: holds a run of another job: {difference}")
+        if run.finished():
+            return None
+        check_idle(run)
         return _submit(order, run.path, {0: run}, order.script(run.path))
-    run = RunDir.create(root, order.job.name, run_dir)
-    write_atomic(run.job, dump_job(order.job))
+    if run is None:
+        run = RunDir.create(root, order.job.name)
     try:
+        with storage_errors(run.path):
+            run.path.mkdir(parents=True, exist_ok=True)
+        write_atomic(run.job, dump_job(order.job))
         return _submit(order, run.path, {0: run}, order.script(run.path))
     except (SlurmError, JobError):
         _remove(run.path)
@@ -215,12 +220,14 @@ def submit_sweep(order: Order, root: Path, folder: Path | None) -> Submitted | N
         runs: dict[int, RunDir] = {}
         for trial in left:
             run = RunDir(folder / trial.name)
-            if queued(run) is None:
+            if is_idle(run):
                 runs[names.index(trial.name)] = run
                 run.path.mkdir(exist_ok=True)
                 write_atomic(run.job, dump_job(trial.job))
         if not runs:
-            raise RunDirError(f"{folder}: the {len(left)} trials without a result are in the queue")
+            raise RunDirError(
+                f"{folder}: the {len(left)} trials without a result run or are in the queue"
+            )
         indices = sorted(runs)
         return _submit(order, folder, runs, order.script(folder, names, indices))
     except (SlurmError, JobError):
@@ -242,6 +249,31 @@ def queued(run: RunDir) -> str | None:
     if submission.name not in jobs or jobs[submission.name].ended:
         return None
     return f"job {submission.name} is {jobs[submission.name].state}"
+
+
+def check_idle(run: RunDir) -> None:
+    """Make sure that nobody runs a run, and that it is not in the queue.
+
+    Raises:
+        RunDirError: saying who, or which job.
+        SlurmError: if SLURM cannot be asked.
+    """
+    waiting = queued(run)
+    if waiting is not None:
+        raise RunDirError(f"{run.path} is submitted already: {waiting}")
+    newest = max(numbers(run), default=0)
+    alive = life(run, newest) if newest else None
+    if alive is not None:
+        raise RunDirError(f"{run.path} is being run by {alive}")
+
+
+def is_idle(run: RunDir) -> bool:
+    """Whether nobody runs a run, and it is not in the queue."""
+    try:
+        check_idle(run)
+    except RunDirError:
+        return False
+    return True
 
 
 def _remove(folder: Path) -> None:

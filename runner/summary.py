@@ -9,10 +9,10 @@ from typing import Any
 
 from runner.console import duration
 from runner.dataset import Example
-from runner.epoch import Totals
 from runner.job import Job, Probe
 from runner.layout import Layout
 from runner.prepare import Questions
+from runner.progress import Totals
 from runner.rundir import RunDir, below_here, write_atomic
 from runner.scoring import Evaluation, Readings
 from runner.tables import Value, markdown, read_rows

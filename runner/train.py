@@ -4,35 +4,36 @@ from __future__ import annotations
 
 import os
 import resource
-import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import torch.distributed as dist
 
 from runner import provenance
 from runner.card import model_card
+from runner.checkpoint import BEST, Checkpoints, windows_sha256
+from runner.claim import Attempt
 from runner.clock import Clock
 from runner.console import Reporter
+from runner.control import Boundary, everyone, gather, is_cut_off, main_first, share
+from runner.crew import Crew
 from runner.engine import (
     deepspeed_config,
-    gather,
-    main_first,
-    share,
     start_distributed,
     start_engine,
 )
 from runner.epoch import Course, train_epoch
-from runner.errors import ExpectationError
-from runner.export import export_model, gathered_state, own_logits, verify_export
+from runner.errors import ExpectationError, Interrupted, MachineError
+from runner.expectation import missed_expectation
+from runner.export import gathered_state, own_logits, publish_model, verify_export
 from runner.features import build_windows
+from runner.health import Health
 from runner.job import Job
 from runner.jobfile import dump_job
-from runner.layout import batch_layout
+from runner.keeping import MODEL, Kept, write_kept
+from runner.layout import Layout, batch_layout
 from runner.model import (
     Pretrained,
     choose_precision,
@@ -45,11 +46,15 @@ from runner.model import (
 )
 from runner.plots import draw_curves
 from runner.prepare import Questions, load_questions, probe_examples
+from runner.progress import Memory, Progress, seed_everything
 from runner.ranks import Rank, current_rank
 from runner.rundir import RunDir, below_here, write_atomic, write_json
-from runner.scoring import Evaluation, Reader, evaluate, read_windows
+from runner.sameness import differing_fields, read_record
+from runner.scoring import Reader, evaluate, read_windows
+from runner.signals import asked
 from runner.span_loss import SpanLoss, choose_span_loss
-from runner.stopping import Stopper, missed_expectation
+from runner.stopping import Stopper
+from runner.store import Stage
 from runner.summary import (
     announcement,
     closing_lines,
@@ -63,27 +68,16 @@ from runner.summary import (
     write_predictions,
 )
 from runner.tables import Value, append_row, terminal
+from runner.watch import Watch
 
 
-@dataclass
-class Kept:
-    """The evaluation whose weights stand in `model/`."""
-
-    epoch: int
-    step: int
-    scores: Evaluation
-    logits: list[np.ndarray]
-
-
-def train(
-    job: Job, *, runs: Path, run_dir: Path | None = None, threads: int | None = None
-) -> RunDir:
-    """Run a job on this process's rank; every rank of the run calls this with the same job.
+def train(job: Job, *, attempt: Attempt | None, threads: int | None = None) -> RunDir:
+    """Run a job on this process's rank, from where its folder's newest checkpoint left it; every
+    rank of the run calls this with the same job.
 
     Args:
         job: the checked job, file names absolute.
-        runs: folder of all runs; the run goes to runs/<job name>/<stamp>/.
-        run_dir: the run's own folder instead; it must not hold a run yet.
+        attempt: the claim on the run folder, on rank 0; None elsewhere.
         threads: CPU threads of each rank; None shares the machine's cores among its ranks.
 
     Returns:
@@ -91,7 +85,7 @@ def train(
 
     Raises:
         RunnerError: of the kind that says what is wrong; the run folder keeps what was written
-            until then.
+            until then. `Interrupted`, if a signal asked for an end: after everything was saved.
     """
     clock = Clock()
     rank = current_rank()
@@ -100,11 +94,32 @@ def train(
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     device = start_distributed(rank, threads)
+    folder, number = share((str(attempt.run.path), attempt.number) if attempt else None)
+    run = RunDir(folder)
+    crew = Crew(run, number, rank.index, rank.world)
+    watch = Watch(crew, rank.index, 60 * job.train.timeout_minutes, attempt, is_cut_off)
+    with watch.answering(), memory_sentences(watch):
+        train_watched(job, run, rank, device, number, attempt, clock, watch)
+    watch.close()
+    return run
+
+
+def train_watched(
+    job: Job,
+    run: RunDir,
+    rank: Rank,
+    device: torch.device,
+    number: int,
+    attempt: Attempt | None,
+    clock: Clock,
+    watch: Watch,
+) -> None:
+    """The job from its data to its result; `watch` is told where it is, and explains what fails."""
     layout = batch_layout(job.train, rank.world)
-    run = RunDir(share(main_only(rank, lambda: str(RunDir.create(runs, job.name, run_dir).path))))
     reporter = Reporter(run.log, speaks=rank.is_main)
     reporter.say(f"{job.name}: {below_here(str(run.path))}")
 
+    watch.at("reading the data", bounded=False)
     with clock("data"):
         tokenizer = main_first(rank, lambda: load_tokenizer(job.model))
         training, validation = main_first(
@@ -112,6 +127,8 @@ def train(
         )
         probes = probe_examples(job.probe)
         probe_windows = build_windows(probes, tokenizer, job.data.max_length, job.data.stride)
+    stop_if_asked(run)
+    watch.at("loading the model", bounded=False)
     with clock("model"):
         pretrained = main_first(rank, lambda: load_pretrained(job.model, job.seed))
         freeze(pretrained.model, job.model.freeze)
@@ -121,10 +138,11 @@ def train(
         config = deepspeed_config(job.zero, job.train, layout, precision, trained)
         total_steps = -(-len(training.windows) // job.train.batch_size) * job.train.epochs
         # From here on each rank draws its own dropout.
-        torch.manual_seed(job.seed * 1_000_003 + rank.index)
+        seed_everything(job.seed * 1_000_003 + rank.index)
         groups = optimiser_groups(pretrained.model, job.train.weight_decay)
         span_loss = choose_span_loss(job.model.span_loss, pretrained.model, device, job.zero.stage)
         engine = start_engine(pretrained.model, device, groups, job.train, config, total_steps)
+    stop_if_asked(run)
     pad_id = tokenizer.pad_token_id
     reader = Reader(
         model=engine,
@@ -133,6 +151,53 @@ def train(
         segment_ids=takes_segment_ids(tokenizer),
         multiple=8 if device.type == "cuda" else 1,
     )
+
+    # What is remembered, how it is saved, and when.
+    progress = Progress(torch.zeros(2, device=device), total_steps // job.train.epochs)
+    memory = Memory(progress, Stopper(job.stop), clock)
+    checkpoints = Checkpoints(
+        run,
+        number,
+        attempt,
+        rank,
+        engine,
+        device,
+        identity(job, rank, layout, precision, training, validation),
+        reporter.say,
+    )
+    health = Health(
+        rank,
+        training.windows.questions_N,
+        [example.id for example in training.dataset.examples],
+        scaled=precision == "fp16",
+    )
+    meeting = Boundary(rank, 60 * job.train.checkpoint_minutes)
+
+    def save(best: Callable[[Stage], None] | None = None, *, required: bool) -> None:
+        watch.at(f"saving after step {progress.step}", bounded=False)
+        with clock("saving"):
+            health.check(engine.module)
+            checkpoints.save(memory, best, required=required)
+        meeting.saved()
+
+    def boundary() -> None:
+        """Between two steps, or two batches of an evaluation: save or stop, if the ranks agree."""
+        watch.at(f"step {progress.step + 1} (epoch {progress.epoch})")
+        agreed = meeting.agree()
+        if agreed.stop or agreed.save:
+            save(required=agreed.stop)
+        if agreed.stop:
+            raise Interrupted(
+                f"{below_here(str(run.path))}: stopped by {asked() or 'a signal to another rank'};"
+                f" step {progress.step} of {total_steps} is saved, and the same command goes on"
+                " from there"
+            )
+
+    def write_row(table: Path, row: dict[str, Value]) -> None:
+        if attempt is not None:
+            attempt.check()
+        append_row(table, row)
+
     course = Course(
         reader,
         span_loss,
@@ -142,22 +207,17 @@ def train(
         rank,
         layout,
         clock,
-        lambda row: append_row(run.train_table, row),
+        health,
+        lambda row: write_row(run.train_table, row),
+        boundary,
     )
     if rank.is_main:
-        write_atomic(run.job, dump_job(job))
         write_json(run.deepspeed, config)
-        write_json(
-            run.provenance,
-            record(job, rank, device, training, validation, pretrained, precision, span_loss),
-        )
         for line in announcement(job, training, validation, parameters[-1], precision, layout):
             reporter.say(f"  {line}")
         reporter.say(f"  {span_loss.described()}")
         if job.model.freeze:
             reporter.show(terminal("Frozen layers", parameters))
-
-    probe_rows: list[dict[str, Value]] = []
 
     def ask_probes(epoch: int) -> None:
         if not probes:
@@ -166,25 +226,42 @@ def train(
             reader, probe_windows, probes, job.score, rank, unanswerable=job.data.unanswerable
         )
         if readings is not None:
-            probe_rows.extend(rows := probe_table(epoch, readings, job.probe))
+            memory.probe_rows.extend(rows := probe_table(epoch, readings, job.probe))
             for row in rows:
-                append_row(run.probe_table, row)
+                write_row(run.probe_table, row)
 
-    with clock("probes"):
-        ask_probes(0)
+    watch.at("loading the checkpoint", bounded=False)
     kept: Kept | None = None
-    stopper = Stopper(job.stop)
-    for epoch in range(1, job.train.epochs + 1):
+    with clock("loading"):
+        found = checkpoints.load(memory, needs_best=job.stop is not None)
+        if found is not None and rank.is_main:
+            kept = checkpoints.kept(memory)
+    origin = record(job, rank, device, training, validation, pretrained, precision, span_loss)
+    if found is None:
+        if rank.is_main:
+            write_json(run.provenance, origin)
+        with clock("probes"):
+            ask_probes(0)
+    else:
+        reporter.say(f"  goes on after step {progress.step} of {total_steps} ({found.name})")
+        if rank.is_main:
+            for field in differing_fields(read_record(run.provenance), origin):
+                reporter.say(f"  other than at the beginning, so bits may differ: {field}")
+    while not progress.over:
+        if progress.scored:
+            progress.next_epoch()
+        epoch, last = progress.epoch, progress.epoch == job.train.epochs
         with (
             clock("training"),
             reporter.steps(
-                f"epoch {epoch}/{job.train.epochs}", course.steps_per_epoch, job.train.log_every
+                f"epoch {epoch}/{job.train.epochs}", progress.steps_per_epoch, job.train.log_every
             ) as follow,
         ):
-            totals = train_epoch(course, epoch - 1, follow)
-        if epoch % job.train.eval_every and epoch < job.train.epochs:
+            train_epoch(course, progress, follow)
+        if epoch % job.train.eval_every and not last:
+            save(required=False)
+            progress.next_epoch()
             continue
-        step = epoch * course.steps_per_epoch
         with clock("evaluation"):
             readings = read_windows(
                 reader,
@@ -193,7 +270,9 @@ def train(
                 job.score,
                 rank,
                 unanswerable=job.data.unanswerable,
+                step=lambda done, note="": boundary(),
             )
+        watch.at(f"scoring after epoch {epoch}", bounded=False)
         with clock("probes"):
             ask_probes(epoch)
         scores = verdict = None
@@ -201,34 +280,42 @@ def train(
             scores = evaluate(
                 readings, validation.dataset.examples, unanswerable=job.data.unanswerable
             )
-            verdict = stopper.judge(scores)
-            append_row(run.eval_table, eval_row(epoch, step, totals, scores))
+            verdict = memory.stopper.judge(scores)
+            write_row(run.eval_table, eval_row(epoch, progress.step, progress.totals, scores))
             draw_curves(run, job.name)
             reporter.show(terminal("", epoch_rows(run)))
         verdict = share(verdict)
-        with clock("saving"):
-            if verdict.keep:
-                state = gathered_state(engine, job.zero.stage)
-                logits = own_logits(reader, validation.windows)
-                if scores is not None:
-                    kept = Kept(epoch, step, scores, logits)
-                    card = model_card(
-                        job, headline(scores), data_hashes(training, validation), dump_job(job)
-                    )
-                    export_model(run.model, engine.module, state, tokenizer, card)
-                del state
-            save_checkpoint(engine, run, rank, step, epoch)
+        progress.scored, progress.over = True, verdict.stop or last
+        if verdict.keep:
+            state = gathered_state(engine, job.zero.stage)
+            logits = own_logits(reader, validation.windows)
+            if scores is not None:
+                kept = Kept(epoch, progress.step, scores, logits)
+
+            def write_best(stage: Stage, kept: Kept | None = kept, state: Any = state) -> None:
+                if kept is None:
+                    raise AssertionError("rank 0 has scored the model")
+                hashes = data_hashes(training, validation)
+                card = model_card(job, headline(kept.scores), hashes, dump_job(job))
+                write_kept(stage.folder / BEST, kept, engine.module, state, tokenizer, card)
+
+            save(write_best, required=True)
+            if rank.is_main:
+                publish_model(checkpoints.best_folder(memory) / MODEL, run.model)
+        else:
+            save(required=progress.over)
         if verdict.stop and job.stop is not None:
             reporter.say(
                 f"{job.stop.metric} has stopped improving: training ends early, after epoch {epoch}"
             )
-            break
 
-    memory = gather(peak_memory(device))
+    watch.at("the last checks", bounded=False)
+    peaks = gather(peak_memory(device))
 
     def conclude() -> str | None:
-        if kept is None or memory is None:
+        if kept is None or peaks is None:
             raise AssertionError("the last epoch is always evaluated, on rank 0")
+        publish_model(checkpoints.best_folder(memory) / MODEL, run.model)
         with clock("verification"):
             difference = verify_export(
                 run.model,
@@ -245,15 +332,16 @@ def train(
             "weights_sha256": provenance.file_sha256(run.model / "model.safetensors"),
             "export_difference": difference,
             "seconds": clock.seconds(),
-            "peak_memory_bytes": memory,
+            "peak_memory_bytes": peaks,
         }
-        finish(job, run, reporter, kept, validation, probe_rows, result)
-        return missed_expectation(job.expect, kept.scores)
+        if attempt is not None:
+            attempt.check()
+        finish(job, run, reporter, kept, validation, memory.probe_rows, result)
+        return missed_expectation(job.expect, result["metrics"])
 
     missed = share(main_only(rank, conclude))
     if missed:
         raise ExpectationError(f"{run.path}: the run finished, but {missed}")
-    return run
 
 
 def finish(
@@ -314,26 +402,55 @@ def main_only(rank: Rank, work: Any) -> Any:
     return main_first(rank, lambda: work() if rank.is_main else None)
 
 
+def identity(
+    job: Job,
+    rank: Rank,
+    layout: Layout,
+    precision: str,
+    training: Questions,
+    validation: Questions,
+) -> dict[str, Any]:
+    """What a checkpoint must share with this start to be its own."""
+    return {
+        "world": rank.world,
+        "zero_stage": job.zero.stage,
+        "layout": layout.micro_batches,
+        "precision": precision,
+        "train": training.dataset.sha256,
+        "validation": validation.dataset.sha256,
+        "windows": windows_sha256(training.windows, validation.windows),
+    }
+
+
+def stop_if_asked(run: RunDir) -> None:
+    """End before the first step, if a signal has reached any rank. Every rank must call this."""
+    reasons = [reason for reason in everyone(asked()) if reason is not None]
+    if reasons:
+        raise Interrupted(
+            f"{below_here(str(run.path))}: stopped by {reasons[0]} before training began; nothing"
+            " was lost, and the same command goes on"
+        )
+
+
+@contextmanager
+def memory_sentences(watch: Watch) -> Iterator[None]:
+    """Say in a sentence that memory ran out, and where."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        full = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if not full and "can't allocate memory" not in str(error):
+            raise
+        first = " ".join(str(error).split()).partition(". ")[0][:200]
+        raise MachineError(
+            f"out of memory at {watch.place}: {first}; lower train.micro_batch_size (the same"
+            " steps in smaller passes), score.batch_size or data.max_length"
+        ) from error
+
+
 def peak_memory(device: torch.device) -> dict[str, int]:
     """Largest memory of this rank so far, in bytes: of the process, and of the GPU."""
     peak = {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
     if device.type == "cuda":
         peak["gpu"] = torch.cuda.max_memory_allocated(device)
     return peak
-
-
-def save_checkpoint(engine: Any, run: RunDir, rank: Rank, step: int, epoch: int) -> None:
-    """Save DeepSpeed's checkpoint and keep the newest two."""
-    engine.save_checkpoint(
-        str(run.checkpoints),
-        tag=run.checkpoint(step),
-        client_state={"epoch": epoch},
-        save_latest=False,
-    )
-    if rank.is_main:
-        for old in sorted(run.checkpoints.glob("step-*"))[:-2]:
-            shutil.rmtree(old, ignore_errors=True)
-        for script in run.checkpoints.glob("zero_to_*.py"):
-            script.unlink()  # DeepSpeed leaves programs beside its data; nobody should run those
-    if dist.get_world_size() > 1:
-        dist.barrier()

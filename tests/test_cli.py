@@ -30,10 +30,12 @@ CODES = {
     "JobError": 64,
     "DataError": 65,
     "AssetError": 69,
+    "MachineError": 71,
     "SlurmError": 72,
     "RunDirError": 73,
     "StorageError": 74,
     "Interrupted": 75,
+    "DivergedError": 76,
     "ExpectationError": 78,
 }
 

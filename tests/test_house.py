@@ -15,20 +15,23 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = {
-    0: ["errors", "ranks", "clock"],
+    0: ["errors", "ranks", "clock", "signals"],
     1: [
-        *("job", "jobfile", "job_problems", "sources", "toml_lines"),
+        *("job", "jobfile", "job_problems", "sources", "toml_lines", "expectation"),
         *("rundir", "tables", "plots", "provenance", "console"),
         *("slurm_values", "slurm_defaults", "slurm_jobs", "slurm", "layout", "sweep"),
         *("text_match", "sweep_table", "hub"),
+        *("attempts", "claim", "starting", "files", "store", "commit"),
+        *("crew", "watch", "sameness"),
     ],
     2: [
         *("dataset", "features", "batches", "model", "prepare"),
         *("spans", "span_search", "metrics", "metric_objects"),
+        *("control", "shards", "plain"),
     ],
     3: [
         *("engine", "scoring", "span_loss", "epoch", "stopping", "summary"),
-        *("export", "fresh_logits", "card"),
+        *("export", "fresh_logits", "card", "progress", "health", "checkpoint", "keeping"),
     ],
     4: ["train", "check", *("launch", "submit", "status", "attend", "local_sweep")],
     5: ["cli", "main", "__main__", "__init__"],
@@ -141,7 +144,9 @@ def test_no_module_hides_a_library():
     assert not names & (set(sys.stdlib_module_names) | packages | projects)
 
 
-@pytest.mark.parametrize("module", ["jobfile", "cli", "rundir", "tables", "plots", "provenance"])
+@pytest.mark.parametrize(
+    "module", ["jobfile", "cli", "rundir", "tables", "plots", "provenance", "starting"]
+)
 def test_a_fresh_process_stays_light(module):
     script = f"import sys, runner.{module}; print(*sys.modules)"
     done = subprocess.run(

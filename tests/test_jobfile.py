@@ -12,10 +12,10 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from runner.errors import JobError
+from runner.errors import DataError, JobError
 from runner.job import METRICS, Job, one_of
 from runner.job_problems import schema_problems
-from runner.jobfile import MAX_BYTES, dump_job, load_job
+from runner.jobfile import MAX_BYTES, dump_job, first_difference, load_job, recorded_job
 
 GOLDEN = Path(__file__).parent / "golden"
 JOB = """\
@@ -711,3 +711,32 @@ def test_a_job_written_down_runs_from_any_folder(tmp_path, monkeypatch):
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert load(dump_job(job)) == job
+
+
+@pytest.mark.parametrize(
+    ("override", "difference"),
+    [
+        ("train.epochs=1", None),
+        ("train.epochs=3", "train.epochs is 1 there and 3 now"),
+        ("seed=7", "seed is 42 there and 7 now"),
+        ("train.micro_batch_size=4", "train.micro_batch_size is not set there and 4 now"),
+        ("zero.deepspeed={a={b=1}}", "zero.deepspeed.a is not set there and a table now"),
+        # What two starts of one run may differ in.
+        ("train.checkpoint_minutes=1", None),
+        ("train.timeout_minutes=1", None),
+        ("expect={f1=50.0}", None),
+    ],
+)
+def test_the_first_difference_of_two_jobs_is_named(override, difference):
+    assert first_difference(load(), load(JOB, override)) == difference
+
+
+def test_the_record_of_a_run_is_read_without_its_files():
+    Path("record.toml").write_text(dump_job(load()).replace('"o/n"', '"/nowhere/gone.json"'))
+    assert recorded_job(Path("record.toml")).data.train == "/nowhere/gone.json"
+    for text in ("", "name = ", "\0"):
+        Path("record.toml").write_text(text)
+        with pytest.raises(DataError, match="is not the record of a run"):
+            recorded_job(Path("record.toml"))
+    with pytest.raises(DataError, match=r"gone\.toml"):
+        recorded_job(Path("gone.toml"))

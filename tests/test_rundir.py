@@ -12,12 +12,20 @@ from pathlib import Path
 import pytest
 
 from runner.errors import RunDirError, StorageError
-from runner.rundir import RunDir, storage_errors, write_atomic, write_json
+from runner.rundir import (
+    RunDir,
+    checkpoint_name,
+    checkpoint_place,
+    committed_steps,
+    storage_errors,
+    write_atomic,
+    write_json,
+)
 
 NAMES = {
     *("job.toml", "provenance.json", "deepspeed.json", "train.csv", "eval.csv", "probes.csv"),
     *("predictions.jsonl", "curves.svg", "curves.png", "report.md", "checkpoints", "model"),
-    *("log.txt", "result.json"),
+    *("log.txt", "result.json", "attempts"),
 }
 
 
@@ -49,27 +57,21 @@ def test_runs_started_at_once_never_share_a_folder(tmp_path):
     assert len(set(runs)) == 40
 
 
-def test_a_given_folder_is_taken_once(tmp_path):
-    def take(_):
-        try:
-            return RunDir.create(tmp_path, "job", exact=tmp_path / "a" / "b")
-        except RunDirError as error:
-            return str(error)
-
-    with ThreadPoolExecutor(8) as pool:
-        taken = list(pool.map(take, range(8)))
-    refused = [text for text in taken if isinstance(text, str)]
-    assert len(refused) == 7
-    assert all("b already holds a run; give another folder to --run-dir" in r for r in refused)
-    assert RunDir.open(tmp_path / "a" / "b").job.read_text() == ""
+def test_runs_are_listed_in_the_order_of_their_start(tmp_path):
+    names = ["20261125-000000", "20261125-000000-2", "20261125-000000-10", "20261126-000000"]
+    for name in ("notes", *reversed(names)):
+        folder = tmp_path / "job" / name
+        folder.mkdir(parents=True)
+        if name != "notes":
+            (folder / "job.toml").touch()
+    assert [run.path.name for run in RunDir.all(tmp_path, "job")] == names
+    assert RunDir.all(tmp_path, "other") == []
 
 
-def test_a_given_folder_may_hold_other_files_but_be_no_file(tmp_path):
+def test_a_run_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    assert RunDir.create(tmp_path, "job", exact=tmp_path).path == tmp_path
-    assert (tmp_path / "notes.txt").read_text() == "mine"
-    with pytest.raises(StorageError, match=r"notes\.txt: File exists$"):
-        RunDir.create(tmp_path, "job", exact=tmp_path / "notes.txt")
+    with pytest.raises(StorageError, match=r"notes\.txt"):
+        RunDir.create(tmp_path / "notes.txt", "job")
 
 
 def test_only_a_folder_with_a_job_is_a_run(tmp_path):
@@ -86,10 +88,16 @@ def test_a_run_succeeded_if_and_only_if_its_result_is_there(tmp_path):
     assert run.finished()
 
 
-def test_names_of_checkpoints_sort_by_step(tmp_path):
-    names = [RunDir(tmp_path).checkpoint(step) for step in (0, 9, 10, 500, 123456)]
-    assert names == sorted(names)
-    assert names[3] == "step-000500"
+def test_names_of_checkpoints_tell_their_order(tmp_path):
+    places = [(9, False, 2), (9, True, 1), (10, False, 1), (500, True, 1), (1234567, False, 10001)]
+    names = [checkpoint_name(step, attempt, scored=scored) for step, scored, attempt in places]
+    assert names[:2] == ["step-000009-a0002", "step-000009-scored-a0001"]
+    assert [checkpoint_place(name) for name in names] == places == sorted(places)
+    run = RunDir(tmp_path)
+    assert committed_steps(run) == []
+    for name in (*names, ".stage-step-000600-a0001", "step-000700", "step-٤٤٤٤٤٤-a0001"):
+        (run.checkpoints / name).mkdir(parents=True)
+    assert sorted(committed_steps(run)) == [9, 9, 10, 500, 1234567]
 
 
 def test_a_file_is_whole_before_it_gets_its_name(tmp_path, monkeypatch):

@@ -198,7 +198,7 @@ def test_a_run_in_the_queue_is_not_submitted_again(fake_slurm, tmp_path):
 def test_a_folder_of_another_job_is_refused(fake_slurm, tmp_path):
     fake_slurm(**TAKES)
     submit_run(order(), tmp_path, tmp_path / "run")
-    with pytest.raises(DataError, match=r"another job: train\.epochs is 1 there and 2 now"):
+    with pytest.raises(DataError, match=r"of another job: train\.epochs is 1 there and 2 now"):
         submit_run(order("job.toml", "train.epochs=2"), tmp_path, tmp_path / "run")
     assert (tmp_path / "run" / "slurm.json").is_file()
 
@@ -247,7 +247,7 @@ def test_only_what_is_left_of_a_sweep_is_submitted(fake_slurm, tmp_path):
         "for i in 0 2 3; do echo \"18_$i|RUNNING|None|1:00|n1\"; done; echo '17_0|RUNNING|x|1|n'"
     )
     fake_slurm(**TAKES | {"squeue": running})
-    with pytest.raises(RunDirError, match="the 3 trials without a result are in the queue"):
+    with pytest.raises(RunDirError, match="the 3 trials without a result run or are in the queue"):
         submit_sweep(order("sweep.toml"), tmp_path, folder)
 
     for name in names:

@@ -10,8 +10,11 @@ from pathlib import Path
 CHECKOUT = Path(__file__).resolve().parents[2]
 sys.path[:1] = [str(CHECKOUT), str(CHECKOUT / "kernels")]
 
+from runner.claim import Attempt  # noqa: E402
 from runner.engine import stop_distributed  # noqa: E402
 from runner.jobfile import load_job  # noqa: E402
+from runner.ranks import current_rank  # noqa: E402
+from runner.starting import Where, open_run  # noqa: E402
 from runner.train import train  # noqa: E402
 
 
@@ -19,9 +22,12 @@ def main() -> None:
     runs, *jobs = [a for a in sys.argv[1:] if not a.startswith("--local_rank")]
     for number, text in enumerate(jobs):
         path, *overrides = text.split("::")
-        train(
-            load_job(path, overrides), runs=Path(runs), run_dir=Path(runs) / str(number), threads=1
-        )
+        job, where = load_job(path, overrides), Where(run_dir=Path(runs) / str(number))
+        opened = open_run(job, where) if current_rank().is_main else None
+        attempt = opened if isinstance(opened, Attempt) else None
+        train(job, attempt=attempt, threads=1)
+        if attempt:
+            attempt.end(0)
     stop_distributed()
 
 

@@ -1,0 +1,171 @@
+"""Ranks that share a checkpoint save it together, or not at all, and load the same one.
+
+Every step of either is agreed: a rank that fails tells the others, and all of them take the same
+way on. Nothing here knows what a checkpoint means or how ranks talk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, TypeVar
+
+from runner.attempts import sealed
+from runner.claim import Attempt
+from runner.errors import DataError, StorageError
+from runner.rundir import storage_errors
+from runner.store import DamagedError, Manifest, Stage, Store
+
+Value = TypeVar("Value")
+
+
+class Talk(Protocol):
+    """How the ranks that share a checkpoint hear from each other."""
+
+    index: int
+
+    def everyone(self, value: Value) -> list[Value]:
+        """Give a value to every rank; returns the values of all, by rank."""
+        ...
+
+
+def agree(talk: Talk, work: Callable[[], object]) -> None:
+    """Do something that may fail on some ranks before all of them do something together. Every rank
+    must call this.
+
+    Raises:
+        StorageError: on every rank, if it failed on any.
+    """
+    failures = _tried(talk, work)
+    if failures:
+        raise StorageError("; ".join(failures))
+
+
+def save(
+    store: Store,
+    talk: Talk,
+    name: str,
+    write: Callable[[Stage], None],
+    facts: Mapping[str, Any],
+    fence: Callable[[], None],
+) -> int:
+    """Commit a checkpoint of all ranks, or none of it. Every rank must call this.
+
+    Args:
+        store: of this rank.
+        talk: to the other ranks.
+        name: the checkpoint's, the same on every rank.
+        write: puts this rank's files into the stage.
+        facts: JSON, of rank 0.
+        fence: raises if the run is no longer ours; asked by rank 0 before the rename.
+
+    Returns:
+        The checkpoint's size in bytes.
+
+    Raises:
+        StorageError: on every rank, if any rank could not write: naming rank, file, reason and the
+            bytes that are needed. What was committed before is untouched.
+    """
+    main = talk.index == 0
+    stage = store.stage(name)
+    failures = _tried(talk, lambda: store.begin(name) if main else None)
+    if not failures:
+        failures = _tried(talk, lambda: write(stage))
+    if not failures:
+        failures = _tried(talk, lambda: store.check_staged(stage))
+    needed = sum(talk.everyone(stage.wanted))
+    entries = {file: e for part in talk.everyone(stage.entries) for file, e in part.items()}
+    if not failures:
+
+        def finish() -> None:
+            fence()
+            store.commit(name, entries, facts)
+
+        failures = _tried(talk, finish if main else lambda: None)
+    if failures:
+        _tried(talk, lambda: store.abandon(name) if main else None)
+        raise StorageError(f"{'; '.join(failures)}; a checkpoint needs {needed:,} bytes")
+    return needed
+
+
+def take_over(store: Store, attempt: Attempt) -> list[str]:
+    """Settle which checkpoints count from now on, newest first, and remove what was never finished
+    (rank 0)."""
+    names = store.names(*sealed(attempt.run))
+    attempt.seal(names)
+    store.clean()
+    return names
+
+
+def rotate(store: Store, attempt: Attempt, best: str | None) -> None:
+    """Remove all checkpoints that count but the newest two and the best (rank 0); call it only
+    after the newest has been read back."""
+    names = store.names(*sealed(attempt.run))
+    attempt.check()
+    store.remove([name for name in names[2:] if name != best])
+
+
+def newest(
+    store: Store,
+    talk: Talk,
+    names: Sequence[str],
+    examine: Callable[[Manifest], None],
+    warn: Callable[[str], None],
+) -> Manifest | None:
+    """Find the newest checkpoint that is whole; damaged ones are put aside with a warning. Every
+    rank must call this.
+
+    Args:
+        store: of this rank.
+        talk: to the other ranks.
+        names: the checkpoints that count, newest first, as rank 0 sees them.
+        examine: holds a manifest against what this start can load, on every rank; raises
+            DamagedError where a checkpoint before this one may do better.
+        warn: told of each damaged one, on rank 0.
+
+    Returns:
+        Its manifest; None if there are no checkpoints.
+
+    Raises:
+        DataError: if there are some but none is whole.
+    """
+    main = talk.index == 0
+    names = talk.everyone(list(names))[0]
+    for name in names:
+        found: list[Manifest] = []
+
+        def look(name: str = name, found: list[Manifest] = found) -> None:
+            manifest = store.manifest(name)
+            examine(manifest)
+            mine = (file for file, entry in manifest.files.items() if entry.rank == talk.index)
+            store.check(manifest, mine)
+            found.append(manifest)
+
+        failures = _tried(talk, look)
+        if not failures:
+            return found[0]
+        if main:
+            with storage_errors(store.folder):
+                kept = store.quarantine(name)
+            warn(f"{failures[0]}; this checkpoint is put aside as {kept}")
+    if names:
+        raise DataError(
+            f"{store.folder}: none of its {len(names)} checkpoints is whole; --restart begins anew"
+        )
+    return None
+
+
+def _tried(talk: Talk, work: Callable[[], object]) -> list[str]:
+    """Do this rank's part; returns the failures of all ranks, none if every part succeeded."""
+    failure = None
+    try:
+        work()
+    except DamagedError as error:
+        failure = str(error)
+    except OSError as error:
+        failure = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    return [
+        text if len(found) == 1 else f"rank {rank}: {text}"
+        for found in [talk.everyone(failure)]
+        for rank, text in enumerate(found)
+        if text is not None
+    ]

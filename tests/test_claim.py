@@ -1,0 +1,342 @@
+"""Who may run in a folder: claims, signs of life, succession, and races between starts."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from runner import claim
+from runner.attempts import (
+    SILENT,
+    attempts_without_progress,
+    entry_file,
+    is_alive,
+    is_earlier_life,
+    numbers,
+    owners,
+    read_owner,
+    sealed,
+)
+from runner.claim import Attempt
+from runner.errors import RunDirError
+from runner.rundir import RunDir
+
+ROOT = Path(__file__).parents[1]
+CLAIMER = """
+import sys, time
+from runner.claim import Attempt
+from runner.errors import RunDirError
+from runner.rundir import RunDir
+while time.time() < float(sys.argv[2]):
+    pass
+try:
+    attempt = Attempt.claim(RunDir(sys.argv[1]))
+except RunDirError as error:
+    print(error, file=sys.stderr)
+    sys.exit(error.exit_code)
+print(attempt.number, flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
+    for name in list(os.environ):
+        if name.startswith("SLURM_"):
+            monkeypatch.delenv(name)
+    return RunDir(tmp_path)
+
+
+def claimer(run: RunDir, at: float = 0.0) -> subprocess.Popen[str]:
+    """A process that claims the folder at a moment and holds it until its stdin ends."""
+    return subprocess.Popen(
+        [sys.executable, "-c", CLAIMER, str(run.path), str(at)],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def elsewhere(run: RunDir, number: int = 1, *, silent: float = 0.0, **changes) -> None:
+    """Enter an attempt of another machine, `silent` seconds after its last sign of life."""
+    run.attempts.mkdir(exist_ok=True)
+    entry = {
+        "attempt": number,
+        "host": "node07",
+        "pid": 4711,
+        "slurm_job_id": "1234",
+        "slurm_restart_count": 0,
+        "started": time.time() - 3600,
+        "from_step": 0,
+        "machine": "another",
+        "born": 0.0,
+        "anew": False,
+        **changes,
+    }
+    entry_file(run, number, "json").write_text(json.dumps(entry))
+    entry_file(run, number, "alive").touch()
+    for kind in ("json", "alive"):
+        then = time.time() - silent
+        os.utime(entry_file(run, number, kind), (then, then))
+
+
+def test_a_claim_says_who_made_it(run, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    attempt = Attempt.claim(run)
+    entry = json.loads((run.attempts / "0001.json").read_text())
+    assert entry["attempt"] == attempt.number == 1
+    assert (entry["host"], entry["pid"]) == (socket.gethostname(), os.getpid())
+    assert (entry["slurm_job_id"], entry["slurm_restart_count"]) == ("77", 2)
+    assert abs(entry["started"] - time.time()) < 60
+    assert entry["from_step"] is None
+    attempt.began_at(40)
+    assert read_owner(run, 1) == owners(run)[0]
+    assert json.loads((run.attempts / "0001.json").read_text())["from_step"] == 40
+    attempt.step = 60
+    attempt.end(75)
+    end = json.loads((run.attempts / "0001.end.json").read_text())
+    assert (end["exit_code"], end["step"]) == (75, 60)
+    assert abs(end["ended"] - time.time()) < 60
+
+
+def test_signs_of_life_are_given_until_the_end(run, monkeypatch):
+    monkeypatch.setattr(claim, "BEAT", 0.02)
+    attempt = Attempt.claim(run)
+    alive = run.attempts / "0001.alive"
+    for _ in range(2):
+        os.utime(alive, (0, 0))
+        deadline = time.monotonic() + 10
+        while alive.stat().st_mtime == 0 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert alive.stat().st_mtime > 0
+    attempt.end(0)
+    time.sleep(0.2)
+    os.utime(alive, (0, 0))
+    time.sleep(0.2)
+    assert alive.stat().st_mtime == 0
+
+
+def test_a_living_owner_is_named(run):
+    elsewhere(run, silent=7)
+    assert is_alive(run)
+    with pytest.raises(RunDirError) as caught:
+        Attempt.claim(run)
+    assert re.fullmatch(
+        rf"{re.escape(str(run.path))} is being run by node07 \(job 1234, process 4711, started"
+        r" 1 h 0 min ago\), whose last sign of life is [78] s old; nothing was started",
+        str(caught.value),
+    )
+    assert numbers(run) == [1]
+
+
+@pytest.mark.parametrize("silent", [0, SILENT / 2, SILENT - 5])
+def test_an_owner_on_another_machine_lives_until_it_is_silent(run, silent):
+    elsewhere(run, silent=silent)
+    with pytest.raises(RunDirError, match="nothing was started"):
+        Attempt.claim(run)
+
+
+@pytest.mark.parametrize("silent", [SILENT + 5, 3600, 30 * 24 * 3600])
+def test_a_silent_owner_is_succeeded(run, silent):
+    elsewhere(run, silent=silent)
+    assert not is_alive(run)
+    assert Attempt.claim(run).number == 2
+
+
+@pytest.mark.parametrize("skew", [-3600, 3600])
+def test_clocks_of_hosts_may_disagree(run, skew, monkeypatch):
+    # Only the file system's times are compared with each other.
+    elsewhere(run, silent=7)
+    now = time.time
+    monkeypatch.setattr(time, "time", lambda: now() + skew)
+    with pytest.raises(RunDirError, match=r"sign of life is [78] s old"):
+        Attempt.claim(run)
+
+
+def test_an_ended_owner_is_succeeded_at_once(run):
+    first = Attempt.claim(run)
+    with pytest.raises(RunDirError):
+        Attempt.claim(run)
+    first.end(75)
+    assert Attempt.claim(run).number == 2
+
+
+def test_an_owner_whose_process_is_gone_is_succeeded_at_once(run):
+    process = claimer(run)
+    assert process.stdout
+    assert process.stdout.readline() == "1\n"
+    with pytest.raises(RunDirError):
+        Attempt.claim(run)
+    process.kill()
+    # Not waited for: a killed process that nobody has asked for its code is dead too.
+    deadline = time.monotonic() + 10
+    while is_alive(run) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert Attempt.claim(run).number == 2
+    process.wait()
+
+
+def test_a_process_id_that_another_process_has_now_is_no_life(run):
+    attempt = Attempt.claim(run)
+    entry = json.loads((run.attempts / "0001.json").read_text())
+    entry["born"] -= 100
+    (run.attempts / "0001.json").write_text(json.dumps(entry))
+    assert not is_alive(run)
+    attempt.end(0)
+
+
+def test_a_requeued_job_succeeds_its_earlier_life_at_once(run, monkeypatch):
+    elsewhere(run, slurm_job_id="1234", slurm_restart_count=1)
+    monkeypatch.setenv("SLURM_JOB_ID", "1234")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    with pytest.raises(RunDirError):
+        Attempt.claim(run)
+    monkeypatch.setenv("SLURM_JOB_ID", "1235")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    with pytest.raises(RunDirError):
+        Attempt.claim(run)
+    monkeypatch.setenv("SLURM_JOB_ID", "1234")
+    assert is_earlier_life(owners(run)[0])
+    assert Attempt.claim(run).number == 2
+
+
+def test_an_entry_that_is_just_being_written_is_a_life(run):
+    run.attempts.mkdir()
+    (run.attempts / "0001.json").touch()
+    with pytest.raises(RunDirError, match="a start that just began"):
+        Attempt.claim(run)
+    os.utime(run.attempts / "0001.json", (0, 0))
+    assert Attempt.claim(run).number == 2  # it was never finished
+
+
+def test_who_was_succeeded_learns_it(run):
+    first = Attempt.claim(run)
+    first.check()
+    elsewhere(run, 2)
+    with pytest.raises(RunDirError) as caught:
+        first.check()
+    assert "was taken over by node07 (job 1234, process 4711" in str(caught.value)
+    assert "without writing anything more" in str(caught.value)
+    assert caught.value.exit_code == 73
+
+
+def test_what_counts_is_settled_by_the_newest_attempt_that_could_commit(run):
+    assert sealed(run) == (0, [])
+    first = Attempt.claim(run)
+    assert sealed(run) == (0, [])
+    first.seal([])
+    assert sealed(run) == (1, [])
+    first.end(75)
+    second = Attempt.claim(run)
+    assert sealed(run) == (1, [])  # the second has not looked yet
+    second.seal(["step-000010-a0001"])
+    assert sealed(run) == (2, ["step-000010-a0001"])
+    second.end(75)
+    third = Attempt.claim(run)
+    third.end(75)
+    (run.attempts / "0002.sealed").write_text("{")
+    assert sealed(run) == (1, [])
+    # Begun anew, and killed before it could settle anything: nothing of before counts.
+    Attempt.claim(run, anew=True)
+    assert sealed(run) == (4, [])
+
+
+@pytest.mark.parametrize(
+    ("from_steps", "committed", "idle"),
+    [
+        ([], [], 0),
+        ([0], [], 1),
+        ([0, 0, 0], [], 3),
+        ([0, None, None], [], 3),
+        ([0, 0, 0], [40], 0),
+        ([0, 40, 40], [40], 2),
+        ([0, 40, None], [40], 2),
+        ([0, 40, 40], [], 2),  # checkpoints that are gone
+        ([0, 40, 40, 40], [30, 40], 3),
+        ([0, 40, 40, 40], [40, 60], 0),
+        ([500, "anew", 0, 0], [], 3),
+    ],
+)
+def test_starts_without_progress_are_counted(run, from_steps, committed, idle):
+    for number, step in enumerate(from_steps, 1):
+        anew = step == "anew"
+        elsewhere(run, number, from_step=None if anew else step, anew=anew)
+    for step in committed:
+        (run.checkpoints / f"step-{step:06d}-a0001").mkdir(parents=True)
+    assert attempts_without_progress(run) == idle
+
+
+@pytest.mark.parametrize("stale", [False, True])
+def test_of_starts_at_once_exactly_one_wins(tmp_path, run, stale):
+    """50 races (25 for a new folder, 25 for a dead owner's) of 2 to 8 starts on threads, and one of
+    processes."""
+    for number in range(25):
+        folder = RunDir(tmp_path / f"{number}")
+        folder.path.mkdir()
+        if stale:
+            elsewhere(folder, silent=3600)
+        count = 2 + number % 7
+
+        def start(_, folder=folder):
+            try:
+                return Attempt.claim(folder).number
+            except RunDirError as error:
+                return str(error)
+
+        with ThreadPoolExecutor(count) as pool:
+            outcomes = list(pool.map(start, range(count)))
+        assert outcomes.count(2 if stale else 1) == 1
+        refused = [text for text in outcomes if isinstance(text, str)]
+        assert len(refused) == count - 1
+        assert all("nothing was started" in text for text in refused)
+        assert numbers(folder) == ([1, 2] if stale else [1])
+
+    at = time.time() + 2
+    starters = [claimer(run, at) for _ in range(4)]
+    for process in starters:
+        assert process.stdin
+    winner = next(p for p in starters if p.stdout and p.stdout.readline())
+    losers = [p for p in starters if p is not winner]
+    for process in losers:
+        _, err = process.communicate(timeout=20)
+        assert process.returncode == 73
+        assert f"process {winner.pid}" in err or "just began" in err
+        assert err.count("\n") == 1
+    winner.communicate(timeout=20)
+    assert winner.returncode == 0
+
+
+def test_a_frozen_start_that_thaws_is_fenced(run):
+    """SIGSTOP, takeover, SIGCONT: the thawed one gives signs of life again, to nobody's harm."""
+    process = claimer(run)
+    assert process.stdout
+    assert process.stdout.readline() == "1\n"
+    process.send_signal(signal.SIGSTOP)
+    try:
+        with pytest.raises(RunDirError):
+            Attempt.claim(run)
+        for kind in ("alive", "json"):
+            then = time.time() - SILENT - 5
+            os.utime(entry_file(run, 1, kind), (then, then))
+        heir = Attempt.claim(run)
+        assert heir.number == 2
+    finally:
+        process.send_signal(signal.SIGCONT)
+    entry_file(run, 1, "alive").touch()
+    heir.check()
+    with pytest.raises(RunDirError, match=f"process {os.getpid()}"):
+        Attempt.claim(run)
+    process.communicate(timeout=20)

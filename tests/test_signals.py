@@ -1,0 +1,135 @@
+"""Signals become a request; a launcher that is gone is noticed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from runner import signals
+
+ROOT = Path(__file__).parents[1]
+LISTENER = """
+import signal, sys, time
+from runner import signals
+signals.listen()
+print("ready", flush=True)
+while (reason := signals.asked()) is None:
+    time.sleep(0.01)
+print(reason, flush=True)
+{after}
+"""
+
+
+def listener(after: str = "", **options) -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", LISTENER.format(after=after)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+    assert process.stdout
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+@pytest.mark.parametrize("name", ["SIGUSR1", "SIGUSR2", "SIGTERM", "SIGINT", "SIGHUP"])
+def test_a_signal_is_a_request(name):
+    process = listener()
+    process.send_signal(getattr(signal, name))
+    out, _ = process.communicate(timeout=20)
+    assert (process.returncode, out) == (0, f"{name}\n")
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_the_same_signal_again_changes_nothing(name):
+    # SLURM sends SIGTERM twice, and what is being saved must not be cut short.
+    process = listener("time.sleep(1)")
+    for _ in range(3):
+        process.send_signal(getattr(signal, name))
+        time.sleep(0.2)
+    out, _ = process.communicate(timeout=20)
+    assert (process.returncode, out) == (0, f"{name}\n")
+
+
+def test_a_second_interrupt_from_the_keyboard_ends_the_process():
+    process = listener("time.sleep(30)")
+    process.send_signal(signal.SIGINT)
+    assert process.stdout
+    assert process.stdout.readline() == "SIGINT\n"
+    process.send_signal(signal.SIGINT)
+    assert process.wait(20) == -signal.SIGINT
+
+
+def test_ignored_signals_are_heard_but_a_lost_terminal():
+    # `trap '' USR2` keeps DeepSpeed's launcher alive, and is inherited; so is what nohup does.
+    def ignore():
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    process = listener(preexec_fn=ignore)
+    process.send_signal(signal.SIGHUP)
+    time.sleep(0.3)
+    assert process.poll() is None
+    process.send_signal(signal.SIGUSR2)
+    assert process.communicate(timeout=20)[0] == "SIGUSR2\n"
+
+
+def test_the_first_reason_counts():
+    try:
+        assert signals.asked() is None
+        signals.ask("SIGUSR2")
+        signals.ask("SIGTERM")
+        assert signals.asked() == "SIGUSR2"
+    finally:
+        signals.forget()
+    assert signals.asked() is None
+
+
+CHILD = """
+import sys, time
+from runner.signals import Launcher
+above = Launcher()
+assert not above.is_gone()
+print("ready", flush=True)
+sys.stdin.read()
+began = time.monotonic()
+while not above.is_gone() and time.monotonic() < began + 10:
+    time.sleep(0.05)
+open(sys.argv[1], "w").write(str(above.is_gone()))
+"""
+STARTER = "import subprocess, sys; subprocess.run([sys.executable, *sys.argv[1:]])"
+
+
+@pytest.mark.parametrize("levels", [1, 2])
+def test_a_launcher_that_is_gone_is_noticed(tmp_path, levels):
+    """One level: the parent; two: DeepSpeed's launch.py, whose own parent is killed."""
+    answer = tmp_path / "answer"
+    command = ["-c", CHILD, str(answer)]
+    if levels == 2:
+        # What counts is the command line: launch.py names itself in it.
+        command = ["-c", STARTER + "#deepspeed.launcher.launch", *command]
+    outer = subprocess.Popen(
+        [sys.executable, "-c", STARTER, *command],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert outer.stdout
+    assert outer.stdin
+    assert outer.stdout.readline() == "ready\n"
+    os.kill(outer.pid, signal.SIGKILL)
+    outer.wait()
+    outer.stdin.close()
+    deadline = time.monotonic() + 20
+    while not answer.exists() or not answer.read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert answer.read_text() == "True"

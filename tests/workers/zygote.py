@@ -1,0 +1,222 @@
+"""Runs jobs in seconds: torch and DeepSpeed are imported once, and every rank is a fork.
+
+As a program it is the zygote; `Zygote` starts one and asks it for runs. A run is a small launcher
+process and its ranks, as `spantune run` has them, so that each of them can be killed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+
+
+@dataclass
+class Running:
+    """A run that was started.
+
+    Attributes:
+        launcher, ranks: process ids.
+        log: where stdout and stderr of all ranks go.
+        codes: file of the ranks' exit codes, written at the end by the launcher.
+    """
+
+    launcher: int
+    ranks: list[int]
+    log: Path
+    codes: Path
+
+    def kill(self, victim: int | str, number: int = signal.SIGKILL) -> None:
+        """Signal a rank by its number, the "launcher", or "all"."""
+        pids = {"launcher": [self.launcher], "all": [self.launcher, *self.ranks]}
+        for pid in pids[victim] if isinstance(victim, str) else [self.ranks[victim]]:
+            try:
+                os.kill(pid, number)
+            except ProcessLookupError:
+                continue
+
+    def wait(self, seconds: float = 120) -> list[int]:
+        """Wait until no process of the run is left; returns the ranks' exit codes, none if the
+        launcher was killed. Whoever is left after `seconds` is killed, and that is an error."""
+        deadline = time.monotonic() + seconds
+        while any(map(lives, [self.launcher, *self.ranks])):
+            if time.monotonic() > deadline:
+                self.kill("all")
+                raise AssertionError(f"still running after {seconds} s:\n{self.text()}")
+            time.sleep(0.02)
+        return json.loads(self.codes.read_text()) if self.codes.exists() else []
+
+    def text(self) -> str:
+        """What all ranks have said."""
+        return self.log.read_text(encoding="utf-8", errors="replace")
+
+
+class Zygote:
+    """Starts a zygote and asks it for runs.
+
+    Args:
+        folder: for logs.
+        threads: CPU threads of each rank.
+    """
+
+    def __init__(self, folder: Path, threads: int = 1) -> None:
+        self.folder, self._number = folder, 0
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "DS_ACCELERATOR": "cpu"}
+        self._process = subprocess.Popen(
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=environment,
+            text=True,
+        )
+        assert self._answer() == "ready"
+
+    def start(
+        self, *arguments: object, ranks: int = 1, code: str = "", **variables: str
+    ) -> Running:
+        """Start `spantune rank ARGUMENTS` on each rank.
+
+        Args:
+            arguments: of the command.
+            ranks: how many.
+            code: Python that each rank runs first, to break something.
+            variables: of the environment.
+        """
+        self._number += 1
+        log = self.folder / f"run-{self._number}.log"
+        codes = self.folder / f"run-{self._number}.codes"
+        request = {
+            "arguments": ["rank", *map(str, arguments)],
+            "ranks": ranks,
+            "code": code,
+            "variables": variables,
+            "log": str(log),
+            "codes": str(codes),
+        }
+        assert self._process.stdin
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        return Running(*self._answer(), log, codes)
+
+    def run(self, *arguments: object, ranks: int = 1, **options: str) -> tuple[list[int], str]:
+        """Start a run and wait for its end; returns the ranks' codes and what they said."""
+        started = self.start(*arguments, ranks=ranks, **options)
+        return started.wait(), started.text()
+
+    def close(self) -> None:
+        """End the zygote."""
+        assert self._process.stdin
+        self._process.stdin.close()
+        self._process.wait()
+
+    def _answer(self):
+        assert self._process.stdout
+        return json.loads(self._process.stdout.readline())
+
+
+def lives(pid: int) -> bool:
+    """Whether a process runs; a killed one that nobody has asked for its code does not."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return text.rpartition(")")[2].split()[0] != "Z"
+
+
+# --- the zygote itself
+
+
+def serve() -> None:
+    sys.path[:1] = [str(CHECKOUT), str(CHECKOUT / "kernels")]
+    import deepspeed  # noqa: F401
+    import transformers  # noqa: F401
+
+    import runner.cli
+    import runner.engine
+    import runner.train  # noqa: F401
+
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    signal.signal(signal.SIGCHLD, lambda *_: reap())
+    print(json.dumps("ready"), file=answers, flush=True)
+    for line in sys.stdin:
+        request = json.loads(line)
+        reads, writes = os.pipe()
+        launcher = os.fork()
+        if launcher == 0:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            os.close(reads)
+            launch(request, writes)
+        os.close(writes)
+        with os.fdopen(reads) as file:
+            ranks = json.loads(file.readline())
+        print(json.dumps([launcher, ranks]), file=answers, flush=True)
+
+
+def reap() -> None:
+    try:
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+    except ChildProcessError:
+        pass
+
+
+def launch(request: dict, writes: int) -> None:
+    """Be the launcher of one run."""
+    from runner.ranks import free_port
+
+    count = request["ranks"]
+    log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for number in (1, 2):
+        os.dup2(log, number)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+        **request["variables"],
+    }
+    children = []
+    for rank in range(count):
+        child = os.fork()
+        if child == 0:
+            os.close(writes)
+            be_rank(rank, request)
+        children.append(child)
+    os.write(writes, json.dumps(children).encode() + b"\n")
+    os.close(writes)
+    codes = {}
+    while len(codes) < count:
+        pid, status = os.wait()
+        codes[pid] = os.waitstatus_to_exitcode(status)
+    text = json.dumps([codes[child] for child in children])
+    Path(request["codes"] + ".new").write_text(text)
+    os.rename(request["codes"] + ".new", request["codes"])
+    os._exit(0)
+
+
+def be_rank(rank: int, request: dict) -> None:
+    import runner.cli
+
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    os.setpgid(0, 0)
+    code = 70
+    try:
+        exec(request["code"], {"rank": rank})
+        code = runner.cli.main(request["arguments"])
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    serve()
