@@ -128,7 +128,7 @@ def _slurm_verbs(verbs: Any) -> None:
     submit.set_defaults(act=_submit)
 
     status = verbs.add_parser("status", help="how far runs are, from their folders and from SLURM")
-    status.add_argument("runs_named", metavar="RUN", nargs="*", type=Path, help="run folders (all)")
+    status.add_argument("named", metavar="RUN", nargs="*", type=Path, help="run folders (all)")
     status.add_argument("--runs", type=Path, default=Path("runs"), help="folder of all runs (runs)")
     status.add_argument(
         "--watch", type=_count, nargs="?", const=10, metavar="SECONDS", help="again and again (10)"
@@ -141,7 +141,7 @@ def _slurm_verbs(verbs: Any) -> None:
     logs.set_defaults(act=_logs)
 
     cancel = verbs.add_parser("cancel", help="tell runs to save and end")
-    cancel.add_argument("runs_named", metavar="RUN", nargs="+", type=Path, help="run folders")
+    cancel.add_argument("named", metavar="RUN", nargs="+", type=Path, help="run folders")
     cancel.set_defaults(act=_cancel)
 
     sweep = verbs.add_parser("sweep", help="compare the trials of a sweep, with intervals")
@@ -352,12 +352,12 @@ def _status(arguments: argparse.Namespace) -> int:
     from rich.live import Live
     from rich.text import Text
 
-    from runner.status import find_runs, standings
+    from runner.status import find_runs, standings, table_rows
     from runner.tables import terminal
 
     def look() -> tuple[Group, bool]:
-        found, silence = standings(find_runs(arguments.runs_named, arguments.runs))
-        rows = [standing.row(Path.cwd()) for standing in found]
+        found, silence = standings(find_runs(arguments.named, arguments.runs))
+        rows = table_rows(found, arguments.runs)
         shown = terminal("", rows) if rows else Text(f"no runs in {arguments.runs}")
         return Group(*([Text(silence)] if silence else []), shown), all(s.over for s in found)
 
@@ -387,7 +387,7 @@ def _cancel(arguments: argparse.Namespace) -> int:
     from runner.attend import cancel
     from runner.status import find_runs
 
-    for run in find_runs(arguments.runs_named, Path()):
+    for run in find_runs(arguments.named, Path()):
         _say(f"{below_here(run.path)}: {cancel(run)}")
     return 0
 

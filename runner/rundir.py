@@ -97,8 +97,8 @@ class RunDir:
 
 def below_here(name: str | Path) -> str:
     """Spell a path relative to the current folder where it is below it; other names stay."""
-    path = Path(name)
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(name)
+    path, here = Path(name), Path.cwd()
+    return str(path.relative_to(here)) if here in path.parents else str(name)
 
 
 def checkpoint_name(step: int, attempt: int, *, scored: bool) -> str:

@@ -18,7 +18,7 @@ from runner.rundir import write_json
 PATIENCE = 20.0  # seconds for an answer; clients of a dead controller would try for minutes
 _ENDED = {
     *("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "DEADLINE"),
-    *("OUT_OF_MEMORY", "BOOT_FAIL", "REVOKED"),
+    *("OUT_OF_MEMORY", "BOOT_FAIL", "REVOKED", "FORGOTTEN"),
 }
 # Of SLURM's variables, those that say where SLURM is. The others describe the job that we may be in
 # ourselves, and would be taken over by the one that is submitted.
@@ -83,6 +83,10 @@ class SlurmJob:
     def waits(self) -> bool:
         """Whether it has not begun, or not begun again."""
         return self.state in {"PENDING", "REQUEUED", "CONFIGURING", "SUSPENDED", "REQUEUE_HOLD"}
+
+
+# A job of which neither the queue nor the accounting knows any more.
+FORGOTTEN = SlurmJob("FORGOTTEN", "", "", "")
 
 
 def read_submission(path: Path) -> Submission | None:

@@ -24,8 +24,8 @@ from runner.attempts import (
 )
 from runner.console import duration
 from runner.errors import Interrupted, RunDirError, SlurmError
-from runner.rundir import RunDir
-from runner.slurm_jobs import SlurmJob, Submission, ask_jobs, read_submission
+from runner.rundir import RunDir, below_here
+from runner.slurm_jobs import FORGOTTEN, SlurmJob, Submission, ask_jobs, read_submission
 from runner.sweep import MANIFEST, read_manifest
 from runner.tables import Value, read_rows
 
@@ -59,7 +59,7 @@ class Standing:
         over: whether it will not go on by itself.
         job: its name in SLURM; None outside.
         epoch, epochs: how much of the training is done, and how much there is.
-        f1, exact_match: of its newest evaluation, percent.
+        f1: of its newest evaluation, percent.
         left: seconds of training left at its present speed; None if it is not running.
         limit: time left until SLURM's limit, as SLURM spells it.
         place: where it runs.
@@ -72,22 +72,20 @@ class Standing:
     epoch: float | None
     epochs: int | None
     f1: float | None
-    exact_match: float | None
     left: float | None
     limit: str
     place: str
 
     def row(self, root: Path) -> dict[str, Value]:
-        """One row of the table; names are relative to `root` where they are below it."""
-        path = self.run.path
-        done = None if self.epoch is None else f"{self.epoch:.3g}"
+        """One row of the table; runs below `root` are called by what follows it."""
+        path, root = self.run.path, root.absolute()
+        done = "0" if self.epoch is None else f"{self.epoch:.3g}"
         return {
-            "run": str(path.relative_to(root)) if path.is_relative_to(root) else str(path),
+            "run": str(path.relative_to(root)) if root in path.parents else below_here(path),
             "state": self.state,
             "job": self.job,
-            "epoch": f"{done or 0}/{self.epochs}" if self.epochs else done,
+            "epoch": f"{done}/{self.epochs}" if self.epochs else done,
             "F1 %": self.f1,
-            "EM %": self.exact_match,
             "left": None if self.left is None else duration(self.left),
             "limit": self.limit or None,
             "on": self.place or None,
@@ -103,9 +101,9 @@ def find_runs(named: Sequence[Path], root: Path) -> list[RunDir]:
     """
     if named:
         return [run for path in named for run in _runs_at(path)]
-    folders = [*root.glob("*/*/job.toml"), *root.glob("*/*/*/job.toml")]
-    newest = sorted(folders, key=_age, reverse=True)[:SHOWN]
-    return [RunDir(path.parent) for path in reversed(newest)]
+    runs = [RunDir(path.parent) for path in root.glob("*/*/job.toml")]
+    runs += [run for path in root.glob(f"*/*/{MANIFEST}") for run in _runs_at(path.parent)]
+    return sorted(runs, key=lambda run: _age(run.job))[-SHOWN:]
 
 
 def standings(runs: Iterable[RunDir]) -> tuple[list[Standing], str | None]:
@@ -119,6 +117,13 @@ def standings(runs: Iterable[RunDir]) -> tuple[list[Standing], str | None]:
     except SlurmError as error:
         silence = f"{error}; what follows is from the run folders alone"
     return [_standing(run, sub, jobs, answered=silence is None) for run, sub in pairs], silence
+
+
+def table_rows(found: Sequence[Standing], root: Path) -> list[dict[str, Value]]:
+    """The table of these runs, without columns that would be empty."""
+    rows = [standing.row(root) for standing in found]
+    empty = {key for key in (rows[0] if rows else ()) if all(row[key] is None for row in rows)}
+    return [{key: value for key, value in row.items() if key not in empty} for row in rows]
 
 
 def newest_start(run: RunDir) -> Start | None:
@@ -160,18 +165,15 @@ def check_budget(run: RunDir) -> None:
 def _standing(
     run: RunDir, submission: Submission | None, jobs: Mapping[str, SlurmJob], *, answered: bool
 ) -> Standing:
-    attempt = newest_start(run)
-    job = jobs[submission.name] if submission and submission.name in jobs else None
-    if submission is not None and answered and job is None and not run.finished():
-        job = SlurmJob("ended", "", "", "")  # so long ago that SLURM has forgotten it
-    state, over = _state(run, attempt, job)
-    training = _rows(run.train_table)
-    evaluations = _rows(run.eval_table)
+    start, job = newest_start(run), None
+    if submission is not None and answered and not run.finished():
+        job = {submission.name: FORGOTTEN, **jobs}[submission.name]
+    state, over = _state(run, start, job)
+    training, evaluations = _rows(run.train_table), _rows(run.eval_table)
     epoch = _number(training[-1], "epoch") if training else None
     epochs = _epochs(run)
-    running = not over and attempt is not None and attempt.alive
-    speed = _speed(training) if running else None
-    place = job.nodes if job else ""
+    runs = start is not None and start.alive
+    speed = _speed(training) if runs else None
     return Standing(
         run,
         state,
@@ -180,35 +182,36 @@ def _standing(
         epoch,
         epochs,
         _number(evaluations[-1], "f1_percent") if evaluations else None,
-        _number(evaluations[-1], "exact_match_percent") if evaluations else None,
         (epochs - epoch) / speed if speed and epochs and epoch is not None else None,
         job.time_left if job and job.state == "RUNNING" else "",
-        place or (_where(attempt) if attempt and attempt.alive else ""),
+        (job.nodes if job and not over else "") or (_where(start) if start and runs else ""),
     )
 
 
-def _state(run: RunDir, attempt: Start | None, job: SlurmJob | None) -> tuple[str, bool]:
-    """A run's state in a word or two, and whether it is over."""
+def _state(run: RunDir, start: Start | None, job: SlurmJob | None) -> tuple[str, bool]:
+    """A run's state in a few words, and whether it is over."""
+    alive = start is not None and start.alive
     if run.finished():
-        missed = attempt is not None and attempt.exit_code == 78
+        missed = start is not None and start.exit_code == 78
         return ("finished, [expect] missed" if missed else "finished"), True
     if job is not None and job.waits:
-        word = "pending" if attempt is None else "requeued"
+        word = "pending" if start is None else "requeued"
         return (f"{word} ({job.reason})" if job.reason not in ("", "None") else word), False
-    if job is not None and not job.ended and job.state != "ended":
-        begun = attempt is not None and attempt.alive
-        return ("running" if begun else "starting" if job.state == "RUNNING" else "ending"), False
-    if attempt is not None and attempt.alive:
+    if job is not None and not job.ended:
+        if job.state != "RUNNING":
+            return "ending", False
+        return ("running" if alive else "starting"), False
+    if alive:
         return "running", False
     if job is not None and job.state in ("CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY"):
         return job.state.lower().replace("_", " "), True
-    if attempt is None:
+    if start is None:
         return ("not started" if job is None else "ended before it began"), True
-    if attempt.exit_code is None:
-        return "lost: killed without a word", True
-    if attempt.exit_code == 75:
-        return "interrupted, goes on if started again", True
-    return f"failed ({attempt.exit_code})", True
+    if start.exit_code is None:
+        return "lost: it was killed", True
+    if start.exit_code == 75:
+        return "interrupted", True
+    return f"failed ({start.exit_code})", True
 
 
 def _runs_at(path: Path) -> list[RunDir]:

@@ -9,7 +9,7 @@
 # Clients need SLURM_CONF=DIR/slurm.conf. Nothing under /etc or /var is read or written at run time, and
 # every listening socket is on 127.0.0.1. Tested on Debian 12 with slurm-wlm 22.05.8, as root and not.
 set -euo pipefail
-NODES=2 CPUS=4 GPUS=2
+NODES=2 CPUS=16 GPUS=2
 PATH=$PATH:/usr/sbin:/sbin # munged, slurmctld and slurmd live there
 
 die() { echo "cluster.sh: $*" >&2; exit 1; }
@@ -92,7 +92,7 @@ SlurmdTimeout=10
 MinJobAge=3600
 JobRequeue=1
 ReturnToService=2
-# Believe CPUs= and RealMemory= below, so that each virtual node may claim all of this machine.
+# Believe CPUs= and RealMemory= below, so that each virtual node may claim all of this machine and more.
 SlurmdParameters=config_overrides
 GresTypes=gpu
 $(for ((i = 1; i <= NODES; i++)); do
