@@ -6,25 +6,24 @@ from __future__ import annotations
 import argparse
 import io
 import os
-import shlex
 import sys
 import time
 import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from runner import __version__, signals
 from runner.console import complain
+from runner.desk import add_verbs, comparison
 from runner.errors import JobError, RunnerError
 from runner.hub import offline_if_unreachable
 from runner.job import Job
 from runner.jobfile import job_schema, load_job
 from runner.ranks import Rank, current_rank
-from runner.rundir import RunDir, below_here
+from runner.rundir import RunDir, new_stamp
 from runner.starting import Where, check_finished, finished_run, open_run
-from runner.sweep import Trial
+from runner.sweep import Trial, load_trials, open_trials
 
 EPILOG = """\
 exit codes: 0 done, 2 command line, 64 job file, 65 data, model or checkpoint
@@ -90,7 +89,7 @@ def _parse(argv: list[str], rank: Rank) -> argparse.Namespace:
     check.set_defaults(act=_check)
 
     run = verbs.add_parser(
-        "run", help="train; starts deepspeed itself (a bare JOB.toml means the same)"
+        "run", help="train, or go on; starts the ranks itself (as a bare JOB.toml)"
     )
     _job_arguments(run)
     _run_arguments(run)
@@ -104,7 +103,12 @@ def _parse(argv: list[str], rank: Rank) -> argparse.Namespace:
     _run_arguments(one_rank)
     one_rank.set_defaults(act=_rank)
 
-    _slurm_verbs(verbs)
+    again = verbs.add_parser(
+        "reproduce", help="run a finished run again from its own record and compare the two"
+    )
+    _reproduce_arguments(again)
+    again.set_defaults(act=_reproduce)
+    add_verbs(verbs, _tell)
 
     schema = verbs.add_parser("schema", help="print the JSON Schema of a job file")
     schema.set_defaults(act=_schema)
@@ -113,52 +117,8 @@ def _parse(argv: list[str], rank: Rank) -> argparse.Namespace:
     return arguments
 
 
-def _slurm_verbs(verbs: Any) -> None:
-    submit = verbs.add_parser("submit", help="give jobs to SLURM; --dry-run shows the batch script")
-    submit.add_argument("jobs", metavar="JOB.toml", nargs="+", help="the job files")
-    _set_argument(submit)
-    submit.add_argument("--runs", type=Path, default=Path("runs"), help="folder of all runs (runs)")
-    submit.add_argument(
-        "--run-dir",
-        type=Path,
-        metavar="DIR",
-        help="the run's or sweep's own folder; what was cut short there goes on",
-    )
-    submit.add_argument("--dry-run", action="store_true", help="print the batch script, no more")
-    submit.set_defaults(act=_submit)
-
-    status = verbs.add_parser("status", help="how far runs are, from their folders and from SLURM")
-    status.add_argument("named", metavar="RUN", nargs="*", type=Path, help="run folders (all)")
-    status.add_argument("--runs", type=Path, default=Path("runs"), help="folder of all runs (runs)")
-    status.add_argument(
-        "--watch", type=_count, nargs="?", const=10, metavar="SECONDS", help="again and again (10)"
-    )
-    status.set_defaults(act=_status)
-
-    logs = verbs.add_parser("logs", help="what a run says")
-    logs.add_argument("run", metavar="RUN", type=Path, help="the run folder")
-    logs.add_argument("-f", "--follow", action="store_true", help="go on until the run is over")
-    logs.set_defaults(act=_logs)
-
-    cancel = verbs.add_parser("cancel", help="tell runs to save and end")
-    cancel.add_argument("named", metavar="RUN", nargs="+", type=Path, help="run folders")
-    cancel.set_defaults(act=_cancel)
-
-    sweep = verbs.add_parser("sweep", help="compare the trials of a sweep, with intervals")
-    sweep.add_argument("folder", metavar="SWEEP", type=Path, help="the sweep's folder")
-    sweep.set_defaults(act=_sweep)
-
-    may_requeue = verbs.add_parser("may-requeue")  # asked by the batch script
-    may_requeue.add_argument("run", type=Path)
-    may_requeue.set_defaults(act=_may_requeue)
-
-
 def _job_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("job", metavar="JOB.toml", help="the job file")
-    _set_argument(parser)
-
-
-def _set_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set",
         action="append",
@@ -183,6 +143,16 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--threads", type=_count, metavar="N", help="CPU threads of each rank (cores / ranks)"
+    )
+
+
+def _reproduce_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, metavar="RUN", help="the folder of a finished run")
+    parser.add_argument(
+        "--into", type=Path, metavar="DIR", help="folder of the new run (beside RUN)"
+    )
+    parser.add_argument(
+        "--ranks", type=_count, metavar="N", help="processes to start (as many as RUN had)"
     )
 
 
@@ -266,8 +236,6 @@ def _leave(code: int) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     """Check the job on this process, then start the ranks; of a sweep, those of each trial."""
-    from runner.sweep import load_trials
-
     job, trials = load_trials(arguments.job, arguments.set)
     if trials:
         return _run_sweep(arguments, job, trials)
@@ -285,122 +253,42 @@ def _run(arguments: argparse.Namespace) -> int:
     return launch(["rank", arguments.job, *passed], arguments.ranks)
 
 
+def _reproduce(arguments: argparse.Namespace) -> int:
+    from runner.reproduce import check_reproduction, reproduce
+
+    found = reproduce(arguments.run, into=arguments.into, ranks=arguments.ranks)
+    _say("")
+    _say(f"{found.run.path} and, again, {found.again.path}:")
+    for line in found.lines():
+        _say(line)
+    check_reproduction(found)
+    return 0
+
+
 def _run_sweep(arguments: argparse.Namespace, job: Job, trials: list[Trial]) -> int:
     from runner.launch import launch
     from runner.local_sweep import run_trials
-    from runner.rundir import new_stamp
-    from runner.sweep import open_trials
 
-    folder = (arguments.run_dir or arguments.runs / job.name / new_stamp()).absolute()
     passed = ["--threads", str(arguments.threads)] if arguments.threads else []
 
     def start(run: RunDir) -> int:
         return launch(["rank", str(run.job), "--run-dir", str(run.path), *passed], arguments.ranks)
 
+    folder = (arguments.run_dir or arguments.runs / job.name / new_stamp()).absolute()
     _say(f"{job.name}: {len(open_trials(folder, trials))} of {len(trials)} trials to run, {folder}")
-    failed: dict[str, int] = {}
+    codes: dict[str, int] = {}
     for name, code in run_trials(folder, job, trials, start):
         _say(f"{name}: {'starts' if code is None else f'ended with exit code {code}'}")
-        if code:
-            failed[name] = code
-    _show_sweep(folder)
-    return next(iter(failed.values())) if failed else 0
-
-
-def _show_sweep(folder: Path) -> None:
-    from rich.console import Console
-
-    from runner.sweep_table import NOTE, compare
-    from runner.tables import terminal
-
-    Console(highlight=False, emoji=False).print(terminal(str(folder), compare(folder)))
-    _say(NOTE)
-
-
-def _submit(arguments: argparse.Namespace) -> int:
-    from runner.submit import check_order, submit_run, submit_sweep
-
-    if arguments.run_dir is not None and len(arguments.jobs) > 1:
-        raise JobError(["--run-dir: takes the run of one job, not of several"])
-    written_by = shlex.join(["spantune", *(w for w in arguments.typed if w != "--dry-run")])
-    orders = [check_order(path, arguments.set, written_by) for path in arguments.jobs]
-    for order in orders:
-        name = order.job.name
-        if arguments.dry_run:
-            _say(order.draft(arguments.runs, arguments.run_dir).removesuffix("\n"))
-            continue
-        submit = submit_sweep if order.trials else submit_run
-        done = submit(order, arguments.runs, arguments.run_dir)
-        if done is None:
-            _say(f"{name}: finished already, {arguments.run_dir}")
-            continue
-        trials = f", an array of {done.runs} trials" if order.trials else ""
-        _say(f"{name}: job {done.job_id}{trials}, {order.where()}")
-        if done.doubt:
-            _say(f"  SLURM could not start it on the nodes as they are now: {done.doubt}")
-        folder = shlex.quote(below_here(done.folder))
-        verbs = ("status {}",) if order.trials else ("status {}", "logs {} -f")
-        for verb in (*verbs, "cancel {}", *(["sweep {}"] if order.trials else [])):
-            _say(f"  spantune {verb.format(folder)}")
-        for note in order.notes():
-            _say(f"  {note}")
-    return 0
-
-
-def _status(arguments: argparse.Namespace) -> int:
-    from rich.console import Group
-    from rich.live import Live
-    from rich.text import Text
-
-    from runner.status import find_runs, standings, table_rows
-    from runner.tables import terminal
-
-    def look() -> tuple[Group, bool]:
-        found, silence = standings(find_runs(arguments.named, arguments.runs))
-        rows = table_rows(found, arguments.runs)
-        shown = terminal("", rows) if rows else Text(f"no runs in {arguments.runs}")
-        return Group(*([Text(silence)] if silence else []), shown), all(s.over for s in found)
-
-    shown, over = look()
-    if not arguments.watch:
-        from rich.console import Console
-
-        Console(highlight=False, emoji=False).print(shown)
-        return 0
-    with Live(shown, auto_refresh=False) as live:
-        while not over:
-            time.sleep(arguments.watch)
-            shown, over = look()
-            live.update(shown, refresh=True)
-    return 0
-
-
-def _logs(arguments: argparse.Namespace) -> int:
-    from runner.attend import follow
-
-    for text in follow(RunDir.open(arguments.run), forever=arguments.follow):
+        if code is not None:
+            codes[name] = code
+    for text in comparison(folder):
         _write(text)
-    return 0
+    return next((code for code in codes.values() if code), 0)
 
 
-def _cancel(arguments: argparse.Namespace) -> int:
-    from runner.attend import cancel
-    from runner.status import find_runs
-
-    for run in find_runs(arguments.named, Path()):
-        _say(f"{below_here(run.path)}: {cancel(run)}")
-    return 0
-
-
-def _sweep(arguments: argparse.Namespace) -> int:
-    _show_sweep(arguments.folder)
-    return 0
-
-
-def _may_requeue(arguments: argparse.Namespace) -> int:
-    from runner.status import check_budget
-
-    check_budget(RunDir.open(arguments.run))
+def _tell(arguments: argparse.Namespace) -> int:
+    for text in arguments.words(arguments):
+        _write(text)
     return 0
 
 

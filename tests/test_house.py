@@ -33,13 +33,15 @@ FLOORS = {
         *("engine", "scoring", "span_loss", "epoch", "stopping", "summary"),
         *("export", "fresh_logits", "card", "progress", "health", "checkpoint", "keeping"),
     ],
-    4: ["train", "check", *("launch", "submit", "status", "attend", "local_sweep")],
+    4: [
+        *("train", "check", "launch", "reproduce"),
+        *("submit", "status", "attend", "local_sweep", "desk"),
+    ],
     5: ["cli", "main", "__main__", "__init__"],
 }
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules}
 # The desk: what a login node runs. The rest is the workshop.
-DESK = {*FLOORS[0], *FLOORS[1], *FLOORS[5]}
-DESK |= {"launch", "submit", "status", "attend", "local_sweep"}
+DESK = {*FLOORS[0], *FLOORS[1], *FLOORS[5], *FLOORS[4]} - {"train", "check"}
 HEAVY = {"torch", "transformers", "datasets", "deepspeed", "evaluate", "numpy", "span_kernels"}
 TREES = {
     path.stem: ast.parse(path.read_text(encoding="utf-8"), path.name)
