@@ -17,7 +17,7 @@ from runner import __version__, signals
 from runner.console import complain
 from runner.desk import add_verbs, comparison
 from runner.errors import JobError, RunnerError
-from runner.hub import offline_if_unreachable
+from runner.hub import check_assets
 from runner.job import Job
 from runner.jobfile import job_schema, load_job
 from runner.ranks import Rank, current_rank
@@ -171,7 +171,7 @@ def _check(arguments: argparse.Namespace) -> int:
     if not arguments.data:
         _say(f"{arguments.job}: no problems ({job.name}: {job.model.name} on {job.data.train})")
         return 0
-    offline_if_unreachable(job)
+    check_assets(job)
     from runner.check import check_data
 
     for line in check_data(job, arguments.ranks):
@@ -193,7 +193,7 @@ def _rank(arguments: argparse.Namespace) -> int:
         if isinstance(opened, RunDir):
             return _tell_finished(job, opened, speaks=rank.is_main)
         attempt = opened
-        offline_if_unreachable(job)
+        check_assets(job)
         from runner.engine import stop_distributed
         from runner.train import train
 

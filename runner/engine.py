@@ -17,7 +17,7 @@ from runner.control import PATIENCE, open_control
 from runner.errors import JobError
 from runner.job import Train, Zero
 from runner.layout import Layout
-from runner.ranks import Rank, free_port
+from runner.ranks import Rank, meeting_point
 
 
 def deepspeed_config(
@@ -90,20 +90,22 @@ def start_distributed(rank: Rank, threads: int | None = None) -> torch.device:
     """Choose the device, the CPU threads, and join the process group (also one process)."""
     on_cuda = torch.cuda.is_available()
     if on_cuda:
-        torch.cuda.set_device(rank.local)
+        # A launcher may show each rank its own GPU only.
+        torch.cuda.set_device(rank.local % torch.cuda.device_count())
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found no GPU
         _keep_freed_memory()
         if threads is not None or "OMP_NUM_THREADS" not in os.environ:
             # Ranks of one machine share its cores; a thread for each core in each would fight.
             torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // rank.local_world))
+    address, port = meeting_point(rank)
     for name, value in (
         ("RANK", rank.index),
         ("LOCAL_RANK", rank.local),
         ("WORLD_SIZE", rank.world),
         ("LOCAL_SIZE", rank.local_world),
-        ("MASTER_ADDR", "127.0.0.1"),
-        ("MASTER_PORT", free_port() if rank.world == 1 else 29500),
+        ("MASTER_ADDR", address),
+        ("MASTER_PORT", port),
     ):
         os.environ.setdefault(name, str(value))
     import deepspeed  # reads the variables above, and takes seconds
@@ -122,7 +124,7 @@ def start_distributed(rank: Rank, threads: int | None = None) -> torch.device:
             timeout=PATIENCE,
         )
     open_control()
-    return torch.device("cuda", rank.local) if on_cuda else torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")
 
 
 def _keep_freed_memory() -> None:

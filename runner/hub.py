@@ -12,10 +12,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from runner.job import Job
+from runner.errors import AssetError
+from runner.job import Job, one_of
 from runner.sources import parse_data
 
 PATIENCE = 5.0  # seconds for a connection; the libraries would try for minutes
+_OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+_TRUE = {"1", "ON", "YES", "TRUE"}  # as the libraries read them
 
 
 @dataclass(frozen=True)
@@ -52,36 +55,52 @@ def hub_assets(job: Job) -> list[Asset]:
 
 
 def not_cached(job: Job, environment: Mapping[str, str]) -> list[Asset]:
-    """Those of a job's repositories that the hub's cache has nothing of.
+    """Those of a job's repositories that the caches have nothing of.
 
     Args:
         job: the job.
-        environment: variables of the run; HF_HOME and HF_HUB_CACHE say where its cache is.
+        environment: variables of the run that say where its caches are, HF_HOME first of all.
     """
-    home = _first(environment, "HF_HOME") or f"{_first(environment, 'XDG_CACHE_HOME')}/huggingface"
-    if home == "/huggingface":
-        home = os.path.expanduser("~/.cache/huggingface")
-    cache = Path(_first(environment, "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE") or f"{home}/hub")
-    return [
-        asset
-        for asset in hub_assets(job)
-        if not any((cache / f"{asset.kind}--{asset.name.replace('/', '--')}").glob("snapshots/*"))
-    ]
+
+    def first(*names: str) -> str | None:
+        tables = (environment, os.environ)
+        return next((t[name] for t in tables for name in names if t.get(name)), None)
+
+    base = first("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    home = first("HF_HOME") or f"{base}/huggingface"
+    hub = Path(first("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE") or f"{home}/hub")
+    prepared = Path(first("HF_DATASETS_CACHE") or f"{home}/datasets")
+
+    def is_cached(asset: Asset) -> bool:
+        folder = hub / f"{asset.kind}--{asset.name.replace('/', '--')}"
+        found = [folder.glob("snapshots/*")]
+        if asset.kind == "datasets":
+            found.append(prepared.glob(f"{asset.name.replace('/', '___')}/*"))
+        return any(path for paths in found for path in paths)
+
+    return [asset for asset in hub_assets(job) if not is_cached(asset)]
 
 
-def offline_if_unreachable(job: Job) -> bool:
+def check_assets(job: Job) -> None:
     """Where a job needs the hub and it cannot be reached, tell the libraries so (HF_HUB_OFFLINE):
-    what is cached is then used at once, and what is missing is an error at once. Call it before
-    they are imported.
+    what is cached is then used at once. Call it before they are imported.
 
-    Returns:
-        whether it has told them.
+    Raises:
+        AssetError: naming what is not cached, and how to fetch it.
     """
-    told = {"HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"} & set(os.environ)
-    if told or not hub_assets(job) or _answers(*_door()):
-        return False
+    needed = hub_assets(job)
+    told = next((name for name in _OFFLINE if os.environ.get(name, "").upper() in _TRUE), None)
+    if not needed or (told is None and _answers(*_door())):
+        return
     os.environ["HF_HUB_OFFLINE"] = "1"
-    return True
+    missing = not_cached(job, {})
+    if missing:
+        why = f"{told} is set" if told else f"{_door()[0]} cannot be reached"
+        fetch = "; ".join(asset.fetch for asset in missing)
+        names = one_of(tuple(asset.name for asset in missing)).replace(" or ", " and ")
+        raise AssetError(
+            f"not in the cache, and {why}: {names}; on a machine with network run: {fetch}"
+        )
 
 
 def _door() -> tuple[str, int]:
@@ -115,11 +134,3 @@ def _answers(host: str, port: int) -> bool:
     threading.Thread(target=knock, daemon=True).start()
     done.wait(PATIENCE + 1)
     return answered.is_set()
-
-
-def _first(environment: Mapping[str, str], *names: str) -> str | None:
-    for table in (environment, os.environ):
-        for name in names:
-            if name in table:
-                return table[name]
-    return None
