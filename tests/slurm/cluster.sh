@@ -21,11 +21,15 @@ is_prog() { alive "$1" && [ "$(cat "/proc/$1/comm" 2>/dev/null)" = "$2" ]; }
 
 install_packages() {
   local p missing=() mine=''
+  command -v apt-get >/dev/null || die "needs Debian's package manager"
   for p in slurmctld slurmd slurm-client munge; do
     [ "$(dpkg-query -Wf '${db:Status-Status}' "$p" 2>/dev/null)" = installed ] || missing+=("$p")
   done
   [ ${#missing[@]} = 0 ] && return
-  [ "$(id -u)" = 0 ] || die "needs root to install ${missing[*]}"
+  if [ "$(id -u)" != 0 ]; then
+    sudo -n true 2>/dev/null || die "needs root to install ${missing[*]}"
+    exec sudo -n bash "$0" install
+  fi
   # Keep the packages' init scripts from starting daemons; many container images have this already.
   if [ ! -e /usr/sbin/policy-rc.d ]; then
     mine=1

@@ -66,10 +66,19 @@ class Cluster:
                 found[int(path.name)] = command
         return found
 
-    def kill(self, job: str, begins: str) -> None:
-        """Send SIGKILL to the first process of a job whose command line begins so."""
+    def kill(self, job: str, begins: str, *, last: bool = False) -> None:
+        """Send SIGKILL to the first (or last) process of a job whose command line begins so."""
         found = [pid for pid, line in self.processes(job).items() if line.startswith(begins)]
-        os.kill(min(found), signal.SIGKILL)
+        os.kill(max(found) if last else min(found), signal.SIGKILL)
+
+    def kill_node(self, node: str) -> None:
+        """Kill a node's slurmd, and nothing else."""
+        pid = int((self.folder / "run" / f"slurmd.{node}.pid").read_text())
+        os.kill(pid, signal.SIGKILL)
+
+    def start_node(self, node: str) -> None:
+        """Start a node's slurmd again."""
+        subprocess.run(["bash", SCRIPT, "node", self.folder, node], check=True)
 
     def leaves_nothing(self, job: str) -> None:
         """Wait until no process of an ended job is left, which SLURM takes a moment for."""
