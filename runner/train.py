@@ -296,7 +296,9 @@ def train_watched(
                 if kept is None:
                     raise AssertionError("rank 0 has scored the model")
                 hashes = data_hashes(training, validation)
-                card = model_card(job, headline(kept.scores), hashes, dump_job(job))
+                # A card is made to be published: on whose cluster it ran is not for it.
+                public = job.model_copy(update={"slurm": None})
+                card = model_card(job, headline(kept.scores), hashes, dump_job(public))
                 write_kept(stage.folder / BEST, kept, engine.module, state, tokenizer, card)
 
             save(write_best, required=True)

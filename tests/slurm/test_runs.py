@@ -139,6 +139,7 @@ def test_one_node(calm, cluster):
     assert f"job {calm.job}, start 1 on n1" in said
     assert "Exact match" in said
     cluster.leaves_nothing(calm.job)
+    assert "slurm" not in (calm.folder.model / "README.md").read_text()
     record = json.loads(calm.folder.slurm.read_text())
     assert record["options"]["gpus_per_node"] == 2
     again = spantune(*calm._command)
