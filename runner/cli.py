@@ -25,20 +25,23 @@ from runner.answer_arguments import (
     predict_arguments,
     report_arguments,
 )
+from runner.assets import check_assets
 from runner.console import complain
-from runner.errors import Interrupted, RunnerError
+from runner.desk import add_verbs, comparison
+from runner.errors import Interrupted, JobError, RunnerError
 from runner.job import Job
 from runner.jobfile import job_schema, load_job
 from runner.ranks import Rank, current_rank
-from runner.rundir import RunDir
+from runner.rundir import RunDir, new_stamp
 from runner.starting import Where, check_finished, finished_run, open_run
+from runner.sweep import Trial, load_trials, open_trials
 
 EPILOG = """\
 exit codes: 0 done, 2 command line, 64 job file, 65 data, model or checkpoint
 refused, 69 asset missing offline, 70 our bug, 71 a rank died, got stuck or ran
-out of memory, 73 run folder in use, 74 reading or writing failed, 75 stopped
-and saved: start it again, 76 loss or gradients are no longer numbers, 78 an
-[expect] gate missed
+out of memory, 72 SLURM refuses or does not answer, 73 run folder in use, 74
+reading or writing failed, 75 stopped and saved: start it again, 76 loss or
+gradients are no longer numbers, 78 an [expect] gate missed
 """
 
 OUR_MISTAKE = "a mistake in spantune, not in your job; please report it with the lines above"
@@ -137,10 +140,13 @@ def _parse(argv: list[str], rank: Rank) -> argparse.Namespace:
     )
     _reproduce_arguments(again)
     again.set_defaults(act=_reproduce)
+    add_verbs(verbs, _tell)
 
     schema = verbs.add_parser("schema", help="print the JSON Schema of a job file")
     schema.set_defaults(act=_schema)
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    arguments.typed = argv
+    return arguments
 
 
 def _job_arguments(parser: argparse.ArgumentParser) -> None:
@@ -191,6 +197,7 @@ def _check(arguments: argparse.Namespace) -> int:
     if not arguments.data:
         _say(f"{arguments.job}: no problems ({job.name}: {job.model.name} on {job.data.train})")
         return 0
+    check_assets(job)
     from runner.check import check_data
 
     for line in check_data(job, arguments.ranks):
@@ -215,10 +222,13 @@ def _rank(arguments: argparse.Namespace) -> int:
     signals.listen(leave_early)
     try:
         job, where = _load(arguments), _where(arguments)
+        if job.sweep is not None:
+            raise JobError([f"{arguments.job}: has a [sweep]; start it with run or submit"])
         opened = open_run(job, where) if rank.is_main else finished_run(job, where)
         if isinstance(opened, RunDir):
             return _tell_finished(job, opened, speaks=rank.is_main)
         attempt = opened
+        check_assets(job)
         from runner.engine import stop_distributed
         from runner.train import train
 
@@ -260,9 +270,11 @@ def _leave(code: int) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    """Check the job on this process, then start the ranks."""
-    job, where = _load(arguments), _where(arguments)
-    finished = finished_run(job, where)
+    """Check the job on this process, then start the ranks; of a sweep, those of each trial."""
+    job, trials = load_trials(arguments.job, arguments.set)
+    if trials:
+        return _run_sweep(arguments, job, trials)
+    finished = finished_run(job, _where(arguments))
     if finished is not None:
         return _tell_finished(job, finished, speaks=True)
     from runner.launch import launch
@@ -356,14 +368,45 @@ def _report(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _run_sweep(arguments: argparse.Namespace, job: Job, trials: list[Trial]) -> int:
+    from runner.launch import launch
+    from runner.local_sweep import run_trials
+
+    passed = ["--threads", str(arguments.threads)] if arguments.threads else []
+
+    def start(run: RunDir) -> int:
+        return launch(["rank", str(run.job), "--run-dir", str(run.path), *passed], arguments.ranks)
+
+    folder = (arguments.run_dir or arguments.runs / job.name / new_stamp()).absolute()
+    _say(f"{job.name}: {len(open_trials(folder, trials))} of {len(trials)} trials to run, {folder}")
+    codes: dict[str, int] = {}
+    for name, code in run_trials(folder, job, trials, start):
+        _say(f"{name}: {'starts' if code is None else f'ended with exit code {code}'}")
+        if code is not None:
+            codes[name] = code
+    for text in comparison(folder):
+        _write(text)
+    return next((code for code in codes.values() if code), 0)
+
+
+def _tell(arguments: argparse.Namespace) -> int:
+    for text in arguments.words(arguments):
+        _write(text)
+    return 0
+
+
 def _schema(_: argparse.Namespace) -> int:
     _say(job_schema().removesuffix("\n"))
     return 0
 
 
 def _say(text: str) -> None:
+    _write(f"{text}\n")
+
+
+def _write(text: str) -> None:
     try:
-        print(text, flush=True)
+        print(text, end="", flush=True)
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + 13)

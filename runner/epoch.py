@@ -14,11 +14,11 @@ import torch.distributed as dist
 from runner.batches import epoch_batches, rank_share
 from runner.clock import Clock
 from runner.console import Step
-from runner.engine import Layout
 from runner.errors import DivergedError
 from runner.features import Windows
 from runner.health import Health
 from runner.job import Train
+from runner.layout import Layout
 from runner.noise import Noise
 from runner.progress import Progress, Totals
 from runner.ranks import Rank

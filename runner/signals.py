@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 from runner.errors import Interrupted
@@ -63,6 +64,17 @@ def forget() -> None:
     """Take the request back: a process that runs several jobs begins the next one."""
     global _request
     _request = None
+
+
+@contextmanager
+def meant_for_us() -> Iterator[None]:
+    """Processes that are started within never hear the signals: SLURM sends them to every process
+    of a step, and a helper must not die of what is meant for the rank."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # which children inherit
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class Launcher:

@@ -21,8 +21,6 @@ from runner.console import Reporter
 from runner.control import Boundary, everyone, gather, is_cut_off, main_first, share
 from runner.crew import Crew
 from runner.engine import (
-    Layout,
-    batch_layout,
     deepspeed_config,
     start_distributed,
     start_engine,
@@ -37,6 +35,7 @@ from runner.health import Health
 from runner.job import Job, Score
 from runner.jobfile import dump_job
 from runner.keeping import MODEL, Kept, write_kept
+from runner.layout import Layout, batch_layout
 from runner.model import (
     Pretrained,
     choose_precision,
@@ -56,7 +55,7 @@ from runner.reading import Reader
 from runner.records import LISTED
 from runner.report import write_report
 from runner.resident import make_resident
-from runner.rundir import RunDir, write_json
+from runner.rundir import RunDir, below_here, write_json
 from runner.sameness import differing_fields, read_record
 from runner.scoring import read_windows
 from runner.signals import asked, hold
@@ -66,7 +65,6 @@ from runner.store import Stage
 from runner.summary import (
     announcement,
     answering_of,
-    below_here,
     closing_lines,
     data_hashes,
     epoch_rows,
@@ -378,12 +376,14 @@ def train_watched(
             def write_best(stage: Stage, kept: Kept | None = kept, state: Any = state) -> None:
                 if kept is None:
                     raise AssertionError("rank 0 has scored the model")
+                # A card is made to be published: on whose cluster it ran is not for it.
+                public = job.model_copy(update={"slurm": None})
                 scores, answering = kept.scores, answering_of(job, kept.scores)
                 card = model_card(
                     job,
                     reported(scores),
                     data_hashes(training, validation, tuning),
-                    dump_job(job),
+                    dump_job(public),
                     intervals=scores.intervals,
                     asked=answering,
                 )

