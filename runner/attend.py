@@ -50,11 +50,13 @@ def follow(run: RunDir, *, forever: bool) -> Iterator[str]:
         if time.monotonic() - asked > ASK or not asked:
             asked = time.monotonic()
             [now], silence = standings([run])
+            if _bytes_from(path, place):  # it has spoken while we asked
+                continue
             if place == 0 and told != now.state:
                 told = now.state
                 yield f"{told}\n"
             if now.over and not silence:
-                yield decode(_bytes_from(path, place), final=True)
+                yield decode(b"", final=True)
                 return
         time.sleep(LOOK)
 
