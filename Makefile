@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 RANKS  ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test lint format schema clean
+.PHONY: help setup quickstart test test-slurm lint format schema clean
 
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
@@ -28,6 +28,13 @@ quickstart: setup      ## fine-tune a small model on the product questions (a fe
 
 test: setup            ## the tests
 	$(BIN)/python -m pytest
+
+test-slurm: setup      ## the tests on a real SLURM of two nodes; installs Debian's packages for it
+	@if bash tests/slurm/cluster.sh install; then \
+	  SPANTUNE_TEST_SLURM=1 $(BIN)/python -m pytest tests/slurm; \
+	else \
+	  echo "skipped: SLURM's packages (slurmctld, slurmd, munge) cannot be installed here"; \
+	fi
 
 lint: setup            ## ruff and pyright
 	$(BIN)/ruff check .

@@ -1,13 +1,15 @@
 """Which windows each optimiser step sees, on which rank, and how they become tensors.
 
 Legend: N windows of the data set, B windows of a batch, T tokens of a batch end to end, L longest
-window, padded. The order is a pure function of (seed, epoch): position in it is all that a resumed
-run needs to know.
+window, padded, S segments of a packed batch. The order is a pure function of (seed, epoch):
+position in it is all that a resumed run needs to know.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -44,6 +46,19 @@ class Batch:
 
 
 @dataclass(frozen=True)
+class Outline:
+    """A batch without its tokens: as in Batch, and where each window begins in the data set's
+    (`firsts_B`, int64 numpy)."""
+
+    rows_B: np.ndarray
+    firsts_B: np.ndarray
+    segments_B2: Tensor
+    starts_B: Tensor
+    ends_B: Tensor
+    counted: int
+
+
+@dataclass(frozen=True)
 class Padded:
     """A batch in the rectangular layout that every transformers model takes; segments point into [B
     * L]."""
@@ -52,6 +67,48 @@ class Padded:
     types_BL: Tensor
     mask_BL: Tensor | None
     segments_B2: Tensor
+
+
+class Bounds(NamedTuple):
+    """Where the windows of a packed batch begin and end.
+
+    Attributes:
+        bounds_S1: int32 on the batch's device: 0, then the end of each segment; the last is T.
+        longest: an upper bound of the segments' lengths, the same for every batch of a run.
+        ends: on a CPU the same bounds as Python numbers; for a GPU empty.
+    """
+
+    bounds_S1: Tensor
+    longest: int
+    ends: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A batch end to end in one row; for a GPU, a last segment that nobody reads rounds it up to
+    one of few lengths."""
+
+    input_ids_1T: Tensor
+    types_1T: Tensor
+    positions_1T: Tensor
+    segments_B2: Tensor
+    bounds: Bounds
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How batches are packed.
+
+    Attributes:
+        first_position: position id of a window's first token (RoBERTa counts from behind its
+            padding's).
+        multiple: totals are rounded up to this, by at least one token; 1 packs exactly.
+        longest: tokens of the longest window of the run.
+    """
+
+    first_position: int = 0
+    multiple: int = 1
+    longest: int = 0
 
 
 def epoch_batches(
@@ -120,8 +177,9 @@ def score_batches(
     return batches[rank::world]
 
 
-def collate(windows: Windows, rows: np.ndarray) -> Batch:
-    """Gather windows into a batch; for no rows, the shortest stand-in whose labels are ignored.
+def outline(windows: Windows, rows: np.ndarray) -> Outline:
+    """What is known of a batch without its tokens; for no rows, of the shortest stand-in whose
+    labels are ignored.
 
     A rank without rows must still run its forward and backward pass, or the collectives of the
     others would wait.
@@ -131,35 +189,101 @@ def collate(windows: Windows, rows: np.ndarray) -> Batch:
         rows = np.argmin(windows.lengths_N, keepdims=True)
     firsts_B = windows.firsts_N1[rows]
     lengths_B = windows.firsts_N1[rows + 1] - firsts_B
-    index_T = ranges(firsts_B, lengths_B)
-    labels = (windows.starts_N[rows], windows.ends_N[rows])
+    segments_B2 = np.empty((len(rows), 2), dtype=np.int64)
+    np.subtract(np.cumsum(lengths_B), lengths_B, out=segments_B2[:, 0])
+    segments_B2[:, 1] = lengths_B
+    starts_B, ends_B = windows.starts_N[rows], windows.ends_N[rows]
     if counted == 0:
-        labels = (np.full(1, -1), np.full(1, -1))
-    return Batch(
+        starts_B, ends_B = np.full((2, 1), -1)
+    return Outline(
         rows_B=rows,
-        tokens_T=torch.from_numpy(windows.tokens_T[index_T].astype(np.int64)),
-        types_T=torch.from_numpy(windows.types_T[index_T].astype(np.int64)),
-        segments_B2=torch.from_numpy(
-            np.stack([np.cumsum(lengths_B) - lengths_B, lengths_B], axis=1)
-        ),
-        starts_B=torch.from_numpy(labels[0].astype(np.int64)),
-        ends_B=torch.from_numpy(labels[1].astype(np.int64)),
+        firsts_B=firsts_B,
+        segments_B2=torch.from_numpy(segments_B2),
+        starts_B=torch.from_numpy(starts_B.astype(np.int64)),
+        ends_B=torch.from_numpy(ends_B.astype(np.int64)),
         counted=counted,
+    )
+
+
+def collate(windows: Windows, rows: np.ndarray) -> Batch:
+    """Gather windows into a batch; for no rows, the stand-in of `outline`."""
+    found = outline(windows, rows)
+    index_T = ranges(found.firsts_B, found.segments_B2[:, 1].numpy())
+    tokens_T, types_T = np.empty((2, len(index_T)), dtype=np.int64)
+    tokens_T[:] = windows.tokens_T.take(index_T, mode="clip")  # "raise" would take twice as long
+    types_T[:] = windows.types_T.take(index_T, mode="clip")
+    return Batch(
+        rows_B=found.rows_B,
+        tokens_T=torch.from_numpy(tokens_T),
+        types_T=torch.from_numpy(types_T),
+        segments_B2=found.segments_B2,
+        starts_B=found.starts_B,
+        ends_B=found.ends_B,
+        counted=found.counted,
     )
 
 
 def pad(batch: Batch, pad_id: int, multiple: int = 1) -> Padded:
     """Lay a batch out as [B, L], L its longest window rounded up to `multiple`; no mask where
     nothing was padded."""
-    lengths_B = batch.segments_B2[:, 1]
+    lengths_B = batch.segments_B2[:, 1].numpy()
     longest = -(-int(lengths_B.max()) // multiple) * multiple
     count = len(lengths_B)
-    columns_L = torch.arange(longest)
-    mask_BL = columns_L[None, :] < lengths_B[:, None]
-    input_ids_BL = torch.full((count, longest), pad_id, dtype=torch.int64)
-    types_BL = torch.zeros((count, longest), dtype=torch.int64)
-    input_ids_BL[mask_BL] = batch.tokens_T
-    types_BL[mask_BL] = batch.types_T
-    segments_B2 = torch.stack([torch.arange(count) * longest, lengths_B], dim=1)
+    slots_T = ranges(np.arange(count) * longest, lengths_B)
+    input_ids = np.full(count * longest, pad_id, dtype=np.int64)
+    input_ids[slots_T] = batch.tokens_T.numpy()
+    types, mask = np.zeros((2, count * longest), dtype=np.int64)
+    types[slots_T] = batch.types_T.numpy()
+    mask[slots_T] = 1
+    segments_B2 = np.stack([np.arange(count) * longest, lengths_B], axis=1)
+    input_ids_BL, types_BL, mask_BL = (
+        torch.from_numpy(values).view(count, longest) for values in (input_ids, types, mask)
+    )
     full = count * longest == len(batch.tokens_T)
-    return Padded(input_ids_BL, types_BL, None if full else mask_BL.to(torch.int64), segments_B2)
+    return Padded(input_ids_BL, types_BL, None if full else mask_BL, torch.from_numpy(segments_B2))
+
+
+def pack(batch: Batch, pad_id: int, packing: Packing) -> Packed:
+    """Lay a batch out as [1, T], its windows one after another, positions counted anew in each."""
+    bounds, fill = packed_bounds(batch.segments_B2, packing)
+    offsets_B, lengths_B = batch.segments_B2.numpy().T
+    total = len(batch.tokens_T)
+    # What fills up may be longer than the model has positions: it stays at the first.
+    positions_T = np.full(total + fill, packing.first_position)
+    positions_T[:total] += np.arange(total)
+    positions_T[:total] -= np.repeat(offsets_B, lengths_B)
+    return Packed(
+        input_ids_1T=_extended(batch.tokens_T, fill, pad_id),
+        types_1T=_extended(batch.types_T, fill, 0),
+        positions_1T=torch.from_numpy(positions_T)[None],
+        segments_B2=batch.segments_B2,
+        bounds=bounds,
+    )
+
+
+def packed_bounds(segments_B2: Tensor, packing: Packing) -> tuple[Bounds, int]:
+    """Where the windows of a packed batch end, on the CPU, and how many tokens fill it up."""
+    offsets, lengths = segments_B2.T.tolist()
+    total = offsets[-1] + lengths[-1]
+    fill = 0 if packing.multiple == 1 else packing.multiple - total % packing.multiple
+    ends = [*offsets, total, total + fill] if fill else [*offsets, total]
+    longest = max(packing.longest, packing.multiple if fill else 0, *lengths)
+    return Bounds(torch.tensor(ends, dtype=torch.int32), longest, () if fill else tuple(ends)), fill
+
+
+def _extended(values_T: Tensor, fill: int, value: int) -> Tensor:
+    if fill == 0:
+        return values_T[None]
+    return torch.cat([values_T, values_T.new_full((fill,), value)])[None]
+
+
+def send(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Move the int64 and int32 tensors of a batch to a device: one pinned buffer, one copy that
+    nobody waits for. On a CPU they stay where they are."""
+    if device.type == "cpu":
+        return list(tensors)
+    # One at a time they would be half a dozen copies, each as slow as all of them together.
+    flat = torch.empty(sum(t.numel() for t in tensors), dtype=torch.int64, pin_memory=True)
+    torch.cat([t.reshape(-1).long() for t in tensors], out=flat)
+    parts = flat.to(device, non_blocking=True).split([t.numel() for t in tensors])
+    return [part.view(t.shape).to(t.dtype) for part, t in zip(parts, tensors, strict=True)]

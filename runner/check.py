@@ -8,9 +8,10 @@ from collections.abc import Iterator
 import numpy as np
 
 from runner.batches import epoch_batches
-from runner.engine import batch_layout, learning_rate_factor
+from runner.engine import learning_rate_factor
 from runner.features import Windows
 from runner.job import Job
+from runner.layout import batch_layout
 from runner.model import declared_weights, empty_model, freeze, load_tokenizer, parameter_table
 from runner.prepare import Questions, load_questions
 from runner.tables import markdown

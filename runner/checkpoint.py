@@ -36,6 +36,7 @@ _IDENTITY = {
     "zero_stage": "was made with ZeRO stage {}, this start has {}",
     "layout": "was made with {} micro-batches a step, this start has {}",
     "precision": "was made in {}, this start computes in {}",
+    "computing": "was computed with {}; this start computes with {}",
     "train": "was trained on other questions: the content of data.train has changed",
     "validation": "was scored on other questions: the content of data.validation has changed",
     "tuning": "was tuned on other questions: the content of data.tuning has changed",
@@ -129,12 +130,7 @@ class Checkpoints:
             self._warn(f"no checkpoint after step {progress.step}: {text}; training goes on")
             return
         self._saved, self._failed = (progress.step, progress.scored), 0
-        if self._attempt is not None:
-            self._attempt.step = progress.step
-            try:
-                commit.rotate(self._store, self._attempt, memory.best)
-            except OSError as error:
-                self._warn(f"old checkpoints stay: {error.filename}: {error.strerror}")
+        self._rotate(memory)
 
     def _write(self, stage: Stage, memory: Memory, best: Callable[[Stage], None] | None) -> None:
         self._shards.write(self._engine, stage)
@@ -153,6 +149,15 @@ class Checkpoints:
         if best is not None:
             best(stage)
             stage.adopt(BEST)
+
+    def _rotate(self, memory: Memory) -> None:
+        if self._attempt is None:
+            return
+        self._attempt.step = memory.progress.step
+        try:
+            commit.rotate(self._store, self._attempt, memory.best)
+        except OSError as error:
+            self._warn(f"old checkpoints stay: {error.filename}: {error.strerror}")
 
     def _fence(self) -> None:
         if self._attempt is not None:
@@ -197,6 +202,7 @@ class Checkpoints:
             raise DataError(f"{manifest.name}: the ranks have loaded different states of it")
         self._begin_tables(manifest)
         self._began_at(memory.progress.step)
+        self._rotate(memory)  # an earlier start may have been cut short before it did
         restore_random_state(own["random"], self._device)
         return manifest
 

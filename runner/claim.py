@@ -1,13 +1,14 @@
 """Claims a run folder for one start, shows signs of life and notes its end; a silent owner is
 succeeded by the next start.
 
-The numbers of attempts are handed out by O_EXCL, which also network file systems honour; no lock is
-ever held. What an attempt may still do after it was succeeded is harmless: it commits under its own
-number only, and its heir has sealed what counts.
+A number is taken by making a file that nobody else can make too (a link, or O_EXCL): network file
+systems honour that, and no lock is ever held. What an attempt may still do after it was succeeded
+is harmless: it commits under its own number only, and its heir has sealed what counts.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import threading
@@ -59,10 +60,7 @@ class Attempt:
                     raise RunDirError(f"{run.path} is being run by {alive}; nothing was started")
                 owner = Owner.here(newest + 1, anew=anew)
                 try:
-                    with entry_file(run, owner.attempt, "json").open("x", encoding="utf-8") as file:
-                        file.write(json.dumps(asdict(owner), indent=2) + "\n")
-                        file.flush()
-                        os.fsync(file.fileno())
+                    _enter(run, owner)
                 except FileExistsError:
                     continue  # another start was quicker: look who it is
                 attempt = cls(run, owner)
@@ -113,3 +111,29 @@ class Attempt:
 
     def _beat(self) -> None:
         entry_file(self.run, self.number, "alive").touch()
+
+
+def _enter(run: RunDir, owner: Owner) -> None:
+    """Write the entry of a new attempt: whole, and only if nobody has that number.
+
+    Raises:
+        FileExistsError: if somebody has.
+    """
+    path = entry_file(run, owner.attempt, "json")
+    aside = path.with_name(f".{path.name}.{owner.host}.{owner.pid}.{threading.get_ident()}")
+    text = json.dumps(asdict(owner), indent=2) + "\n"
+    try:
+        with aside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.link(aside, path)
+    except FileExistsError:
+        raise
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
+            raise
+        with path.open("x", encoding="utf-8") as file:  # a file system without links
+            file.write(text)
+    finally:
+        aside.unlink(missing_ok=True)

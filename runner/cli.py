@@ -25,20 +25,23 @@ from runner.answer_arguments import (
     predict_arguments,
     report_arguments,
 )
+from runner.assets import check_assets
 from runner.console import complain
-from runner.errors import RunnerError
+from runner.desk import add_verbs, comparison
+from runner.errors import Interrupted, JobError, RunnerError
 from runner.job import Job
 from runner.jobfile import job_schema, load_job
 from runner.ranks import Rank, current_rank
-from runner.rundir import RunDir
+from runner.rundir import RunDir, new_stamp
 from runner.starting import Where, check_finished, finished_run, open_run
+from runner.sweep import Trial, load_trials, open_trials
 
 EPILOG = """\
 exit codes: 0 done, 2 command line, 64 job file, 65 data, model or checkpoint
 refused, 69 asset missing offline, 70 our bug, 71 a rank died, got stuck or ran
-out of memory, 73 run folder in use, 74 reading or writing failed, 75 stopped
-and saved: start it again, 76 loss or gradients are no longer numbers, 78 an
-[expect] gate missed
+out of memory, 72 SLURM refuses or does not answer, 73 run folder in use, 74
+reading or writing failed, 75 stopped and saved: start it again, 76 loss or
+gradients are no longer numbers, 78 an [expect] gate missed
 """
 
 OUR_MISTAKE = "a mistake in spantune, not in your job; please report it with the lines above"
@@ -100,7 +103,7 @@ def _parse(argv: list[str], rank: Rank) -> argparse.Namespace:
     check.set_defaults(act=_check)
 
     run = verbs.add_parser(
-        "run", help="train; starts deepspeed itself (a bare JOB.toml means the same)"
+        "run", help="train, or go on; starts the ranks itself (as a bare JOB.toml)"
     )
     _job_arguments(run)
     _run_arguments(run)
@@ -132,9 +135,18 @@ def _parse(argv: list[str], rank: Rank) -> argparse.Namespace:
     report_arguments(report)
     report.set_defaults(act=_report)
 
+    again = verbs.add_parser(
+        "reproduce", help="run a finished run again from its own record and compare the two"
+    )
+    _reproduce_arguments(again)
+    again.set_defaults(act=_reproduce)
+    add_verbs(verbs, _tell)
+
     schema = verbs.add_parser("schema", help="print the JSON Schema of a job file")
     schema.set_defaults(act=_schema)
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    arguments.typed = argv
+    return arguments
 
 
 def _job_arguments(parser: argparse.ArgumentParser) -> None:
@@ -166,15 +178,29 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _reproduce_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, metavar="RUN", help="the folder of a finished run")
+    parser.add_argument(
+        "--into", type=Path, metavar="DIR", help="folder of the new run (beside RUN)"
+    )
+    parser.add_argument(
+        "--ranks", type=count, metavar="N", help="processes to start (as many as RUN had)"
+    )
+
+
 def _load(arguments: argparse.Namespace) -> Job:
     return load_job(arguments.job, arguments.set)
 
 
 def _check(arguments: argparse.Namespace) -> int:
     job = _load(arguments)
+    trials = load_trials(arguments.job, arguments.set)[1] if job.sweep else []
     if not arguments.data:
-        _say(f"{arguments.job}: no problems ({job.name}: {job.model.name} on {job.data.train})")
+        swept = f", {len(trials)} trials" if trials else ""
+        said = f"{job.name}: {job.model.name} on {job.data.train}{swept}"
+        _say(f"{arguments.job}: no problems ({said})")
         return 0
+    check_assets(job)
     from runner.check import check_data
 
     for line in check_data(job, arguments.ranks):
@@ -185,15 +211,27 @@ def _check(arguments: argparse.Namespace) -> int:
 def _rank(arguments: argparse.Namespace) -> int:
     """Be one rank of a run. One rank speaks; the others follow with the same code a moment
     later."""
-    signals.listen()
     rank = current_rank()
     attempt = None
+
+    def leave_early(name: str) -> None:
+        if attempt is not None:
+            with suppress(RunnerError):
+                attempt.end(Interrupted.exit_code)
+        if rank.is_main:
+            complain(f"stopped by {name} before training began; the same command begins again")
+        _leave(Interrupted.exit_code)
+
+    signals.listen(leave_early)
     try:
         job, where = _load(arguments), _where(arguments)
+        if job.sweep is not None:
+            raise JobError([f"{arguments.job}: has a [sweep]; start it with run or submit"])
         opened = open_run(job, where) if rank.is_main else finished_run(job, where)
         if isinstance(opened, RunDir):
             return _tell_finished(job, opened, speaks=rank.is_main)
         attempt = opened
+        check_assets(job)
         from runner.engine import stop_distributed
         from runner.train import train
 
@@ -235,9 +273,11 @@ def _leave(code: int) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    """Check the job on this process, then start the ranks."""
-    job, where = _load(arguments), _where(arguments)
-    finished = finished_run(job, where)
+    """Check the job on this process, then start the ranks; of a sweep, those of each trial."""
+    job, trials = load_trials(arguments.job, arguments.set)
+    if trials:
+        return _run_sweep(arguments, job, trials)
+    finished = finished_run(job, _where(arguments))
     if finished is not None:
         return _tell_finished(job, finished, speaks=True)
     from runner.launch import launch
@@ -249,6 +289,18 @@ def _run(arguments: argparse.Namespace) -> int:
     passed += ["--restart"] if arguments.restart else []
     passed += ["--threads", str(arguments.threads)] if arguments.threads else []
     return launch(["rank", arguments.job, *passed], arguments.ranks)
+
+
+def _reproduce(arguments: argparse.Namespace) -> int:
+    from runner.reproduce import check_reproduction, reproduce
+
+    found = reproduce(arguments.run, into=arguments.into, ranks=arguments.ranks)
+    _say("")
+    _say(f"{found.run.path} and, again, {found.again.path}:")
+    for line in found.lines():
+        _say(line)
+    check_reproduction(found)
+    return 0
 
 
 def _predict(arguments: argparse.Namespace) -> int:
@@ -319,14 +371,45 @@ def _report(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _run_sweep(arguments: argparse.Namespace, job: Job, trials: list[Trial]) -> int:
+    from runner.launch import launch
+    from runner.local_sweep import run_trials
+
+    passed = ["--threads", str(arguments.threads)] if arguments.threads else []
+
+    def start(run: RunDir) -> int:
+        return launch(["rank", str(run.job), "--run-dir", str(run.path), *passed], arguments.ranks)
+
+    folder = (arguments.run_dir or arguments.runs / job.name / new_stamp()).absolute()
+    _say(f"{job.name}: {len(open_trials(folder, trials))} of {len(trials)} trials to run, {folder}")
+    codes: dict[str, int] = {}
+    for name, code in run_trials(folder, job, trials, start):
+        _say(f"{name}: {'starts' if code is None else f'ended with exit code {code}'}")
+        if code is not None:
+            codes[name] = code
+    for text in comparison(folder):
+        _write(text)
+    return next((code for code in codes.values() if code), 0)
+
+
+def _tell(arguments: argparse.Namespace) -> int:
+    for text in arguments.words(arguments):
+        _write(text)
+    return 0
+
+
 def _schema(_: argparse.Namespace) -> int:
     _say(job_schema().removesuffix("\n"))
     return 0
 
 
 def _say(text: str) -> None:
+    _write(f"{text}\n")
+
+
+def _write(text: str) -> None:
     try:
-        print(text, flush=True)
+        print(text, end="", flush=True)
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + 13)

@@ -16,7 +16,12 @@ class Clock:
     def __init__(self) -> None:
         self._inside = [0.0]  # seconds of finished inner phases, for each phase that is open
         self._before = 0.0
-        self._born = psutil.Process().create_time()
+        process = psutil.Process()
+        self._born = process.create_time()
+        self._launcher = self._born - min(
+            (parent.create_time() for parent in process.parents() if _launches(parent)),
+            default=self._born,
+        )
         self._phases: dict[str, float] = {"start": self.elapsed()}
         self._until_first_step: float | None = None
 
@@ -39,10 +44,21 @@ class Clock:
             if phase not in ("total", "until_first_step"):
                 self._phases[phase] = self._phases.get(phase, 0.0) + spent
 
-    def step_done(self) -> None:
-        """Note the time of the first optimiser step; later calls change nothing."""
-        if self._until_first_step is None:
-            self._until_first_step = self.elapsed()
+    def step_done(self) -> bool:
+        """Note the time of the first optimiser step, and tell that it was; later calls change
+        nothing."""
+        if self._until_first_step is not None:
+            return False
+        self._until_first_step = self.elapsed()
+        return True
+
+    def first_step(self) -> str:
+        """Say when the first step was done, and what took longest before it."""
+        waited = self._launcher + (self._until_first_step or 0.0)
+        spent = {"launcher": self._launcher, **self._phases}
+        longest = sorted(spent, key=lambda name: -spent[name])[:4]
+        parts = [f"{name} {spent[name]:.1f}" for name in spent if name in longest]
+        return f"first step after {waited:.1f} s: {', '.join(parts)}"
 
     def elapsed(self) -> float:
         """Seconds since the process began, and those of the processes before it."""
@@ -56,3 +72,20 @@ class Clock:
             "total": self.elapsed(),
         }
         return {name: round(value, 3) for name, value in times.items()}
+
+
+def _launches(process: psutil.Process) -> bool:
+    """Whether a process above this one started the command: deepspeed's launcher, or ours; not a
+    shell or a queue whose own command line names them."""
+    try:
+        interpreter, *words = process.cmdline()
+    except (psutil.Error, ValueError):
+        return False
+    if not interpreter.rpartition("/")[2].startswith("python"):
+        return False
+    script = words[0].rpartition("/")[2] if words else ""
+    return (
+        script in ("deepspeed", "spantune", "ds")
+        or words[:2] == ["-m", "runner"]
+        or "deepspeed.launcher" in " ".join(words)
+    )

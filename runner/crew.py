@@ -146,10 +146,11 @@ class Crew:
         except OSError:
             return None
 
-    def speaks_first(self) -> bool:
-        """Whether this rank is the one that tells the user, where one line is enough."""
-        if self._rank:
-            time.sleep(1)  # what rank 0 says is looked at first
+    def speaks_first(self, *, at_once: bool = False) -> bool:
+        """Whether this rank is the one that tells the user, where one line is enough. Rank 0 is let
+        first, unless it has to be another one `at_once`."""
+        if self._rank and not at_once:
+            time.sleep(1)
         path = entry_file(self._run, self._attempt, "spoken")
         try:
             os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))

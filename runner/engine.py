@@ -7,55 +7,20 @@ import math
 import os
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.rendezvous import rendezvous
 
 from runner.control import PATIENCE, open_control
 from runner.errors import JobError
-from runner.job import Train, Zero, divisors, one_of
-from runner.ranks import Rank, free_port
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How one optimiser step's windows are spread: batch_size = world * micro_batch_size *
-    micro_batches."""
-
-    world: int
-    micro_batch_size: int
-    micro_batches: int
-
-
-def batch_layout(train: Train, world: int) -> Layout:
-    """Divide the global batch over the ranks.
-
-    Raises:
-        JobError: if it does not divide, listing what would.
-    """
-    if train.batch_size % world:
-        fitting = [n for n in divisors(train.batch_size) if n <= max(world, 8)]
-        below, above = train.batch_size // world * world, (train.batch_size // world + 1) * world
-        sizes = one_of([size for size in (below, above) if size])
-        raise JobError(
-            [
-                f"train.batch_size: {train.batch_size} windows per step do not divide over {world}"
-                f" ranks; use {one_of(fitting)} ranks, or a batch_size of {sizes}"
-            ]
-        )
-    share = train.batch_size // world
-    micro = train.micro_batch_size if train.micro_batch_size is not None else share
-    if share % micro:
-        raise JobError(
-            [
-                f"train.micro_batch_size: each of {world} ranks has {share} windows per step, not a"
-                f" multiple of {micro}; micro_batch_size may be {one_of(divisors(share))}"
-            ]
-        )
-    return Layout(world, micro, share // micro)
+from runner.flat_zero import flat_engine
+from runner.job import Train, Zero
+from runner.layout import Layout
+from runner.ranks import Rank, meeting_point
 
 
 def deepspeed_config(
@@ -124,24 +89,34 @@ def learning_rate_factor(train: Train, total_steps: int) -> Callable[[int], floa
     return factor
 
 
-def start_distributed(rank: Rank, threads: int | None = None) -> torch.device:
-    """Choose the device, the CPU threads, and join the process group (also one process)."""
+def start_distributed(
+    rank: Rank, threads: int | None = None, meeting_minutes: float = 10.0
+) -> torch.device:
+    """Choose the device, the CPU threads, and join the process group (also one process).
+
+    Args:
+        rank: this one.
+        threads: CPU threads; None shares the cores of the machine among its ranks.
+        meeting_minutes: how long to wait for the other ranks to come.
+    """
     on_cuda = torch.cuda.is_available()
     if on_cuda:
-        torch.cuda.set_device(rank.local)
+        # A launcher may show each rank its own GPU only.
+        torch.cuda.set_device(rank.local % torch.cuda.device_count())
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found no GPU
         _keep_freed_memory()
         if threads is not None or "OMP_NUM_THREADS" not in os.environ:
             # Ranks of one machine share its cores; a thread for each core in each would fight.
             torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // rank.local_world))
+    address, port = meeting_point(rank)
     for name, value in (
         ("RANK", rank.index),
         ("LOCAL_RANK", rank.local),
         ("WORLD_SIZE", rank.world),
         ("LOCAL_SIZE", rank.local_world),
-        ("MASTER_ADDR", "127.0.0.1"),
-        ("MASTER_PORT", free_port() if rank.world == 1 else 29500),
+        ("MASTER_ADDR", address),
+        ("MASTER_PORT", port),
     ):
         os.environ.setdefault(name, str(value))
     import deepspeed  # reads the variables above, and takes seconds
@@ -150,17 +125,20 @@ def start_distributed(rank: Rank, threads: int | None = None) -> torch.device:
         # A shared-memory reduction that is compiled at first use, for one to two minutes; a start
         # killed meanwhile leaves a lock on which later starts hang. gloo does without it.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # type: ignore[attr-defined]
-    # torch's deprecation of a call that DeepSpeed makes at each step is no news to our user.
-    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
+    # torch's deprecation of calls that DeepSpeed and we make at each step is no news to our user.
+    for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):
+        warnings.filterwarnings("ignore", message=f".*{name}.*", category=FutureWarning)
     if not dist.is_initialized():
-        deepspeed.init_distributed(
-            dist_backend="nccl" if on_cuda else "gloo",
-            auto_mpi_discovery=False,
-            verbose=False,
-            timeout=PATIENCE,
+        # Ranks meet soon or never; once they have met, they wait for each other's work.
+        meeting = timedelta(minutes=meeting_minutes)
+        store, index, world = next(rendezvous("env://", timeout=meeting))
+        backend = "nccl" if on_cuda else "gloo"
+        dist.init_process_group(
+            backend, store=store, rank=index, world_size=world, timeout=PATIENCE
         )
+        deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
     open_control()
-    return torch.device("cuda", rank.local) if on_cuda else torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")
 
 
 def _keep_freed_memory() -> None:
@@ -186,8 +164,11 @@ def start_engine(
     train: Train,
     config: dict[str, Any],
     total_steps: int,
+    optimiser_kind: str = "deepspeed",
 ) -> Any:
     """Wrap the model in a DeepSpeed engine with torch's AdamW and the declared schedule.
+
+    `optimiser_kind` is "flat" or "deepspeed", as `flat_zero.choose_zero` decides.
 
     Raises:
         JobError: if DeepSpeed refuses a key of [zero.deepspeed].
@@ -205,6 +186,8 @@ def start_engine(
     factor = learning_rate_factor(train, total_steps)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
     try:
+        if optimiser_kind == "flat":
+            return flat_engine(model, optimiser, schedule, config)
         engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=optimiser,

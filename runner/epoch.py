@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,14 +14,15 @@ import torch.distributed as dist
 from runner.batches import epoch_batches, rank_share
 from runner.clock import Clock
 from runner.console import Step
-from runner.engine import Layout
 from runner.errors import DivergedError
 from runner.features import Windows
 from runner.health import Health
 from runner.job import Train
+from runner.layout import Layout
+from runner.noise import Noise
 from runner.progress import Progress, Totals
 from runner.ranks import Rank
-from runner.scoring import Reader, token_accuracy
+from runner.reading import Reader, token_accuracy
 from runner.span_loss import SpanLoss
 from runner.tables import Value
 
@@ -36,8 +38,10 @@ class Course:
         section: the job's [train].
         seed: the job's seed, which decides the order.
         rank, layout: which of a step's windows are this rank's.
+        noise: where dropout comes from.
         clock: told when the first step is done.
         health: told of losses and gradients.
+        say: takes a line for the log on rank 0.
         write_row: takes each row of train.csv on rank 0.
         boundary: called between two steps, when all that is to be remembered is in `Progress`; it
             may save, or end training by an exception.
@@ -50,8 +54,10 @@ class Course:
     seed: int
     rank: Rank
     layout: Layout
+    noise: Noise
     clock: Clock
     health: Health
+    say: Callable[[str], None]
     write_row: Callable[[dict[str, Value]], None]
     boundary: Callable[[], None]
 
@@ -82,29 +88,36 @@ def train_epoch(course: Course, progress: Progress, follow: Step) -> None:
         progress.epoch - 1,
         buckets=course.section.length_buckets,
     )
-    began = time.monotonic()
-    for done, rows in enumerate(batches[progress.done :], progress.done + 1):
-        step = progress.step + 1
-        for micro in rank_share(
+    shares = [
+        rank_share(
             rows, course.rank.index, layout.world, layout.micro_batch_size, layout.micro_batches
-        ):
-            read = course.reader.read(windows, micro)
+        )
+        for rows in batches[progress.done :]
+    ]
+    prepared = course.reader.ahead(windows, itertools.chain(*shares))
+    began = time.monotonic()
+    left = zip(batches[progress.done :], shares, strict=True)
+    for done, (rows, mine) in enumerate(left, progress.done + 1):
+        step = progress.step + 1
+        for number, micro in enumerate(mine):
+            # Dropout depends on the place in training alone, so that a resumed run repeats it.
+            course.noise.restart(progress.epoch, done, number)
+            read = course.reader.run(next(prepared))
             loss = course.span_loss(read)
             # DeepSpeed averages over ranks and micro-batches; weighted so, a step's gradient is the
             # mean over its windows even where a short last batch leaves ranks with unequal shares.
             engine.backward(loss * (read.counted * layout.world * layout.micro_batches / len(rows)))
             take_step(engine, step)
             if read.counted:
-                right_3 = token_accuracy(
-                    read.logits_T2, read.segments_B2, read.starts_B, read.ends_B
-                )
+                right_3 = token_accuracy(read)
                 progress.sums_2 += torch.stack([loss.detach() * read.counted, right_3[2]])
                 progress.mine.windows += read.counted
                 progress.mine.tokens += int(windows.lengths_N[micro].sum())
                 progress.mine.slots += len(read.logits_T2)
                 course.health.passed(step, micro, loss)
         course.health.stepped(step, rows, engine.get_global_grad_norm())
-        course.clock.step_done()
+        if course.clock.step_done():
+            course.say(course.clock.first_step())
         progress.done = done
         now = time.monotonic()
         progress.mine.seconds += now - began

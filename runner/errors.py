@@ -59,6 +59,12 @@ class MachineError(RunnerError):
     exit_code = 71
 
 
+class SlurmError(RunnerError):
+    """SLURM is not here, does not answer, or refuses what it is asked (72)."""
+
+    exit_code = 72
+
+
 class RunDirError(RunnerError):
     """The run folder is in use by another start (73)."""
 

@@ -24,8 +24,9 @@ from runner.answering import KEY, Answering
 from runner.dataset import Example
 from runner.errors import RunnerError
 from runner.features import Windows
+from runner.reading import Reader
 from runner.rundir import storage_errors
-from runner.scoring import Reader
+from runner.signals import meant_for_us
 
 CHECKED_WINDOWS = 8
 # How far two computations of the same logits may lie apart, as a share of the largest: same
@@ -171,16 +172,17 @@ def verify_export(
     }
     environment = {key: value for key, value in os.environ.items() if key not in _RANK_VARIABLES}
     environment |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("fresh_logits.py"))],
-        input=json.dumps(request),
-        capture_output=True,
-        text=True,
-        env=environment,
-        cwd=folder,
-        timeout=600,
-        check=False,
-    )
+    with meant_for_us():
+        done = subprocess.run(
+            [sys.executable, str(Path(__file__).with_name("fresh_logits.py"))],
+            input=json.dumps(request),
+            capture_output=True,
+            text=True,
+            env=environment,
+            cwd=folder,
+            timeout=600,
+            check=False,
+        )
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise RunnerError(f"{folder}: a fresh process cannot open the exported model: {last}")

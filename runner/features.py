@@ -1,5 +1,4 @@
-"""Cuts contexts into windows of tokens and maps character answers to token labels; cached as
-memory-mapped arrays.
+"""Cuts contexts into windows of tokens and maps character answers to token labels.
 
 Legend: N windows, T tokens of all windows end to end, C context tokens of all distinct contexts, Q
 questions. Each context and each question is tokenised once; windows are ranges into them, assembled
@@ -10,30 +9,25 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
-import os
-import shutil
-import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from runner.dataset import Example
-from runner.errors import DataError, StorageError
-from runner.provenance import file_sha256
-from runner.rundir import storage_errors
+from runner.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+BLOCK = 16_384  # questions whose windows are made together: it bounds the memory
 _CHUNK = (
     2048  # texts handed to the tokenizer at once: enough for its threads, little enough for memory
 )
-_SUMS = "SHA256SUMS"
+_CONTEXT = 1 << 40  # more characters than a context has
 
 
 @dataclass(frozen=True)
@@ -99,8 +93,74 @@ def build_windows(
         DataError: if a question leaves too little room for its context, or the tokenizer is not a
             fast one.
     """
+    blocks = list(window_blocks(examples, tokenizer, max_length, stride))
+    if len(blocks) == 1:
+        return blocks[0]
+    return Windows(
+        **{
+            field.name: np.concatenate(
+                [continued(block, field.name, first=n == 0) for n, block in enumerate(blocks)]
+            )
+            for field in dataclasses.fields(Windows)
+        }
+    )
+
+
+def continued(block: Windows, name: str, *, first: bool) -> np.ndarray:
+    """What a block adds to an array of all windows: everything, but its first bound is the last of
+    the block before."""
+    values = getattr(block, name)
+    return values if first or name != "firsts_N1" else values[1:]
+
+
+def window_blocks(
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    stride: int,
+    block: int = BLOCK,
+) -> Iterator[Windows]:
+    """Make windows for a block of questions at a time; positions count on from block to block.
+
+    At least one block comes, an empty one where there is no question. Blocks end with a context,
+    since questions that follow each other often share one.
+
+    Raises:
+        DataError: as `build_windows`.
+    """
     backend = plain_backend(tokenizer)
     template = _Template.of(backend, tokenizer)
+    begin = tokens = characters = 0
+    while begin == 0 or begin < len(examples):
+        end = min(begin + block, len(examples))
+        while 0 < end < len(examples) and examples[end].context == examples[end - 1].context:
+            end += 1
+        asked = examples[begin:end]
+        made = _block(asked, backend, template, max_length, stride)
+        if begin == 0:
+            backend.enable_truncation(max_length, stride=stride, strategy="only_second")
+            _compare_with_tokenizer(made, asked[:2], backend, type(tokenizer).__name__)
+            backend.no_truncation()
+        yield dataclasses.replace(
+            made,
+            firsts_N1=made.firsts_N1 + tokens,
+            questions_N=(made.questions_N + begin).astype(np.int32),
+            chars_firsts_N=made.chars_firsts_N + characters,
+        )
+        tokens += len(made.tokens_T)
+        characters += len(made.chars_C2)
+        begin = end
+        if end == len(examples):
+            return
+
+
+def _block(
+    examples: Sequence[Example],
+    backend: Tokenizer,
+    template: _Template,
+    max_length: int,
+    stride: int,
+) -> Windows:
     context_of: dict[str, int] = {}
     place_Q = np.array(
         [context_of.setdefault(e.context, len(context_of)) for e in examples], dtype=np.int64
@@ -140,7 +200,7 @@ def build_windows(
         cls_N += np.diff(firsts_N1)
     chars_firsts_N = contexts.firsts[place_Q[questions_N]] + from_N - low_N
     starts_N, ends_N = _labels(examples, contexts, place_Q, questions_N, from_N, to_N, low_N, cls_N)
-    windows = Windows(
+    return Windows(
         tokens_T=tokens_T,
         types_T=types_T,
         firsts_N1=firsts_N1,
@@ -152,78 +212,34 @@ def build_windows(
         chars_C2=contexts.offsets,
         chars_firsts_N=chars_firsts_N,
     )
-    _compare_with_tokenizer(windows, examples[:2], tokenizer, max_length, stride)
-    return windows
-
-
-def cached_windows(
-    examples: Sequence[Example],
-    content_sha256: str,
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    stride: int,
-) -> tuple[Windows, bool]:
-    """Load the windows from the cache, or build and store them. Returns them and whether the cache
-    had them.
-
-    The key is made of the questions' content, the tokenizer, both settings and this file's code, so
-    nothing stale is ever read. Only one rank should build; the others call this afterwards and map
-    the same files.
-    """
-    key = cache_key(content_sha256, tokenizer, max_length, stride)
-    folder = cache_root() / "features" / key
-    found = _load(folder)
-    if found is not None:
-        return found, True
-    windows = build_windows(examples, tokenizer, max_length, stride)
-    try:
-        _store(windows, folder)
-    except StorageError:
-        return windows, False  # a full cache disk costs time, never the run
-    return _load(folder) or windows, False
-
-
-def cache_key(
-    content_sha256: str, tokenizer: PreTrainedTokenizerBase, max_length: int, stride: int
-) -> str:
-    """Name of the cache folder, 32 hex digits."""
-    parts = {
-        "content": content_sha256,
-        "tokenizer": tokenizer_sha256(tokenizer),
-        "max_length": max_length,
-        "stride": stride,
-        "code": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
-    }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
     """Hash of all that decides the tokens: vocabulary, merges, normaliser, special tokens, and
     which of them is [CLS]."""
-    parts = f"{plain_backend(tokenizer).to_str()} {tokenizer.cls_token_id}"
+    backend = _backend(tokenizer)
+    if backend.padding is not None or backend.truncation is not None:
+        backend = plain_backend(tokenizer)  # takes ten times as long
+    parts = f"{backend.to_str()} {tokenizer.cls_token_id}"
     return hashlib.sha256(parts.encode()).hexdigest()
-
-
-def cache_root() -> Path:
-    """`$SPANTUNE_CACHE`, else the user's cache folder."""
-    given = os.environ.get("SPANTUNE_CACHE")
-    if given:
-        return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "spantune"
 
 
 def plain_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
     """Copy the Rust tokenizer without padding and truncation, which some checkpoints carry in their
     settings."""
+    copy = Tokenizer.from_str(_backend(tokenizer).to_str())
+    copy.no_padding()
+    copy.no_truncation()
+    return copy
+
+
+def _backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise DataError(
             f"{type(tokenizer).__name__} has no fast tokenizer; character offsets need one"
         )
-    copy = Tokenizer.from_str(backend.to_str())
-    copy.no_padding()
-    copy.no_truncation()
-    return copy
+    return backend
 
 
 # --- tokenising --------------------------------------------------------------------------------
@@ -282,13 +298,18 @@ def _encode(backend: Tokenizer, texts: Sequence[str], *, offsets: bool) -> _Enco
     ids: list[np.ndarray] = []
     spans: list[np.ndarray] = []
     lengths: list[int] = []
+    # Without offsets the tokenizer has less to do.
+    encode = backend.encode_batch if offsets else backend.encode_batch_fast
     for place in range(0, len(texts), _CHUNK):
-        chunk = texts[place : place + _CHUNK]
-        for encoding in backend.encode_batch(list(chunk), add_special_tokens=False):
-            ids.append(np.array(encoding.ids, dtype=np.int32))
-            lengths.append(len(ids[-1]))
-            if offsets:
-                spans.append(np.array(encoding.offsets, dtype=np.int32).reshape(-1, 2))
+        encodings = encode(list(texts[place : place + _CHUNK]), add_special_tokens=False)
+        rows = [encoding.ids for encoding in encodings]
+        sizes = list(map(len, rows))
+        ids.append(np.fromiter(chain.from_iterable(rows), np.int32, sum(sizes)))
+        lengths += sizes
+        if offsets:
+            pairs = chain.from_iterable(encoding.offsets for encoding in encodings)
+            flat = np.fromiter(chain.from_iterable(pairs), np.int32, 2 * sum(sizes))
+            spans.append(flat.reshape(-1, 2))
     length = np.array(lengths, dtype=np.int64)
     return _Encoded(
         ids=np.concatenate(ids) if ids else np.zeros(0, np.int32),
@@ -367,18 +388,19 @@ def _labels(
     the answer's first character, and the first that ends at or after its last one. An answer of one
     character that is several byte-level tokens has them in this order reversed: it is all of them.
     """
-    first_Q = np.full(len(examples), -1, dtype=np.int64)
-    last_Q = np.full(len(examples), -1, dtype=np.int64)
+    answered_Q = np.array([bool(e.answers) for e in examples], dtype=bool)
+    spans = [
+        (e.answer_starts[0], e.answer_starts[0] + len(e.answers[0])) for e in examples if e.answers
+    ]
     char_Q2 = np.zeros((len(examples), 2), dtype=np.int64)
-    for place, example in enumerate(examples):
-        if not example.answers:
-            continue
-        start, end = example.answer_starts[0], example.answer_starts[0] + len(example.answers[0])
-        begin = contexts.firsts[place_Q[place]]
-        offsets = contexts.offsets[begin : begin + contexts.lengths[place_Q[place]]]
-        char_Q2[place] = start, end
-        first_Q[place] = np.searchsorted(offsets[:, 0], start, side="right") - 1
-        last_Q[place] = np.searchsorted(offsets[:, 1], end, side="left")
+    char_Q2[answered_Q] = np.array(spans, dtype=np.int64).reshape(-1, 2)
+    # One search over all contexts at once: a context's characters count from its number.
+    context_C = np.repeat(np.arange(len(contexts.lengths)), contexts.lengths) * _CONTEXT
+    begin_Q, end_Q = (place_Q * _CONTEXT + char_Q2[:, side] for side in (0, 1))
+    first_Q = np.searchsorted(context_C + contexts.offsets[:, 0], begin_Q, side="right") - 1
+    last_Q = np.searchsorted(context_C + contexts.offsets[:, 1], end_Q, side="left")
+    first_Q = np.where(answered_Q, first_Q - contexts.firsts[place_Q], -1)
+    last_Q = np.where(answered_Q, last_Q - contexts.firsts[place_Q], -1)
     context_first_N = contexts.firsts[place_Q[questions_N]]
     some_N = (first_Q[questions_N] >= 0) & (to_N > from_N)
     row = np.minimum(context_first_N + from_N, max(0, len(contexts.offsets) - 1))
@@ -397,18 +419,12 @@ def _labels(
 
 
 def _compare_with_tokenizer(
-    windows: Windows,
-    examples: Sequence[Example],
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    stride: int,
+    windows: Windows, examples: Sequence[Example], truncating: Tokenizer, name: str
 ) -> None:
     """Hold the first windows against the tokenizer's own: a template we misread must not train a
     wrong model."""
     for place, example in enumerate(examples):
-        backend = plain_backend(tokenizer)
-        backend.enable_truncation(max_length, stride=stride, strategy="only_second")
-        encoding = backend.encode(example.question.lstrip(), example.context)
+        encoding = truncating.encode(example.question.lstrip(), example.context)
         theirs = [encoding.ids, *(piece.ids for piece in encoding.overflowing)]
         mine = [
             windows.tokens_T[windows.firsts_N1[n] : windows.firsts_N1[n + 1]].tolist()
@@ -416,52 +432,6 @@ def _compare_with_tokenizer(
         ]
         if mine != theirs:
             raise DataError(
-                f"question {example.id}: {type(tokenizer).__name__} builds pairs in a way that"
+                f"question {example.id}: {name} builds pairs in a way that"
                 " spantune does not know; please report the model's name"
             )
-
-
-# --- cache -------------------------------------------------------------------------------------
-
-
-def _store(windows: Windows, folder: Path) -> None:
-    # Not named after the process: two machines that share the cache may have the same number.
-    aside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
-    with storage_errors(folder):
-        aside.mkdir(parents=True)
-        try:
-            for field in dataclasses.fields(windows):
-                np.save(aside / f"{field.name}.npy", getattr(windows, field.name))
-            (aside / _SUMS).write_text(_sums(aside), encoding="utf-8")
-            try:
-                aside.rename(folder)
-            except OSError:
-                if not folder.is_dir():
-                    raise  # somebody else stored the same windows first: theirs will do
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
-
-
-def _load(folder: Path) -> Windows | None:
-    """Map the arrays of a cache folder; None where it is absent or damaged (it is then removed, to
-    be built again)."""
-    if not folder.is_dir():
-        return None
-    try:
-        if (folder / _SUMS).read_text(encoding="utf-8") != _sums(folder):
-            raise ValueError("not what was stored")
-        return Windows(
-            **{
-                field.name: np.load(folder / f"{field.name}.npy", mmap_mode="r", allow_pickle=False)
-                for field in dataclasses.fields(Windows)
-            }
-        )
-    except (OSError, ValueError):
-        shutil.rmtree(folder, ignore_errors=True)
-        return None
-
-
-def _sums(folder: Path) -> str:
-    """Hashes of the arrays in a cache folder, in the form of `sha256sum`."""
-    names = [f"{field.name}.npy" for field in dataclasses.fields(Windows)]
-    return "".join(f"{file_sha256(folder / name)}  {name}\n" for name in names)

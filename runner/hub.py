@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import functools
 import re
-import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from huggingface_hub import HfApi, get_cached_repo_tree, snapshot_download
 from huggingface_hub.errors import (
@@ -26,19 +24,13 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import disable_progress_bars, httpx
 
+from runner.assets import UNWANTED, WANTED, Kind, fetch_command
 from runner.errors import AssetError
 
 # Seconds to wait for the hub's first answer. Its client waits for ever by itself, and the firewalls
 # of compute nodes swallow packets without a word.
 PATIENCE = 10
-# What is fetched of a repository, and what never (subfolders of a model: onnx/ and the like).
-WANTED = {
-    "model": ("*.json", "*.txt", "*.model", "*.safetensors"),
-    "dataset": ("README.md", ".huggingface.yaml", "*.json", "*.jsonl", "*.csv", "*.parquet"),
-}
-UNWANTED = {"model": ("*/*",), "dataset": ()}
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-Kind = Literal["model", "dataset"]
 
 
 @dataclass(frozen=True)
@@ -87,18 +79,6 @@ def snapshot(kind: Kind, name: str, revision: str | None) -> Snapshot:
             f"{name}: {missing or 'not in the local cache'}, and {_reason(error)}; on a machine"
             f" with network run: {fetch_command(kind, name, revision)}"
         ) from None
-
-
-def fetch_command(kind: Kind, name: str, revision: str | None) -> str:
-    """The command that brings the same files into the cache of a machine with network."""
-    words = ["hf", "download", name]
-    words += ["--repo-type", "dataset"] if kind == "dataset" else []
-    words += ["--revision", revision] if revision else []
-    # All files of a data set; of a model not the weights of four frameworks.
-    wanted = WANTED[kind] if kind == "model" else ()
-    words += [word for pattern in wanted for word in ("--include", pattern)]
-    words += [word for pattern in UNWANTED[kind] for word in ("--exclude", pattern)]
-    return shlex.join(words)
 
 
 def _cached(kind: Kind, name: str, revision: str | None) -> tuple[Snapshot | None, str | None]:

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import to_json
 
+from runner import slurm_values as allowed
 from runner.sources import parse_data
 
 Text = Annotated[str, Field(min_length=1, pattern=r"\S")]
@@ -153,6 +154,27 @@ class Model(Section):
     attention_dropout: Share | None = Field(
         default=None, description="dropout of attention weights; unset: the model's own"
     )
+    cache_frozen: bool = Field(
+        default=False,
+        description=(
+            "compute the frozen embeddings and first layers once and keep their outputs; their"
+            " dropout is off then, which changes training"
+        ),
+    )
+    compile: Literal["auto", "on", "off"] = Field(
+        default="auto",
+        description=(
+            "compile each encoder layer with torch.compile; auto: on a GPU, where the job is long"
+            " enough to pay for it"
+        ),
+    )
+    packing: Literal["auto", "on", "off"] = Field(
+        default="auto",
+        description=(
+            "compute a batch's windows end to end instead of padding them; auto: where the model"
+            " and the device can"
+        ),
+    )
 
 
 class Train(Section):
@@ -246,6 +268,13 @@ class Zero(Section):
         ge=0,
         le=3,
         description="what ranks share out: 0 nothing, 1 optimiser, 2 + gradients, 3 + weights",
+    )
+    optimizer: Literal["auto", "flat", "deepspeed"] = Field(
+        default="auto",
+        description=(
+            "who takes the step in stages 1 and 2; flat: one flat gradient, no host sync;"
+            " deepspeed: its own; auto: flat, unless [zero.deepspeed] asks for what it has not"
+        ),
     )
     deepspeed: dict[str, Any] = Field(
         default_factory=dict,
@@ -369,6 +398,153 @@ class Card(Section):
     )
 
 
+class Slurm(Section):
+    """What `submit` asks SLURM for; keys that are unset come from the cluster's own defaults
+    (~/.config/spantune/slurm.toml), which has the same keys."""
+
+    partition: Annotated[str, allowed.NAME] | None = Field(
+        default=None, description="partition, or several separated by commas"
+    )
+    account: Annotated[str, allowed.NAME] | None = Field(
+        default=None, description="account that pays"
+    )
+    qos: Annotated[str, allowed.NAME] | None = Field(default=None, description="quality of service")
+    nodes: Count = Field(default=1, description="nodes of a run")
+    gpus_per_node: int | None = Field(
+        default=None, ge=1, le=64, description="GPUs on each node, one rank each; unset: CPU ranks"
+    )
+    gpu_type: Annotated[str, allowed.MODULE] | None = Field(
+        default=None, description="type of the GPUs as the cluster names it, e.g. a100"
+    )
+    ranks_per_node: Count | None = Field(
+        default=None, description="ranks on each node; unset: gpus_per_node, or 1 without GPUs"
+    )
+    cpus_per_task: Count | None = Field(
+        default=None, description="CPU cores of each rank, also its number of threads"
+    )
+    mem: Annotated[str, allowed.MEMORY] | None = Field(
+        default=None, description="memory of each node, e.g. 64G; 0 is all of it"
+    )
+    time: Annotated[str, allowed.TIME] | None = Field(
+        default=None, description="time limit, e.g. 4:00:00; a longer run goes on by requeue"
+    )
+    constraint: Annotated[str, allowed.FEATURES] | None = Field(
+        default=None, description="features that the nodes must have, e.g. a100|h100"
+    )
+    exclude: Annotated[str, allowed.HOSTS] | None = Field(
+        default=None, description="nodes not to use, e.g. gpu[01-04]"
+    )
+    mail_user: Annotated[str, allowed.MAIL] | None = Field(
+        default=None, description="who gets mail about the job"
+    )
+    mail_type: tuple[
+        Literal[
+            "BEGIN", "END", "FAIL", "REQUEUE", "TIME_LIMIT", "TIME_LIMIT_90", "ARRAY_TASKS", "ALL"
+        ],
+        ...,
+    ] = Field(
+        default=("END", "FAIL"), strict=False, description="events to mail about, to mail_user"
+    )  # fmt: skip
+    signal_seconds: int = Field(
+        default=180,
+        ge=10,
+        le=65_535,
+        description=(
+            "seconds before the time limit at which the run is told to save and end (SLURM may"
+            " be up to 60 s early)"
+        ),
+    )
+    requeue: bool = Field(
+        default=True,
+        description="go on by itself after an interruption, as long as it makes progress",
+    )
+    modules: tuple[Annotated[str, allowed.MODULE], ...] = Field(
+        default=(), strict=False, description="environment modules to load, e.g. cuda/12.4"
+    )
+    venv: Annotated[str, allowed.FOLDER] | None = Field(
+        default=None,
+        description="virtual or conda environment; unset: that of the submitting command",
+    )
+    container: tuple[Annotated[str, allowed.WORD], ...] = Field(
+        default=(),
+        strict=False,
+        description=(
+            'what starts python in a container, e.g. ["apptainer", "exec", "--nv", "/x/qa.sif"]'
+        ),
+    )
+    environment: dict[str, Annotated[str, allowed.WORD]] = Field(
+        default_factory=dict,
+        description="environment variables of the run; ~ and $NAME are those of the submitter",
+    )
+    sbatch: dict[str, Any] = Field(
+        default_factory=dict,
+        description="further options of sbatch without their dashes, from an allow-list",
+    )
+
+    @field_validator("environment")
+    @classmethod
+    def _environment_is_safe(cls, table: dict[str, str]) -> dict[str, str]:
+        allowed.check_variables(table)
+        return table
+
+    @field_validator("sbatch")
+    @classmethod
+    def _options_are_allowed(cls, table: dict[str, Any]) -> dict[str, Any]:
+        allowed.check_options(table)
+        return table
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Slurm:
+        gpus, ranks = self.gpus_per_node, self.ranks_per_node
+        if gpus is not None and ranks is not None and ranks != gpus:
+            raise ValueError(
+                f"ranks_per_node {ranks} on {gpus} GPUs a node: each GPU has one rank; leave"
+                " ranks_per_node out"
+            )
+        if gpus is None and self.gpu_type is not None:
+            raise ValueError("gpu_type says which GPUs, gpus_per_node must say how many")
+        limit = 0 if self.time is None else allowed.seconds(self.time)
+        if limit and self.signal_seconds >= limit:
+            raise ValueError(
+                f"signal_seconds {self.signal_seconds} must be less than the time limit of"
+                f" {limit} s, or the run is told to end as soon as it starts"
+            )
+        return self
+
+    @property
+    def tasks_per_node(self) -> int:
+        """Ranks that SLURM starts on each node."""
+        return self.ranks_per_node or self.gpus_per_node or 1
+
+
+class Sweep(Section):
+    """Several runs of one job, a trial for each combination of values; `run` works through them,
+    `submit` makes them an array job."""
+
+    over: dict[str, Any] = Field(
+        default_factory=dict,
+        description="a list of values for each key, e.g. train.learning_rate = [1e-5, 3e-5]",
+    )
+    mode: Literal["grid", "zip"] = Field(
+        default="grid",
+        description="grid: every combination; zip: first values together, second ones, ...",
+    )
+    seeds: tuple[int, ...] = Field(
+        default=(),
+        strict=False,
+        description="each combination is run once with each seed; unset: with the job's seed",
+    )
+    max_parallel: Count | None = Field(
+        default=None, description="trials that SLURM runs at the same time; unset: all it can"
+    )
+
+    @model_validator(mode="after")
+    def _names_something(self) -> Sweep:
+        if not self.over and not self.seeds:
+            raise ValueError("varies nothing; give lists of values under [sweep.over], or seeds")
+        return self
+
+
 class Job(Section):
     """A fine-tuning job of spantune."""
 
@@ -394,6 +570,8 @@ class Job(Section):
     expect: Expect | None = None
     track: Track = Field(default_factory=Track)
     card: Card = Field(default_factory=Card)
+    slurm: Slurm | None = None
+    sweep: Sweep | None = None
 
 
 def divisors(number: int) -> list[int]:

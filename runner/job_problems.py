@@ -16,10 +16,15 @@ from runner.job import Job, one_of
 from runner.toml_lines import Path as KeyPath
 
 
-def schema_problems(error: ValidationError) -> list[tuple[KeyPath, str]]:
+def schema_problems(error: ValidationError, within: KeyPath = ()) -> list[tuple[KeyPath, str]]:
     """Each mistake once, as the path of its key and a sentence: where an unknown key is taken for
-    another, that one is not reported as missing too."""
-    errors = error.errors()
+    another, that one is not reported as missing too.
+
+    Args:
+        error: what pydantic found wrong.
+        within: the path of the section that was checked; () is a whole job.
+    """
+    errors: list[ErrorDetails] = [{**e, "loc": (*within, *e["loc"])} for e in error.errors()]
     taken_for = {e["loc"]: _taken_for(e["loc"]) for e in errors if e["type"] == "extra_forbidden"}
     meant = {path for paths in taken_for.values() for path in paths}
     problems = []

@@ -6,7 +6,8 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,44 @@ NO_MATTER: frozenset[KeyPath] = frozenset(
 MAX_BYTES = 200_000  # a job is a page of text; anything larger is another kind of file
 
 
+@dataclass(frozen=True)
+class Source:
+    """A job file as it was read: its values with the overrides in them, and where they stand.
+
+    Attributes:
+        path: the file.
+        table: its values; `--set` has been applied.
+        lines: key path to line.
+        overridden: key paths that `--set` has given.
+        refused: sentences about overrides that cannot be applied.
+    """
+
+    path: Path
+    table: dict[str, Any]
+    lines: Mapping[KeyPath, int]
+    overridden: Set[KeyPath] = frozenset()
+    refused: Sequence[str] = ()
+
+
 def load_job(path: str | Path, overrides: Sequence[str] = ()) -> Job:
     """Read `path`, apply `key.path=value` overrides, and return the checked job with every file
     name made absolute.
 
     Raises:
         JobError: with one line a problem, all of them at once.
+    """
+    source = read_source(path, overrides)
+    job, problems = check_table(source.table, source.path.resolve().parent)
+    if job is None or problems or source.refused:
+        raise JobError(in_order(problems, source))
+    return job
+
+
+def read_source(path: str | Path, overrides: Sequence[str] = ()) -> Source:
+    """Read a TOML file and apply `key.path=value` overrides, without looking at what it says.
+
+    Raises:
+        JobError: if it cannot be read or is no TOML.
     """
     path = Path(path)
     text = _read_text(path)
@@ -51,22 +84,33 @@ def load_job(path: str | Path, overrides: Sequence[str] = ()) -> Job:
             overridden.add(_apply(table, override))
         except ValueError as error:
             refused.append(f"--set {short(override)}: {error}")
-    located, problems = _locate(table, path.resolve().parent)
-    job = None
+    return Source(path, table, key_lines(text), overridden, refused)
+
+
+def check_table(
+    table: Mapping[str, Any], beside: Path
+) -> tuple[Job | None, list[tuple[KeyPath, str]]]:
+    """Make a job of a table: the job, its file names absolute, or None; and what is wrong with it.
+
+    Args:
+        table: the values of a job file.
+        beside: the folder of that file, where relative names are looked up first.
+    """
+    located, problems = _locate(table, beside)
     try:
         job = Job.model_validate(table)
     except ValidationError as error:
-        problems += schema_problems(error)
-    if job is None or problems or refused:
-        raise JobError(_in_order(problems, path, key_lines(text), overridden) + refused)
-    return job.model_copy(
-        update={name: getattr(job, name).model_copy(update=part) for name, part in located.items()}
-    )
+        return None, problems + schema_problems(error)
+    parts = {name: getattr(job, name).model_copy(update=part) for name, part in located.items()}
+    return job.model_copy(update=parts), problems
 
 
 def dump_job(job: Job) -> str:
     """Write a job as TOML that `load_job` reads back to an equal job."""
-    return tomli_w.dumps(job.model_dump(mode="json", exclude_none=True), multiline_strings=False)
+    table = job.model_dump(mode="json", exclude_none=True)
+    if job.slurm is not None:  # what it leaves open is decided where it is submitted
+        table["slurm"] = job.slurm.model_dump(mode="json", exclude_unset=True)
+    return tomli_w.dumps(table, multiline_strings=False)
 
 
 def recorded_job(path: Path) -> Job:
@@ -111,6 +155,27 @@ def job_schema() -> str:
     return text.replace('"$defs"', '"definitions"') + "\n"
 
 
+def in_order(problems: Iterable[tuple[KeyPath, str]], source: Source) -> list[str]:
+    """Spell each problem as `file:line: key: problem`, from the top of the file to its end, then
+    the overrides that cannot be applied."""
+    path, lines, overridden = source.path, source.lines, source.overridden
+
+    def where(loc: KeyPath) -> str:
+        if any(loc[:length] in overridden for length in range(1, len(loc) + 1)):
+            return "--set"
+        line = line_of(lines, loc)
+        if line is None and any(given[: len(loc)] == loc for given in overridden):
+            return "--set"  # has made this section
+        return f"{path}:{line}" if line else str(path)
+
+    found = sorted(problems, key=lambda problem: line_of(lines, problem[0]) or 0)
+    spelled = [
+        f"{where(loc)}: {spell(loc)}: {problem}" if loc else f"{path}: {problem}"
+        for loc, problem in found
+    ]
+    return [*spelled, *source.refused]
+
+
 def _read_text(path: Path) -> str:
     try:
         with path.open("rb") as file:
@@ -139,29 +204,6 @@ def _syntax_problem(error: ValueError | RecursionError, text: str) -> str:
     if isinstance(error, RecursionError):
         return ": not valid TOML: keys, lists or tables are nested too deep"
     return ": not valid TOML: a number has more digits than can be read"
-
-
-def _in_order(
-    problems: Sequence[tuple[KeyPath, str]],
-    path: Path,
-    lines: Mapping[KeyPath, int],
-    overridden: Set[KeyPath],
-) -> list[str]:
-    """Spell each problem as `file:line: key: problem`, from the top of the file to its end."""
-
-    def where(loc: KeyPath) -> str:
-        if any(loc[:length] in overridden for length in range(1, len(loc) + 1)):
-            return "--set"
-        line = line_of(lines, loc)
-        if line is None and any(path[: len(loc)] == loc for path in overridden):
-            return "--set"  # has made this section
-        return f"{path}:{line}" if line else str(path)
-
-    found = sorted(problems, key=lambda problem: line_of(lines, problem[0]) or 0)
-    return [
-        f"{where(loc)}: {spell(loc)}: {problem}" if loc else f"{path}: {problem}"
-        for loc, problem in found
-    ]
 
 
 def _similar_file(path: Path) -> str:

@@ -9,6 +9,11 @@ from pathlib import Path
 CHECKOUT = Path(__file__).resolve().parent.parent
 sys.path[:1] = [str(CHECKOUT), str(CHECKOUT / "kernels")]
 
+from runner import ranks, signals  # noqa: E402
+
+if ranks.is_launched():
+    signals.listen(signals.leave_early)  # even reading the command takes a third of a second
+
 from runner.cli import main  # noqa: E402
 
 if __name__ == "__main__":

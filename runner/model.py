@@ -1,8 +1,8 @@
 """Loads the pretrained model and tokenizer, freezes parts of it, and turns a batch into span
 logits.
 
-Legend: B windows, L padded length, T = B * L rows of logits, column 0 for the start and 1 for the
-    end of the answer.
+Legend: B windows, L padded length, T rows of logits (B * L of a padded batch), column 0 for the
+    start and 1 for the end of the answer.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from transformers import (
 )
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
-from runner.batches import Padded
+from runner.batches import Packed, Padded
 from runner.errors import AssetError, DataError, JobError
 from runner.hub import snapshot
 from runner.job import Model
@@ -149,20 +149,37 @@ def empty_model(section: Model) -> PreTrainedModel:
         return AutoModelForQuestionAnswering.from_config(load_config(section))
 
 
-def span_logits(model: Any, padded: Padded, *, segment_ids: bool) -> Tensor:
-    """Run the model and return its logits as [B * L, 2], in the model's dtype.
+def model_inputs(batch: Padded | Packed, *, segment_ids: bool) -> dict[str, Any]:
+    """What a transformers model is called with.
+
+    Args:
+        batch: on the model's device; a packed one is for a model that `packing` has prepared.
+        segment_ids: whether the model takes token_type_ids.
+    """
+    inputs: dict[str, Any]
+    if isinstance(batch, Packed):
+        inputs = {"input_ids": batch.input_ids_1T, "position_ids": batch.positions_1T}
+        inputs["packed"] = batch.bounds
+        types = batch.types_1T
+    else:
+        inputs = {"input_ids": batch.input_ids_BL}
+        if batch.mask_BL is not None:
+            inputs["attention_mask"] = batch.mask_BL
+        types = batch.types_BL
+    if segment_ids:
+        inputs["token_type_ids"] = types
+    return inputs
+
+
+def span_logits(model: Any, batch: Padded | Packed, *, segment_ids: bool) -> Tensor:
+    """Run the model and return its logits as [T, 2], T = B * L of a padded batch, in the model's
+    dtype.
 
     Args:
         model: a transformers question-answering model, or the DeepSpeed engine around one.
-        padded: the batch, on the model's device.
-        segment_ids: whether the model takes token_type_ids.
+        batch, segment_ids: as for `model_inputs`.
     """
-    inputs: dict[str, Tensor] = {"input_ids": padded.input_ids_BL}
-    if padded.mask_BL is not None:
-        inputs["attention_mask"] = padded.mask_BL
-    if segment_ids:
-        inputs["token_type_ids"] = padded.types_BL
-    output = model(**inputs)
+    output = model(**model_inputs(batch, segment_ids=segment_ids))
     return torch.stack([output.start_logits, output.end_logits], dim=-1).reshape(-1, 2)
 
 

@@ -32,9 +32,10 @@ from runner.model import (
 )
 from runner.question_source import GROUP
 from runner.ranks import Rank
+from runner.reading import Reader
 from runner.records import listed, window_counts
 from runner.rundir import RunDir
-from runner.scoring import Reader, read_windows
+from runner.scoring import read_windows
 from runner.sources import is_hub_model
 from runner.spans import Answer, Candidate
 

@@ -10,7 +10,8 @@ from transformers import PreTrainedTokenizerBase
 
 from runner.dataset import Dataset, Example, load_dataset
 from runner.errors import DataError, JobError
-from runner.features import Windows, cached_windows
+from runner.feature_cache import cached_windows
+from runner.features import Windows
 from runner.job import Data, Probe
 
 

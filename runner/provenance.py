@@ -12,6 +12,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from runner.signals import meant_for_us
+
 PACKAGES = (
     "torch",
     "transformers",
@@ -111,12 +113,13 @@ def cpu_features() -> frozenset[str]:
 
 def _git(*arguments: str) -> bytes | None:
     try:
-        done = subprocess.run(
-            ["git", "-C", str(CHECKOUT), *arguments],
-            capture_output=True,
-            timeout=20,
-            check=True,
-        )
+        with meant_for_us():
+            done = subprocess.run(
+                ["git", "-C", str(CHECKOUT), *arguments],
+                capture_output=True,
+                timeout=20,
+                check=True,
+            )
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout

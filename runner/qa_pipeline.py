@@ -29,7 +29,7 @@ from runner.batches import score_batches
 from runner.dataset import Example
 from runner.features import Windows, build_windows, plain_backend
 from runner.predict import Predictor
-from runner.scoring import Read
+from runner.reading import Read
 from runner.spans import Spans, join, search
 
 Result = dict[str, Any]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 from dataclasses import dataclass
 
@@ -69,6 +70,35 @@ def _from_environment() -> Rank:
             local_world=max(1, world // int(env.get("SLURM_STEP_NUM_NODES", "1"))),
         )
     return Rank(index=0, world=1, local=0, local_world=1)
+
+
+def is_launched() -> bool:
+    """Whether a launcher has started this process as one rank of a run."""
+    return "RANK" in os.environ or "SLURM_STEP_ID" in os.environ
+
+
+def meeting_point(rank: Rank) -> tuple[str, int]:
+    """Host and TCP port at which all ranks meet where the launcher has not named them.
+
+    Under plain `srun` it is the step's first node, at a port by the numbers of the job and of the
+    step, so that neither two jobs nor two steps of one meet each other.
+    """
+    env = os.environ
+    if rank.world == 1:
+        return "127.0.0.1", free_port()
+    if "SLURM_STEP_ID" not in env or "SLURM_JOB_ID" not in env:
+        return "127.0.0.1", 29500
+    port = 10_000 + (int(env["SLURM_JOB_ID"]) + 7919 * int(env["SLURM_STEP_ID"])) % 20_000
+    nodes = env.get("SLURM_STEP_NODELIST", "")
+    if rank.local_world == rank.world or not nodes:
+        return "127.0.0.1", port
+    return first_host(nodes), port
+
+
+def first_host(nodes: str) -> str:
+    """The first name in a list of SLURM's: `gpu[03-05,7],cpu1` begins with gpu03."""
+    found = re.match(r"([^\[,]+)(?:\[(\w+)[^\]]*\]([^,\[]*))?", nodes)
+    return "".join(part or "" for part in found.groups()) if found else nodes
 
 
 def free_port() -> int:

@@ -40,6 +40,8 @@ class RunDir:
         self.log = self.path / "log.txt"
         self.trackers = self.path / "trackers"
         self.result = self.path / "result.json"
+        self.submit_script = self.path / "submit.sh"
+        self.slurm = self.path / "slurm.json"
 
     @classmethod
     def create(cls, root: Path, job_name: str) -> RunDir:
@@ -94,6 +96,12 @@ class RunDir:
     def finished(self) -> bool:
         """Whether the run succeeded."""
         return self.result.is_file()
+
+
+def below_here(name: str | Path) -> str:
+    """Spell a path relative to the current folder where it is below it; other names stay."""
+    path, here = Path(name), Path.cwd()
+    return str(path.relative_to(here)) if here in path.parents else str(name)
 
 
 def checkpoint_name(step: int, attempt: int, *, scored: bool) -> str:

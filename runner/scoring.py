@@ -9,72 +9,23 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from span_kernels import reference_span_loss
 from torch import Tensor
 
-from runner.batches import Padded, collate, pad, score_batches
+from runner.batches import score_batches
 from runner.console import Step
 from runner.control import gather
 from runner.dataset import Example
 from runner.features import Windows
 from runner.job import Score
-from runner.model import span_logits
 from runner.ranks import Rank
+from runner.reading import Read, Reader, token_accuracy
 from runner.spans import Answer, Spans, answers, join, search
 
 BLOCK = 32_768  # windows whose candidates are in memory together
-
-
-@dataclass(frozen=True)
-class Reader:
-    """What is needed to run a model over windows.
-
-    Attributes:
-        model: a transformers question-answering model, or the DeepSpeed engine around one.
-        device: where it lives.
-        pad_id: token id of padding.
-        segment_ids: whether the model takes token_type_ids.
-        multiple: padded lengths are rounded up to this (8 suits tensor cores).
-    """
-
-    model: Any
-    device: torch.device
-    pad_id: int
-    segment_ids: bool
-    multiple: int
-
-    def read(self, windows: Windows, rows: np.ndarray) -> Read:
-        """Run the model over the windows at `rows`; for no rows, over a stand-in that counts
-        nothing."""
-        batch = collate(windows, rows)
-        padded = to_device(pad(batch, self.pad_id, self.multiple), self.device)
-        logits_T2 = span_logits(self.model, padded, segment_ids=self.segment_ids)
-        starts_B, ends_B = (
-            t.to(self.device, non_blocking=True) for t in (batch.starts_B, batch.ends_B)
-        )
-        return Read(logits_T2, padded.segments_B2, starts_B, ends_B, batch.counted)
-
-
-@dataclass(frozen=True)
-class Read:
-    """A model's logits over a batch.
-
-    Attributes:
-        logits_T2: [T, 2] start and end logits; T counts padding too.
-        segments_B2: (offset, length) of each window in them.
-        starts_B, ends_B: labels relative to the window.
-        counted: windows that count; 0 for a stand-in.
-    """
-
-    logits_T2: Tensor
-    segments_B2: Tensor
-    starts_B: Tensor
-    ends_B: Tensor
-    counted: int
 
 
 @dataclass(frozen=True)
@@ -95,49 +46,6 @@ class Readings:
     span_accuracy: float
     answers: tuple[Answer, ...]
     seconds: float
-
-
-def to_device(padded: Padded, device: torch.device) -> Padded:
-    """Copy a batch to the device without waiting for the copy."""
-    if device.type == "cpu":
-        return padded
-    move = {"device": device, "non_blocking": True}
-    mask_BL = padded.mask_BL
-    return Padded(
-        padded.input_ids_BL.pin_memory().to(**move),
-        padded.types_BL.pin_memory().to(**move),
-        None if mask_BL is None else mask_BL.pin_memory().to(**move),
-        padded.segments_B2.pin_memory().to(**move),
-    )
-
-
-def token_accuracy(
-    logits_T2: Tensor, segments_B2: Tensor, starts_B: Tensor, ends_B: Tensor
-) -> Tensor:
-    """Count windows whose highest start, end, and both logits are at the labels: float32 [3], no
-    host sync.
-
-    Args:
-        logits_T2: [T, 2] logits of a padded batch of equal strides or of a packed one.
-        segments_B2: (offset, length) of each window in them.
-        starts_B, ends_B: labels.
-    """
-    offset_B1, length_B1 = segments_B2[:, :1], segments_B2[:, 1:]
-    columns_L = torch.arange(_longest(logits_T2, segments_B2), device=logits_T2.device)
-    index_BL = (offset_B1 + columns_L).clamp(max=len(logits_T2) - 1)
-    logits_BL2 = logits_T2.detach()[index_BL].float()
-    logits_BL2 = logits_BL2.masked_fill((columns_L >= length_B1)[:, :, None], -torch.inf)
-    best_B2 = logits_BL2.argmax(dim=1)
-    right_B2 = best_B2 == torch.stack([starts_B, ends_B], dim=1)
-    return torch.cat([right_B2.sum(0), right_B2.all(1).sum()[None]]).float()
-
-
-def _longest(logits_T2: Tensor, segments_B2: Tensor) -> int:
-    """Upper bound of the lengths without reading them from the device: padded batches have equal
-    strides."""
-    if segments_B2.device.type == "cpu":
-        return int(segments_B2[:, 1].max())
-    return -(-len(logits_T2) // len(segments_B2))
 
 
 @torch.no_grad()
@@ -249,7 +157,7 @@ def _blocks(questions_N: np.ndarray) -> Iterator[slice]:
 def _right(read: Read) -> Tensor:
     """Sums over a batch: loss in nats, windows whose start, end, both are right; float64 [4]."""
     loss = reference_span_loss(read.logits_T2, read.segments_B2, read.starts_B, read.ends_B)
-    right_3 = token_accuracy(read.logits_T2, read.segments_B2, read.starts_B, read.ends_B)
+    right_3 = token_accuracy(read)
     return torch.cat([loss[None] * read.counted, right_3]).double()
 
 

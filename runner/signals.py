@@ -5,24 +5,48 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
+
+from runner.errors import Interrupted
 
 # SLURM's warning before a time limit or a preemption, `scancel`, Ctrl-C, a lost terminal.
 SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
-# The first request of this process. Signals reach a process, not an object, so it stands here.
+# The first request of this process, and how it ends while there is nothing to save yet. Signals
+# reach a process, not an object, so these stand here.
 _request: str | None = None
+_leave: Callable[[str], None] | None = None
 
 
-def listen() -> None:
+def listen(leave: Callable[[str], None] | None = None) -> None:
     """From here on signals make requests instead of ending the process.
 
-    Called before torch is imported, which takes seconds. A second Ctrl-C ends the process at once.
+    Called before torch is imported, which takes seconds.
+
+    Args:
+        leave: ends the process at a signal that comes before `hold`, because nothing is there to be
+            saved, and others may wait for it forever; it is given the signal's name.
     """
+    global _leave
+    _leave = leave
     for number in SIGNALS:
         # nohup had SIGHUP ignored: the run is to outlive its terminal.
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, _note)
+
+
+def leave_early(_: str) -> None:
+    """End a process that has not begun anything: the same command begins again (75)."""
+    os._exit(Interrupted.exit_code)
+
+
+def hold() -> None:
+    """From here on a request waits until training comes to it. A second Ctrl-C still ends the
+    process at once."""
+    global _leave
+    _leave = None
 
 
 def ask(reason: str) -> None:
@@ -40,6 +64,17 @@ def forget() -> None:
     """Take the request back: a process that runs several jobs begins the next one."""
     global _request
     _request = None
+
+
+@contextmanager
+def meant_for_us() -> Iterator[None]:
+    """Processes that are started within never hear the signals: SLURM sends them to every process
+    of a step, and a helper must not die of what is meant for the rank."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # which children inherit
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class Launcher:
@@ -73,5 +108,7 @@ def _ancestors() -> list[int]:
 
 def _note(number: int, _: FrameType | None) -> None:
     ask(signal.Signals(number).name)
+    if _leave is not None:
+        _leave(signal.Signals(number).name)
     if number == signal.SIGINT:
         signal.signal(signal.SIGINT, signal.SIG_DFL)

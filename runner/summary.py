@@ -5,28 +5,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 from runner.answering import Answering, job_answering
 from runner.card import public_name
 from runner.console import duration
-from runner.engine import Layout
 from runner.evaluation import Evaluation, in_use
 from runner.job import Job, Probe
+from runner.layout import Layout
 from runner.metrics import LEVEL, RESAMPLES
 from runner.prepare import Questions
 from runner.progress import Totals
 from runner.records import as_lines, prediction_records
-from runner.rundir import RunDir, write_atomic
+from runner.rundir import RunDir, below_here, write_atomic
 from runner.scoring import Readings
 from runner.tables import Value, read_rows
-
-
-def below_here(name: str) -> str:
-    """Spell a path relative to the current folder where it is below it; other names stay."""
-    path = Path(name)
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else name
 
 
 def data_hashes(*parts: Questions | None) -> dict[str, str]:

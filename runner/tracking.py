@@ -101,7 +101,7 @@ class _Child:
         line = json.dumps(message).encode() + b"\n"
         if len(self._outbox) + len(line) > BUFFER_BYTES:
             if not self._dropped:
-                self._say(f"{self.tool}: does not keep up; some rows are in the run's tables only")
+                self._say(f"{self.tool}: does not keep up; rows are left out")
             self._dropped += 1
         else:
             self._outbox += line
@@ -122,6 +122,8 @@ class _Child:
         self.abandon()
         self._listen()
         self._stdout.close()
+        if self._dropped:
+            self._say(f"{self.tool}: {self._dropped} rows are in the run's tables only")
         if late:
             self._say(
                 f"{self.tool}: had not sent everything after {waited:g} s (track.wait); the run's"
@@ -139,7 +141,9 @@ class _Child:
             for member in [*family.children(recursive=True), family]:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     member.kill()
-            self._process.wait()
+            # A process that waits for a dead file system does not end even so.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(1)
 
     def _push(self) -> None:
         self._listen()

@@ -16,12 +16,11 @@ from runner.card import model_card
 from runner.checkpoint import BEST, Checkpoints, windows_sha256
 from runner.claim import Attempt
 from runner.clock import Clock
+from runner.computing import Computing, choose_computing, keep_frozen
 from runner.console import Reporter
 from runner.control import Boundary, everyone, gather, is_cut_off, main_first, share
 from runner.crew import Crew
 from runner.engine import (
-    Layout,
-    batch_layout,
     deepspeed_config,
     start_distributed,
     start_engine,
@@ -36,6 +35,7 @@ from runner.health import Health
 from runner.job import Job, Score
 from runner.jobfile import dump_job
 from runner.keeping import MODEL, Kept, write_kept
+from runner.layout import Layout, batch_layout
 from runner.model import (
     Pretrained,
     choose_precision,
@@ -46,23 +46,25 @@ from runner.model import (
     parameter_table,
     takes_segment_ids,
 )
+from runner.noise import Noise
 from runner.plots import draw_curves
 from runner.prepare import Questions, load_questions, probe_examples
 from runner.progress import Memory, Progress, seed_everything
 from runner.ranks import Rank, current_rank
+from runner.reading import Reader
 from runner.records import LISTED
 from runner.report import write_report
-from runner.rundir import RunDir, write_json
+from runner.resident import make_resident
+from runner.rundir import RunDir, below_here, write_json
 from runner.sameness import differing_fields, read_record
-from runner.scoring import Reader, read_windows
-from runner.signals import asked
+from runner.scoring import read_windows
+from runner.signals import asked, hold
 from runner.span_loss import SpanLoss, choose_span_loss
 from runner.stopping import Stopper
 from runner.store import Stage
 from runner.summary import (
     announcement,
     answering_of,
-    below_here,
     closing_lines,
     data_hashes,
     epoch_rows,
@@ -101,8 +103,11 @@ def train(job: Job, *, attempt: Attempt | None, threads: int | None = None) -> R
         # cuBLAS reads this when CUDA starts; without it the strict mode below refuses its products.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    device = start_distributed(rank, threads)
-    folder, number = share((str(attempt.run.path), attempt.number) if attempt else None)
+    with leaving_together():
+        with clock("deepspeed"):
+            device = start_distributed(rank, threads, job.train.timeout_minutes)
+        hold()
+        folder, number = share((str(attempt.run.path), attempt.number) if attempt else None)
     run = RunDir(folder)
     crew = Crew(run, number, rank.index, rank.world)
     watch = Watch(crew, rank.index, 60 * job.train.timeout_minutes, attempt, is_cut_off)
@@ -136,6 +141,7 @@ def train_watched(
         )
         probes = probe_examples(job.probe)
         probe_windows = build_windows(probes, tokenizer, job.data.max_length, job.data.stride)
+        sets = [part.windows for part in (training, validation, tuning) if part is not None]
     stop_if_asked(run)
     watch.at("loading the model", bounded=False)
     with clock("model"):
@@ -148,9 +154,27 @@ def train_watched(
         total_steps = -(-len(training.windows) // job.train.batch_size) * job.train.epochs
         # From here on each rank draws its own dropout.
         seed_everything(job.seed * 1_000_003 + rank.index)
+        computing = choose_computing(
+            job.model,
+            job.zero,
+            pretrained.model,
+            device,
+            precision,
+            longest=max(int(windows.lengths_N.max()) for windows in sets),
+            tokens=len(training.windows.tokens_T) * job.train.epochs,
+            noise=Noise(job.seed, rank.index),
+        )
         groups = optimiser_groups(pretrained.model, job.train.weight_decay)
         span_loss = choose_span_loss(job.model.span_loss, pretrained.model, device, job.zero.stage)
-        engine = start_engine(pretrained.model, device, groups, job.train, config, total_steps)
+        engine = start_engine(
+            pretrained.model,
+            device,
+            groups,
+            job.train,
+            config,
+            total_steps,
+            computing.optimiser,
+        )
     stop_if_asked(run)
     pad_id = tokenizer.pad_token_id
     reader = Reader(
@@ -159,7 +183,18 @@ def train_watched(
         pad_id=pad_id if isinstance(pad_id, int) else 0,
         segment_ids=takes_segment_ids(tokenizer),
         multiple=8 if device.type == "cuda" else 1,
+        packing=computing.packing,
+        residents=make_resident(sets, device),
     )
+    with clock("frozen"):
+        reader, kept_lines = keep_frozen(
+            reader,
+            computing.trunk,
+            sets,
+            job.score.batch_size,
+            run.path,
+            rank,
+        )
 
     # What is remembered, how it is saved, and when.
     progress = Progress(torch.zeros(2, device=device), total_steps // job.train.epochs)
@@ -171,7 +206,7 @@ def train_watched(
         rank,
         engine,
         device,
-        identity(job, rank, layout, precision, training, validation, tuning),
+        identity(job, rank, layout, precision, computing, training, validation, tuning),
         reporter.say,
     )
     health = Health(
@@ -216,8 +251,10 @@ def train_watched(
         job.seed,
         rank,
         layout,
+        computing.noise,
         clock,
         health,
+        lambda text: reporter.say(f"  {text}"),
         lambda row: write_row(run.train_table, row),
         boundary,
     )
@@ -227,7 +264,8 @@ def train_watched(
             job, training, validation, tuning, parameters[-1], precision, layout
         ):
             reporter.say(f"  {line}")
-        reporter.say(f"  {span_loss.described()}")
+        for line in [span_loss.described(), *computing.described(), *kept_lines]:
+            reporter.say(f"  {line}")
         if job.model.freeze:
             reporter.show(terminal("Frozen layers", parameters))
 
@@ -268,6 +306,7 @@ def train_watched(
     origin = record(
         job, rank, device, training, validation, tuning, pretrained, precision, span_loss
     )
+    origin |= {"computing": computing.recorded()}
     if found is None:
         if rank.is_main:
             write_json(run.provenance, origin)
@@ -294,14 +333,13 @@ def train_watched(
             tuned = tuned_threshold() if is_scored else None
         with clock("probes"):
             ask_probes(epoch, in_use(job.score, tuned.threshold if tuned else None))
-        if rank.is_main:
-            draw_curves(run, job.name)
         if not is_scored:
+            if rank.is_main:
+                draw_curves(run, job.name)
             save(required=False)
             progress.next_epoch()
             continue
         with clock("evaluation"):
-            tuned = tuned_threshold()
             readings = read_windows(
                 reader,
                 validation.windows,
@@ -338,12 +376,14 @@ def train_watched(
             def write_best(stage: Stage, kept: Kept | None = kept, state: Any = state) -> None:
                 if kept is None:
                     raise AssertionError("rank 0 has scored the model")
+                # A card is made to be published: on whose cluster it ran is not for it.
+                public = job.model_copy(update={"slurm": None})
                 scores, answering = kept.scores, answering_of(job, kept.scores)
                 card = model_card(
                     job,
                     reported(scores),
                     data_hashes(training, validation, tuning),
-                    dump_job(job),
+                    dump_job(public),
                     intervals=scores.intervals,
                     asked=answering,
                 )
@@ -479,6 +519,7 @@ def identity(
     rank: Rank,
     layout: Layout,
     precision: str,
+    computing: Computing,
     training: Questions,
     validation: Questions,
     tuning: Questions | None,
@@ -489,11 +530,26 @@ def identity(
         "zero_stage": job.zero.stage,
         "layout": layout.micro_batches,
         "precision": precision,
+        "computing": computing.choice(),
         "train": training.dataset.sha256,
         "validation": validation.dataset.sha256,
         "tuning": None if tuning is None else tuning.dataset.sha256,
         "windows": windows_sha256(training.windows, validation.windows),
     }
+
+
+@contextmanager
+def leaving_together() -> Iterator[None]:
+    """Explain why ranks do not meet, before there is a folder in which they could leave word."""
+    try:
+        yield
+    except Exception as error:
+        if not is_cut_off(error):
+            raise
+        if asked():
+            raise Interrupted(f"stopped by {asked()} before training began") from None
+        first = " ".join(str(error).split())[:200]
+        raise MachineError(f"the ranks have not met: {first}") from None
 
 
 def stop_if_asked(run: RunDir) -> None:

@@ -17,6 +17,7 @@ from runner.console import complain, duration
 from runner.crew import BEAT, Crew, Words, find_fault
 from runner.errors import MachineError, RunnerError
 
+TICK = 1.0  # seconds between two looks
 PATIENCE = 2 * BEAT + 2  # seconds in which a living rank surely shows itself
 # Where a main thread stands that waits for other ranks.
 _WAITING = ("torch/distributed", "deepspeed/comm", "runner/control")
@@ -80,6 +81,7 @@ class Watch:
                 raise self._explained(error) from None
             first = (str(error).splitlines() or [""])[0]
             text = f"at {self.place}: {type(error).__name__}: {first}"
+            self._crew.speaks_first(at_once=True)  # with its traceback
             self._crew.leave(Words(RunnerError.exit_code, text, waits=False))
             raise
 
@@ -106,10 +108,12 @@ class Watch:
     # --- the watching thread
 
     def _follow(self) -> None:
-        tick = min(BEAT, self._seconds / 4)
-        while not self._over.wait(tick):
-            with suppress(OSError):  # away for a moment; where it matters, writing says so
-                self._crew.beat()
+        beaten = time.monotonic()
+        while not self._over.wait(min(TICK, self._seconds / 4)):
+            if time.monotonic() > beaten + min(BEAT, self._seconds / 4):
+                beaten = time.monotonic()
+                with suppress(OSError):  # away for a moment; where it matters, writing says so
+                    self._crew.beat()
             if self._launcher.is_gone():
                 signals.ask("the end of its launcher")
             quiet = time.monotonic() - self._since

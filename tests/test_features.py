@@ -1,25 +1,19 @@
-"""Windows and labels against the tokenizer's own overflow and run_qa's procedure, and the cache."""
+"""Windows and labels against the tokenizer's own overflow and run_qa's procedure."""
 
 from __future__ import annotations
 
 import dataclasses
-import errno
-import os
-import shutil
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from tokenizers import processors
-from tokenizers.normalizers import NFC
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, RobertaTokenizer
 
-from runner import features
 from runner.dataset import Example, load_dataset
 from runner.errors import DataError
-from runner.features import Windows, build_windows, cache_key, cached_windows, plain_backend
+from runner.features import Windows, build_windows, plain_backend, window_blocks
 from runner.job import Columns, Model
 from runner.model import load_tokenizer
 
@@ -289,129 +283,57 @@ def test_a_tokenizer_without_offsets_is_refused():
         build_windows([ask(CONTEXT)], 1, 64, 8)
 
 
-# ---- cache
+# ---- blocks
 
 
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("SPANTUNE_CACHE", str(tmp_path))
-    return tmp_path / "features"
-
-
-@pytest.fixture
-def load(cache, tokenizer_of):
-    asked = [ask(CONTEXT, answer=(4, 11)), ask("The shade is linen.", "What?", (13, 18))]
-    return lambda: cached_windows(asked, "content", tokenizer_of("bert"), 48, 8)
-
-
-def same(one, other):
-    return all(
-        np.array_equal(getattr(one, field.name), getattr(other, field.name)) for field in FIELDS
-    )
-
-
-def test_windows_are_built_once_then_mapped(load, monkeypatch):
-    built, cached = load()
-    assert not cached
-    monkeypatch.setattr(features, "build_windows", None)
-    again, cached = load()
-    assert cached
-    assert same(built, again)
-    for windows in (built, again):
-        for field in FIELDS:
-            array = getattr(windows, field.name)
-            assert isinstance(array, np.memmap)
-            assert not array.flags.writeable
-
-
-def test_the_key_names_everything_that_decides_the_windows(tokenizer_of, monkeypatch, tmp_path):
-    bert = tokenizer_of("bert")
-    keys = {cache_key("content", bert, 48, 8)}
-
-    def tokenizer_with(change):
-        backend = plain_backend(bert)
-        change(backend)
-        return PreTrainedTokenizerFast(tokenizer_object=backend, cls_token="[CLS]")
-
-    wrapped = tokenizer_with(lambda backend: None)
-    sep_as_cls = PreTrainedTokenizerFast(tokenizer_object=plain_backend(bert), cls_token="[SEP]")
-    assert cache_key("content", wrapped, 48, 8) in keys
-    others = [
-        ("changed", bert, 48, 8),
-        ("content", bert, 49, 8),
-        ("content", bert, 48, 9),
-        ("content", tokenizer_of("albert"), 48, 8),
-        ("content", tokenizer_with(lambda b: b.add_tokens(["lantern folds"])), 48, 8),
-        ("content", tokenizer_with(lambda b: setattr(b, "normalizer", NFC())), 48, 8),
-        ("content", sep_as_cls, 48, 8),
+@pytest.mark.parametrize("block", [1, 2, 3, 100])
+def test_blocks_are_the_same_windows(tokenizer_of, block):
+    """Positions count on, and questions of one context stay together."""
+    asked = [
+        ask(CONTEXT, answer=(4, 11), name="a"),
+        ask(CONTEXT, answer=(20, 24), name="b"),
+        ask("The shade is linen.", answer=(13, 18), name="c"),
+        ask(CONTEXT, name="d"),
+        ask("In 1912 the harbour opened.", answer=(3, 7), name="e"),
     ]
-    for n, other in enumerate(others, 2):
-        keys.add(cache_key(*other))
-        assert len(keys) == n, other
-    code = tmp_path / "features.py"
-    code.write_text("changed")
-    monkeypatch.setattr(features, "__file__", str(code))
-    assert cache_key("content", bert, 48, 8) not in keys
+    bert = tokenizer_of("bert")
+    whole = build_windows(asked, bert, 48, 8)
+    blocks = list(window_blocks(asked, bert, 48, 8, block))
+    ends = np.cumsum([len(set(b.questions_N)) for b in blocks]).tolist()
+    assert ends == {1: [2, 3, 4, 5], 2: [2, 4, 5], 3: [3, 5], 100: [5]}[block]
+    for name in (
+        "tokens_T",
+        "types_T",
+        "questions_N",
+        "contexts_N2",
+        "starts_N",
+        "ends_N",
+        "cls_N",
+    ):
+        found = np.concatenate([getattr(b, name) for b in blocks])
+        assert np.array_equal(found, getattr(whole, name)), name
+    assert blocks[-1].firsts_N1[-1] == whole.firsts_N1[-1]
+    chars = np.concatenate([b.chars_C2 for b in blocks])
+    rows = np.concatenate([b.chars_firsts_N for b in blocks])
+    for n in range(len(whole)):
+        low, high = whole.contexts_N2[n]
+        mine = chars[rows[n] + low : rows[n] + high]
+        assert np.array_equal(
+            mine, whole.chars_C2[whole.chars_firsts_N[n] + low : whole.chars_firsts_N[n] + high]
+        )
 
 
-def test_the_key_ignores_padding_and_truncation(tokenizer_of):
-    bert, left, set_up = (tokenizer_of(kind) for kind in ("bert", "bert-left", "bert-settings"))
-    assert set_up.backend_tokenizer.truncation is not None
-    keys = {cache_key("content", tokenizer, 48, 8) for tokenizer in (bert, left, set_up)}
-    assert len(keys) == 1
+def test_no_questions_make_one_empty_block(tokenizer_of):
+    (block,) = window_blocks([], tokenizer_of("bert"), 48, 8)
+    assert len(block) == 0
+    assert block.firsts_N1.tolist() == [0]
 
 
-def shorten(path):
-    np.save(path, np.load(path)[:-1])
-
-
-@pytest.mark.parametrize("name", [field.name for field in FIELDS])
-@pytest.mark.parametrize(
-    "damage",
-    [
-        os.remove,
-        lambda path: path.write_bytes(b""),
-        lambda path: path.write_bytes(path.read_bytes()[:-1]),
-        lambda path: path.write_bytes(path.read_bytes()[:90]),
-        lambda path: path.write_bytes(b"PK\3\4" + path.read_bytes()),
-        lambda path: path.write_bytes(bytes(200)),
-        lambda path: np.save(path, np.load(path).astype(float)),
-        lambda path: np.save(path, np.array([{}], dtype=object)),
-        shorten,
-    ],
-    ids=["gone", "empty", "cut", "header cut", "zip", "zeros", "floats", "objects", "shorter"],
-)
-def test_a_damaged_cache_is_built_again(load, cache, damage, name):
-    whole, _ = load()
-    expected = {field.name: np.array(getattr(whole, field.name)) for field in FIELDS}
-    (folder,) = cache.iterdir()
-    damage(folder / f"{name}.npy")
-    rebuilt, cached = load()
-    assert not cached
-    assert same(rebuilt, Windows(**expected))
-    assert load()[1]
-
-
-def test_ranks_that_store_at_once_agree(load, cache):
-    with ThreadPoolExecutor(8) as pool:
-        results = list(pool.map(lambda _: load(), range(8)))
-    assert all(same(windows, results[0][0]) for windows, _ in results)
-    assert len(list(cache.iterdir())) == 1
-    assert load()[1]
-
-
-def test_a_cache_that_cannot_be_written_costs_time_only(load, cache, monkeypatch):
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(np, "save", full)
-        windows, cached = load()
-        assert list(cache.iterdir()) == []
-    assert not cached
-    assert same(windows, load()[0])
-    shutil.rmtree(cache)
-    cache.write_text("a file where the folder should be")
-    again, cached = load()
-    assert same(again, windows)
-    assert not cached
+def test_many_blocks_are_joined(tokenizer_of, monkeypatch):
+    asked = [ask(f"{CONTEXT}{n}", answer=(4, 11), name=str(n)) for n in range(9)]
+    whole = build_windows(asked, tokenizer_of("bert"), 48, 8)
+    monkeypatch.setattr("runner.features.BLOCK", 2)
+    monkeypatch.setattr(window_blocks, "__defaults__", (2,))
+    joined = build_windows(asked, tokenizer_of("bert"), 48, 8)
+    for field in FIELDS:
+        assert np.array_equal(getattr(whole, field.name), getattr(joined, field.name)), field.name

@@ -18,34 +18,40 @@ FLOORS = {
     0: ["errors", "ranks", "clock", "signals"],
     1: [
         *("job", "jobfile", "job_problems", "sources", "toml_lines", "expectation"),
-        *("rundir", "tables", "plots", "provenance", "console", "tracking"),
+        *("rundir", "tables", "plots", "provenance", "console", "tracking", "assets"),
+        *("slurm_values", "slurm_defaults", "slurm_jobs", "slurm", "layout", "sweep"),
+        *("text_match", "sweep_table"),
         *("attempts", "claim", "starting", "files", "store", "commit"),
         *("crew", "watch", "sameness"),
         *("answering", "page", "line_chart", "page_markdown", "page_html", "report_data"),
         "answer_arguments",
     ],
     2: [
-        *("hub", "dataset", "features", "batches", "model", "prepare"),
-        *("spans", "span_search", "metrics", "metric_objects", "text_match"),
+        *("hub", "dataset", "features", "feature_cache", "batches", "model", "prepare"),
+        *("noise", "attention", "packing", "frozen", "resident", "reading"),
+        *("spans", "span_search", "metrics", "metric_objects"),
         "tracker_process",
         *("control", "shards", "plain"),
         *("rows", "asked", "question_source", "score_file"),
     ],
     3: [
-        *("engine", "scoring", "span_loss", "epoch", "stopping", "summary"),
+        *("engine", "flat_zero", "computing", "scoring", "span_loss", "epoch", "stopping"),
         *("export", "fresh_logits", "card", "progress", "health", "checkpoint", "keeping"),
         *("evaluation", "records"),
         *("error_tables", "comparison", "run_report", "comparison_report", "report"),
+        "summary",
     ],
     4: [
-        *("train", "check", "launch"),
+        *("train", "check", "launch", "reproduce"),
         *("predict", "predict_verb", "qa_pipeline", "assess"),
+        *("submit", "status", "attend", "local_sweep", "desk"),
     ],
     5: ["cli", "main", "__main__", "__init__"],
 }
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules}
 # The desk: what a login node runs. The rest is the workshop.
-DESK = {*FLOORS[0], *FLOORS[1], *FLOORS[5], "launch"}
+DESK = {*FLOORS[0], *FLOORS[1], *FLOORS[5], "launch", "reproduce"}
+DESK |= {"submit", "status", "attend", "local_sweep", "desk"}
 HEAVY = {"torch", "transformers", "datasets", "deepspeed", "evaluate", "numpy", "span_kernels"}
 HEAVY |= {"huggingface_hub", "wandb", "tensorboard", "mlflow"}
 TREES = {

@@ -175,7 +175,7 @@ UNKNOWN = [
     ("train.max_length = 1", "it belongs to [data]"),
     ("train.columns = 1", "it is a section of its own, [data.columns]"),
     ("zero.stag = 1", "did you mean stage?"),
-    ("zero.optimizer = 1", "allowed here: stage or deepspeed"),
+    ("zero.offload = 1", "allowed here: stage, optimizer or deepspeed"),
     ("stop.f1 = 1", "it belongs to [expect]"),
     ("expect.f2 = 1", "did you mean f1?"),
 ]

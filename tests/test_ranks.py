@@ -7,7 +7,7 @@ import os
 import pytest
 
 from runner.errors import RunnerError
-from runner.ranks import Rank, current_rank
+from runner.ranks import Rank, current_rank, first_host, meeting_point
 
 SRUN = {
     "SLURM_STEP_ID": "0",
@@ -70,3 +70,39 @@ def test_variables_that_tell_no_rank_are_named(monkeypatch, variables):
 
 def test_only_rank_0_is_main():
     assert [rank for rank in range(4) if Rank(rank, 4, rank, 4).is_main] == [0]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("n1", "n1"),
+        ("gpu03,gpu01", "gpu03"),
+        ("gpu[03-05,7],cpu1", "gpu03"),
+        ("gpu[7]", "gpu7"),
+        ("rack2-n[10,12]-ib,x", "rack2-n10-ib"),
+    ],
+)
+def test_the_first_host_of_a_list(nodes, first):
+    assert first_host(nodes) == first
+
+
+def test_where_ranks_of_plain_srun_meet(monkeypatch):
+    for name, value in {**SRUN, "SLURM_JOB_ID": "4711", "SLURM_STEP_NODELIST": "n[2-3]"}.items():
+        monkeypatch.setenv(name, value)
+    host, port = meeting_point(current_rank())
+    assert (host, port) == ("n2", 14711)
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    assert meeting_point(current_rank()) == (host, port)  # the same for every rank
+    monkeypatch.setenv("SLURM_STEP_ID", "1")
+    assert meeting_point(current_rank())[1] != port
+    monkeypatch.setenv("SLURM_JOB_ID", "4712")
+    assert meeting_point(current_rank())[1] != port
+    monkeypatch.setenv("SLURM_STEP_NUM_NODES", "1")
+    assert meeting_point(current_rank())[0] == "127.0.0.1"
+
+
+def test_where_ranks_meet_otherwise():
+    assert meeting_point(Rank(1, 2, 1, 2)) == ("127.0.0.1", 29500)
+    host, port = meeting_point(Rank(0, 1, 0, 1))
+    assert host == "127.0.0.1"
+    assert port != 29500

@@ -25,7 +25,16 @@ from runner.rundir import (
 NAMES = {
     *("job.toml", "provenance.json", "deepspeed.json", "train.csv", "eval.csv", "probes.csv"),
     *("predictions.jsonl", "curves.svg", "curves.png", "report.md", "checkpoints", "model"),
-    *("log.txt", "result.json", "attempts", "trackers", "report.html", "evaluations"),
+    *(
+        "log.txt",
+        "result.json",
+        "attempts",
+        "submit.sh",
+        "slurm.json",
+        "trackers",
+        "report.html",
+        "evaluations",
+    ),
 }
 
 

@@ -13,7 +13,8 @@ from runner.features import build_windows
 from runner.job import Model, Score
 from runner.model import load_pretrained, load_tokenizer, takes_segment_ids
 from runner.ranks import Rank
-from runner.scoring import Reader, read_windows
+from runner.reading import Reader
+from runner.scoring import read_windows
 
 ALONE = Rank(0, 1, 0, 1)
 CONTEXT = "The lantern folds flat; its battery lasts nine hours on the bright setting. "

@@ -133,3 +133,37 @@ def test_a_launcher_that_is_gone_is_noticed(tmp_path, levels):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     assert answer.read_text() == "True"
+
+
+HELPER = """
+import os, signal, subprocess, sys, time
+from runner import signals
+signals.listen()
+with signals.meant_for_us():
+    done = subprocess.run(["bash", "-c", "echo up >&2; sleep 1; echo done"], stdout=subprocess.PIPE)
+print(done.returncode, done.stdout, signals.asked(), flush=True)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM])
+def test_a_helper_outlives_a_signal_to_the_whole_group(number):
+    process = subprocess.Popen(
+        [sys.executable, "-c", HELPER],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stderr is not None
+    assert process.stderr.readline() == "up\n"
+    os.killpg(process.pid, number)
+    out, _ = process.communicate(timeout=20)
+    assert out == f"0 b'done\\n' {number.name}\n"
+
+
+def test_signals_are_heard_again_afterwards():
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    with signals.meant_for_us():
+        assert signal.SIGTERM in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before

@@ -10,7 +10,7 @@ from span_kernels import reference_span_loss, span_loss
 from torch import nn
 
 from runner.errors import RunnerError
-from runner.scoring import Read
+from runner.reading import Read
 from runner.span_loss import choose_span_loss, compare
 
 CPU = torch.device("cpu")
@@ -59,7 +59,7 @@ def test_every_way_gives_the_models_own_loss_and_gradients(tiny, kind, wanted):
         torch.manual_seed(5)
         output = model(input_ids=ids_BL)
         logits_T2 = torch.stack([output.start_logits, output.end_logits], -1).reshape(-1, 2)
-        loss = loss_of(Read(logits_T2, segments_B2, *labels, 3))
+        loss = loss_of(Read(logits_T2, segments_B2, *labels, 3, 12))
         model.zero_grad()
         loss.backward()
         return [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]

@@ -290,6 +290,7 @@ def test_an_outage_neither_blocks_nor_outlives_a_run(start, kind, monkeypatch):
     left = family() - before
     assert not left
     assert "does not keep up" in start.text
+    assert "rows are in the run's tables only" in start.text
     trackers.log("train", row)  # a late row does no harm
 
 

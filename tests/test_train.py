@@ -104,7 +104,9 @@ def test_two_ranks_walk_a_whole_job(job_file, tmp_path, tiny):
         begin, end = int(row["start_character"]), int(row["end_character"])
         assert CONTEXT[begin:end] == row["answer"]
     steps = [int(row["step"]) for row in evals]
-    assert sorted(p.name for p in run.checkpoints.iterdir()) == [f"step-{n:06d}" for n in steps]
+    names = [f"step-{step:06d}-scored-a0001" for step in steps]
+    assert sorted(path.name for path in run.checkpoints.iterdir()) == names
+    assert not list(run.checkpoints.rglob("*.py"))  # DeepSpeed leaves programs beside its data
     predictions = [json.loads(line) for line in run.predictions.read_text().splitlines()]
     assert len(predictions) == 20
     assert result["export_difference"] < 1e-4
@@ -131,11 +133,14 @@ def test_two_ranks_walk_a_whole_job(job_file, tmp_path, tiny):
     assert frozen <= unchanged
     assert not {n for n in unchanged - frozen if "key.bias" not in n}
 
-    # The record runs as it is, and a folder that holds a run is refused.
+    # The record runs as it is; what is finished is told at once, what is another job refused.
     assert main_script("check", run.job).returncode == 0
     again = main_script(run.job, "--run-dir", run.path)
-    assert again.returncode == 73
-    assert "already holds a run" in again.stderr
+    assert (again.returncode, again.stderr) == (0, "")
+    assert again.stdout == f"{run.path}: finished already; --restart begins anew\n"
+    other = main_script(run.job, "--run-dir", run.path, "--set", "seed=7")
+    assert other.returncode == 65
+    assert "another job: seed is 42 there and 7 now" in other.stderr
 
 
 def test_ranks_and_zero_stages_take_the_same_steps(job_file, tmp_path):
@@ -147,17 +152,31 @@ def test_ranks_and_zero_stages_take_the_same_steps(job_file, tmp_path):
     train = f"data.train={DATA}/product_qa_train.json[:5]"
     setting = f"{train}::train.batch_size=6::train.epochs=5::train.learning_rate=1e-3"
     losses = {}
-    for ranks, stages in ((1, (0, 3)), (2, (0, 1, 2, 3))):
+    accumulated = "train.micro_batch_size=1"
+    variants = {
+        "accumulated, flat 1": ("zero.stage=1", accumulated),
+        "accumulated, flat 2": ("zero.stage=2", accumulated),
+        "accumulated, 3": ("zero.stage=3", accumulated),
+        "DeepSpeed's 1": ("zero.stage=1", "zero.optimizer=deepspeed"),
+        "DeepSpeed's 2": ("zero.stage=2", "zero.optimizer=deepspeed"),
+        "padded": ("zero.stage=2", "model.packing=off"),
+        "fused": ("zero.stage=2", "model.span_loss=fused"),
+    }
+    for ranks, stages in ((1, (0, 1, 3)), (2, (0, 1, 2, 3))):
         runs = tmp_path / f"ranks{ranks}"
-        jobs = [f"{job}::{setting}::zero.stage={stage}" for stage in stages]
-        jobs.append(f"{jobs[-2]}::train.micro_batch_size=1")
-        jobs.append(f"{jobs[-3]}::model.span_loss=fused")
+        kinds = {stage: (f"zero.stage={stage}",) for stage in stages}
+        kinds |= variants if ranks == 2 else {"accumulated, flat 2": ("zero.stage=2", accumulated)}
+        jobs = ["::".join([str(job), setting, *kind]) for kind in kinds.values()]
         worker = CHECKOUT / "tests" / "workers" / "train_jobs.py"
         done = start(worker, runs, *jobs, ranks=ranks)
         assert done.returncode == 0, done.stderr[-3000:]
-        for number, stage in enumerate((*stages, "accumulated", "fused")):
+        for number, kind in enumerate(kinds):
             table = rows(runs / str(number) / "train.csv")
-            losses[ranks, stage] = [float(row["loss_nats"]) for row in table][:20]
+            losses[ranks, kind] = [float(row["loss_nats"]) for row in table][:20]
+            choices = json.loads((runs / str(number) / "provenance.json").read_text())["computing"]
+            flat = kind in (1, 2, "padded", "fused") or "flat" in str(kind)
+            assert choices["step"]["choice"] == ("flat" if flat else "deepspeed"), kind
+            assert choices["batches"]["choice"] == ("padded" if kind == "padded" else "packed")
     windows = json.loads((tmp_path / "ranks1" / "0" / "result.json").read_text())["step"] // 5
     assert windows < 20, "the first 20 steps must cross an epoch's end"
     reference = losses[1, 0]
@@ -165,6 +184,30 @@ def test_ranks_and_zero_stages_take_the_same_steps(job_file, tmp_path):
     assert reference[-1] < 0.9 * reference[0]
     for key, found in losses.items():
         assert found == pytest.approx(reference, rel=2e-5), key
+
+
+def test_kept_outputs_of_frozen_layers_train_and_score_the_same(job_file, tmp_path):
+    """Without dropout there is nothing that keeping them changes; two ranks share one copy."""
+    still = 'dropout = 0.0\nattention_dropout = 0.0\nprecision = "fp32"'
+    job = job_file(model_extra=still + '\nfreeze = ["embeddings", "encoder.layer.0"]')
+    worker = CHECKOUT / "tests" / "workers" / "train_jobs.py"
+    ways = (f"{job}", f"{job}::model.cache_frozen=true", f"{job}::model.packing=off")
+    kept = ("model.cache_frozen=true", "model.packing=off", "zero.stage=0")
+    done = start(worker, tmp_path / "runs", *ways, "::".join([str(job), *kept]), ranks=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    tables = [tmp_path / "runs" / str(n) for n in range(4)]
+    losses, scores = (
+        [[float(row[column]) for row in rows(run / name)] for run in tables]
+        for name, column in (
+            ("train.csv", "loss_nats"),
+            ("eval.csv", "validation_loss_nats"),
+        )
+    )
+    for found, score in zip(losses[1:], scores[1:], strict=True):
+        assert found == pytest.approx(losses[0], rel=1e-4)
+        assert score == pytest.approx(scores[0], rel=1e-4)
+    assert "outputs of frozen layers: " in (tables[1] / "log.txt").read_text()
+    assert not [*Path("/dev/shm").glob(".spantune-*")]
 
 
 def test_every_family_trains(job_file, tmp_path):

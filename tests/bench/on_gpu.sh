@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one call: kernel tests, kernel table, real jobs on real questions.
+# Everything that needs a GPU, in one call: tests, kernel table, training throughput, real jobs on
+# real questions.
 #
 #   tests/bench/on_gpu.sh OUT DATA MODEL
 #
@@ -32,14 +33,25 @@ job() { # name, then overrides
 
 part versions "$python" -c 'import torch, triton, transformers, deepspeed
 print(torch.cuda.get_device_name(), torch.__version__, triton.__version__, transformers.__version__, deepspeed.__version__)'
-part kernel_tests "$python" -m pytest -m gpu tests
+part gpu_tests "$python" -m pytest -m gpu tests
 part kernel_bench "$python" -m span_kernels.bench --sweep
 part span_search "$python" tests/bench/span_search.py --device cuda
-# The same job three ways: what the fused loss changes must be speed alone.
+# Throughput with random weights and the real questions' lengths; the tables collect in tables.md.
+lengths=(--data "$data/squadshifts_new_wiki_v1.0.json" --tokenizer "$model" --table "$out/tables.md")
+part training_base "$python" tests/bench/training.py --shape base "${lengths[@]}"
+part training_large "$python" tests/bench/training.py --shape large "${lengths[@]}"
+# The same job several ways: what they change must be speed alone.
 for seed in 1 2 3; do
     job "bf16-fused-$seed" --set "seed=$seed" --set model.precision=bf16 --set model.span_loss=fused
     job "bf16-reference-$seed" --set "seed=$seed" --set model.precision=bf16 --set model.span_loss=reference
 done
 job fp32-reference-1 --set model.span_loss=reference
+job bf16-padded-1 --set model.precision=bf16 --set model.packing=off
+job bf16-compiled-1 --set model.precision=bf16 --set model.compile=on
+job bf16-deepspeed-1 --set model.precision=bf16 --set zero.optimizer=deepspeed
+bottom='["embeddings", "encoder.layer.0-2"]'
+job bf16-frozen-1 --set model.precision=bf16 --set train.epochs=3 --set "model.freeze=$bottom"
+job bf16-kept-1 --set model.precision=bf16 --set train.epochs=3 --set "model.freeze=$bottom" \
+    --set model.cache_frozen=true
 echo "$failed part(s) failed"
 exit "$failed"

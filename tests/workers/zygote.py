@@ -197,6 +197,10 @@ def launch(request: dict, writes: int) -> None:
     while len(codes) < count:
         pid, status = os.wait()
         codes[pid] = os.waitstatus_to_exitcode(status)
+        if codes[pid]:  # as `runner.launch` does
+            for child in children:
+                if child not in codes:
+                    os.kill(child, signal.SIGTERM)
     text = json.dumps([codes[child] for child in children])
     Path(request["codes"] + ".new").write_text(text)
     os.rename(request["codes"] + ".new", request["codes"])

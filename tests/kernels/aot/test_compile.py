@@ -9,6 +9,7 @@ import re
 import pytest
 import torch
 from span_kernels import ops
+from span_kernels.gather import _gather_triton
 
 SHAPES = [
     (32, 384, 768, torch.bfloat16),
@@ -72,6 +73,19 @@ def test_loss_from_logits_and_norm(dtype, launches, target):
     compiled = launches(lambda: ops._norm_and_finite_triton(flat))
     assert [kernel.name for kernel in compiled] == ["_partial_kernel", "_total_kernel"]
     _check(compiled, target)
+
+
+@pytest.mark.parametrize("windows", [1, 32, 300])
+def test_gathering_a_batch(windows, launches, target):
+    def meta(size, dtype):
+        return torch.empty(size, dtype=dtype, device="meta")
+
+    inputs = (meta(100_000, torch.int32), meta(100_000, torch.uint8))
+    table = (meta(windows, torch.int64), meta(windows + 1, torch.int32))
+    for total in (1, 170 * windows):
+        compiled = launches(lambda total=total: _gather_triton(*inputs, *table, total, 2, 0))
+        assert [kernel.name for kernel in compiled] == ["_gather_kernel"]
+        _check(compiled, target)
 
 
 @pytest.mark.parametrize("target", ["sm_90"], indirect=True)

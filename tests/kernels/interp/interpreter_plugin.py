@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import triton.language as tl
-from span_kernels import ops
+from span_kernels import gather, ops
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder as Builder
 from triton.runtime.interpreter import TensorHandle
@@ -123,6 +123,7 @@ ops._span_loss.register_kernel("cpu")(ops._span_loss_triton)
 ops._qa_head_loss.register_kernel("cpu")(ops._qa_head_loss_triton)
 ops._qa_head_grad.register_kernel("cpu")(ops._qa_head_grad_triton)
 ops._norm_and_finite.register_kernel("cpu")(ops._norm_and_finite_triton)
+gather._gather.register_kernel("cpu")(gather._gather_triton)
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,142 @@
+"""What a value of [slurm] may be made of: allow-lists, so that nothing in a job file can become a
+command of the batch script or another option of sbatch."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic_core import CoreSchema, core_schema
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of value: the pattern that all of it must match, and the sentence for what does not.
+
+    Calling it checks a text, returns it, and raises ValueError with the sentence. In the schema,
+    `Annotated[str, KIND]` is such a text; editors learn the pattern.
+    """
+
+    what: str
+    pattern: str
+
+    def __call__(self, text: str) -> str:
+        if not re.fullmatch(self.pattern, text, re.ASCII):
+            shown = json.dumps(text if len(text) <= 60 else text[:57] + "...")
+            raise ValueError(f"{shown} is not allowed here; write {self.what}")
+        return text
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self, handler(source))
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        return {**handler(schema), "pattern": f"^(?:{self.pattern})$"}
+
+
+NAME = Kind(
+    "a name made of letters, digits and . _ + / - (several: with commas)",
+    r"[A-Za-z0-9_][A-Za-z0-9_.+/-]*(,[A-Za-z0-9_][A-Za-z0-9_.+/-]*)*",
+)
+MEMORY = Kind('an amount such as "64G" (K, M, G or T; 0 is all of a node)', r"\d{1,12}[KMGT]?")
+TIME = Kind(
+    'a time such as "4:00:00", "2-12" (days-hours), or "90" (minutes)',
+    r"\d{1,6}|\d{1,6}:\d{1,2}|\d{1,4}:\d{1,2}:\d{1,2}|\d{1,4}-\d{1,2}(:\d{1,2}){0,2}",
+)
+FEATURES = Kind(
+    'node features such as "a100" or "a100|h100"',
+    r"[A-Za-z0-9_(\[][A-Za-z0-9_.:,&|*()\[\]-]*",
+)
+HOSTS = Kind(
+    'names of nodes such as "gpu[01-04],gpu07"',
+    r"[A-Za-z0-9][A-Za-z0-9_.,-]*(\[[0-9,-]+\][\w.,-]*)*",
+)
+MAIL = Kind("a mail address or a user's name", r"[A-Za-z0-9][A-Za-z0-9._+-]*(@[A-Za-z0-9.-]+)?")
+MODULE = Kind('a module such as "cuda/12.4"', r"[A-Za-z0-9_][A-Za-z0-9_.+/-]*")
+FOLDER = Kind(
+    'a folder such as "~/envs/spantune" or "$WORK/envs/spantune"',
+    r"(~|/|\$[A-Za-z_][A-Za-z0-9_]*/|\$\{[A-Za-z_][A-Za-z0-9_]*\}/)[A-Za-z0-9_./+,=@$-]*",
+)
+WORD = Kind(
+    "one word of a command, made of letters, digits and . _ / : , = @ % + - ~ $NAME",
+    r"(~/)?([A-Za-z0-9_./:,=@%+-]|\$[A-Za-z_][A-Za-z0-9_]*|\$\{[A-Za-z_][A-Za-z0-9_]*\})*",
+)
+OPTION = Kind(
+    "a value of letters, digits and . _ : , = + @ / & | * ( ) [ ] % -",
+    r"[A-Za-z0-9_.:,=+@/&|*()\[\]%-]+",
+)
+VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
+
+# Options of sbatch that a job may add under [slurm.sbatch]. What is not here either has a key of
+# its own in [slurm], is what submit itself decides (output, signal, array, ...), or runs something
+# else than this job (wrap, export, uid, chdir, ...).
+EXTRA_OPTIONS = (
+    *("begin", "comment", "contiguous", "deadline", "dependency", "distribution", "exclusive"),
+    *("gpu-bind", "gpu-freq", "gres", "gres-flags", "hint", "licenses", "mem-per-cpu"),
+    *("mem-per-gpu", "network", "nice", "nodelist", "oversubscribe", "prefer", "priority"),
+    *("reservation", "switches", "threads-per-core", "tmp", "wckey"),
+)
+# Variables that say who a rank is; the ranks read them from SLURM.
+_RESERVED = re.compile(r"SLURM_\w*|SBATCH_\w*|RANK|WORLD_SIZE|LOCAL_(RANK|SIZE|WORLD_SIZE)")
+
+
+def check_variables(names: Iterable[str]) -> None:
+    """Check names of environment variables; ValueError names the first wrong one."""
+    for name in names:
+        if not VARIABLE.fullmatch(name):
+            raise ValueError(f"{json.dumps(name)} is no name of an environment variable")
+        if _RESERVED.fullmatch(name):
+            raise ValueError(f"{name} is set by SLURM or by the ranks themselves")
+
+
+def check_options(table: Mapping[str, Any]) -> None:
+    """Check the options of [slurm.sbatch]; ValueError names the first that is not allowed."""
+    for name, value in table.items():
+        if name not in EXTRA_OPTIONS:
+            raise ValueError(
+                f"{json.dumps(name)} is not allowed here; allowed are {', '.join(EXTRA_OPTIONS)}"
+            )
+        if isinstance(value, bool):
+            if not value:
+                raise ValueError(f"{name}: an option without a value is true, or left out")
+        elif isinstance(value, str):
+            try:
+                OPTION(value)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+        elif not isinstance(value, int):
+            raise ValueError(f"{name}: expected a string, a whole number or true")
+
+
+def seconds(time: str) -> int:
+    """Read a time limit of SLURM's: minutes, M:S, H:M:S, D-H, D-H:M or D-H:M:S."""
+    days, dash, rest = time.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    if dash:
+        hours, minutes, secs = (*parts, 0, 0)[:3]
+    elif len(parts) == 3:
+        hours, minutes, secs = parts
+    else:
+        hours, minutes, secs = 0, *(*parts, 0)[:2]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + secs
+
+
+def expanded(text: str) -> str:
+    """Put the values of `~` and `$NAME` into a word, as they are where the job is submitted.
+
+    Raises:
+        ValueError: if a variable is not set, or its value would not be allowed in the job file.
+    """
+    whole = os.path.expandvars(os.path.expanduser(text))
+    if "$" in whole:
+        name = re.sub(r".*?\$\{?(\w+).*", r"\1", whole)
+        raise ValueError(f"{text}: the environment variable {name} is not set")
+    return WORD(whole)

@@ -1,0 +1,69 @@
+"""The measuring scripts run: tiny inputs, one round, and a table with every row."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCH = Path(__file__).parent
+DATA = BENCH.parents[1] / "jobs" / "data" / "product_qa_validation.json"
+
+
+def run(script: str, *options: object) -> list[dict[str, str]]:
+    """Rows of the tables that a script prints."""
+    done = subprocess.run(
+        [sys.executable, str(BENCH / script), *map(str, options)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows: list[dict[str, str]] = []
+    header: list[str] = []
+    for line in done.stdout.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if not line.startswith("|") or set(line) <= set("|-: "):
+            header = header if line.startswith("|") else []
+        elif header:
+            rows.append(dict(zip(header, cells, strict=True)))
+        else:
+            header = cells
+    assert "cores" in done.stdout
+    assert str(Path.home()) not in done.stdout
+    return rows
+
+
+def test_features_and_batches(tiny):
+    rows = run(
+        "features.py", "--data", DATA, "--model", tiny("bert"), "--sample", 40, "--rounds", 1
+    )
+    assert [row["features"] for row in rows if "features" in row] == [
+        "recipe, map",
+        "ours, cold",
+        "ours, warm",
+        "recipe, its cache",
+    ]
+    assert len([row for row in rows if "batches" in row]) == 4
+
+
+def test_growth(tiny):
+    inputs = ("--data", DATA, "--model", tiny("bert"))
+    (row,) = run("growth.py", *inputs, "--sizes", 300, "--parts", "features", "evaluation")
+    assert row["questions"] == "300"
+    assert float(row["features, us a question"]) > 0
+    assert float(row["evaluation, us a question"]) > 0
+
+
+@pytest.mark.slow
+def test_training():
+    small = ("--shape", "tiny", "--windows", 8, "--batch-size", 4, "--max-length", 64)
+    rows = run("training.py", *small, "--steps", 1, "--warmup", 1, "--rounds", 1)
+    modes = [row["mode"] for row in rows]
+    assert len(modes) == 3 + 4 + 4 + 3
+    assert all(float(row["ms a step"]) > 0 for row in rows)

@@ -1,0 +1,120 @@
+"""The packed attention on a CPU: its dropout held against plain PyTorch with the same masks."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from runner.attention import _flash, packed_attention
+from runner.batches import Bounds
+from runner.noise import CpuDropout, Noise, keep_scale
+
+ENDS = (0, 5, 6, 29, 41)
+
+
+class Module(nn.Module):
+    def __init__(self, drop: nn.Module) -> None:
+        super().__init__()
+        self.dropout = drop
+
+
+def inputs(dtype=torch.float32, width=8):
+    torch.manual_seed(0)
+    # Strided as in a model: [1, T, H, D] seen as [1, H, T, D].
+    return [
+        torch.randn(1, ENDS[-1], 3, width, dtype=dtype).transpose(1, 2).requires_grad_(True)
+        for _ in range(3)
+    ]
+
+
+def bounds():
+    return Bounds(torch.tensor(ENDS, dtype=torch.int32), 23, ENDS)
+
+
+def by_hand(query, key, value, p, noise, scale):
+    """The formula, window by window, out of differentiable operations."""
+    parts = []
+    for low, high in pairwise(ENDS):
+        q, k, v = (x[0, :, low:high] for x in (query, key, value))
+        weights = torch.softmax(scale * q @ k.transpose(1, 2), dim=-1)
+        kept = torch.from_numpy(noise.kept(weights.shape, p))
+        parts.append((weights * kept * keep_scale(p)) @ v)
+    return torch.cat(parts, dim=1).transpose(0, 1)[None]
+
+
+@pytest.mark.parametrize("p", [0.1, 0.6])
+def test_dropout_and_its_gradients_are_the_formula(p):
+    query, key, value = inputs(torch.float64)
+    module = Module(CpuDropout(p, Noise(5, 0)))
+    found, weights = packed_attention(
+        module, query, key, value, None, dropout=p, scaling=0.3, packed=bounds()
+    )
+    assert weights is None
+    wanted = by_hand(query, key, value, p, Noise(5, 0), 0.3)
+    torch.testing.assert_close(found, wanted)
+    above = torch.randn_like(wanted)
+    mine = torch.autograd.grad(found, (query, key, value), above)
+    theirs = torch.autograd.grad(wanted, (query, key, value), above)
+    for one, other in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_half_precision_stays_near(dtype):
+    query, key, value = inputs(dtype)
+    module = Module(CpuDropout(0.1, Noise(5, 0)))
+    found, _ = packed_attention(module, query, key, value, None, dropout=0.1, packed=bounds())
+    wide = [x.detach().double() for x in (query, key, value)]
+    wanted = by_hand(*wide, 0.1, Noise(5, 0), 8**-0.5)
+    assert found.dtype == dtype
+    error = (found.double() - wanted).abs().max() / wanted.abs().max()
+    assert error < (1e-5 if dtype == torch.float32 else 2e-2)
+
+
+def test_windows_do_not_see_each_other():
+    query, key, value = inputs()
+    module = Module(nn.Dropout(0.1))
+    before, _ = packed_attention(module, query, key, value, None, packed=bounds())
+    with torch.no_grad():
+        for x in (query, key, value):
+            x[:, :, 6:29] += 1.0
+    after, _ = packed_attention(module, query, key, value, None, packed=bounds())
+    assert torch.equal(before[:, :6], after[:, :6])
+    assert torch.equal(before[:, 29:], after[:, 29:])
+    assert not torch.allclose(before[:, 6:29], after[:, 6:29])
+
+
+def test_plain_dropout_modules_draw_with_torch():
+    query, key, value = inputs()
+    module = Module(nn.Dropout(0.5))
+    torch.manual_seed(1)
+    first, _ = packed_attention(module, query, key, value, None, dropout=0.5, packed=bounds())
+    torch.manual_seed(1)
+    again, _ = packed_attention(module, query, key, value, None, dropout=0.5, packed=bounds())
+    other, _ = packed_attention(module, query, key, value, None, dropout=0.5, packed=bounds())
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize(("p", "scale"), [(0.0, 32**-0.5), (0.0, 0.2), (0.1, 0.2)])
+def test_the_gpus_branch_has_the_right_shapes(p, scale):
+    """What can be known without a GPU: PyTorch's own shape functions take the arguments, forward
+    and backward."""
+    with FakeTensorMode(), torch.no_grad():
+        shape = {"dtype": torch.bfloat16, "device": "cuda"}
+        fake = [torch.empty(1, 64, 4, 32, **shape).transpose(1, 2) for _ in range(3)]
+        where = Bounds(torch.zeros(5, dtype=torch.int32, device="cuda"), 384, ())
+        module = Module(nn.Dropout(p))
+        found, _ = packed_attention(module, *fake, None, dropout=p, scaling=scale, packed=where)
+        assert found.shape == (1, 64, 4, 32)
+        assert found.device.type == "cuda"
+        assert found.is_contiguous()
+    shape = {"dtype": torch.bfloat16, "device": "meta", "requires_grad": True}
+    meta = [torch.empty(64, 4, 32, **shape) for _ in range(3)]
+    where = Bounds(torch.zeros(5, dtype=torch.int32, device="meta"), 384, ())
+    gradients = torch.autograd.grad(_flash(*meta, where, p, scale).sum(), meta)
+    assert [g.shape for g in gradients] == [(64, 4, 32)] * 3

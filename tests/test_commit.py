@@ -1,0 +1,164 @@
+"""The commit protocol of two ranks: killed, failing, damaged and frozen at every point.
+
+tests/workers/store_sessions.py does the work in a process of its own, without torch: it forks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from runner.errors import DataError
+from runner.files import Entry
+from runner.store import DamagedError, Manifest, Store
+
+SESSIONS = Path(__file__).with_name("workers") / "store_sessions.py"
+
+
+def counts(*arguments: str) -> dict[str, int]:
+    done = subprocess.run(
+        [sys.executable, str(SESSIONS), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+        env={name: value for name, value in os.environ.items() if not name.startswith("SLURM_")},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+def test_a_kill_before_or_after_any_operation_costs_no_checkpoint():
+    """SIGKILL of either rank at each operation of save, rotate and resume; whatever was committed
+    by then is whole, is what the next start goes on from, and leads to the same end."""
+    found = counts("kill")
+    operations = [value for name, value in found.items() if name.startswith("operations")]
+    assert len(operations) == 4
+    assert sum(operations) >= 60
+    assert found["kills"] == 2 * sum(operations)
+
+
+def test_kills_at_random_times():
+    assert counts("random", "100", "7")["kills"] >= 100
+
+
+def test_a_failed_operation_costs_no_checkpoint():
+    """The Nth operation fails, N = 1, 2, ... to the last, on either rank: all ranks agree, say what
+    is needed, and what was committed stays whole."""
+    found = counts("fail")
+    assert set(found) == {"ENOSPC", "EDQUOT", "EIO", "EACCES", "short write"}
+    assert min(found.values()) >= 25
+    assert sum(found.values()) >= 600
+
+
+def test_damage_is_never_loaded():
+    found = counts("damage")
+    assert (found["flips"], found["truncations"]) == (200, 50)
+    assert found["deleted"] + found["emptied"] + found["linked"] + found["swapped"] >= 15
+    assert found["foreign"] == found["refused"] == 1
+
+
+def test_what_a_thawed_start_commits_is_never_loaded():
+    found = counts("zombies")
+    assert found["zombies"] >= 10
+    assert found["noticed"] > 0
+    assert found["late commits that nobody loads"] > 0
+
+
+# ---- the store alone
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    """One checkpoint of one rank."""
+    made = Store(tmp_path / "checkpoints", 0)
+    commit(made, "step-000010-a0001")
+    return made
+
+
+def commit(store: Store, name: str, content: bytes = b"weights") -> Manifest:
+    store.begin(name)
+    stage = store.stage(name)
+    stage.put("folder/rank-0000.pt", lambda file: file.write(content) and None)
+    return store.commit(name, stage.entries, {"step": 0.1 + 0.2, "text": "\u4e2d"})
+
+
+def test_a_manifest_comes_back(store):
+    found = store.manifest("step-000010-a0001")
+    sha256 = hashlib.sha256(b"weights").hexdigest()
+    assert found.files == {"folder/rank-0000.pt": Entry(7, sha256, 0)}
+    assert found.bytes == 7
+    assert found.facts == {"step": 0.1 + 0.2, "text": "\u4e2d"}
+    store.check(found, found.files)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text.replace('"step"', '"stop"'),
+        lambda text: text.replace("0.30000000000000004", "0.3"),
+        lambda text: text + " ",
+        lambda text: text.replace(": ", ":  ", 1),
+        lambda text: text.replace('"format": 1', '"format": 2'),
+        lambda text: "[" * 100_000,
+        lambda text: "{}",
+        lambda text: "[]",
+        lambda text: '{"checkpoint": {"files": {"a": {}}}}',
+        lambda text: "",
+    ],
+)
+def test_any_other_manifest_is_refused(store, damage):
+    path = store.folder / "step-000010-a0001" / "manifest.json"
+    path.write_text(damage(path.read_text()))
+    with pytest.raises(DamagedError, match=r"manifest\.json"):
+        store.manifest("step-000010-a0001")
+    assert issubclass(DamagedError, DataError)
+
+
+def test_a_manifest_counts_in_its_own_folder_only(store):
+    (store.folder / "step-000010-a0001").rename(store.folder / "step-000020-a0001")
+    with pytest.raises(DamagedError, match="belongs to step-000010-a0001"):
+        store.manifest("step-000020-a0001")
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a/../../b", ".hidden", "a//b", "a\n", ""])
+def test_files_outside_of_a_checkpoint_cannot_be_named(store, name):
+    commit_with = {name: Entry(1, "00", 0)}
+    store.begin("step-000030-a0001")
+    stage = store.folder / ".stage-step-000030-a0001"
+    try:
+        store.commit("step-000030-a0001", commit_with, {})
+    except OSError:  # no such folder to sync; the manifest is there
+        stage.rename(store.folder / "step-000030-a0001")
+    with pytest.raises(DamagedError, match="names the file"):
+        store.manifest("step-000030-a0001")
+
+
+def test_which_checkpoints_count(store):
+    for name in ("step-000020-a0001", "step-000020-scored-a0001", "step-000020-a0002"):
+        commit(store, name)
+    commit(store, "step-000030-a0001")  # late, by a start that was succeeded
+    (store.folder / "notes").mkdir()
+    assert store.names(0, []) == []
+    listed = ["step-000010-a0001", "step-000020-a0001"]
+    assert store.names(2, listed) == ["step-000020-a0002", "step-000020-a0001", listed[0]]
+    assert store.names(1, []) == [
+        "step-000030-a0001",
+        "step-000020-scored-a0001",
+        "step-000020-a0002",
+        "step-000020-a0001",
+        "step-000010-a0001",
+    ]
+
+
+def test_a_checkpoint_put_aside_twice_keeps_both(store):
+    assert store.quarantine("step-000010-a0001") == "damaged-step-000010-a0001"
+    commit(store, "step-000010-a0001")
+    assert store.quarantine("step-000010-a0001") == "damaged-step-000010-a0001-2"
+    assert store.names(1, []) == []

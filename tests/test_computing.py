@@ -1,0 +1,128 @@
+"""How a run computes: each choice has a reason, and preparing a model changes no number."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from runner.attention import NAME
+from runner.computing import choose_computing, compile_layers, encoder_layers, keep_frozen
+from runner.errors import JobError, StorageError
+from runner.job import Model, Zero
+from runner.model import freeze
+from runner.noise import CpuDropout, Noise
+from runner.ranks import Rank
+from runner.reading import Reader
+from tests.small_models import model_of, windows_of
+
+CPU = torch.device("cpu")
+
+
+def chosen(model, section=None, zero=None, device=CPU, precision="fp32", tokens=10**6):
+    section = Model(name="x") if section is None else section
+    return choose_computing(
+        section,
+        zero or Zero(),
+        model,
+        device,
+        precision,
+        longest=40,
+        tokens=tokens,
+        noise=Noise(1, 0),
+    )
+
+
+def test_a_cpu_packs_and_draws_its_own_dropout():
+    model = model_of("bert")
+    computing = chosen(model)
+    assert computing.packing is not None
+    assert computing.optimiser == "flat"
+    assert model.config._attn_implementation == NAME
+    assert sum(type(m) is CpuDropout for m in model.modules()) == 1 + 3 * 2
+    assert {name: choice for name, (choice, _) in computing.choices.items()} == {
+        "batches": "packed",
+        "step": "flat",
+        "compile": "off",
+        "dropout": "16 bits an element",
+    }
+    assert all(reason for _, reason in computing.choices.values())
+    assert len(computing.described()) == 4
+
+
+@pytest.mark.parametrize(
+    ("wanted", "device", "tokens", "compiled"),
+    [
+        ("auto", "cpu", 10**15, False),
+        ("auto", "meta", 10**15, False),
+        ("off", "cpu", 10**15, False),
+        ("on", "cpu", 1, True),
+    ],
+)
+def test_compiling_is_decided_by_device_and_work(wanted, device, tokens, compiled, monkeypatch):
+    seen = []
+    monkeypatch.setattr("runner.computing.compile_layers", seen.append)
+    section = Model(name="x", compile=wanted, packing="off")
+    computing = chosen(model_of("bert"), section, device=torch.device(device), tokens=tokens)
+    assert (computing.choices["compile"][0] == "each layer") is compiled
+    assert bool(seen) is compiled
+
+
+@pytest.mark.parametrize("tokens", [10**9, 10**14])
+def test_a_gpu_compiles_long_jobs(tokens, monkeypatch):
+    monkeypatch.setattr("runner.computing.compile_layers", lambda model: None)
+    cuda = torch.device("cuda")
+    computing = chosen(model_of("bert"), Model(name="x", packing="off"), None, cuda, "bf16", tokens)
+    choice, reason = computing.choices["compile"]
+    assert choice == ("each layer" if tokens == 10**14 else "off")
+    assert "operations" in reason
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert"])
+def test_compiled_layers_say_the_same_of_any_batch(family):
+    model = model_of(family)
+    computing = chosen(model)
+    reader = Reader(model, CPU, 0, family == "bert", 1, computing.packing)
+    windows = windows_of((7, 1, 23, 12, 40))
+    batches = [np.array([0, 2]), np.array([4]), np.array([3, 1, 2])]
+    before = [reader.read(windows, rows).logits_T2 for rows in batches]
+    compile_layers(model, backend="eager")
+    assert len(encoder_layers(model)) == 2
+    for rows, wanted in zip(batches, before, strict=True):
+        found = reader.read(windows, rows).logits_T2
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+        found.sum().backward()
+    assert all(layer._compiled_call_impl is not None for layer in encoder_layers(model))
+
+
+def test_frozen_layers_are_told_of_and_kept_on_demand(tmp_path):
+    bottom = ("embeddings", "encoder.layer.0")
+    model = model_of("bert", layers=3)
+    freeze(model, bottom)
+    computing = chosen(model)
+    assert computing.choices["frozen"] == (
+        "embeddings and 1 layers forward only",
+        "nothing to train",
+    )
+    assert computing.trunk is None
+    computing = chosen(model, Model(name="x", freeze=bottom, cache_frozen=True))
+    assert computing.trunk is not None
+    assert "once" in computing.choices["frozen"][0]
+    windows, validation = windows_of((7, 5, 9)), windows_of((4,), seed=1)
+    reader = Reader(model, CPU, 0, True, 1, computing.packing)
+    alone = Rank(0, 1, 0, 1)
+    found, lines = keep_frozen(reader, computing.trunk, (windows, validation), 2, tmp_path, alone)
+    assert [store.windows for store in found.stores] == [windows, validation]
+    assert all(store.hidden_TD.abs().sum(1).all() for store in found.stores)
+    assert "GiB in memory" in lines[0]
+    assert keep_frozen(reader, None, (windows,), 2, tmp_path, alone) == (reader, [])
+    endless = dataclasses.replace(windows, tokens_T=np.broadcast_to(np.int32(0), 10**15))
+    with pytest.raises(StorageError, match="fit neither"):
+        keep_frozen(reader, computing.trunk, (endless,), 2, tmp_path, alone)
+
+
+def test_what_cannot_be_kept_is_refused():
+    with pytest.raises(JobError, match="cache_frozen"):
+        chosen(model_of("bert"), Model(name="x", cache_frozen=True))

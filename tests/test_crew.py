@@ -1,0 +1,154 @@
+"""Ranks as files: signs of life, last words, and whose fault it was."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from runner import crew as module
+from runner.crew import Crew, Member, Words, find_fault
+from runner.rundir import RunDir
+
+ROOT = Path(__file__).parents[1]
+OTHER = """
+import sys, time
+from runner.crew import Crew
+from runner.rundir import RunDir
+Crew(RunDir(sys.argv[1]), 1, int(sys.argv[2]), 3).appear()
+print("ready", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def crews(tmp_path: Path) -> list[Crew]:
+    """Three ranks, all of them this process."""
+    run = RunDir(tmp_path)
+    run.attempts.mkdir()
+    found = [Crew(run, 1, rank, 3) for rank in range(3)]
+    for crew in found:
+        crew.appear()
+    return found
+
+
+@pytest.fixture
+def other(tmp_path: Path, crews):
+    """Rank 2 as a process of its own."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", OTHER, str(tmp_path), "2"],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout
+    assert process.stdout.readline() == "ready\n"
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_a_rank_says_where_it_runs(crews, tmp_path):
+    member = crews[0].member(1)
+    assert isinstance(member, Member)
+    assert (member.rank, member.pid) == (1, os.getpid())
+    assert not member.is_dead()
+    assert crews[0].name(1) == f"rank 1 ({member.host}, process {os.getpid()})"
+    stranger = Crew(RunDir(tmp_path), 1, 3, 4)
+    assert stranger.member(3) is None
+    assert stranger.name(3) == "rank 3"
+    assert stranger.silence(3) is None
+
+
+def test_signs_of_life_are_compared_by_the_files_own_clock(crews, tmp_path):
+    path = tmp_path / "attempts" / "0001.rank-0001"
+    os.utime(path, (1, time.time() - 50))
+    assert 45 < crews[0].silence(1) < 60
+    crews[1].beat()
+    assert crews[0].silence(1) < 5
+    assert crews[0].silence(0) == 0
+
+
+def test_last_words_are_read_by_the_others(crews):
+    assert crews[0].words() == {}
+    words = Words(74, 'a "full" disk\nand \u4e2d', waits=False)
+    crews[1].leave(words)
+    crews[1].leave(Words(70, "later words do not count", waits=False))
+    crews[2].leave(Words(71, "cut off", waits=True))
+    assert crews[0].words() == {1: words, 2: Words(71, "cut off", waits=True)}
+    assert crews[0].member(1) is not None
+    assert not crews[0].member(1).is_dead()
+
+
+def test_long_words_are_cut(crews):
+    crews[1].leave(Words(70, "word " * 10_000, waits=False))
+    assert crews[0].words()[1].text.startswith("word word")
+
+
+def test_words_need_no_more_room_on_the_disk(crews, tmp_path):
+    path = tmp_path / "attempts" / "0001.rank-0001"
+    size = path.stat().st_size
+    crews[1].leave(Words(74, "the disk is full" * 20, waits=False))
+    assert path.stat().st_size == size
+
+
+def test_a_file_that_cannot_be_written_is_no_further_failure(crews, tmp_path):
+    (tmp_path / "attempts" / "0001.rank-0001").unlink()
+    crews[1].leave(Words(70, "x", waits=False))
+    assert crews[0].words() == {}
+
+
+def test_one_rank_speaks(crews, monkeypatch):
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    assert [crew.speaks_first() for crew in (crews[1], crews[0], crews[2])] == [True, False, False]
+
+
+def test_rank_0_is_let_speak_first(crews):
+    found = {}
+    threads = [
+        threading.Thread(target=lambda n=n: found.update({n: crews[n].speaks_first()}))
+        for n in (1, 2, 0)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == {0: True, 1: False, 2: False}
+
+
+def test_who_said_why_is_found_at_once(crews):
+    crews[0].leave(Words(71, "cut off", waits=True))
+    crews[2].leave(Words(74, "disk full", waits=False))
+    began = time.monotonic()
+    words, gone = find_fault(crews[0], 0, patience=30)
+    assert time.monotonic() - began < 5
+    assert words[2].code == 74
+    assert gone == [1]  # not known yet, and not asked for
+
+
+def test_a_dead_rank_is_found_at_once(crews, other):
+    crews[0].leave(Words(71, "cut off", waits=True))
+    crews[1].leave(Words(71, "cut off", waits=True))
+    other.kill()
+    began = time.monotonic()
+    words, gone = find_fault(crews[0], 0, patience=30)
+    assert time.monotonic() - began < 10
+    assert gone == [2]
+    assert all(said.waits for said in words.values())
+
+
+def test_a_rank_elsewhere_that_shows_no_life_counts_as_dead(crews, monkeypatch):
+    monkeypatch.setattr(module, "machine", lambda: "another")
+    crews[0].leave(Words(71, "cut off", waits=True))
+    timer = threading.Timer(0.3, crews[1].beat)
+    timer.start()
+    time.sleep(0.05)  # file times are not finer than that everywhere
+    words, gone = find_fault(crews[0], 0, patience=1.5)
+    assert gone == [2]
+    assert set(words) == {0}

@@ -1,0 +1,189 @@
+"""The cache of windows: stored once, mapped afterwards, never stale, never trusted when damaged."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from tokenizers.normalizers import NFC
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from runner import feature_cache, features
+from runner.dataset import Example
+from runner.errors import DataError
+from runner.feature_cache import cache_key, cached_windows
+from runner.features import Windows, build_windows, plain_backend, window_blocks
+
+FIELDS = dataclasses.fields(Windows)
+CONTEXT = "The lantern folds flat; its battery lasts nine hours on the bright setting. " * 3
+
+
+def ask(context, question="When?", answer=None, name="q"):
+    """A question whose answer is context[answer[0]:answer[1]]."""
+    if answer is None:
+        return Example(name, question, context, (), ())
+    return Example(name, question, context, (context[slice(*answer)],), (answer[0],))
+
+
+@pytest.fixture(scope="module")
+def tokenizer_of(tiny):
+    """`tokenizer_of(kind)`: a tiny tokenizer."""
+    made = {}
+
+    def make(kind):
+        if kind not in made:
+            made[kind] = AutoTokenizer.from_pretrained(tiny(kind))
+        return made[kind]
+
+    return make
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPANTUNE_CACHE", str(tmp_path))
+    return tmp_path / "features"
+
+
+@pytest.fixture
+def load(cache, tokenizer_of):
+    asked = [ask(CONTEXT, answer=(4, 11)), ask("The shade is linen.", "What?", (13, 18))]
+    return lambda: cached_windows(asked, "content", tokenizer_of("bert"), 48, 8)
+
+
+def same(one, other):
+    return all(
+        np.array_equal(getattr(one, field.name), getattr(other, field.name)) for field in FIELDS
+    )
+
+
+def test_windows_are_built_once_then_mapped(load, monkeypatch):
+    built, cached = load()
+    assert not cached
+    monkeypatch.setattr(feature_cache, "window_blocks", None)
+    again, cached = load()
+    assert cached
+    assert same(built, again)
+    for windows in (built, again):
+        for field in FIELDS:
+            array = getattr(windows, field.name)
+            assert isinstance(array.base, np.memmap)
+            assert not array.flags.writeable
+
+
+def test_the_key_names_everything_that_decides_the_windows(tokenizer_of, monkeypatch, tmp_path):
+    bert = tokenizer_of("bert")
+    keys = {cache_key("content", bert, 48, 8)}
+
+    def tokenizer_with(change):
+        backend = plain_backend(bert)
+        change(backend)
+        return PreTrainedTokenizerFast(tokenizer_object=backend, cls_token="[CLS]")
+
+    wrapped = tokenizer_with(lambda backend: None)
+    sep_as_cls = PreTrainedTokenizerFast(tokenizer_object=plain_backend(bert), cls_token="[SEP]")
+    assert cache_key("content", wrapped, 48, 8) in keys
+    others = [
+        ("changed", bert, 48, 8),
+        ("content", bert, 49, 8),
+        ("content", bert, 48, 9),
+        ("content", tokenizer_of("albert"), 48, 8),
+        ("content", tokenizer_with(lambda b: b.add_tokens(["lantern folds"])), 48, 8),
+        ("content", tokenizer_with(lambda b: setattr(b, "normalizer", NFC())), 48, 8),
+        ("content", sep_as_cls, 48, 8),
+    ]
+    for n, other in enumerate(others, 2):
+        keys.add(cache_key(*other))
+        assert len(keys) == n, other
+    code = tmp_path / "features.py"
+    code.write_text("changed")
+    for module in (features, feature_cache):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "__file__", str(code))
+            assert cache_key("content", bert, 48, 8) not in keys
+
+
+def test_the_key_ignores_padding_and_truncation(tokenizer_of):
+    bert, left, set_up = (tokenizer_of(kind) for kind in ("bert", "bert-left", "bert-settings"))
+    assert set_up.backend_tokenizer.truncation is not None
+    keys = {cache_key("content", tokenizer, 48, 8) for tokenizer in (bert, left, set_up)}
+    assert len(keys) == 1
+
+
+def shorten(path):
+    np.save(path, np.load(path)[:-1])
+
+
+@pytest.mark.parametrize("name", [field.name for field in FIELDS])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        os.remove,
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(path.read_bytes()[:-1]),
+        lambda path: path.write_bytes(path.read_bytes()[:90]),
+        lambda path: path.write_bytes(b"PK\3\4" + path.read_bytes()),
+        lambda path: path.write_bytes(bytes(200)),
+        lambda path: np.save(path, np.load(path).astype(float)),
+        lambda path: np.save(path, np.array([{}], dtype=object)),
+        shorten,
+    ],
+    ids=["gone", "empty", "cut", "header cut", "zip", "zeros", "floats", "objects", "shorter"],
+)
+def test_a_damaged_cache_is_built_again(load, cache, damage, name):
+    whole, _ = load()
+    expected = {field.name: np.array(getattr(whole, field.name)) for field in FIELDS}
+    (folder,) = cache.iterdir()
+    damage(folder / f"{name}.npy")
+    rebuilt, cached = load()
+    assert not cached
+    assert same(rebuilt, Windows(**expected))
+    assert load()[1]
+
+
+def test_ranks_that_store_at_once_agree(load, cache):
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(lambda _: load(), range(8)))
+    assert all(same(windows, results[0][0]) for windows, _ in results)
+    assert len(list(cache.iterdir())) == 1
+    assert load()[1]
+
+
+def test_a_cache_that_cannot_be_written_costs_time_only(load, cache, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(feature_cache, "_header", full)
+        windows, cached = load()
+        assert list(cache.iterdir()) == []
+    assert not cached
+    assert same(windows, load()[0])
+    shutil.rmtree(cache)
+    cache.write_text("a file where the folder should be")
+    again, cached = load()
+    assert same(again, windows)
+    assert not cached
+
+
+def test_blocks_are_written_end_to_end(cache, tokenizer_of, monkeypatch):
+    asked = [ask(f"{CONTEXT}{n}", answer=(4, 11), name=str(n)) for n in range(40)]
+    bert = tokenizer_of("bert")
+    whole = build_windows(asked, bert, 48, 8)
+    monkeypatch.setattr(window_blocks, "__defaults__", (3,))
+    found, cached = cached_windows(asked, "content", bert, 48, 8)
+    assert not cached
+    assert same(found, whole)
+    assert cached_windows(asked, "content", bert, 48, 8)[1]
+
+
+def test_a_question_without_room_leaves_no_cache(cache, tokenizer_of, monkeypatch):
+    asked = [ask(CONTEXT, name="a"), ask(CONTEXT + "x", "the " * 60, name="b")]
+    monkeypatch.setattr(window_blocks, "__defaults__", (1,))
+    with pytest.raises(DataError, match="question b"):
+        cached_windows(asked, "content", tokenizer_of("bert"), 48, 8)
+    assert not [*cache.iterdir()]

@@ -1,0 +1,211 @@
+"""Frozen layers: what counts as the frozen bottom, and that reading above its kept outputs is
+reading the whole model."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from runner.batches import Packing, epoch_batches
+from runner.errors import JobError
+from runner.frozen import Trunk, check_cacheable, make_room
+from runner.model import freeze
+from runner.packing import choose_packing
+from runner.ranks import Rank
+from runner.reading import Reader, fill
+from tests.small_models import model_of, takes_types, windows_of
+
+CPU = torch.device("cpu")
+LENGTHS = (7, 1, 23, 12, 40, 9)
+LAYERS = {"distilbert": "transformer.layer"}
+ALONE = Rank(0, 1, 0, 1)
+
+
+def bottom(family: str, depth: str = "0") -> list[str]:
+    """Patterns that freeze the embeddings and the first layers."""
+    extra = ["embeddings_project"] if family == "electra" else []
+    return ["embeddings", *extra, f"{LAYERS.get(family, 'encoder.layer')}.{depth}"]
+
+
+def frozen_model(family: str, **extra: object):
+    model = model_of(family, layers=3, **extra)
+    freeze(model, bottom(family))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("patterns", "depth"),
+    [
+        (["embeddings"], 0),
+        (["embeddings", "encoder.layer.0"], 1),
+        (["embeddings", "encoder.layer.0-1"], 2),
+        (["embeddings", "encoder.layer.0", "encoder.layer.2"], 1),
+        (["embeddings", "encoder"], 3),
+        (["encoder.layer.0-1"], None),
+        (["embeddings.word_embeddings", "encoder.layer.0"], None),
+        (["embeddings", "encoder.layer.0.attention"], 0),
+        ([], None),
+    ],
+)
+def test_the_bottom_reaches_as_far_as_nothing_is_trained(patterns, depth):
+    model = model_of("bert", layers=3)
+    freeze(model, patterns)
+    trunk = Trunk.of(model)
+    assert (trunk and trunk.depth) == depth
+
+
+def test_other_encoders_have_no_bottom():
+    model = model_of("albert")
+    freeze(model, ["embeddings"])
+    assert Trunk.of(model) is None
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+@pytest.mark.parametrize("family", ["bert", "distilbert", "roberta", "electra"])
+def test_reading_above_the_bottom_is_reading_all_of_it(family, layout, tmp_path):
+    """Every bit of the logits, where the batch is the one that was kept: nothing is rounded. (In
+    another batch the products of matrices are of another size and may add up in another order.)"""
+    model = frozen_model(family).eval()
+    packing = choose_packing("on", model, CPU, "fp32", 40)[0] if layout == "packed" else None
+    reader = Reader(model, CPU, 0, takes_types(family), 1, packing)
+    windows = windows_of(LENGTHS)
+    trunk = Trunk.of(model)
+    assert trunk is not None
+    assert trunk.depth == 1
+    names = list(model.state_dict())
+    store = make_room(
+        windows, 32, torch.float32, CPU, tmp_path, ALONE, agree=lambda x: x, wait=lambda: None
+    )
+    assert store is not None
+    assert store.place == "memory"
+    batches = [np.array([4, 0, 2]), np.array([1, 5]), np.array([], dtype=np.int64), np.array([3])]
+    above = dataclasses.replace(reader, trunk=trunk, stores=(store,))
+    fill(dataclasses.replace(reader, trunk=trunk), store, batches)
+    for rows in batches:
+        whole, upper = reader.read(windows, rows), above.read(windows, rows)
+        real = torch.cat([torch.arange(a, a + n) for a, n in whole.segments_B2.tolist()])
+        if len(rows):
+            assert torch.equal(whole.logits_T2[real], upper.logits_T2[real])
+        torch.testing.assert_close(whole.logits_T2[real], upper.logits_T2[real])
+        gradients = []
+        for read in (whole, upper):
+            model.zero_grad()
+            read.logits_T2[real].square().sum().backward()
+            gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+        mine, theirs = gradients
+        assert mine.keys() == theirs.keys()
+        for name in mine:
+            torch.testing.assert_close(mine[name], theirs[name], rtol=1e-4, atol=1e-5)
+    assert list(model.state_dict()) == names
+    other = windows_of(LENGTHS, seed=1)
+    assert torch.equal(
+        reader.read(other, batches[0]).logits_T2, above.read(other, batches[0]).logits_T2
+    )
+
+
+def test_the_bottom_is_computed_without_dropout_and_left_in_training(tmp_path):
+    model = frozen_model("bert", hidden_dropout_prob=0.5).train()
+    packing, _ = choose_packing("on", model, CPU, "fp32", 40)
+    trunk = Trunk.of(model)
+    windows = windows_of(LENGTHS)
+    stores = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        store = make_room(
+            windows, 32, torch.float32, CPU, tmp_path, ALONE, agree=lambda x: x, wait=lambda: None
+        )
+        assert store is not None
+        fill(Reader(model, CPU, 0, True, 1, packing, trunk), store, [np.arange(6)])
+        stores.append(store.hidden_TD)
+    assert torch.equal(*stores)
+    assert all(module.training for module in model.modules())
+
+
+def test_frozen_layers_record_nothing_for_the_backward_pass():
+    model = frozen_model("bert").train()
+    trunk = Trunk.of(model)
+    assert trunk is not None
+    seen = []
+    trunk.stack.layer[0].register_forward_hook(lambda *args: seen.append(args[-1].requires_grad))
+    trunk.stack.layer[1].register_forward_hook(lambda *args: seen.append(args[-1].requires_grad))
+    reader = Reader(model, CPU, 0, True, 1, None)
+    reader.read(windows_of(LENGTHS), np.arange(3))
+    assert seen == [False, True]
+
+
+def test_ranks_of_one_machine_share_a_copy(tmp_path):
+    """Both map one file, which is gone from the folder as soon as they do."""
+    windows = windows_of(LENGTHS)
+    waits = []
+    rank = Rank(0, 2, 0, 2)
+    store = make_room(
+        windows,
+        4,
+        torch.bfloat16,
+        CPU,
+        tmp_path,
+        rank,
+        agree=lambda choice: ("disk", choice[1]),
+        wait=lambda: waits.append([*tmp_path.iterdir()]),
+    )
+    assert store is not None
+    assert store.place == "disk"
+    assert [len(files) for files in waits] == [1, 1]
+    assert not [*tmp_path.iterdir()]
+    store.put(np.array([2, 0]), torch.ones(30, 4))
+    assert torch.equal(store.get(np.array([0]), CPU), torch.ones(7, 4, dtype=torch.bfloat16))
+    assert not store.get(np.array([1, 3]), CPU).any()
+
+
+def test_without_room_there_is_no_store(tmp_path):
+    assert (
+        make_room(
+            windows_of(LENGTHS),
+            10**12,
+            torch.float32,
+            CPU,
+            tmp_path,
+            ALONE,
+            agree=lambda x: x,
+            wait=lambda: None,
+        )
+        is None
+    )
+
+
+def test_what_cannot_be_cached_is_refused():
+    model = model_of("bert")
+    with pytest.raises(JobError, match="needs frozen embeddings and frozen first layers"):
+        check_cacheable(Trunk.of(model), 2)
+    freeze(model, ["embeddings"])
+    with pytest.raises(JobError, match="needs frozen embeddings and frozen first layers"):
+        check_cacheable(Trunk.of(model), 2)
+    freeze(model, ["encoder.layer.0"])
+    assert check_cacheable(Trunk.of(model), 2).depth == 1
+    with pytest.raises(JobError, match="stage"):
+        check_cacheable(Trunk.of(model), 3)
+
+
+def test_a_batch_is_what_the_packing_says_whether_or_not_its_bottom_is_kept():
+    """A filled-up batch gets zeros where no token is."""
+    from runner.batches import collate, pack
+    from runner.reading import placed
+
+    windows = windows_of(LENGTHS)
+    packed = pack(collate(windows, np.array([0, 3])), 0, Packing(multiple=16))
+    hidden = placed(torch.ones(19, 4), packed)
+    assert hidden.shape == (1, 32, 4)
+    assert hidden.sum() == 19 * 4
+
+
+def test_epochs_meet_every_window_whatever_the_rank():
+    """Why ranks share a copy: an epoch deals windows to other ranks than the one before."""
+    lengths_N = np.random.default_rng(0).integers(5, 40, 64)
+    mine = [
+        {int(n) for rows in epoch_batches(lengths_N, 8, 1, epoch) for n in rows[::2]}
+        for epoch in range(2)
+    ]
+    assert mine[0] != mine[1]

@@ -1,0 +1,138 @@
+"""What only a GPU can show: packed attention's numbers, a step that waits for nothing, one result
+from every way to take it. Skipped where there is none."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from span_kernels import reference_span_loss
+
+from runner.batches import collate, pack, pad
+from runner.computing import choose_computing
+from runner.engine import deepspeed_config, start_distributed, start_engine
+from runner.job import Model, Train, Zero
+from runner.layout import batch_layout
+from runner.model import optimiser_groups, span_logits
+from runner.noise import Noise
+from runner.packing import choose_packing
+from runner.ranks import Rank
+from runner.reading import Reader, to_device, token_accuracy
+from runner.resident import make_resident
+from runner.span_loss import choose_span_loss
+from tests.small_models import model_of, takes_types, windows_of
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+CUDA = torch.device("cuda", 0)
+LENGTHS = (7, 1, 23, 12, 40, 33, 5, 18)
+STILL = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+
+
+def steps(count, *, zero=None, model=None, section=None, resident=False):
+    """Train a tiny BERT in bf16 on the same batches; a function that takes one more step and
+    returns its loss, on the device."""
+    device = start_distributed(Rank(0, 1, 0, 1))
+    zero = zero or Zero()
+    section = section or Model(name="x", precision="bf16")
+    model = (model or model_of("bert", **STILL)).train()
+    train = Train(epochs=1, batch_size=8, learning_rate=1e-3)
+    noise, windows = Noise(1, 0), windows_of(LENGTHS)
+    computing = choose_computing(
+        section, zero, model, device, "bf16", longest=40, tokens=10**6, noise=noise
+    )
+    trained = sum(p.numel() for p in model.parameters())
+    config = deepspeed_config(zero, train, batch_layout(train, 1), "bf16", trained)
+    span_loss = choose_span_loss("auto", model, device, zero.stage)
+    groups = optimiser_groups(model, 0.01)
+    engine = start_engine(model, device, groups, train, config, 10**6, computing.optimiser)
+    residents = make_resident([windows], device) if resident else ()
+    reader = Reader(engine, device, 0, True, 8, computing.packing, residents=residents)
+    engine.train()
+
+    def step(number):
+        noise.restart(0, number, 0)
+        read = reader.read(windows, np.roll(np.arange(8), number))
+        loss = span_loss(read)
+        engine.backward(loss)
+        engine.step()
+        return loss.detach(), token_accuracy(read)
+
+    return [float(step(n)[0]) for n in range(count)], step
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert", "roberta", "electra"])
+def test_packed_logits_are_the_cpus(family):
+    plain, packed_model = model_of(family), model_of(family).to(CUDA, torch.bfloat16)
+    packing, reason = choose_packing("on", packed_model, CUDA, "bf16", 40)
+    assert packing is not None, reason
+    batch = collate(windows_of(LENGTHS), np.arange(8))
+    padded = pad(batch, 0)
+    expected = span_logits(plain, padded, segment_ids=takes_types(family))
+    packed, starts_B, ends_B = to_device(
+        pack(batch, 0, packing), batch.starts_B, batch.ends_B, CUDA
+    )
+    assert packed.input_ids_1T.shape == (1, 512)
+    found = span_logits(packed_model, packed, segment_ids=takes_types(family))
+    reference_span_loss(found, packed.segments_B2, starts_B, ends_B).backward()
+    for parameter in packed_model.parameters():
+        assert parameter.grad is None or parameter.grad.isfinite().all()
+    scale = expected.abs().max()
+    for (mine, length), (theirs, _) in zip(
+        packed.segments_B2.tolist(), padded.segments_B2.tolist(), strict=True
+    ):
+        apart = found[mine : mine + length].float().cpu() - expected[theirs : theirs + length]
+        assert apart.abs().max() <= 0.05 * scale
+
+
+def test_attention_dropout_drops_and_repeats_after_a_restart():
+    model = model_of("bert", **STILL | {"attention_probs_dropout_prob": 0.5})
+    model = model.to(CUDA, torch.bfloat16).train()
+    packing, _ = choose_packing("on", model, CUDA, "bf16", 40)
+    reader, noise = Reader(model, CUDA, 0, True, 8, packing), Noise(1, 0)
+    windows, found = windows_of(LENGTHS), []
+    for position in (1, 2, 1):
+        noise.restart(0, position, 0)
+        found.append(reader.read(windows, np.arange(8)).logits_T2[:100])
+    assert not torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+@pytest.mark.parametrize("resident", [False, True])
+def test_a_step_waits_for_nothing(resident):
+    """Assembly, copy, forward, backward, norm, clipping, update: the host reads nothing."""
+    _, step = steps(3, resident=resident)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for number in range(3, 6):
+            step(number)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_every_way_to_take_a_step_has_the_same_result():
+    expected, _ = steps(8)
+    assert expected[-1] < expected[0]
+    ways = {
+        "tokens on the device": {"resident": True},
+        "ZeRO-1": {"zero": Zero(stage=1)},
+        "DeepSpeed's optimiser": {"zero": Zero(optimizer="deepspeed")},
+        "padded": {"section": Model(name="x", precision="bf16", packing="off")},
+        "compiled": {"section": Model(name="x", precision="bf16", compile="on")},
+    }
+    for name, way in ways.items():
+        found, _ = steps(8, **way)
+        assert found == pytest.approx(expected, rel=0.05), name
+
+
+def test_a_gradient_that_overflows_leaves_the_weights_alone():
+    model = model_of("bert", **STILL)
+    _, step = steps(1, model=model)
+    with torch.no_grad():
+        model.qa_outputs.weight.fill_(float("nan"))
+    before = model.bert.embeddings.word_embeddings.weight.clone()
+    step(1)
+    assert torch.equal(model.bert.embeddings.word_embeddings.weight, before)

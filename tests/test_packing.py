@@ -1,0 +1,126 @@
+"""Packed batches are their windows one by one: logits, loss and gradients of every family."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from span_kernels import reference_span_loss
+
+from runner.attention import NAME
+from runner.batches import Packing, collate, pack
+from runner.errors import JobError
+from runner.features import Windows
+from runner.model import span_logits
+from runner.packing import FAMILIES, choose_packing
+from tests.small_models import model_of, takes_types, windows_of
+
+CPU = torch.device("cpu")
+LENGTHS = (7, 1, 23, 12, 40)
+
+
+def one_by_one(model, windows: Windows, rows, family: str) -> list[torch.Tensor]:
+    """What a plain model says to each window alone."""
+    found = []
+    for n in rows:
+        low, high = windows.firsts_N1[n : n + 2]
+        inputs = {"input_ids": torch.from_numpy(windows.tokens_T[low:high].astype(np.int64))[None]}
+        if takes_types(family):
+            types = torch.from_numpy(windows.types_T[low:high].astype(np.int64))[None]
+            inputs["token_type_ids"] = types
+        output = model(**inputs)
+        found.append(torch.stack([output.start_logits[0], output.end_logits[0]], dim=-1))
+    return found
+
+
+@pytest.mark.parametrize("multiple", [1, 16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_windows_are_the_same_windows_one_by_one(family, multiple):
+    """Positions begin anew in each window, attention stays inside it, what fills up changes
+    nothing."""
+    plain, packed_model = model_of(family), model_of(family)
+    windows, rows = windows_of(LENGTHS), np.array([3, 0, 4, 1, 2])
+    packing, reason = choose_packing("on", packed_model, CPU, "fp32", 40)
+    assert packing is not None
+    assert packing.first_position == (2 if "roberta" in family or family == "camembert" else 0)
+    assert "by itself" in reason
+    packing = Packing(packing.first_position, multiple, packing.longest)
+    batch = collate(windows, rows)
+    packed = pack(batch, 0, packing)
+    total = int(windows.lengths_N.sum())
+    assert packed.input_ids_1T.shape[1] == (total if multiple == 1 else total // 16 * 16 + 16)
+    if multiple > 1:  # what a GPU is given; on this CPU the layout is read off the bounds
+        ends = tuple(packed.bounds.bounds_S1.tolist())
+        packed = type(packed)(**{**vars(packed), "bounds": packed.bounds._replace(ends=ends)})
+
+    logits_T2 = span_logits(packed_model, packed, segment_ids=takes_types(family))
+    loss = reference_span_loss(logits_T2, packed.segments_B2, batch.starts_B, batch.ends_B)
+    loss.backward()
+    alone = one_by_one(plain, windows, rows, family)
+    for logits_L2, (offset, length) in zip(alone, packed.segments_B2.tolist(), strict=True):
+        torch.testing.assert_close(
+            logits_T2[offset : offset + length], logits_L2, rtol=1e-5, atol=2e-5
+        )
+    spread = torch.cat(alone).std()
+    assert spread > 0.1, "logits that are all alike would prove nothing"
+    reference_span_loss(
+        torch.cat(alone), packed.segments_B2, batch.starts_B, batch.ends_B
+    ).backward()
+    pairs = zip(packed_model.named_parameters(), plain.parameters(), strict=True)
+    used = [(name, mine.grad, theirs.grad) for (name, mine), theirs in pairs if mine.requires_grad]
+    largest = max(theirs.abs().max() for _, _, theirs in used if theirs is not None)
+    for name, mine, theirs in used:
+        assert (mine is None) == (theirs is None), name
+        if mine is not None and theirs is not None:
+            # Some gradients are zero in theory and rounding noise of the others in practice.
+            scale = torch.maximum(theirs.abs().max(), largest / 1000)
+            assert (mine - theirs).abs().max() <= 1e-4 * scale, name
+
+
+@pytest.mark.parametrize("dropout", ["hidden_dropout_prob", "attention_probs_dropout_prob"])
+def test_packed_models_train_with_their_dropout(dropout):
+    off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    model = model_of("bert", **off | {dropout: 0.5}).train()
+    choose_packing("on", model, CPU, "fp32", 40)
+    packed = pack(collate(windows_of(LENGTHS), np.arange(5)), 0, Packing())
+    first, second = (span_logits(model, packed, segment_ids=True) for _ in range(2))
+    assert not torch.allclose(first, second)
+    model.eval()
+    first, second = (span_logits(model, packed, segment_ids=True) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_a_packed_model_refuses_a_batch_that_is_not():
+    """It makes no mask: a padded batch would be read wrongly, and nobody would notice."""
+    model = model_of("bert")
+    choose_packing("on", model, CPU, "fp32", 40)
+    with pytest.raises(AssertionError, match="packed batches"):
+        model(input_ids=torch.ones(2, 5, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(
+    ("family", "device", "precision", "words"),
+    [
+        ("albert", "cpu", "fp32", "albert is not among"),
+        ("bert", "cuda", "fp32", "bf16 or fp16, not fp32"),
+        ("bert", "meta", "fp32", "no packed attention on meta"),
+    ],
+)
+def test_what_cannot_be_packed_is_padded_with_a_reason(family, device, precision, words):
+    model = model_of(family)
+    packing, reason = choose_packing("auto", model, torch.device(device), precision, 40)
+    assert packing is None
+    assert words in reason
+    assert model.config._attn_implementation != NAME
+    with pytest.raises(JobError, match="not possible"):
+        choose_packing("on", model, torch.device(device), precision, 40)
+    assert choose_packing("off", model, CPU, "fp32", 40) == (None, "as the job says")
+
+
+def test_an_exported_model_says_nothing_of_packing(tmp_path: Path):
+    model = model_of("bert")
+    choose_packing("on", model, CPU, "fp32", 40)
+    model.save_pretrained(tmp_path)
+    assert NAME not in (tmp_path / "config.json").read_text()

@@ -1,0 +1,309 @@
+"""Where runs stand, from what is in their folders and what SLURM says."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from runner.attempts import Owner, entry_file
+from runner.cli import main
+from runner.errors import Interrupted, RunDirError
+from runner.rundir import RunDir
+from runner.slurm_jobs import Submission, write_submission
+from runner.status import check_budget, find_runs, newest_start, standings
+from runner.tables import append_row
+
+UNKNOWN = {"squeue": "echo 'error: Invalid job id specified' >&2; exit 1", "sacct": "exit 1"}
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def make_run(name: str = "n/1") -> RunDir:
+    run = RunDir(Path("runs") / name)
+    run.attempts.mkdir(parents=True)
+    run.job.write_text("[train]\nepochs = 4\n")
+    return run
+
+
+def start(run: RunDir, number: int = 1, *, code: int | None = None, step: int | None = 0, age=0.0):
+    """Note a start in the ledger: of this process, or of another machine `age` seconds ago."""
+    owner = asdict(Owner.here(number, anew=False)) | {"from_step": step}
+    if age:
+        owner |= {"machine": "another", "host": "node7"}
+    files = [entry_file(run, number, kind) for kind in ("json", "alive")]
+    files[0].write_text(json.dumps(owner))
+    files[1].touch()
+    for path in files:
+        os.utime(path, (time.time() - age, time.time() - age))
+    if code is not None:
+        entry_file(run, number, "end.json").write_text(json.dumps({"exit_code": code, "step": 8}))
+
+
+def submit(run: RunDir, job: str = "17") -> None:
+    write_submission(
+        run.slurm, Submission(job, None, f"{run.path}/slurm-{job}.out", "", "", {}, None, [])
+    )
+
+
+def state(run: RunDir) -> str:
+    [found], _ = standings([run])
+    return found.state
+
+
+# ---- without SLURM
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [(75, "interrupted"), (65, "failed (65)"), (78, "failed (78)"), (None, "running")],
+)
+def test_from_the_ledger(code, expected):
+    run = make_run()
+    assert state(run) == "not started"
+    start(run, code=code)
+    assert state(run) == expected
+
+
+def test_a_silent_start_on_another_machine_is_lost():
+    run = make_run()
+    start(run, age=60)
+    [found], _ = standings([run])
+    assert (found.state, found.over, found.place) == ("running", False, "node7")
+    start(run, age=600)
+    [found], _ = standings([run])
+    assert (found.state, found.over, found.place) == ("lost: it was killed", True, "")
+
+
+def test_the_newest_start_counts():
+    run = make_run()
+    start(run, 1, code=65)
+    start(run, 2, code=75)
+    assert state(run) == "interrupted"
+    (run.attempts / "0003.json").write_text("{")  # is being written
+    assert state(run) == "interrupted"
+
+
+def test_a_result_is_the_end(fake_slurm):
+    calls = fake_slurm()
+    run = make_run()
+    submit(run)
+    run.result.write_text("{}")
+    assert state(run) == "finished"
+    start(run, code=78)
+    assert state(run) == "finished, [expect] missed"
+    assert calls.read_text() == ""  # SLURM need not be asked
+
+
+def test_a_folder_that_may_only_be_read(monkeypatch):
+    run = make_run()
+    start(run, age=60)
+
+    def refuse(*_):
+        raise PermissionError
+
+    monkeypatch.setattr("runner.status.life", refuse)
+    found = newest_start(run)
+    assert found is not None
+    assert found.alive
+    start(run, age=600)
+    found = newest_start(run)
+    assert found is not None
+    assert not found.alive
+
+
+# ---- with SLURM
+
+
+@pytest.mark.parametrize(
+    ("line", "before", "after"),
+    [
+        ("17|PENDING|Resources|1:00|", "pending (Resources)", "requeued (Resources)"),
+        ("17|PENDING|None|1:00|", "pending", "requeued"),
+        ("17|RUNNING|None|1:00|n1", "starting", "starting"),
+        ("17|COMPLETING|None|1:00|n1", "ending", "ending"),
+        ("17|CANCELLED|None|1:00|n1", "cancelled", "cancelled"),
+        ("17|TIMEOUT|TimeLimit|1:00|n1", "timeout", "timeout"),
+        ("17|NODE_FAIL|None|1:00|n1", "node fail", "node fail"),
+        ("17|FAILED|NonZeroExitCode|1:00|n1", "ended before it began", "interrupted"),
+    ],
+)
+def test_from_the_queue(fake_slurm, line, before, after):
+    fake_slurm(squeue=f"echo '{line}'")
+    run = make_run()
+    submit(run)
+    assert state(run) == before
+    start(run, code=75)
+    assert state(run) == after
+
+
+def test_a_running_job(fake_slurm):
+    fake_slurm(squeue="echo '17|RUNNING|None|1:02:03|n[1-2]'")
+    run = make_run()
+    submit(run)
+    start(run)
+    for number in range(1, 9):
+        # The clock begins anew at row 5, where the run was resumed.
+        seconds = 100.0 * number if number < 5 else 10.0 * (number - 4)
+        row = {"step": number, "epoch": number * 0.25, "elapsed_seconds": seconds}
+        append_row(run.train_table, row)
+    append_row(run.eval_table, {"epoch": 1, "exact_match_percent": 20.5, "f1_percent": 31.25})
+    [found], silence = standings([run])
+    assert silence is None
+    assert (found.state, found.over, found.job, found.limit) == ("running", False, "17", "1:02:03")
+    assert (found.epoch, found.epochs, found.f1, found.place) == (2.0, 4, 31.25, "n[1-2]")
+    assert found.left == pytest.approx(2 / (0.25 / 10))
+    assert found.row(Path("runs")) == {
+        "run": "n/1",
+        "state": "running",
+        "job": "17",
+        "epoch": "2/4",
+        "F1 %": 31.25,
+        "left": "1 min 20 s",
+        "limit": "1:02:03",
+        "on": "n[1-2]",
+    }
+
+
+def test_a_job_that_slurm_has_forgotten(fake_slurm):
+    fake_slurm(**UNKNOWN)
+    run = make_run()
+    submit(run)
+    assert state(run) == "ended before it began"
+    start(run, code=70)
+    assert state(run) == "failed (70)"
+
+
+def test_the_accounting_remembers(fake_slurm):
+    fake_slurm(**UNKNOWN | {"sacct": "echo '17|NODE_FAIL'"})
+    run = make_run()
+    submit(run)
+    assert state(run) == "node fail"
+
+
+def test_without_an_answer_the_folders_speak(fake_slurm):
+    fake_slurm(squeue="echo 'error: Unable to contact slurm controller' >&2; exit 1")
+    run = make_run()
+    submit(run)
+    start(run, code=75)
+    [found], silence = standings([run])
+    assert found.state == "interrupted"
+    assert silence is not None
+    assert silence.startswith("squeue: error: Unable to contact slurm controller; what follows")
+
+
+def test_all_jobs_are_asked_for_at_once(fake_slurm):
+    calls = fake_slurm(squeue="echo '17|RUNNING|x|1|n'; echo '18|PENDING|y|1|'", sacct="exit 1")
+    runs = [make_run(f"n/{number}") for number in (1, 2)]
+    for run, job in zip(runs, ("17", "18"), strict=True):
+        submit(run, job)
+    assert [found.state for found in standings(runs)[0]] == ["starting", "pending (y)"]
+    assert len(calls.read_text().splitlines()) == 1
+
+
+# ---- which runs
+
+
+def test_find_runs(tmp_path):
+    runs = [make_run(f"n/{number}") for number in (1, 2)]
+    (runs[0].path / "before-0002").mkdir()  # an earlier run, put aside
+    (runs[0].path / "before-0002" / "job.toml").touch()
+    sweep = Path("runs/s/1")
+    trial = make_run("s/1/a_1")
+    (sweep / "sweep.json").write_text(
+        json.dumps({"name": "s", "trials": [{"name": n, "values": {}} for n in ("a_1", "b_2")]})
+    )
+    every = [runs[0].path, runs[1].path, trial.path]
+    for age, path in enumerate(reversed(every)):
+        os.utime(path / "job.toml", (1e9 - age, 1e9 - age))
+    assert [run.path for run in find_runs([], Path("runs"))] == every
+    assert [run.path for run in find_runs([sweep], Path())] == [trial.path]
+    assert [run.path for run in find_runs([Path("runs/n")], Path())] == every[:2]
+    assert [run.path for run in find_runs([Path("runs/n/2"), sweep], Path())] == every[1:]
+    with pytest.raises(RunDirError, match="is no run folder"):
+        find_runs([tmp_path / "nowhere"], Path())
+
+
+def test_the_newest_are_listed():
+    for number in range(30):
+        run = make_run(f"n/{number}")
+        os.utime(run.job, (1e9 + number, 1e9 + number))
+    assert [run.path.name for run in find_runs([], Path("runs"))] == [str(n) for n in range(10, 30)]
+
+
+# ---- may it be requeued?
+
+
+def checkpoint(run: RunDir, step: int) -> None:
+    (run.checkpoints / f"step-{step:06d}-a0001").mkdir(parents=True)
+
+
+def test_three_starts_without_progress_are_enough():
+    run = make_run()
+    check_budget(run)
+    for number in (1, 2):
+        start(run, number, code=75)
+        check_budget(run)
+    start(run, 3, code=75)
+    with pytest.raises(Interrupted, match="the last 3 starts have saved nothing new") as caught:
+        check_budget(run)
+    assert caught.value.exit_code == 75
+    checkpoint(run, 10)
+    check_budget(run)
+
+
+def test_progress_is_counted_from_the_newest_checkpoint():
+    run = make_run()
+    for number, step in enumerate([0, 10, 20, 20, 20], 1):
+        start(run, number, code=75, step=step)
+    checkpoint(run, 20)
+    with pytest.raises(Interrupted):
+        check_budget(run)
+    checkpoint(run, 21)
+    check_budget(run)
+
+
+def test_there_is_an_end_to_everything():
+    run = make_run()
+    for number in range(1, 51):
+        start(run, number, code=75, step=number)
+    checkpoint(run, 99)
+    with pytest.raises(Interrupted, match="50 starts are too many"):
+        check_budget(run)
+
+
+def test_the_batch_script_is_told(capsys):
+    run = make_run()
+    assert main(["may-requeue", str(run.path)]) == 0
+    for number in (1, 2, 3):
+        start(run, number, code=75)
+    assert main(["may-requeue", str(run.path)]) == 75
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+# ---- the command
+
+
+def test_the_table(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["status"]) == 0
+    assert capsys.readouterr().out == "no runs in runs\n"
+    start(make_run("bert-squad/20261125-120000"), code=75)
+    assert main(["status"]) == 0
+    out = capsys.readouterr().out
+    assert "bert-squad/20261125-120000" in out
+    assert "interrupted" in out
+    assert max(map(len, out.splitlines())) <= 80
+
+
+def test_watching_ends_when_all_is_over(capsys):
+    start(make_run(), code=65)
+    assert main(["status", "--watch"]) == 0
+    assert "failed (65)" in capsys.readouterr().out

@@ -1,0 +1,591 @@
+"""Two ranks that save, rotate and resume without torch, so that every one of their file operations
+can fail or be their last.
+
+    store_sessions.py kill            SIGKILL before and after every operation of either rank
+    store_sessions.py random N SEED   SIGKILL of a rank, or of both, at a random time, N times
+    store_sessions.py fail            each operation in turn fails, with every kind of error
+    store_sessions.py damage          flipped bytes, truncations, deleted, swapped and foreign files
+    store_sessions.py zombies         starts that freeze in the midst of saving and thaw too late
+
+Each prints one JSON object of counts; anything broken ends the program with an assertion.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import struct
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+sys.path[:1] = [str(CHECKOUT)]
+
+from runner.attempts import numbers  # noqa: E402
+from runner.claim import Attempt  # noqa: E402
+from runner.commit import newest, rotate, save, take_over  # noqa: E402
+from runner.errors import DataError, RunnerError, StorageError  # noqa: E402
+from runner.files import Files  # noqa: E402
+from runner.rundir import RunDir, checkpoint_name, checkpoint_place  # noqa: E402
+from runner.store import Store  # noqa: E402
+
+STEPS, EVERY, BEST = 10, 2, 4  # steps of a session, steps between commits, the best of them
+WRITING = ("make_folder", "create", "write", "sync", "close", "rename", "sync_folder")
+REMOVING = ("remove", "remove_folder")
+RANKS = 2
+PADDING = b"x" * 999
+
+
+class Pipes:
+    """The ranks' talk over two pipes; a peer that is gone is an EOFError."""
+
+    def __init__(self, index: int, reads: int, writes: int) -> None:
+        self.index, self._reads, self._writes = index, reads, writes
+
+    def everyone(self, value):
+        data = repr_bytes(value)
+        os.write(self._writes, struct.pack("<I", len(data)) + data)
+        theirs = from_bytes(self._take(struct.unpack("<I", self._take(4))[0]))
+        return [value, theirs] if self.index == 0 else [theirs, value]
+
+    def _take(self, size: int) -> bytes:
+        data = b""
+        while len(data) < size:
+            part = os.read(self._reads, size - len(data))
+            if not part:
+                raise EOFError("the other rank is gone")
+            data += part
+        return data
+
+
+def repr_bytes(value) -> bytes:
+    import pickle  # both ends of the pipe are this program
+
+    return pickle.dumps(value)
+
+
+def from_bytes(data: bytes):
+    import pickle
+
+    return pickle.loads(data)
+
+
+class Watched:
+    """Files whose operations are counted, and of which one can be made special."""
+
+    def __init__(self, act: Callable[[int, str, Callable], object] | None = None) -> None:
+        self._files, self._act = Files(), act
+        self.log: list[str] = []
+
+    def __getattr__(self, name: str):
+        operation = getattr(self._files, name)
+
+        def counted(*arguments):
+            self.log.append(name)
+            number = len(self.log)
+            if self._act is None:
+                return operation(*arguments)
+            return self._act(number, name, lambda *given: operation(*(given or arguments)))
+
+        return counted
+
+    def mark(self, name: str) -> None:
+        """An operation that is not one of Files, such as sealing."""
+        self.log.append(name)
+        if self._act is not None:
+            self._act(len(self.log), name, lambda: None)
+
+
+def state_after(state: bytes, rank: int) -> bytes:
+    """One step of training."""
+    return hashlib.sha256(state + bytes([rank])).digest()
+
+
+def session(path: Path, talk: Pipes, files: Watched) -> dict:
+    """One start: resume from what is there, go on to the end, commit and rotate on the way."""
+    run, main = RunDir(path), talk.index == 0
+    store = Store(run.checkpoints, talk.index, files)
+    attempt = Attempt.claim(run) if main else None
+    names = []
+    if attempt:
+        files.mark("claimed")
+        names = take_over(store, attempt)
+        files.mark("sealed")
+    number = talk.everyone(attempt.number if attempt else 0)[0]
+    warnings: list[str] = []
+    manifest = newest(store, talk, names, lambda _: None, warnings.append)
+    step, state = 0, bytes(32)
+    if manifest is not None:
+        step = manifest.facts["step"]
+        state = (run.checkpoints / manifest.name / f"rank-{talk.index}").read_bytes()[:32]
+        assert state == expected(step, talk.index), f"loaded step {step} is damaged"
+    if attempt:
+        attempt.began_at(step)
+    best = manifest.facts["best"] if manifest else None
+    began, failures = step, []
+
+    def tidied() -> None:
+        if attempt:
+            try:
+                rotate(store, attempt, best)
+            except OSError as error:
+                failures.append(f"rotation: {error}")
+
+    tidied()
+    while step < STEPS:
+        step, state = step + 1, state_after(state, talk.index)
+        if step % EVERY:
+            continue
+        name = checkpoint_name(step, number, scored=False)
+        best = name if step == BEST else best
+
+        def write(stage, state=state):
+            stage.put(
+                f"rank-{talk.index}", lambda file: (file.write(state), file.write(b"x" * 999))
+            )
+            if main:
+                (stage.folder / "model").mkdir()
+                (stage.folder / "model" / "weights").write_bytes(state)
+                stage.adopt("model")
+
+        fence = attempt.check if attempt else lambda: None
+        try:
+            save(store, talk, name, write, {"step": step, "best": best}, fence)
+        except StorageError as error:
+            failures.append(str(error))
+            continue
+        tidied()
+    if attempt:
+        attempt.end(0)
+    return {
+        "state": state.hex(),
+        "began": began,
+        "log": files.log,
+        "warnings": warnings,
+        "failures": failures,
+    }
+
+
+def expected(step: int, rank: int) -> bytes:
+    state = bytes(32)
+    for _ in range(step):
+        state = state_after(state, rank)
+    return state
+
+
+def start(path: Path, acts: dict[int, Callable] | None = None, after: Callable | None = None):
+    """Run a session of two ranks; returns what each returned, None for one that died."""
+    pipes = [os.pipe() for _ in range(RANKS)]
+    answers = [os.pipe() for _ in range(RANKS)]
+    children = []
+    for rank in range(RANKS):
+        child = os.fork()
+        if child == 0:
+            for number, ends in enumerate(pipes):
+                os.close(ends[1] if number == rank else ends[0])
+            talk = Pipes(rank, pipes[rank][0], pipes[1 - rank][1])
+            code = 71
+            try:
+                found = session(path, talk, Watched((acts or {}).get(rank)))
+                os.write(answers[rank][1], json.dumps(found).encode())
+                code = 0
+            except AssertionError as error:
+                print(f"rank {rank}: {error}", file=sys.stderr)
+                code = 99
+            except RunnerError as error:
+                os.write(answers[rank][1], json.dumps({"error": str(error)}).encode())
+                code = error.exit_code
+            except (EOFError, BrokenPipeError):
+                pass
+            finally:
+                os._exit(code)
+        children.append(child)
+    for ends in pipes:
+        os.close(ends[0])
+        os.close(ends[1])
+    if after is not None:
+        after(children)
+    found = []
+    for rank, child in enumerate(children):
+        os.close(answers[rank][1])
+        with os.fdopen(answers[rank][0], "rb") as file:
+            text = file.read()
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert code != 99, "a rank found something broken"
+        found.append((code, json.loads(text) if text else None))
+    return found
+
+
+def finished(found, *, began: int | None = None) -> None:
+    """Both ranks ended well, with the state of an undisturbed session."""
+    for rank, (code, answer) in enumerate(found):
+        assert code == 0, (rank, code, answer)
+        assert answer["state"] == expected(STEPS, rank).hex()
+        assert began is None or answer["began"] == began
+
+
+def standing(path: Path) -> list[str]:
+    """The checkpoints under their final names, oldest first."""
+    try:
+        names = os.listdir(path / "checkpoints")
+    except FileNotFoundError:
+        return []
+    return sorted((n for n in names if checkpoint_place(n)), key=lambda n: checkpoint_place(n))
+
+
+def whole(path: Path) -> int:
+    """Step of the newest whole checkpoint; every one that stands must be whole."""
+    newest_step = 0
+    for rank in range(RANKS):
+        store = Store(path / "checkpoints", rank)
+        for name in standing(path):
+            manifest = store.manifest(name)
+            store.check(manifest, manifest.files)
+            newest_step = max(newest_step, manifest.facts["step"])
+    return newest_step
+
+
+def tidy(path: Path) -> None:
+    """After an undisturbed end: the newest two and the best, nothing else."""
+    steps = [checkpoint_place(name)[0] for name in standing(path)]
+    assert steps == [BEST, STEPS - EVERY, STEPS], steps
+    names = os.listdir(path / "checkpoints")
+    assert not [name for name in names if name.startswith(".")], names
+
+
+def halfway(path: Path) -> None:
+    """A folder in which a session was killed after step 6, its newest checkpoint then damaged, a
+    stage left behind: what a resume may find."""
+
+    def die(number: int, name: str, operation: Callable) -> object:
+        result = operation()
+        if (
+            name == "rename"
+            and (path / "checkpoints" / checkpoint_name(6, 1, scored=False)).exists()
+        ):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    start(path, {0: die})
+    newest_file = path / "checkpoints" / checkpoint_name(6, 1, scored=False) / "rank-1"
+    newest_file.write_bytes(newest_file.read_bytes()[:-1])
+    (path / "checkpoints" / ".stage-step-000008-a0001").mkdir()
+    (path / "checkpoints" / ".stage-step-000008-a0001" / "rank-0").write_bytes(b"half")
+
+
+def scenarios(root: Path) -> dict[str, Callable[[Path], None]]:
+    """Ways to prepare a folder: a new run, and a resume that has to put a checkpoint aside."""
+    made = root / "halfway"
+    made.mkdir()
+    halfway(made)
+    return {
+        "new": lambda path: path.mkdir(),
+        "resume": lambda path: shutil.copytree(made, path, symlinks=True) and None,
+    }
+
+
+def kill_everywhere(root: Path) -> dict[str, int]:
+    """SIGKILL before and after every operation of either rank."""
+    counts: Counter[str] = Counter()
+    for title, prepare in scenarios(root).items():
+        path = root / f"{title}-undisturbed"
+        prepare(path)
+        found = start(path)
+        finished(found, began=0 if title == "new" else BEST)
+        tidy(path)
+        for rank, (_, answer) in enumerate(found):
+            for number in range(1, len(answer["log"]) + 1):
+                for when in ("before", "after"):
+
+                    def die(n, _, operation, number=number, when=when):
+                        if n == number and when == "before":
+                            os.kill(os.getpid(), signal.SIGKILL)
+                        result = operation()
+                        if n == number:
+                            os.kill(os.getpid(), signal.SIGKILL)
+                        return result
+
+                    path = root / f"{title}-{rank}-{number}-{when}"
+                    prepare(path)
+                    killed = start(path, {rank: die})
+                    assert killed[rank][0] == -signal.SIGKILL
+                    assert killed[1 - rank][0] in (0, 71), killed
+                    if title == "new":
+                        whole(path)
+                    before = standing(path)
+                    found = start(path)
+                    finished(found)
+                    good = [checkpoint_place(n)[0] for n in before if keeps(path, n)]
+                    assert found[0][1]["began"] == max(good, default=0), (before, found)
+                    tidy(path)
+                    shutil.rmtree(path)
+                    counts["kills"] += 1
+            counts[f"operations_{title}_rank{rank}"] = len(answer["log"])
+    return counts
+
+
+def keeps(path: Path, name: str) -> bool:
+    """Whether a checkpoint was not put aside as damaged."""
+    return not (path / "checkpoints" / f"damaged-{name}").exists()
+
+
+def kill_at_random(root: Path, times: int, seed: int) -> dict[str, int]:
+    """SIGKILL of one rank or both at a random time, up to three times in a row, then a quiet
+    end."""
+    counts: Counter[str] = Counter()
+    generator = random.Random(seed)
+    number = 0
+    path = root / "timed"
+    path.mkdir()
+    began = time.monotonic()
+    finished(start(path))
+    usual = time.monotonic() - began
+    while counts["kills"] < times:
+        number += 1
+        path = root / f"random-{number}"
+        path.mkdir()
+        for _ in range(generator.randint(1, 3)):
+            victims = generator.choice(([0], [1], [0, 1], [1, 0]))
+            delay = generator.uniform(0, usual)
+
+            def strike(children, victims=victims, delay=delay):
+                time.sleep(delay)
+                for rank in victims:
+                    os.kill(children[rank], signal.SIGKILL)
+
+            found = start(path, after=strike)
+            counts["kills"] += any(code == -signal.SIGKILL for code, _ in found)
+            whole(path)
+        found = start(path)
+        finished(found)
+        tidy(path)
+        shutil.rmtree(path)
+        counts["sessions"] += 1
+    return counts
+
+
+ERRORS = {
+    "ENOSPC": errno.ENOSPC,
+    "EDQUOT": errno.EDQUOT,
+    "EIO": errno.EIO,
+    "EACCES": errno.EACCES,
+    "short write": None,
+}
+
+
+def fail_everywhere(root: Path) -> dict[str, int]:
+    """The Nth writing operation fails, N = 1, 2, ... until none is left; for each kind of error, on
+    each rank; once, and from then on."""
+    counts: Counter[str] = Counter()
+    path = root / "undisturbed"
+    path.mkdir()
+    found = start(path)
+    logs = [answer["log"] for _, answer in found]
+    for rank in range(RANKS):
+        for kind, code in ERRORS.items():
+            for lasting in (False, True)[: 1 + (kind == "ENOSPC")]:  # a full disk stays full
+                for number, name in enumerate(logs[rank], 1):
+                    if name not in (*WRITING, *REMOVING) or (code is None and name != "write"):
+                        continue
+
+                    def fail(n, name, operation, number=number, code=code, lasting=lasting):
+                        due = n == number or (lasting and n > number)
+                        if not due or name not in (*WRITING, *REMOVING):
+                            return operation()
+                        if code is None:
+                            return short(operation) if name == "write" else operation()
+                        if name == "close":
+                            operation()
+                        raise OSError(code, os.strerror(code))
+
+                    path = root / f"{rank}-{number}"
+                    path.mkdir()
+                    found = start(path, {rank: fail})
+                    check_failed(path, found, kind, lasting=lasting)
+                    finished(start(path))
+                    shutil.rmtree(path)
+                    counts[kind] += 1
+    return counts
+
+
+def short(operation: Callable) -> int:
+    """Write half of what was asked, as a full pipe or disk may."""
+    frame = operation.__closure__
+    arguments = next(c.cell_contents for c in frame if isinstance(c.cell_contents, tuple))
+    file, data = arguments
+    return operation(file, data[: max(1, len(data) // 2)])
+
+
+def check_failed(path: Path, found, kind: str, *, lasting: bool) -> None:
+    """Whatever failed: no rank hangs or dies, what stands is whole, the sentence says what is
+    needed."""
+    for code, _ in found:
+        assert code in (0, 71, 74), found
+    texts = [text for _, answer in found if answer for text in answer.get("failures", [])]
+    if kind == "short write":
+        assert not texts, texts  # the rest was written after it
+    for text in texts:
+        if not text.startswith("rotation"):
+            assert os.strerror(ERRORS[kind]) in text, text
+            assert "a checkpoint needs" in text, text
+    whole(path)
+    if not lasting and kind != "short write" and found[0][0] == 0:
+        assert standing(path), "one failure cost every checkpoint"
+
+
+def damage_everywhere(root: Path) -> dict[str, int]:
+    """Damage the newest checkpoint in every way; nothing damaged is ever loaded."""
+    counts: Counter[str] = Counter()
+    made = root / "made"
+    made.mkdir()
+    finished(start(made))
+    generator = random.Random(5)
+    newest_name = standing(made)[-1]
+    files = sorted(p for p in (made / "checkpoints" / newest_name).rglob("*") if p.is_file())
+    places = [(f.relative_to(made), n) for f in files for n in range(f.stat().st_size)]
+    cases: list[tuple[str, Callable[[Path], None]]] = []
+    for file, place in generator.sample(places, 200):
+        bit = 1 << generator.randrange(8)
+        cases.append(("flips", lambda p, f=file, n=place, b=bit: flip(p / f, n, b)))
+    for file, place in generator.sample(places, 50):
+        cases.append(("truncations", lambda p, f=file, n=place: os.truncate(p / f, n)))
+    relative = [file.relative_to(made) for file in files]
+    other = standing(made)[0]
+    for file in relative:
+        cases.append(("deleted", lambda p, f=file: (p / f).unlink()))
+        cases.append(("emptied", lambda p, f=file: os.truncate(p / f, 0)))
+        cases.append(("linked", lambda p, f=file: link(p / f)))
+        swapped = Path(*file.parts[:1], other, *file.parts[2:])
+        cases.append(("swapped", lambda p, f=file, s=swapped: shutil.copy(p / s, p / f)))
+    folder = Path("checkpoints", newest_name)
+    cases.append(("deleted", lambda p: shutil.rmtree(p / folder / "model")))
+    cases.append(("swapped", lambda p: swap(p / folder / "rank-0", p / folder / "rank-1")))
+    for kind, damage in cases:
+        path = root / "case"
+        shutil.copytree(made, path, symlinks=True)
+        damage(path)
+        found = start(path)
+        finished(found, began=STEPS - EVERY)  # the one before
+        assert found[0][1]["warnings"], kind
+        assert not keeps(path, newest_name)
+        assert "damaged-" in found[0][1]["warnings"][0]
+        shutil.rmtree(path)
+        counts[kind] += 1
+    # What is not of the checkpoint is not looked at.
+    path = root / "case"
+    shutil.copytree(made, path, symlinks=True)
+    (path / folder / "zero_to_fp32.py").write_text("raise SystemExit('ran')")
+    finished(start(path), began=STEPS)
+    shutil.rmtree(path)
+    counts["foreign"] += 1
+    # All of them damaged: refused, never begun anew in silence.
+    shutil.copytree(made, path, symlinks=True)
+    for name in standing(path):
+        flip(path / "checkpoints" / name / "rank-1", 0, 1)
+    found = start(path)
+    assert [code for code, _ in found] == [DataError.exit_code] * 2, found
+    assert "none of its 3 checkpoints is whole" in found[0][1]["error"]
+    counts["refused"] += 1
+    return counts
+
+
+def thaw_zombies(root: Path) -> dict[str, int]:
+    """A start freezes (SIGSTOP of both ranks) in the midst of saving, is succeeded, and thaws when
+    its heir is half done or has finished: nothing of what it does then is ever loaded."""
+    counts: Counter[str] = Counter()
+    path = root / "undisturbed"
+    path.mkdir()
+    log = start(path)[0][1]["log"]
+    renames = [n for n, name in enumerate(log, 1) if name == "rename"]
+    # Right before a rename (after the fence was asked), and at operations all over the session.
+    moments = [*renames[:5], *range(20, len(log), len(log) // 6)][:12]
+    for number in moments:
+        for early in (True, False):
+            path = root / f"zombie-{number}-{early}"
+            path.mkdir()
+
+            def freeze(n, _, operation, number=number):
+                if n == number:
+                    os.kill(os.getpid(), signal.SIGSTOP)
+                return operation()
+
+            heirs: list = []
+
+            def succeed(children, path=path, early=early, heirs=heirs):
+                os.waitpid(children[0], os.WUNTRACED)
+                os.kill(children[1], signal.SIGSTOP)
+                for kind in ("alive", "json"):
+                    os.utime(path / "attempts" / f"0001.{kind}", (1, 1))
+
+                def thaw(_):
+                    for child in children:
+                        os.kill(child, signal.SIGCONT)
+
+                heirs.append(start(path, after=thaw if early else None))
+                if not early:
+                    thaw(None)
+
+            found = start(path, {0: freeze}, after=succeed)
+            finished(heirs[0])
+            # The zombie has noticed, or had nothing left to write.
+            assert found[0][0] in (0, 71, 73), found
+            counts["noticed"] += found[0][0] == 73
+            attempt = len(numbers(RunDir(path)))
+            third = start(path)
+            finished(third, began=STEPS)
+            assert attempt == 2
+            late = [n for n in standing(path) if checkpoint_place(n)[2] == 1]
+            counts["late commits that nobody loads"] += len(late) > 0
+            shutil.rmtree(path)
+            counts["zombies"] += 1
+    return counts
+
+
+def flip(path: Path, place: int, bit: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[place] ^= bit
+    path.write_bytes(bytes(data))
+
+
+def link(path: Path) -> None:
+    moved = path.with_name("moved-" + path.name)
+    path.rename(moved)
+    path.symlink_to(moved)
+
+
+def swap(one: Path, other: Path) -> None:
+    first, second = one.read_bytes(), other.read_bytes()
+    one.write_bytes(second)
+    other.write_bytes(first)
+
+
+def main() -> None:
+    verb, *rest = sys.argv[1:]
+    memory = Path("/dev/shm")  # where nothing is slow, unless the disk is to be tried too
+    place = memory if memory.is_dir() and verb != "random" else None
+    with tempfile.TemporaryDirectory(dir=place) as folder:
+        root = Path(folder)
+        if verb == "kill":
+            counts = kill_everywhere(root)
+        elif verb == "random":
+            counts = kill_at_random(root, int(rest[0]), int(rest[1]))
+        elif verb == "fail":
+            counts = fail_everywhere(root)
+        elif verb == "zombies":
+            counts = thaw_zombies(root)
+        else:
+            counts = damage_everywhere(root)
+    print(json.dumps(counts))
+
+
+if __name__ == "__main__":
+    main()
