@@ -117,7 +117,7 @@ def _cell(cell: Cell) -> str:
     if isinstance(cell, Percent):
         ends = f' <span class="ends">{cell.interval()}</span>' if cell.interval() else ""
         return f"{cell.value:.1f}{ends}{_bar(cell)}"
-    return text(spelled(cell))
+    return f"{cell:,}" if isinstance(cell, int) else text(spelled(cell))
 
 
 def _bar(score: Percent) -> str:

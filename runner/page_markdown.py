@@ -61,7 +61,7 @@ def table_markdown(rows: Sequence[Mapping[str, Cell]]) -> str:
 def _cell(cell: Cell) -> str:
     if isinstance(cell, Percent):
         return f"{cell.value:.1f}" + (f" ({cell.interval()})" if cell.interval() else "")
-    return inline(spelled(cell))
+    return f"{cell:,}" if isinstance(cell, int) else inline(spelled(cell))
 
 
 def _block(block: object) -> Iterator[str]:

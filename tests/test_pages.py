@@ -149,13 +149,13 @@ def test_texts_and_lines_stand_out(palette):
 def test_scores_stand_with_their_intervals_and_numbers_to_the_right():
     rows = [
         {"run": "a|b", "F1 %": Percent(61.25, 50.0, 72.34), "n": 7, "seconds": None},
-        {"run": "c", "F1 %": Percent(5.0), "n": 12, "seconds": 0.25},
+        {"run": "c", "F1 %": Percent(5.0), "n": 1200, "seconds": 0.25},
     ]
     assert table_markdown(rows).splitlines() == [
         "| run | F1 % | n | seconds |",
         "|---|---:|---:|---:|",
         "| a\\|b | 61.2 (50.0 to 72.3) | 7 | - |",
-        "| c | 5.0 | 12 | 0.250 |",
+        "| c | 5.0 | 1,200 | 0.250 |",
     ]
 
 
