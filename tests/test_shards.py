@@ -65,19 +65,14 @@ def test_differences_are_named_by_their_place():
     assert _differences(1, True, "f") == []
 
 
-@pytest.mark.parametrize(
-    "value", [np.float64(1), np.zeros(2), Path("x"), {1, 2}, print, complex(1)]
-)
+@pytest.mark.parametrize("value", [np.float64(1), np.zeros(2), Path("x"), print, os.system])
 def test_what_is_no_plain_data_is_refused(tmp_path, value):
     path = tmp_path / "x.pt"
     torch.save({"tensor": torch.zeros(2), "other": value}, path)
-    try:
-        found = load_plain(path)
-    except DataError as error:
-        assert str(error).startswith(f"{path}: is refused: ")
-    else:
-        assert isinstance(value, set | complex), value  # torch counts these as plain
-        assert found["other"] == value
+    with pytest.raises(DataError) as caught:
+        load_plain(path)
+    assert str(caught.value).startswith(f"{path}: is refused: ")
+    assert "\n" not in str(caught.value)
 
 
 def test_a_file_that_is_none_is_refused(tmp_path):

@@ -21,6 +21,7 @@ from runner.shards import ShardEngine  # noqa: E402
 from runner.store import Store  # noqa: E402
 
 NAME = "step-000005-a0001"
+KINDS = (".pt", ".json")  # of a checkpoint's files
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -99,9 +100,7 @@ def cell(folder: Path, stage: int, precision: str, several: int, device) -> dict
         "rates": engine.get_lr() == other.get_lr(),
         "steps": other.global_steps,
         "files": sorted(stage_folder.entries),
-        "strange": sorted(
-            p.name for p in (folder / NAME).iterdir() if p.suffix not in (".pt", ".json")
-        ),
+        "strange": [p.name for p in (folder / NAME).iterdir() if p.suffix not in KINDS],
     }
     # DeepSpeed that loads another state than it saved is found out.
     parameter = next(p for p in other.module.parameters() if p.requires_grad)
