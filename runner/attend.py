@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 import signal
 import time
@@ -33,11 +34,14 @@ def follow(run: RunDir, *, forever: bool) -> Iterator[str]:
         RunDirError: if it has said nothing, and is not to be waited for.
     """
     path = log_file(run)
+    # A letter may be written in two parts.
+    decode = codecs.getincrementaldecoder("utf-8")(errors="backslashreplace").decode
     place, asked, told = 0, 0.0, ""
     while True:
-        text, place = _new_text(path, place)
-        if text:
-            yield text
+        raw = _bytes_from(path, place)
+        place += len(raw)
+        if raw:
+            yield decode(raw)
             continue
         if not forever:
             if place == 0:
@@ -46,12 +50,13 @@ def follow(run: RunDir, *, forever: bool) -> Iterator[str]:
         if time.monotonic() - asked > ASK or not asked:
             asked = time.monotonic()
             [now], silence = standings([run])
+            if _bytes_from(path, place):  # it has spoken while we asked
+                continue
             if place == 0 and told != now.state:
                 told = now.state
                 yield f"{told}\n"
             if now.over and not silence:
-                text, place = _new_text(path, place)
-                yield text
+                yield decode(b"", final=True)
                 return
         time.sleep(LOOK)
 
@@ -83,11 +88,10 @@ def cancel(run: RunDir) -> str:
     return f"process {owner.pid} is told to save and end"
 
 
-def _new_text(path: Path, place: int) -> tuple[str, int]:
-    """What was added to a file since `place` (bytes), and where it ends now."""
+def _bytes_from(path: Path, place: int) -> bytes:
+    """What stands in a file from this byte on, a piece at a time; nothing if it is not there."""
     if not path.is_file():
-        return "", place
+        return b""
     with storage_errors(path), path.open("rb") as file:
         file.seek(place)
-        raw = file.read(1_000_000)
-    return raw.decode("utf-8", errors="backslashreplace"), place + len(raw)
+        return file.read(1_000_000)

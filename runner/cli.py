@@ -194,8 +194,11 @@ def _load(arguments: argparse.Namespace) -> Job:
 
 def _check(arguments: argparse.Namespace) -> int:
     job = _load(arguments)
+    trials = load_trials(arguments.job, arguments.set)[1] if job.sweep else []
     if not arguments.data:
-        _say(f"{arguments.job}: no problems ({job.name}: {job.model.name} on {job.data.train})")
+        swept = f", {len(trials)} trials" if trials else ""
+        said = f"{job.name}: {job.model.name} on {job.data.train}{swept}"
+        _say(f"{arguments.job}: no problems ({said})")
         return 0
     check_assets(job)
     from runner.check import check_data

@@ -53,10 +53,12 @@ class Clock:
         return True
 
     def first_step(self) -> str:
-        """Say when the first step was done, and what came before it."""
-        before = ", ".join(f"{name} {value:.1f}" for name, value in self._phases.items())
+        """Say when the first step was done, and what took longest before it."""
         waited = self._launcher + (self._until_first_step or 0.0)
-        return f"first step after {waited:.1f} s (launcher {self._launcher:.1f}, {before})"
+        spent = {"launcher": self._launcher, **self._phases}
+        longest = sorted(spent, key=lambda name: -spent[name])[:4]
+        parts = [f"{name} {spent[name]:.1f}" for name in spent if name in longest]
+        return f"first step after {waited:.1f} s: {', '.join(parts)}"
 
     def elapsed(self) -> float:
         """Seconds since the process began, and those of the processes before it."""

@@ -196,8 +196,18 @@ class FlatStep:
             group.master.grad = None
             if not group.in_place:
                 group.mine.copy_(group.master)
-            if self.world > 1:
-                dist.all_gather_into_tensor(group.weights, group.mine, group=self.process_group)
+            self._hand_out(group)
+
+    def _hand_out(self, group: Group) -> None:
+        """Give every rank's part of the weights to all."""
+        if self.world == 1:
+            return
+        if self.averages:
+            dist.all_gather_into_tensor(group.weights, group.mine, group=self.process_group)
+            return
+        # gloo's all-gather takes four times as long as these.
+        for rank, part in enumerate(group.weights.chunk(self.world)):
+            dist.broadcast(part, dist.get_global_rank(self.process_group, rank), self.process_group)
 
 
 def flat_engine(

@@ -159,8 +159,9 @@ _HEADER = """\
 #   spantune submit JOB --run-dir RUN    goes on where it was saved (so does sbatch submit.sh)
 #
 # The job ends with the run's exit code: 0 done, 64 job file, 65 data or model refused, 69 asset
-# missing, 73 run folder taken, 74 reading or writing failed, 75 interrupted after a checkpoint,
-# 78 an [expect] gate missed. The run has succeeded if and only if its folder holds result.json.
+# missing, 71 a rank died, 73 run folder in use, 74 reading or writing failed, 75 interrupted and
+# saved, 76 loss no longer a number, 78 an [expect] gate missed, 70 a mistake in spantune. The run
+# has succeeded if and only if its folder holds result.json. More in jobs/SLURM.md.
 """
 
 _RUN = """

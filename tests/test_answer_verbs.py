@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,15 +16,18 @@ PRODUCTS = ROOT / "jobs" / "data" / "product_qa_validation.json"
 CONTEXT = "The lantern folds flat; its battery lasts nine hours on the bright setting."
 
 
-def spantune(*arguments: object, **options):
-    """Run the command as a process of its own; return its exit code, stdout and stderr."""
-    path = f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"
-    done = subprocess.run(
-        [sys.executable, "-m", "runner", *map(str, arguments)],
-        capture_output=True, text=True, timeout=120, check=False, cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}, **options,
-    )  # fmt: skip
-    return done.returncode, done.stdout, done.stderr
+@pytest.fixture
+def spantune(capsys, monkeypatch):
+    """`spantune(*arguments)`: exit code, stdout and stderr of the command, in this process: other
+    tests start it as a process of its own."""
+    monkeypatch.chdir(ROOT)
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()  # what making a model has said
+        code = cli.main(list(map(str, arguments)))
+        return code, *capsys.readouterr()
+
+    return run
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_nobody_is_left_waiting_at_a_terminal(monkeypatch, capsys):
     assert "lines of JSON on stdin" in capsys.readouterr().err
 
 
-def test_one_question_given_on_the_command_line(tiny):
+def test_one_question_given_on_the_command_line(spantune, tiny):
     code, out, err = spantune(
         "predict", tiny("bert"), "--question", "How long?", "--context", CONTEXT, "--n-best", 2
     )
@@ -65,7 +65,7 @@ def test_one_question_given_on_the_command_line(tiny):
     assert out.count("\n") == 1
 
 
-def test_bad_rows_fail_or_are_left_out(tiny, tmp_path):
+def test_bad_rows_fail_or_are_left_out(spantune, tiny, tmp_path):
     path = tmp_path / "q.csv"
     path.write_text(f"Frage,context\nHow long?,{CONTEXT}\n,{CONTEXT}\n")
     arguments = ("predict", tiny("bert"), path, "--column", "question=Frage")
@@ -88,7 +88,7 @@ def test_bad_rows_fail_or_are_left_out(tiny, tmp_path):
         (["report", "nowhere"], 73, "neither a run folder nor an evaluation"),
     ],
 )
-def test_what_is_not_there_is_one_sentence(tiny, arguments, code, words):
+def test_what_is_not_there_is_one_sentence(spantune, tiny, arguments, code, words):
     names = {"MODEL": str(tiny("bert")), "DATA": f"{PRODUCTS}[:3]"}
     found, out, err = spantune(*(names.get(part, part) for part in arguments))
     assert (found, out) == (code, "")
@@ -96,7 +96,7 @@ def test_what_is_not_there_is_one_sentence(tiny, arguments, code, words):
     assert "Traceback" not in err
 
 
-def test_evaluate_shows_scores_with_intervals_and_keeps_them_in_the_run(tiny, tmp_path):
+def test_evaluate_shows_scores_with_intervals_and_keeps_them_in_the_run(spantune, tiny, tmp_path):
     run = make_run(tmp_path / "run", predictions(5))
     (run / "model").symlink_to(tiny("bert"))
     code, out, err = spantune("evaluate", run, "--data", f"{PRODUCTS}[:6]")
@@ -114,7 +114,7 @@ def test_evaluate_shows_scores_with_intervals_and_keeps_them_in_the_run(tiny, tm
     )
 
 
-def test_evaluate_a_file_of_predictions(tmp_path):
+def test_evaluate_a_file_of_predictions(spantune, tmp_path):
     golds = json.loads(PRODUCTS.read_text())["data"]
     rows = [qa for a in golds for p in a["paragraphs"] for qa in p["qas"]][:4]
     path = tmp_path / "predictions.json"
@@ -127,7 +127,7 @@ def test_evaluate_a_file_of_predictions(tmp_path):
     assert json.loads(out)["metrics"]["HasAns_total"] == 4
 
 
-def test_report_of_one_run_and_of_several(tmp_path):
+def test_report_of_one_run_and_of_several(spantune, tmp_path):
     first = make_run(tmp_path / "a", predictions())
     second = make_run(tmp_path / "b", predictions(better=6))
     code, out, err = spantune("report", first)

@@ -75,6 +75,23 @@ def test_bytes_that_are_no_text(run):
     assert "".join(follow(run, forever=False)) == "a\\xff\n"
 
 
+def test_a_letter_in_two_parts(run):
+    first, second = "café\n".encode()[:4], "café\n".encode()[4:]
+    run.log.write_bytes(first)
+    start(run)
+
+    def live() -> None:
+        time.sleep(0.2)
+        with run.log.open("ab") as file:
+            file.write(second)
+        end(run)
+
+    thread = threading.Thread(target=live)
+    thread.start()
+    assert "".join(follow(run, forever=True)) == "café\n"
+    thread.join()
+
+
 def test_following_to_the_end(run):
     run.log.write_text("one\n")
     start(run)

@@ -73,6 +73,17 @@ def test_a_good_job():
     assert out == "job.toml: no problems (n: o/n on o/n)\n"
 
 
+def test_every_trial_of_a_sweep_is_checked():
+    Path("job.toml").write_text(f"{JOB}[sweep]\nover = {{train.epochs = [1, 2]}}\n")
+    code, out, err = spantune("check", "job.toml")
+    assert (code, err) == (0, "")
+    assert out == "job.toml: no problems (n: o/n on o/n, 2 trials)\n"
+    Path("job.toml").write_text(f"{JOB}[sweep]\nover = {{train.epochs = [1, 0]}}\n")
+    code, out, err = spantune("check", "job.toml")
+    assert (code, out) == (64, "")
+    assert err == "job.toml:6: sweep.over.train.epochs.2: must be at least 1, found 0\n"
+
+
 @pytest.mark.parametrize("verb", [["check"], ["run"], ["rank"], []])
 def test_a_wrong_job_is_a_line_a_problem_and_64(verb):
     Path("job.toml").write_text(WRONG)

@@ -128,8 +128,12 @@ def test_the_first_step_is_told_once_with_what_came_before(monkeypatch):
     assert not times.step_done()
     line = times.first_step()
     assert line.startswith("first step after ")
-    assert "launcher 5.0, start " in line
+    assert "s: launcher 5.0, start " in line
     assert "data 0.0" in line
+    for name in ("one", "two", "three", "four"):
+        with times(name):
+            time.sleep(0.01)
+    assert len(times.first_step().split(",")) == 4, "a line of a terminal holds no more"
     seconds = times.seconds()
     assert seconds["total"] >= seconds["until_first_step"] >= seconds["start"] > 0
     waited = float(line.split()[3])

@@ -10,8 +10,9 @@ from span_kernels import reference_span_loss
 
 from runner.batches import collate, pack, pad
 from runner.computing import choose_computing
-from runner.engine import batch_layout, deepspeed_config, start_distributed, start_engine
+from runner.engine import deepspeed_config, start_distributed, start_engine
 from runner.job import Model, Train, Zero
+from runner.layout import batch_layout
 from runner.model import optimiser_groups, span_logits
 from runner.noise import Noise
 from runner.packing import choose_packing

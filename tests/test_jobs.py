@@ -42,8 +42,9 @@ def test_hub_names_are_whole_and_pinned_to_a_commit(path):
     job = load_job(path)
     assert re.fullmatch(r"[\w-]+/[\w-]+", job.model.name)
     assert re.fullmatch(HEX, job.model.revision or "")
-    for name in (job.data.train, job.data.validation):
-        on_hub = re.match(rf"rajpurkar/squad(_v2)?@{HEX}:(train|validation)(\[:\d+\])?\Z", name)
+    slices = rf"rajpurkar/squad(_v2)?@{HEX}:(train|validation)(\[-?\d*:-?\d*\])?"
+    for name in filter(None, (job.data.train, job.data.validation, job.data.tuning)):
+        on_hub = re.fullmatch(slices, name)
         assert on_hub or Path(name).is_relative_to(PRODUCTS)
 
 
@@ -85,6 +86,8 @@ def small(path: Path, tiny, questions: Path | None) -> str:
         train = questions / "squadshifts_new_wiki_v1.0.json"
         validation = questions / "xquad_en_v1.1.json"
     overrides |= {"data.train": f"{train}{cuts[0]}", "data.validation": f"{validation}{cuts[1]}"}
+    if job.data.tuning:
+        overrides["data.tuning"] = f"{train}[8:12]"
     if job.data.sample:
         overrides |= {"data.sample": "6", "data.validation_sample": "3"}
     if job.train.epochs > 3:
@@ -150,6 +153,7 @@ def test_a_job_made_small_runs_from_end_to_end(runs, path):
     card = (run.model / "README.md").read_text(encoding="utf-8")
     assert 'license: "apache-2.0"' in card
     assert ("best_f1" in result["metrics"]) is job.data.unanswerable
+    assert (", tuned on 4 questions of" in card) is (job.data.tuning is not None)
     record = json.loads(run.provenance.read_text())
     assert record["zero_stage"] == job.zero.stage
     wanted = {"auto": record["precision"]}.get(job.model.precision, job.model.precision)

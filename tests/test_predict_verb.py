@@ -159,7 +159,7 @@ def test_answers_come_out_while_questions_still_arrive(tiny):
 
 def test_a_reader_who_has_seen_enough_ends_the_command(tiny, tmp_path):
     path = tmp_path / "q.jsonl"
-    path.write_text(rows(*["How long?"] * 2000))
+    path.write_text(rows(*["How long?"] * 300))
     done = subprocess.run(
         f'"{sys.executable}" -m runner predict "{tiny("bert")}" "{path}" --device cpu | head -n 1',
         shell=True, capture_output=True, timeout=120, env=environment(), cwd=ROOT, check=False,

@@ -40,9 +40,10 @@ from torch import Tensor, nn
 
 from runner.batches import collate, epoch_batches, pad
 from runner.computing import choose_computing, keep_frozen
-from runner.engine import batch_layout, deepspeed_config, start_distributed, start_engine
+from runner.engine import deepspeed_config, start_distributed, start_engine
 from runner.features import Windows
 from runner.job import Model, Train, Zero
+from runner.layout import batch_layout
 from runner.model import freeze, optimiser_groups
 from runner.noise import CpuDropout, Noise
 from runner.ranks import Rank
