@@ -75,6 +75,22 @@ def test_what_is_no_plain_data_is_refused(tmp_path, value):
     assert "\n" not in str(caught.value)
 
 
+def test_a_dynamic_loss_scale_comes_back(tmp_path):
+    """fp16 is not to be had on a CPU; what its checkpoints hold besides tensors is."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    scaler = DynamicLossScaler(2**16, 1000, 1, 2, False, dtype=torch.half)
+    scaler.cur_iter, scaler.cur_hysteresis = 17, 1
+    saved = {"loss_scaler": scaler, "zero_stage": ZeroStageEnum.gradients, "dtype": torch.half}
+    torch.save(saved, tmp_path / "x.pt")
+    found = load_plain(tmp_path / "x.pt")
+    assert vars(found["loss_scaler"]) == vars(scaler)
+    assert _differences(saved, found, "f") == []
+    found["loss_scaler"].cur_iter = 18
+    assert _differences(saved, found, "f") == ["f: loss_scaler: cur_iter"]
+
+
 def test_a_file_that_is_none_is_refused(tmp_path):
     for content in (b"", b"PK\x03\x04", b"x" * 1000):
         (tmp_path / "x.pt").write_bytes(content)
