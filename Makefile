@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 RANKS  ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-slurm lint format schema clean
+.PHONY: help setup quickstart test test-slurm soak lint format schema clean
 
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
@@ -28,6 +28,9 @@ quickstart: setup      ## fine-tune a small model on the product questions (a fe
 
 test: setup            ## the tests
 	$(BIN)/python -m pytest
+
+soak: setup            ## an hour of kills, resumes and mutations; goes on where it was; writes .soak/RESULTS.md
+	$(BIN)/python tests/soak/soak.py
 
 test-slurm: setup      ## the tests on a real SLURM of two nodes; installs Debian's packages for it
 	@if bash tests/slurm/cluster.sh install; then \

@@ -19,7 +19,8 @@ from pathlib import Path
 import psutil
 
 from runner.console import duration
-from runner.rundir import RunDir, committed_steps
+from runner.errors import StorageError
+from runner.rundir import RunDir, committed_steps, storage_errors
 
 SILENT = 120.0  # seconds without one after which an owner on another machine counts as dead
 
@@ -70,8 +71,11 @@ class Owner:
 def numbers(run: RunDir) -> list[int]:
     """Numbers of all attempts, ascending."""
     try:
-        names = os.listdir(run.attempts)
-    except FileNotFoundError:
+        with storage_errors(run.attempts):
+            names = os.listdir(run.attempts)
+    except StorageError:
+        if run.attempts.exists():
+            raise
         return []
     return sorted(int(name[:-5]) for name in names if re.fullmatch(r"\d{4,}\.json", name, re.ASCII))
 

@@ -95,6 +95,9 @@ class Attempt:
     def seal(self, checkpoints: Sequence[str]) -> None:
         """Settle which checkpoints of earlier attempts count; what they commit later does not."""
         write_json(entry_file(self.run, self.number, "sealed"), list(checkpoints))
+        for path in self.run.attempts.glob("*.rank-*"):  # what their ranks said is history
+            if int(path.name.partition(".")[0]) < self.number:
+                path.unlink(missing_ok=True)
 
     def end(self, exit_code: int) -> None:
         """Note the end of this start; the next one then need not wait for a silence."""

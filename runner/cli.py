@@ -236,7 +236,8 @@ def _rank(arguments: argparse.Namespace) -> int:
         from runner.train import train
 
         train(job, attempt=attempt, threads=arguments.threads)
-        stop_distributed()
+        with suppress(RuntimeError):  # the run is finished, whatever becomes of the other ranks
+            stop_distributed()
         code = 0
     except RunnerError as error:
         code = error.exit_code

@@ -14,7 +14,7 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from runner.errors import printable
-from runner.rundir import storage_errors
+from runner.rundir import open_own, storage_errors
 
 LOG_WIDTH = 100
 
@@ -35,7 +35,7 @@ class Reporter:
         self._log: Console | None = None
         if speaks and log is not None:
             with storage_errors(log):
-                self._file = log.open("a", encoding="utf-8", buffering=1)
+                self._file = open_own(log, "a", buffering=1)
             self._log = Console(
                 file=self._file, width=LOG_WIDTH, highlight=False, emoji=False, no_color=True
             )

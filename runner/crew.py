@@ -81,7 +81,7 @@ class Crew:
             psutil.Process().create_time(),
         )
         path = entry_file(self._run, self._attempt, self._name(self._rank))
-        with storage_errors(path), path.open("wb") as file:
+        with storage_errors(path), path.open("xb") as file:
             file.write(json.dumps(asdict(here)).encode().ljust(_HEAD).ljust(_WHOLE))
             file.flush()
             os.fsync(file.fileno())

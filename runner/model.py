@@ -36,6 +36,7 @@ from runner.hub import snapshot
 from runner.job import Model
 from runner.provenance import cpu_features, file_sha256
 from runner.sources import is_hub_model, package_folder
+from runner.trust import refuse_code
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Names under which configurations keep their two kinds of dropout.
@@ -70,6 +71,7 @@ def load_config(section: Model) -> PreTrainedConfig:
         JobError: if it has no such dropout.
     """
     location = model_location(section)
+    refuse_code(section.name, Path(location))
     quiet_libraries()
     with _loading(section):
         config = AutoConfig.from_pretrained(location, trust_remote_code=False)

@@ -19,6 +19,8 @@ from runner.hub import snapshot
 from runner.job import Columns
 from runner.sources import DataSource
 
+_EXPANSION = 100  # times that a Parquet file may grow when it is read, beyond 256 MiB
+_BATCH = 64  # rows of a Parquet file that are looked at before more are read
 _NOTHING = (None, None, None)  # id, question and context of a row that is none
 
 
@@ -83,12 +85,22 @@ def _parquet_rows(path: Path, raw: bytes, columns: Columns, *, answers: bool) ->
     import pyarrow
     import pyarrow.parquet
 
+    # A few megabytes can stand for any number of equal texts.
+    limit = _EXPANSION * len(raw) + 2**28
+    rows: list[Any] = []
+    size = 0
     try:
-        table = pyarrow.parquet.read_table(pyarrow.BufferReader(raw))
-        rows = table.to_pylist()
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        file = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(raw))
+        names = file.schema_arrow.names
+        for batch in file.iter_batches(batch_size=_BATCH):
+            part = batch.to_pylist()
+            size += sum(len(text) for row in part for text in row.values() if type(text) is str)
+            if size > limit:
+                raise DataError(f"{path}: its {len(raw):,} bytes hold more than {limit:,} of text")
+            rows += part
+    except (pyarrow.ArrowException, MemoryError, OSError, ValueError) as error:
         raise DataError(f"{path}: not valid Parquet: {_first_line(error)}") from None
-    return flat_rows(path.name, rows, table.column_names, columns, answers=answers)
+    return flat_rows(path.name, rows, names, columns, answers=answers)
 
 
 def _decode(path: Path, raw: bytes) -> str:

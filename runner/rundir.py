@@ -131,6 +131,16 @@ def new_stamp() -> str:
     return datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
 
 
+def open_own(path: Path, mode: str, **options: Any) -> Any:
+    """Open a text file of a run; a link that somebody has put in its place is refused, because it
+    could lead to a file that is not the run's."""
+    return open(path, mode, encoding="utf-8", opener=_without_links, **options)
+
+
+def _without_links(name: str, flags: int) -> int:
+    return os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+
+
 def write_atomic(path: Path, text: str) -> None:
     """Write a text file aside and rename it into place.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from runner.expectation import missed_expectation
 from runner.job import Job
 from runner.jobfile import dump_job, first_difference, recorded_job
 from runner.rundir import RunDir, storage_errors, write_atomic
+from runner.sameness import read_record
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,7 @@ def check_finished(job: Job, run: RunDir) -> None:
     Raises:
         ExpectationError: if it is missed, now as at its end.
     """
-    metrics = json.loads(run.result.read_text(encoding="utf-8"))["metrics"]
-    missed = missed_expectation(job.expect, metrics)
+    missed = missed_expectation(job.expect, read_record(run.result)["metrics"])
     if missed:
         raise ExpectationError(f"{run.path}: the run is finished already, but {missed}")
 

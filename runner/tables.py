@@ -13,7 +13,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from runner.rundir import storage_errors
+from runner.rundir import open_own, storage_errors
 
 Value = str | int | float | None
 
@@ -26,7 +26,7 @@ def append_row(path: Path, row: Mapping[str, Value]) -> None:
         StorageError: if the file cannot be written.
         ValueError: if the keys are not those of the first row, in their order.
     """
-    with storage_errors(path), path.open("a+", newline="", encoding="utf-8") as file:
+    with storage_errors(path), open_own(path, "a+", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(row), lineterminator="\n")
         file.seek(0)
         header = next(csv.reader(file), None)

@@ -224,9 +224,9 @@ def train_watched(
             checkpoints.save(memory, best, required=required)
         meeting.saved()
 
-    def boundary() -> None:
+    def boundary(ahead: str | None = None) -> None:
         """Between two steps, or two batches of an evaluation: save or stop, if the ranks agree."""
-        watch.at(f"step {progress.step + 1} (epoch {progress.epoch})")
+        watch.at(ahead or f"step {progress.step + 1} (epoch {progress.epoch})")
         agreed = meeting.agree()
         if agreed.stop or agreed.save:
             save(required=agreed.stop)
@@ -293,7 +293,7 @@ def train_watched(
             rank,
             unanswerable=True,
             keep=1,
-            step=lambda done, note="": boundary(),
+            step=lambda done, note="": boundary("the tuning of the null threshold"),
         )
         return None if readings is None else tune(readings, tuning.dataset, job.score)
 
@@ -307,9 +307,9 @@ def train_watched(
         job, rank, device, training, validation, tuning, pretrained, precision, span_loss
     )
     origin |= {"computing": computing.recorded()}
+    if rank.is_main and (found is None or not run.provenance.exists()):
+        write_json(run.provenance, origin)
     if found is None:
-        if rank.is_main:
-            write_json(run.provenance, origin)
         with clock("probes"):
             ask_probes(0, job.score)
     else:
@@ -321,6 +321,7 @@ def train_watched(
         if progress.scored:
             progress.next_epoch()
         epoch, last = progress.epoch, progress.epoch == job.train.epochs
+        watch.at(f"step {progress.step + 1} (epoch {epoch})")
         with (
             clock("training"),
             reporter.steps(
@@ -348,7 +349,7 @@ def train_watched(
                 rank,
                 unanswerable=job.data.unanswerable,
                 keep=LISTED,
-                step=lambda done, note="": boundary(),
+                step=lambda done, note="": boundary("the scoring of the model"),
             )
         watch.at(f"scoring after epoch {epoch}", bounded=False)
         scores = verdict = None

@@ -12,7 +12,6 @@ import json
 import os
 import re
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -63,13 +62,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 @pytest.fixture(scope="session")
 def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """Runs whole jobs in seconds (tests/workers/zygote.py)."""
-    path = Path(__file__).with_name("workers") / "zygote.py"
-    spec = importlib.util.spec_from_file_location("zygote", path)
-    assert spec
-    assert spec.loader
-    sys.modules["zygote"] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    started = module.Zygote(tmp_path_factory.mktemp("zygote"))
+    from tests.workers.zygote import Zygote
+
+    started = Zygote(tmp_path_factory.mktemp("zygote"))
     yield started
     started.close()
 

@@ -242,8 +242,11 @@ def test_what_counts_is_settled_by_the_newest_attempt_that_could_commit(run):
     first.end(75)
     second = Attempt.claim(run)
     assert sealed(run) == (1, [])  # the second has not looked yet
+    for name in ("0001.rank-0000", "0001.rank-0001", "0002.rank-0000"):
+        (run.attempts / name).touch()
     second.seal(["step-000010-a0001"])
     assert sealed(run) == (2, ["step-000010-a0001"])
+    assert [path.name for path in run.attempts.glob("*.rank-*")] == ["0002.rank-0000"]
     second.end(75)
     third = Attempt.claim(run)
     third.end(75)

@@ -13,6 +13,7 @@ import pytest
 
 from runner import crew as module
 from runner.crew import Crew, Member, Words, find_fault
+from runner.errors import StorageError
 from runner.rundir import RunDir
 
 ROOT = Path(__file__).parents[1]
@@ -40,6 +41,7 @@ def crews(tmp_path: Path) -> list[Crew]:
 @pytest.fixture
 def other(tmp_path: Path, crews):
     """Rank 2 as a process of its own."""
+    (tmp_path / "attempts" / "0001.rank-0002").unlink()
     process = subprocess.Popen(
         [sys.executable, "-c", OTHER, str(tmp_path), "2"],
         cwd=ROOT,
@@ -64,6 +66,15 @@ def test_a_rank_says_where_it_runs(crews, tmp_path):
     assert stranger.member(3) is None
     assert stranger.name(3) == "rank 3"
     assert stranger.silence(3) is None
+
+
+def test_a_link_in_a_ranks_place_is_not_followed(crews, tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    (tmp_path / "attempts" / "0001.rank-0003").symlink_to(victim)
+    with pytest.raises(StorageError, match="File exists"):
+        Crew(RunDir(tmp_path), 1, 3, 4).appear()
+    assert victim.read_text() == "precious"
 
 
 def test_signs_of_life_are_compared_by_the_files_own_clock(crews, tmp_path):

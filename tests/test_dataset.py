@@ -643,3 +643,7 @@ def test_real_data_sets_hold_no_bad_row(real_data, name, questions, unanswerable
         assert sum(not e.answers for e in data.examples) == 3168
         with pytest.raises(DataError, match="3168 of 6078 rows refused: 3168 x no answer;"):
             load(real_data / name)
+
+
+def test_as_many_malformed_data_sets_as_promised():
+    assert len(BAD_ROWS) + 2 * len(BAD_ANSWERS) + len(BAD_FILES) >= 60

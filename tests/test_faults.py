@@ -306,3 +306,28 @@ def test_a_damaged_checkpoint_is_put_aside_for_the_one_before(zygote, job_file, 
     assert f"damaged-{newest.name}" in text
     assert (folder / "checkpoints" / f"damaged-{newest.name}").is_dir()
     assert "goes on after step 23 of 69" in text
+
+
+@pytest.mark.parametrize("stops_early", [True, False])
+def test_damaged_best_weights_are_refused_where_they_are_needed(
+    zygote, job_file, tmp_path, stops_early
+):
+    """They stand in the checkpoint of the best evaluation. Early stopping may come back to them;
+    without it the next evaluation takes their place."""
+    if stops_early:
+        job_file.write_text(job_file.read_text() + '[stop]\nmetric = "loss"\n')
+    folder = tmp_path / "run"
+    stop = at_step(30, 0, "import runner.signals; runner.signals.ask('SIGUSR2')")
+    codes, text = zygote.run(job_file, "--run-dir", folder, code=stop)
+    assert codes == [75], text
+    (weights,) = folder.glob("checkpoints/step-*-scored-*/best/model/model.safetensors")
+    weights.unlink()  # model/ has the same file, under another name
+    stop = at_step(35, 0, "import runner.signals; runner.signals.ask('SIGUSR2')")
+    codes, text = zygote.run(job_file, "--run-dir", folder, code=stop)
+    if stops_early:
+        assert codes == [65], text
+        assert "holds the best weights so far, which [stop] needs; --restart begins anew" in text
+    else:
+        assert codes == [75], text
+        assert "goes on after step 30" in text
+    assert not list(folder.glob("checkpoints/damaged-*"))

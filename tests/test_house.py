@@ -22,7 +22,7 @@ FLOORS = {
         *("slurm_values", "slurm_defaults", "slurm_jobs", "slurm", "layout", "sweep"),
         *("text_match", "sweep_table"),
         *("attempts", "claim", "starting", "files", "store", "commit"),
-        *("crew", "watch", "sameness"),
+        *("crew", "watch", "sameness", "trust"),
         *("answering", "page", "line_chart", "page_markdown", "page_html", "report_data"),
         "answer_arguments",
     ],

@@ -2,78 +2,32 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
+import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from runner.rundir import RunDir
-from runner.sameness import is_time
-from runner.tables import read_rows
+from runner.reproduce import check_reproduction, reproduce
+from tests.interruptions import (
+    CONTEXT,
+    DATA,
+    JOB,
+    PLACES,
+    STOP,
+    TORCH_DROPOUT,
+    outcome,
+    place,
+    sets,
+    steps_of,
+)
 
-DATA = Path(__file__).resolve().parents[1] / "jobs" / "data"
-CONTEXT = "The lantern folds flat; its battery lasts nine hours on the bright setting."
-JOB = """
-name = "tiny"
-[data]
-train = "{data}/product_qa_train.json[:16]"
-validation = "{data}/product_qa_validation.json[:8]"
-max_length = 96
-stride = 24
-[model]
-name = "{model}"
-freeze = ["embeddings"]
-precision = "fp32"
-[train]
-epochs = 2
-batch_size = 8
-learning_rate = 1e-2
-warmup = 0.3
-weight_decay = 0.01
-log_every = 3
-[score]
-batch_size = 8
-[[probe]]
-question = "How long does the battery last?"
-context = "{context}"
-answer = "nine hours"
-{extra}
-"""
-# Stops a rank, as SIGUSR2 does, when it has done so many steps; the ranks agree one step later.
-STOP = """
-import runner.epoch, runner.signals
-step_taken = runner.epoch.take_step
-def take_step(engine, step):
-    step_taken(engine, step)
-    if step == {step} and {rank} in (rank, -1):
-        runner.signals.ask("SIGUSR2")
-runner.epoch.take_step = take_step
-"""
-# Stops every rank in its evaluation after epoch 1.
-STOP_SCORING = """
-import runner.train, runner.signals
-read = runner.train.read_windows
-def read_windows(*arguments, **options):
-    if options.get("step"):
-        runner.signals.ask("SIGTERM")
-    return read(*arguments, **options)
-runner.train.read_windows = read_windows
-"""
-# Stops every rank right after its first evaluation was committed.
-STOP_SCORED = """
-import runner.checkpoint, runner.signals
-save = runner.checkpoint.Checkpoints.save
-def save_and_stop(self, memory, best=None, *, required=False):
-    save(self, memory, best, required=required)
-    if memory.progress.scored:
-        runner.signals.ask("SIGUSR1")
-runner.checkpoint.Checkpoints.save = save_and_stop
-"""
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
@@ -88,49 +42,8 @@ def job_file(tmp_path: Path, tiny: Callable[[str], Path]) -> Callable[..., Path]
     return write
 
 
-def outcome(folder: Path) -> dict[str, object]:
-    """All that two runs must share: the hashes of weights and answers, scores, and every cell of
-    the tables that does not tell of time."""
-    run = RunDir(folder)
-    result = json.loads(run.result.read_text())
-    tables = {
-        path.name: [{k: v for k, v in row.items() if not is_time(k)} for row in read_rows(path)]
-        for path in run.tables
-    }
-    return {
-        "weights": hashlib.sha256((run.model / "model.safetensors").read_bytes()).hexdigest(),
-        "predictions": hashlib.sha256(run.predictions.read_bytes()).hexdigest(),
-        "metrics": result["metrics"],
-        "epoch": result["epoch"],
-        "step": result["step"],
-        **tables,
-    }
-
-
-def sets(*overrides: str) -> list[str]:
-    return [word for override in overrides for word in ("--set", override)]
-
-
-def steps_of(folder: Path) -> int:
-    """Rows of train.csv that are there already."""
-    try:
-        return len((folder / "train.csv").read_text().splitlines()) - 1
-    except FileNotFoundError:
-        return 0
-
-
-# Where a run is stopped, and by what; of 2 epochs with some 18 steps each, 10 of them warm-up.
-PLACES = {
-    "mid-epoch": STOP.format(step=13, rank=0),
-    "epoch edge": STOP.format(step=-1, rank=-1),  # the last step of an epoch; see `place`
-    "warm-up": STOP.format(step=2, rank=-1),
-    "last step": STOP.format(step=-2, rank=-1),
-    "scoring": STOP_SCORING,
-    "scored": STOP_SCORED,
-}
 CELLS = [
     # ZeRO stage, precision, micro-batches, ranks, place
-    (0, "fp32", 1, 1, "mid-epoch"),
     (1, "bf16", 2, 2, "scoring"),
     (1, "fp32", 1, 2, "warm-up"),
     (2, "bf16", 1, 2, "epoch edge"),
@@ -138,12 +51,6 @@ CELLS = [
     (3, "bf16", 1, 1, "scored"),
     (3, "fp32", 2, 2, "mid-epoch"),
 ]
-
-
-def place(name: str, steps: int) -> str:
-    """Code that stops a run of `steps` steps in 2 epochs at a place."""
-    code = PLACES[name]
-    return code.replace("== -1", f"== {steps // 2 - 1}").replace("== -2", f"== {steps - 1}")
 
 
 @pytest.mark.parametrize(("stage", "precision", "several", "ranks", "where"), CELLS)
@@ -198,22 +105,24 @@ def late(self, facts, own):
     self.done += 1
 runner.progress.Progress.restore = late
 """,
+    "nothing": "",
 }
 
 
 def test_a_broken_promise_is_seen(zygote, job_file, tmp_path):
     """Guards the tests above: without one part of what is restored, the bits are others."""
-    job = job_file()
-    codes, text = zygote.run(job, "--run-dir", tmp_path / "full")
+    job, full, cut = job_file(), tmp_path / "full", tmp_path / "cut"
+    codes, text = zygote.run(job, "--run-dir", full, code=TORCH_DROPOUT)
     assert codes == [0], text
-    codes, text = zygote.run(job, "--run-dir", tmp_path / "cut", code=PLACES["mid-epoch"])
+    codes, text = zygote.run(job, "--run-dir", cut, code=TORCH_DROPOUT + PLACES["mid-epoch"])
     assert codes == [75], text
     for broken, code in BREACHES.items():
         folder = tmp_path / broken
-        shutil.copytree(tmp_path / "cut", folder)
-        codes, text = zygote.run(job, "--run-dir", folder, code=code)
+        shutil.copytree(cut, folder)
+        codes, text = zygote.run(job, "--run-dir", folder, code=TORCH_DROPOUT + code)
         assert codes == [0], text
-        assert outcome(folder)["weights"] != outcome(tmp_path / "full")["weights"], broken
+        same = outcome(folder)["weights"] == outcome(full)["weights"]
+        assert same is (broken == "nothing"), broken
 
 
 REAL = """
@@ -292,3 +201,50 @@ def test_a_run_that_is_stopped_again_and_again(zygote, job_file, tmp_path):
     kept = [path.name for path in (folder / "checkpoints").iterdir()]
     assert len(kept) <= 3
     assert not [name for name in kept if name.startswith((".", "damaged"))]
+
+
+def test_a_run_is_reproduced_to_the_bit(zygote, job_file, tmp_path):
+    job, folder = job_file(), tmp_path / "run"
+    codes, text = zygote.run(job, "--run-dir", folder, "--threads", 1, ranks=2)
+    assert codes == [0, 0], text
+
+    def start(arguments: list[str], ranks: int) -> int:
+        codes, text = zygote.run(*arguments[1:], ranks=ranks)
+        assert codes == [0] * ranks, text
+        return codes[0]
+
+    found = reproduce(folder, into=tmp_path / "again", ranks=None, start=start)
+    assert found.environment == []
+    assert found.results == []
+    check_reproduction(found)
+    # One rank instead of two: other sums, so other bits; named, and held to the tolerance.
+    other = reproduce(folder, into=tmp_path / "alone", ranks=1, start=start)
+    assert [line.split(":")[0] for line in other.environment] == ["machine.devices", "ranks"]
+    assert any("weights_sha256" in line for line in other.results)
+    assert any(line.startswith("train.csv: row ") for line in other.results)
+
+
+def test_an_interrupt_at_the_keyboard_saves_and_goes_on(job_file, tmp_path):
+    """`spantune run`, as somebody at a terminal stops it and starts it again."""
+    job, folder = job_file(), tmp_path / "run"
+    command = [sys.executable, "-m", "runner", "run", str(job), "--ranks", "2", "--run-dir"]
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([*command, str(folder)], env=environment, **options)
+    deadline = time.monotonic() + 120
+    while steps_of(folder) < 2:
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    text, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, text
+    assert "stopped by SIGINT; step " in text
+    done = subprocess.run([*command, str(folder)], env=environment, check=False, **options)
+    assert done.returncode == 0, done.stdout
+    assert "goes on after step" in done.stdout
+    done = subprocess.run([*command, str(folder)], env=environment, check=False, **options)
+    assert (done.returncode, done.stdout) == (
+        0,
+        f"{folder}: finished already; --restart begins anew\n",
+    )

@@ -1,0 +1,124 @@
+"""Small runs to be interrupted, the places where they are, and all that two runs must share."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from runner.rundir import RunDir
+from runner.sameness import is_time
+from runner.tables import read_rows
+
+DATA = Path(__file__).resolve().parents[1] / "jobs" / "data"
+CONTEXT = "The lantern folds flat; its battery lasts nine hours on the bright setting."
+JOB = """
+name = "tiny"
+[data]
+train = "{data}/product_qa_train.json[:16]"
+validation = "{data}/product_qa_validation.json[:8]"
+max_length = 96
+stride = 24
+[model]
+name = "{model}"
+freeze = ["embeddings"]
+precision = "fp32"
+[train]
+epochs = 2
+batch_size = 8
+learning_rate = 1e-2
+warmup = 0.3
+weight_decay = 0.01
+log_every = 3
+[score]
+batch_size = 8
+[[probe]]
+question = "How long does the battery last?"
+context = "{context}"
+answer = "nine hours"
+{extra}
+"""
+# Stops a rank, as SIGUSR2 does, when it has done so many steps; the ranks agree one step later.
+STOP = """
+import runner.epoch, runner.signals
+step_taken = runner.epoch.take_step
+def take_step(engine, step):
+    step_taken(engine, step)
+    if step == {step} and {rank} in (rank, -1):
+        runner.signals.ask("SIGUSR2")
+runner.epoch.take_step = take_step
+"""
+# Stops every rank in its evaluation after epoch 1.
+STOP_SCORING = """
+import runner.train, runner.signals
+read = runner.train.read_windows
+def read_windows(*arguments, **options):
+    if options.get("step"):
+        runner.signals.ask("SIGTERM")
+    return read(*arguments, **options)
+runner.train.read_windows = read_windows
+"""
+# Stops every rank right after its first evaluation was committed.
+STOP_SCORED = """
+import runner.checkpoint, runner.signals
+save = runner.checkpoint.Checkpoints.save
+def save_and_stop(self, memory, best=None, *, required=False):
+    save(self, memory, best, required=required)
+    if memory.progress.scored:
+        runner.signals.ask("SIGUSR1")
+runner.checkpoint.Checkpoints.save = save_and_stop
+"""
+# Dropout from torch's generators, which go on from pass to pass; else it is a function of the place
+# in training, and a resumed run would repeat it without any state.
+TORCH_DROPOUT = """
+import runner.computing, runner.noise
+runner.computing.install = lambda model, noise: 0
+restart = runner.noise.Noise.restart
+runner.noise.Noise.restart = lambda self, *place: None if place else restart(self)
+"""
+# Where a run is stopped, and by what; of 2 epochs with some 18 steps each, 10 of them warm-up.
+PLACES = {
+    "mid-epoch": STOP.format(step=13, rank=0),
+    "epoch edge": STOP.format(step=-1, rank=-1),  # the last step of an epoch; see `place`
+    "warm-up": STOP.format(step=2, rank=-1),
+    "last step": STOP.format(step=-2, rank=-1),
+    "scoring": STOP_SCORING,
+    "scored": STOP_SCORED,
+}
+
+
+def place(name: str, steps: int) -> str:
+    """Code that stops a run of `steps` steps in 2 epochs at a place."""
+    code = PLACES[name]
+    return code.replace("== -1", f"== {steps // 2 - 1}").replace("== -2", f"== {steps - 1}")
+
+
+def outcome(folder: Path) -> dict[str, object]:
+    """All that two runs must share: the hashes of weights and answers, scores, and every cell of
+    the tables that does not tell of time."""
+    run = RunDir(folder)
+    result = json.loads(run.result.read_text())
+    tables = {
+        path.name: [{k: v for k, v in row.items() if not is_time(k)} for row in read_rows(path)]
+        for path in run.tables
+    }
+    return {
+        "weights": hashlib.sha256((run.model / "model.safetensors").read_bytes()).hexdigest(),
+        "predictions": hashlib.sha256(run.predictions.read_bytes()).hexdigest(),
+        "metrics": result["metrics"],
+        "epoch": result["epoch"],
+        "step": result["step"],
+        **tables,
+    }
+
+
+def sets(*overrides: str) -> list[str]:
+    return [word for override in overrides for word in ("--set", override)]
+
+
+def steps_of(folder: Path) -> int:
+    """Rows of train.csv that are there already."""
+    try:
+        return len((folder / "train.csv").read_text().splitlines()) - 1
+    except FileNotFoundError:
+        return 0

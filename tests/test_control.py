@@ -1,0 +1,73 @@
+"""What ranks agree on; two ranks doing it are in test_resume and test_faults."""
+
+from __future__ import annotations
+
+import pytest
+import torch.distributed as dist
+
+from runner import signals
+from runner.control import Boundary, everyone, gather, is_cut_off, main_first, share
+from runner.errors import DataError
+from runner.ranks import Rank
+
+MAIN, OTHER = Rank(0, 2, 0, 2), Rank(1, 2, 1, 2)
+
+
+@pytest.fixture(autouse=True)
+def _no_request():
+    signals.forget()
+    yield
+    signals.forget()
+
+
+def test_saving_is_due_after_a_time():
+    boundary = Boundary(MAIN, seconds=0.0)
+    assert boundary.agree().save
+    patient = Boundary(MAIN, seconds=3600.0)
+    assert not patient.agree().save
+    patient.saved()
+    assert not patient.agree().save
+
+
+def test_only_rank_0_looks_at_the_clock():
+    assert not Boundary(OTHER, seconds=0.0).agree().save
+
+
+@pytest.mark.parametrize("rank", [MAIN, OTHER])
+def test_a_signal_to_any_rank_is_a_wish_to_stop(rank):
+    boundary = Boundary(rank, seconds=3600.0)
+    assert not boundary.agree().stop
+    signals.ask("SIGUSR2")
+    assert boundary.agree().stop
+    boundary.saved()
+    assert boundary.agree().stop  # until it has stopped
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (RuntimeError("[...]/gloo/transport/tcp/pair.cc:537] Read error: Connection reset"), True),
+        (RuntimeError("NCCL error in: ProcessGroupNCCL.cpp"), True),
+        (dist.DistBackendError("x"), True),
+        (dist.DistNetworkError("x"), True),
+        (dist.DistStoreError("x"), True),
+        (RuntimeError("shapes cannot be multiplied"), False),
+        (ValueError("gloo"), False),
+        (DataError("x"), False),
+    ],
+)
+def test_what_means_that_another_rank_is_gone(error, expected):
+    assert is_cut_off(error) is expected
+
+
+def test_one_rank_talks_to_itself():
+    alone = Rank(0, 1, 0, 1)
+    assert share({"a": 1}) == {"a": 1}
+    assert gather(5) == everyone(5) == [5]
+    assert main_first(alone, lambda: "done") == "done"
+    with pytest.raises(DataError, match="no"):
+        main_first(alone, fail)
+
+
+def fail() -> None:
+    raise DataError("no")
