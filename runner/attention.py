@@ -45,10 +45,10 @@ def packed_attention(
         raise AssertionError(f"{NAME} attention takes packed batches and no mask")
     query_THD, key_THD, value_THD = (x.select(0, 0).transpose(0, 1) for x in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if query.is_cuda:
-        out_THD = _flash(query_THD, key_THD, value_THD, packed, dropout, scale)
-    else:
+    if query.device.type == "cpu":
         out_THD = _by_window(module, query_THD, key_THD, value_THD, packed.ends, scale, dropout)
+    else:
+        out_THD = _flash(query_THD, key_THD, value_THD, packed, dropout, scale)
     return out_THD.unsqueeze(0), None
 
 

@@ -7,8 +7,10 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from runner.attention import NAME
+from runner.batches import Bounds
 from runner.computing import choose_computing, compile_layers, encoder_layers, keep_frozen
 from runner.errors import JobError, StorageError
 from runner.job import Model, Zero
@@ -95,6 +97,37 @@ def test_compiled_layers_say_the_same_of_any_batch(family):
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
         found.sum().backward()
     assert all(layer._compiled_call_impl is not None for layer in encoder_layers(model))
+
+
+@pytest.mark.parametrize(
+    ("family", "dropout"),
+    [("bert", 0.0), ("bert", 0.1), ("distilbert", 0.1), ("roberta", 0.1), ("electra", 0.1)],
+)
+def test_a_compiled_layer_is_one_program_for_all_batches(family, dropout):
+    """On what a GPU runs: no break in the graph, none anew for another number of tokens or windows.
+    Tensors without values show it."""
+    model = model_of(family).to(torch.bfloat16).train()
+    chosen(model, device=CPU)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = dropout
+    layer = encoder_layers(model)[0].to("meta")
+    for parent in list(layer.modules()):  # as on a GPU, where there is no CpuDropout
+        for name, child in parent.named_children():
+            if isinstance(child, CpuDropout):
+                parent.register_module(name, torch.nn.Dropout(child.p))
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(layer, backend=counter, fullgraph=True, dynamic=True)
+    made = 0
+    for tokens, windows in ((1024, 5), (1536, 9), (2048, 5)):
+        hidden = torch.empty(1, tokens, 32, dtype=torch.bfloat16, device="meta", requires_grad=True)
+        bounds = Bounds(torch.zeros(windows, dtype=torch.int32, device="meta"), 512, ())
+        found = compiled(hidden, None, packed=bounds)
+        assert found.shape == hidden.shape
+        found.sum().backward()
+        made = len(counter.graphs) if tokens == 1024 else made
+    assert len(counter.graphs) == made
 
 
 def test_frozen_layers_are_told_of_and_kept_on_demand(tmp_path):
