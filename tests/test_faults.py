@@ -236,19 +236,19 @@ def test_a_checkpoint_that_fails_once_in_between_is_only_warned_of(zygote, job_f
 SIGNALS = {
     # Where the signal comes: before anything is read, in the model, and while scoring.
     "data": (
-        "import runner.train, runner.signals\n"
-        "load = runner.train.load_questions\n"
+        "import runner.material, runner.signals\n"
+        "load = runner.material.load_questions\n"
         "def asked(*a):\n    runner.signals.ask('SIGUSR1')\n    return load(*a)\n"
-        "runner.train.load_questions = asked\n",
+        "runner.material.load_questions = asked\n",
         "stopped by SIGUSR1 before training began; nothing was lost",
     ),
     "model": (
-        "import runner.train, runner.signals\n"
-        "load = runner.train.load_pretrained\n"
+        "import runner.material, runner.signals\n"
+        "load = runner.material.load_pretrained\n"
         "def asked(*a):\n"
         "    if rank == 1:\n        runner.signals.ask('SIGTERM')\n"
         "    return load(*a)\n"
-        "runner.train.load_pretrained = asked\n",
+        "runner.material.load_pretrained = asked\n",
         "stopped by SIGTERM before training began; nothing was lost",
     ),
 }

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 CHECKOUT = Path(__file__).resolve().parents[2]
-UNVERIFIED = "import runner.train; runner.train.verify_export = lambda *_: 0.0"
+UNVERIFIED = "import runner.conclusion; runner.conclusion.verify_export = lambda *_: 0.0"
 
 
 @dataclass

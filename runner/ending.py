@@ -1,0 +1,54 @@
+"""Ends all ranks with one sentence: ranks that do not meet, an early signal, full memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from runner.control import everyone, is_cut_off
+from runner.errors import Interrupted, MachineError
+from runner.rundir import RunDir, below_here
+from runner.signals import asked
+from runner.watch import Watch
+
+
+@contextmanager
+def leaving_together() -> Iterator[None]:
+    """Explain why ranks do not meet, before there is a folder in which they could leave word."""
+    try:
+        yield
+    except Exception as error:
+        if not is_cut_off(error):
+            raise
+        if asked():
+            raise Interrupted(f"stopped by {asked()} before training began") from None
+        first = " ".join(str(error).split())[:200]
+        raise MachineError(f"the ranks have not met: {first}") from None
+
+
+def stop_if_asked(run: RunDir) -> None:
+    """End before the first step, if a signal has reached any rank. Every rank must call this."""
+    reasons = [reason for reason in everyone(asked()) if reason is not None]
+    if reasons:
+        raise Interrupted(
+            f"{below_here(str(run.path))}: stopped by {reasons[0]} before training began; nothing"
+            " was lost, and the same command goes on"
+        )
+
+
+@contextmanager
+def memory_sentences(watch: Watch) -> Iterator[None]:
+    """Say in a sentence that memory ran out, and where."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        full = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if not full and "can't allocate memory" not in str(error):
+            raise
+        first = " ".join(str(error).split()).partition(". ")[0][:200]
+        raise MachineError(
+            f"out of memory at {watch.place}: {first}; lower train.micro_batch_size (the same"
+            " steps in smaller passes), score.batch_size or data.max_length"
+        ) from error
