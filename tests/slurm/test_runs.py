@@ -289,7 +289,7 @@ def test_a_sweep_is_an_array_and_ends_in_a_table(cluster, job_file, tmp_path_fac
     for index in (0, 1):
         end = cluster.wait(f"{found[1]}_{index}", "COMPLETED", "FAILED")
         assert end["JobState"] == "COMPLETED"
-    table = spantune("sweep", folder).stdout
+    table = spantune("report", "--sweep", folder).stdout
     assert "2/2" in table
     assert spantune("status", folder, COLUMNS="200").stdout.count("finished") == 2
     # One trial is lost: it alone is run again.
