@@ -131,6 +131,11 @@ def report_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="folder for the page (of one run its own, of several the current one)",
     )
+    parser.add_argument(
+        "--sweep",
+        action="store_true",
+        help="RUN is the folder of a sweep: compare its trials, with intervals",
+    )
 
 
 def check_predict(arguments: argparse.Namespace, *, from_terminal: bool) -> None:

@@ -361,6 +361,11 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> int:
+    if arguments.sweep:
+        for folder in arguments.runs:
+            for text in comparison(Path(folder)):
+                _write(text)
+        return 0
     from runner.report import write_comparison, write_report
 
     if len(arguments.runs) == 1:
@@ -376,10 +381,17 @@ def _run_sweep(arguments: argparse.Namespace, job: Job, trials: list[Trial]) -> 
     from runner.launch import launch
     from runner.local_sweep import run_trials
 
+    if arguments.resume or arguments.restart:
+        raise JobError([f"{arguments.job}: a [sweep] goes on with --run-dir and its folder"])
     passed = ["--threads", str(arguments.threads)] if arguments.threads else []
 
     def start(run: RunDir) -> int:
-        return launch(["rank", str(run.job), "--run-dir", str(run.path), *passed], arguments.ranks)
+        words = ["rank", str(run.job), "--run-dir", str(run.path), *passed]
+        try:
+            return launch(words, arguments.ranks)
+        except RunnerError as error:
+            complain(str(error))
+            return error.exit_code
 
     folder = (arguments.run_dir or arguments.runs / job.name / new_stamp()).absolute()
     _say(f"{job.name}: {len(open_trials(folder, trials))} of {len(trials)} trials to run, {folder}")

@@ -71,10 +71,6 @@ def add_verbs(verbs: Any, act: Callable[[argparse.Namespace], int]) -> None:
     stop.add_argument("named", metavar="RUN", nargs="+", type=Path, help="run folders")
     stop.set_defaults(act=act, words=_cancel)
 
-    sweep = verbs.add_parser("sweep", help="compare the trials of a sweep, with intervals")
-    sweep.add_argument("folder", metavar="SWEEP", type=Path, help="the sweep's folder")
-    sweep.set_defaults(act=act, words=lambda arguments: comparison(arguments.folder))
-
     may_requeue = verbs.add_parser("may-requeue")  # asked by the batch script
     may_requeue.add_argument("run", type=Path)
     may_requeue.set_defaults(act=act, words=_may_requeue)
@@ -114,7 +110,7 @@ def _submitted(order: Order, root: Path, run_dir: Path | None) -> Words:
     yield f"{name}: job {done.job_id}{array}, {order.where()}\n"
     if done.doubt:
         yield f"  SLURM could not start it on the nodes as they are now: {done.doubt}\n"
-    verbs = ("status {}", "cancel {}", "sweep {}")
+    verbs = ("status {}", "cancel {}", "report --sweep {}")
     for verb in verbs if order.trials else ("status {}", "logs {} -f", "cancel {}"):
         yield f"  spantune {verb.format(shlex.quote(below_here(done.folder)))}\n"
     for note in order.notes():

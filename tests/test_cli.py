@@ -26,7 +26,7 @@ PROBLEMS = [
     "job.toml:4: train.epoch: unknown key; did you mean epochs?",
 ]
 VERBS = ("check", "run", "predict", "evaluate", "report", "reproduce", "submit", "status", "logs")
-VERBS += ("cancel", "sweep", "schema")
+VERBS += ("cancel", "schema")
 CODES = {
     "JobError": 64,
     "DataError": 65,

@@ -352,20 +352,21 @@ def test_check_on_the_login_node_brings_all_that_the_run_needs(
     assert str(tmp_path) not in text  # the cache's folder stays here
 
 
-def test_what_is_missing_offline_ends_the_run_with_the_command_that_fetches_it(
+def test_what_is_missing_offline_ends_the_run_with_the_commands_that_fetch_it(
     hub, environment, job, tmp_path
 ):
     """And the commands, followed to the letter, are enough."""
     runs = tmp_path / "runs"
     done = spantune(environment, "rank", job, "--runs", runs, HF_HUB_OFFLINE="1")
     assert done.returncode == 69, done.stderr[-3000:]
+    assert f"{MODEL} and {DATA}" in done.stderr
     assert "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+    hf = Path(sys.executable).with_name("hf")
+    assert hf.is_file()
     commands = done.stderr.partition("on a machine with network run: ")[2].strip().split(" && ")
     for asset, command in zip((MODEL, DATA), map(shlex.split, commands), strict=True):
         assert command[:3] == ["hf", "download", asset]
-        hf = Path(sys.executable).with_name("hf")
-        assert hf.is_file()
         fetched = subprocess.run(
             [str(hf), *command[1:]],
             env=environment,

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from runner import cli
+from runner.errors import MachineError
 from runner.jobfile import load_job
 from runner.local_sweep import run_trials
 from runner.rundir import RunDir
@@ -97,7 +98,7 @@ def test_the_command(monkeypatch, capsys):
     out = capsys.readouterr().out
     assert "n: 1 of 3 trials to run" in out
     assert "3/3" in out
-    assert cli.main(["sweep", "s"]) == 0
+    assert cli.main(["report", "--sweep", "s"]) == 0
     assert "3/3" in capsys.readouterr().out
 
 
@@ -111,3 +112,26 @@ def test_a_rank_cannot_be_a_sweep():
     )
     assert done.returncode == 64
     assert done.stderr == "job.toml: has a [sweep]; start it with run or submit\n"
+
+
+def test_a_killed_trial_is_told_and_the_next_one_runs(monkeypatch, capsys):
+    machine = Machine()
+
+    def launch(arguments, _):
+        run = RunDir(arguments[3])
+        if load_job(run.job).seed == 1:
+            raise MachineError("the run was killed by SIGKILL")
+        return machine(run)
+
+    monkeypatch.setattr("runner.launch.launch", launch)
+    assert cli.main(["run", "job.toml", "--run-dir", "s"]) == 71
+    told = capsys.readouterr()
+    assert told.err == "the run was killed by SIGKILL\n"
+    assert machine.seeds == [2, 3]
+    assert "2/3" in told.out
+
+
+@pytest.mark.parametrize("option", [["--restart"], ["--resume", "s"]])
+def test_a_sweep_goes_on_by_its_folder(option, capsys):
+    assert cli.main(["run", "job.toml", *option]) == 64
+    assert "goes on with --run-dir and its folder" in capsys.readouterr().err

@@ -1,110 +1,18 @@
-"""A two-node SLURM cluster for the tests of this folder, and ways to look at its jobs."""
+"""A two-node SLURM cluster for the tests of this folder."""
 
 from __future__ import annotations
 
 import os
 import shutil
-import signal
 import subprocess
-import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-CHECKOUT = Path(__file__).resolve().parents[2]
-SCRIPT = Path(__file__).with_name("cluster.sh")
-PATIENCE = 180  # seconds; the machine may be busy
-
-
-class Cluster:
-    """The running cluster; its clients find it through SLURM_CONF."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def do(self, *command: object, check: bool = True) -> str:
-        """Run a command of SLURM's and return what it says."""
-        done = subprocess.run(
-            list(map(str, command)), capture_output=True, text=True, timeout=60, check=False
-        )
-        assert done.returncode == 0 or not check, f"{command}: {done.stderr}"
-        return done.stdout.strip()
-
-    def show(self, job: str) -> dict[str, str]:
-        """All that SLURM tells of a job: JobState, ExitCode, Restarts, Reason, BatchHost, ..."""
-        words = self.do("scontrol", "-o", "show", "job", job).split()
-        return dict(word.split("=", 1) for word in words if "=" in word)
-
-    def state(self, job: str) -> str:
-        return self.show(job)["JobState"]
-
-    def wait(self, job: str, *states: str) -> dict[str, str]:
-        """Wait until a job is in one of these states."""
-        until(lambda: self.state(job) in states, f"job {job} is {', '.join(states)}")
-        return self.show(job)
-
-    def step(self, script: str, **options: object) -> str:
-        """Submit a shell command as a job; return its number."""
-        given = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
-        return self.do("sbatch", "--parsable", "--output=/dev/null", *given, "--wrap", script)
-
-    def processes(self, job: str) -> dict[int, str]:
-        """Living processes of a job by id, each with its command line."""
-        found = {}
-        for path in Path("/proc").glob("[0-9]*"):
-            try:
-                environment = (path / "environ").read_bytes().split(b"\0")
-                dead = (path / "stat").read_text().rpartition(") ")[2].startswith("Z")
-                command = (path / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-            except OSError:
-                continue
-            ours = f"SLURM_CONF={self.folder}/slurm.conf".encode() in environment
-            if ours and f"SLURM_JOB_ID={job}".encode() in environment and not dead:
-                found[int(path.name)] = command
-        return found
-
-    def kill(self, job: str, begins: str, *, last: bool = False) -> None:
-        """Send SIGKILL to the first (or last) process of a job whose command line begins so."""
-        found = [pid for pid, line in self.processes(job).items() if line.startswith(begins)]
-        os.kill(max(found) if last else min(found), signal.SIGKILL)
-
-    def kill_node(self, node: str) -> None:
-        """Kill a node's slurmd, and nothing else."""
-        pid = int((self.folder / "run" / f"slurmd.{node}.pid").read_text())
-        os.kill(pid, signal.SIGKILL)
-
-    def start_node(self, node: str) -> None:
-        """Start a node's slurmd again."""
-        subprocess.run(["bash", SCRIPT, "node", self.folder, node], check=True)
-
-    def leaves_nothing(self, job: str) -> None:
-        """Wait until no process of an ended job is left, which SLURM takes a moment for."""
-        until(lambda: not self.processes(job), f"nothing is left of job {job}", 30)
-
-
-def until(true: Callable[[], bool], what: str, seconds: float = PATIENCE) -> None:
-    """Wait until something is so."""
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, f"after {seconds} s still not so: {what}"
-        time.sleep(0.1)
-
-
-def spantune(*arguments: object, check: bool = True, **variables: str):
-    """Run the command; return what it did."""
-    done = subprocess.run(
-        [sys.executable, "-m", "runner", *map(str, arguments)],
-        env={**os.environ, "PYTHONPATH": str(CHECKOUT), **variables},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0 or not check, done.stderr
-    return done
+from .cluster import SCRIPT, Cluster
+from .scenes import Jobs, begin
 
 
 @pytest.fixture(scope="session")
@@ -126,3 +34,13 @@ def cluster() -> Iterator[Cluster]:
         finally:
             subprocess.run(["bash", SCRIPT, "stop", folder], check=False)
     shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def jobs(cluster, tmp_path_factory) -> Jobs:
+    return Jobs(cluster, tmp_path_factory.mktemp("jobs"))
+
+
+@pytest.fixture(scope="session")
+def scenes(cluster, jobs) -> dict[str | int, tuple[str, Path]]:
+    return begin(cluster, jobs)

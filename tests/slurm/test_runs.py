@@ -14,7 +14,7 @@ import pytest
 from runner.rundir import RunDir
 from runner.slurm_jobs import read_submission
 
-from .conftest import CHECKOUT, Cluster, spantune, until
+from .cluster import CHECKOUT, Cluster, spantune, until
 
 DATA = CHECKOUT / "jobs" / "data"
 JOB = """
@@ -111,7 +111,7 @@ def job_file(tmp_path_factory, tiny) -> Path:
 
 
 @pytest.fixture(scope="module")
-def make(cluster, job_file, tmp_path_factory):
+def make(cluster, scenes, job_file, tmp_path_factory):
     runs = tmp_path_factory.mktemp("runs")
     return lambda name, *options: Run(cluster, job_file, runs / name, *options)
 
@@ -257,16 +257,17 @@ def test_after_all_this_it_has_the_same_weights(story, calm, cluster):
 # ---- a node that fails
 
 
-def test_a_failed_node_gives_the_run_to_another(calm, make, cluster):
-    run = make("failing", *ONE_NODE)
+def test_a_lost_node_gives_the_run_to_another(calm, make, cluster):
+    run = make("lost", *ONE_NODE)
     run.submit()
     run.get_going()
     first = cluster.show(run.job)["BatchHost"]
-    cluster.kill_node(first)  # its ranks live on for now, as after a lost network
+    ranks = cluster.lose_node(first, run.job)
     until(lambda: cluster.show(run.job)["Restarts"] == "1", "SLURM gives the node up")
     cluster.wait(run.job, "RUNNING")
     assert cluster.show(run.job)["BatchHost"] != first
-    cluster.start_node(first)
+    run.get_going()
+    cluster.find_node(first, ranks)  # it comes back, and its ranks want to go on
     end = cluster.wait(run.job, "COMPLETED", "FAILED", "CANCELLED", "NODE_FAIL")
     assert (end["JobState"], end["ExitCode"]) == ("COMPLETED", "0:0"), run.output()
     assert run.result()["weights_sha256"] == calm.result()["weights_sha256"]
@@ -288,7 +289,7 @@ def test_a_sweep_is_an_array_and_ends_in_a_table(cluster, job_file, tmp_path_fac
     for index in (0, 1):
         end = cluster.wait(f"{found[1]}_{index}", "COMPLETED", "FAILED")
         assert end["JobState"] == "COMPLETED"
-    table = spantune("sweep", folder).stdout
+    table = spantune("report", "--sweep", folder).stdout
     assert "2/2" in table
     assert spantune("status", folder, COLUMNS="200").stdout.count("finished") == 2
     # One trial is lost: it alone is run again.

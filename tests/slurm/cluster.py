@@ -1,0 +1,112 @@
+"""Ways to look at the jobs of the test cluster, and to hurt them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+SCRIPT = Path(__file__).with_name("cluster.sh")
+PATIENCE = 180  # seconds; the machine may be busy
+
+
+class Cluster:
+    """The running cluster; its clients find it through SLURM_CONF."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def do(self, *command: object, check: bool = True) -> str:
+        """Run a command of SLURM's and return what it says."""
+        done = subprocess.run(
+            list(map(str, command)), capture_output=True, text=True, timeout=60, check=False
+        )
+        assert done.returncode == 0 or not check, f"{command}: {done.stderr}"
+        return done.stdout.strip()
+
+    def show(self, job: str) -> dict[str, str]:
+        """All that SLURM tells of a job: JobState, ExitCode, Restarts, Reason, BatchHost, ..."""
+        words = self.do("scontrol", "-o", "show", "job", job).split()
+        return dict(word.split("=", 1) for word in words if "=" in word)
+
+    def state(self, job: str) -> str:
+        return self.show(job)["JobState"]
+
+    def wait(self, job: str, *states: str) -> dict[str, str]:
+        """Wait until a job is in one of these states."""
+        until(lambda: self.state(job) in states, f"job {job} is {', '.join(states)}")
+        return self.show(job)
+
+    def step(self, script: str, **options: object) -> str:
+        """Submit a shell command as a job; return its number."""
+        given = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+        return self.do("sbatch", "--parsable", "--output=/dev/null", *given, "--wrap", script)
+
+    def processes(self, job: str) -> dict[int, str]:
+        """Living processes of a job by id, each with its command line."""
+        found = {}
+        for path in Path("/proc").glob("[0-9]*"):
+            try:
+                environment = (path / "environ").read_bytes().split(b"\0")
+                dead = (path / "stat").read_text().rpartition(") ")[2].startswith("Z")
+                command = (path / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+            except OSError:
+                continue
+            ours = f"SLURM_CONF={self.folder}/slurm.conf".encode() in environment
+            if ours and f"SLURM_JOB_ID={job}".encode() in environment and not dead:
+                found[int(path.name)] = command
+        return found
+
+    def kill(self, job: str, begins: str, *, last: bool = False) -> None:
+        """Send SIGKILL to the first (or last) process of a job whose command line begins so."""
+        found = [pid for pid, line in self.processes(job).items() if line.startswith(begins)]
+        os.kill(max(found) if last else min(found), signal.SIGKILL)
+
+    def lose_node(self, node: str, job: str) -> list[int]:
+        """Let a node fall silent: its slurmd dies, the processes of a job there freeze. Returns
+        these."""
+        os.kill(int((self.folder / "run" / f"slurmd.{node}.pid").read_text()), signal.SIGKILL)
+        frozen = list(self.processes(job))
+        for pid in frozen:
+            os.kill(pid, signal.SIGSTOP)
+        return frozen
+
+    def find_node(self, node: str, frozen: list[int]) -> None:
+        """Bring it back: the processes go on, and its slurmd starts again a little later."""
+        for pid in frozen:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+        time.sleep(3)
+        subprocess.run(["bash", SCRIPT, "node", self.folder, node], check=True)
+
+    def leaves_nothing(self, job: str) -> None:
+        """Wait until no process of an ended job is left, which SLURM takes a moment for."""
+        until(lambda: not self.processes(job), f"nothing is left of job {job}", 30)
+
+
+def until(true: Callable[[], bool], what: str, seconds: float = PATIENCE) -> None:
+    """Wait until something is so."""
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, f"after {seconds} s still not so: {what}"
+        time.sleep(0.1)
+
+
+def spantune(*arguments: object, check: bool = True, **variables: str):
+    """Run the command; return what it did."""
+    done = subprocess.run(
+        [sys.executable, "-m", "runner", *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": str(CHECKOUT), **variables},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0 or not check, done.stderr
+    return done

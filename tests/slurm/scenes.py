@@ -1,0 +1,107 @@
+"""Batch scripts with a stand-in for the run, and what happens to them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from runner.job import Slurm
+from runner.slurm import sbatch_script, script_options
+from runner.slurm_jobs import sbatch
+
+from .cluster import Cluster, until
+
+STUB = Path(__file__).with_name("stub.py")
+
+
+class Jobs:
+    """Submits the script of a run that does what a plan says."""
+
+    def __init__(self, cluster: Cluster, folder: Path) -> None:
+        self.cluster, self.folder, self.count = cluster, folder, 0
+
+    def submit(self, plan: str, *, lives: int = 3, trials: int = 0, **section) -> tuple[str, Path]:
+        """Return the job's number and its run folder."""
+        self.count += 1
+        run = self.folder / f"the run {self.count}"  # spaces are quoted on the way
+        run.mkdir()
+        names = [f"trial-{number}" for number in range(trials)]
+        for name in names:
+            (run / name).mkdir()
+        settings = {"PLAN": plan, "LIVES": str(lives), "A_SETTING": "a:b"}
+        text = sbatch_script(
+            Slurm.model_validate({"environment": settings, **section}),
+            name="stub",
+            folder=run,
+            command=[sys.executable, "-u", str(STUB)],
+            written_by="test",
+            trials=names,
+            indices=range(trials),
+        )
+        (run / "submit.sh").write_text(text)
+        return sbatch(run / "submit.sh", script_options(text)), run
+
+
+def seen(run: Path, life: int, rank: int) -> dict[str, str]:
+    path = run / f"life-{life}-{rank}"
+    until(lambda: path.exists() and path.read_text() != "", f"{path} is there")
+    return json.loads(path.read_text())
+
+
+CODES = (64, 65, 69, 70, 71, 73, 76, 78)
+PAIR = {"ranks_per_node": 2}
+LIMIT = {"time": "1", "signal_seconds": 30}  # SLURM's shortest
+
+
+def begin(cluster: Cluster, jobs: Jobs) -> dict[str | int, tuple[str, Path]]:
+    """Start jobs that something happens to. SLURM takes its time over each, so all of them begin at
+    once; `test_batch` looks at how they end, `test_waits` at those that take minutes."""
+    made: dict[str | int, tuple[str, Path]] = {
+        "busy at the limit": jobs.submit("deaf", **LIMIT),
+        "warned of the limit": jobs.submit("listens", **LIMIT),
+        "killed rank": jobs.submit("listens", nodes=2, **PAIR),
+        "warned": jobs.submit("listens", nodes=2),
+        "warned early": jobs.submit("late", nodes=2),
+        "requeued": jobs.submit("listens", **PAIR),
+        "cancelled": jobs.submit("listens", nodes=2),
+        "warned, then cancelled": jobs.submit("deaf"),
+        "killed srun": jobs.submit("listens", nodes=2, **PAIR),
+        "idle": jobs.submit("idle", lives=3),
+        "no result": jobs.submit("0"),
+        "no requeue": jobs.submit("75", requeue=False),
+        "array": jobs.submit("listens", trials=2),
+        **{code: jobs.submit(str(code), **PAIR) for code in CODES},
+    }
+
+    def warn(name: str) -> None:
+        cluster.do("scancel", "--batch", "--signal=USR2", name)  # as --signal=B:USR2@... does
+
+    def up(scene: str, ranks: int) -> str:
+        for rank in range(ranks):
+            seen(made[scene][1], 0, rank)
+        return made[scene][0]
+
+    cluster.kill(up("killed rank", 4), sys.executable)
+    cluster.kill(up("killed srun", 4), "srun ")
+    for scene in ("warned", "warned early"):
+        warn(up(scene, 2))
+    cluster.do("scontrol", "requeue", up("requeued", 2))
+    cluster.do("scancel", up("cancelled", 2))
+    warn(up("warned, then cancelled", 1))
+    job, run = made["array"]
+    for index in (0, 1):
+        seen(run / f"trial-{index}", 0, 0)
+    warn(f"{job}_1")
+    return made
+
+
+def outcome(cluster: Cluster, job: str) -> tuple[str, str, str]:
+    """State, exit code and number of requeues of a job, once it has ended."""
+    end = cluster.wait(job, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+    cluster.leaves_nothing(job)
+    return end["JobState"], end["ExitCode"], end["Restarts"]
+
+
+def first_signal(run: Path, rank: int) -> str:
+    return (run / f"signals-0-{rank}").read_text().split()[0]

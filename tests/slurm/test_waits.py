@@ -1,0 +1,35 @@
+"""What SLURM takes minutes for, with the stand-in: begun in `scenes`, looked at last."""
+
+from __future__ import annotations
+
+from .scenes import PAIR, first_signal, outcome, seen
+
+
+def test_a_killed_rank_takes_the_others_with_it(cluster, scenes):
+    # These do not notice, as real ones would: after a minute they are killed.
+    assert outcome(cluster, scenes["killed rank"][0]) == ("FAILED", "137:0", "0")
+
+
+def test_the_time_limit(cluster, scenes):
+    job, run = scenes["busy at the limit"]
+    state, _, restarts = outcome(cluster, job)
+    assert (state, restarts) == ("TIMEOUT", "0")
+    signals = (run / "signals-0-0").read_text().split()
+    assert (signals[0], signals[-1]) == ("SIGUSR2", "SIGTERM")
+
+
+def test_the_warning_before_the_time_limit(cluster, scenes):
+    job, run = scenes["warned of the limit"]
+    assert outcome(cluster, job) == ("COMPLETED", "0:0", "1")
+    assert first_signal(run, 0) == "SIGUSR2"
+
+
+def test_preemption_saves_requeues_and_goes_on(cluster, jobs, scenes):
+    job, run = jobs.submit("listens", nodes=2, **PAIR)
+    for rank in range(4):
+        seen(run, 0, rank)
+    urgent = cluster.step("sleep 1", partition="high", nodes=2, ntasks_per_node=16)
+    assert outcome(cluster, urgent)[0] == "COMPLETED"
+    assert outcome(cluster, job) == ("COMPLETED", "0:0", "1")
+    for rank in range(4):
+        assert first_signal(run, rank) == "SIGUSR2"
