@@ -110,7 +110,7 @@ def check_assets(job: Job) -> None:
     missing = not_cached(job, {})
     if missing:
         why = f"{told} is set" if told else f"{_door()[0]} cannot be reached"
-        fetch = "; ".join(asset.fetch for asset in missing)
+        fetch = " && ".join(asset.fetch for asset in missing)
         names = one_of(tuple(asset.name for asset in missing)).replace(" or ", " and ")
         raise AssetError(
             f"not in the cache, and {why}: {names}; on a machine with network run: {fetch}"

@@ -160,6 +160,10 @@ class Crew:
             return True
         return True
 
+    def has_spoken(self) -> bool:
+        """Whether some rank has told the user why the run ends."""
+        return entry_file(self._run, self._attempt, "spoken").exists()
+
     def _name(self, rank: int) -> str:
         return f"rank-{rank:04d}"
 

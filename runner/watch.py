@@ -108,20 +108,37 @@ class Watch:
     # --- the watching thread
 
     def _follow(self) -> None:
-        beaten = time.monotonic()
+        beaten, spoken = time.monotonic(), None
         while not self._over.wait(min(TICK, self._seconds / 4)):
             if time.monotonic() > beaten + min(BEAT, self._seconds / 4):
                 beaten = time.monotonic()
                 with suppress(OSError):  # away for a moment; where it matters, writing says so
                     self._crew.beat()
+            if spoken is None and self._crew.has_spoken():
+                spoken = time.monotonic()
+            if spoken is not None and time.monotonic() > spoken + PATIENCE:
+                self._follow_out()
             if self._launcher.is_gone():
                 signals.ask("the end of its launcher")
             quiet = time.monotonic() - self._since
             if self._bounded and quiet > self._seconds:
                 self._give_up(self._own_place())
-            silent = [r for r in self._others() if (self._crew.silence(r) or 0) > self._seconds]
-            if silent:
+            silent = {r for r in self._others() if (self._crew.silence(r) or 0) > self._seconds}
+            if silent and not silent <= set(self._crew.words()):
                 self._give_up(Words(MachineError.exit_code, f"waited at {self.place}", waits=True))
+
+    def _follow_out(self) -> None:
+        """End this rank after the run has ended elsewhere: its main thread does not notice, waiting
+        on a device for a rank that is gone."""
+        if not self._over.is_set():
+            words = sorted(self._crew.words().items())
+            codes = [said.code for _, said in words if not said.waits]
+            self._leave(codes[0] if codes else MachineError.exit_code)
+
+    def _leave(self, code: int) -> None:
+        if self._attempt is not None:
+            self._attempt.end(code)
+        os._exit(code)
 
     def _others(self) -> list[int]:
         """The ranks that this one looks after: rank 0 after all, rank 1 after rank 0."""
@@ -155,6 +172,4 @@ class Watch:
             return  # the main thread has come to an end meanwhile, and explains it
         if self._crew.speaks_first():
             complain(str(error))
-        if self._attempt is not None:
-            self._attempt.end(error.exit_code)
-        os._exit(error.exit_code)
+        self._leave(error.exit_code)

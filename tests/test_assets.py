@@ -93,7 +93,7 @@ def test_all_that_is_missing_is_named(no_hub):
         check_assets(job())
     assert str(caught.value) == (
         "not in the cache, and 127.0.0.1 cannot be reached: o/m and o/d; on a machine with network"
-        f" run: hf download o/m {SAFETENSORS}; hf download o/d --repo-type dataset"
+        f" run: hf download o/m {SAFETENSORS} && hf download o/d --repo-type dataset"
     )
     assert caught.value.exit_code == 69
 

@@ -356,14 +356,13 @@ def test_what_is_missing_offline_ends_the_run_with_the_command_that_fetches_it(
     hub, environment, job, tmp_path
 ):
     """And the commands, followed to the letter, are enough."""
-    for asset in (MODEL, DATA):
-        runs = tmp_path / "runs"
-        done = spantune(environment, "rank", job, "--runs", runs, HF_HUB_OFFLINE="1")
-        assert done.returncode == 69, done.stderr[-3000:]
-        assert asset in done.stderr
-        assert "Traceback" not in done.stderr
-        assert len(done.stderr.strip().splitlines()) == 1
-        command = shlex.split(done.stderr.partition("on a machine with network run: ")[2])
+    runs = tmp_path / "runs"
+    done = spantune(environment, "rank", job, "--runs", runs, HF_HUB_OFFLINE="1")
+    assert done.returncode == 69, done.stderr[-3000:]
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    commands = done.stderr.partition("on a machine with network run: ")[2].strip().split(" && ")
+    for asset, command in zip((MODEL, DATA), map(shlex.split, commands), strict=True):
         assert command[:3] == ["hf", "download", asset]
         hf = Path(sys.executable).with_name("hf")
         assert hf.is_file()

@@ -32,7 +32,8 @@ def listener(after: str = "", **options) -> subprocess.Popen[str]:
         cwd=ROOT,
         stdout=subprocess.PIPE,
         text=True,
-        **options,
+        # `nohup` hands down an ignored SIGHUP, which stays ignored, as it should.
+        **{"preexec_fn": lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL), **options},
     )
     assert process.stdout
     assert process.stdout.readline() == "ready\n"

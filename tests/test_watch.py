@@ -148,3 +148,15 @@ def test_a_rank_that_gives_no_sign_of_life_is_named_even_so(tmp_path):
     assert "rank 1 (" in done.stderr
     assert "gives no sign of life" in done.stderr
     assert "take_a_nap" not in done.stderr
+
+
+def test_a_rank_that_does_not_notice_the_end_follows_with_its_code(tmp_path):
+    before = (
+        "other = Crew(RunDir(sys.argv[1]), 1, 1, 2)\n"
+        "other.appear()\n"
+        "from runner.crew import Words\n"
+        "other.leave(Words(76, 'the loss is nan', waits=False))\n"
+        "other.speaks_first(at_once=True)"
+    )
+    done = stuck(tmp_path, nap=60, bounded=False, world=2, before=before)
+    assert (done.returncode, done.stderr) == (76, "")
