@@ -28,8 +28,8 @@ class Batch:
 
     Attributes:
         rows_B: int64 numpy, positions of the windows in the data set.
-        tokens_T: int64, token ids end to end.
-        types_T: int64, segment ids.
+        tokens_T: int32, token ids end to end.
+        types_T: int32, segment ids.
         segments_B2: int64, (offset, length) of each window in tokens_T.
         starts_B: int64, label; -1 in a batch that only keeps ranks in step.
         ends_B: int64, the same for the last token.
@@ -208,10 +208,12 @@ def outline(windows: Windows, rows: np.ndarray) -> Outline:
 def collate(windows: Windows, rows: np.ndarray) -> Batch:
     """Gather windows into a batch; for no rows, the stand-in of `outline`."""
     found = outline(windows, rows)
-    index_T = ranges(found.firsts_B, found.segments_B2[:, 1].numpy())
-    tokens_T, types_T = np.empty((2, len(index_T)), dtype=np.int64)
-    tokens_T[:] = windows.tokens_T.take(index_T, mode="clip")  # "raise" would take twice as long
-    types_T[:] = windows.types_T.take(index_T, mode="clip")
+    lengths_B = found.segments_B2[:, 1].numpy()
+    # Slices of whole windows: an index of each token would cost more than its copy.
+    low, high = found.firsts_B, found.firsts_B + lengths_B
+    slices = list(map(slice, low.tolist(), high.tolist()))
+    tokens_T = np.concatenate([windows.tokens_T[part] for part in slices])
+    types_T = np.concatenate([windows.types_T[part] for part in slices], dtype=np.int32)
     return Batch(
         rows_B=found.rows_B,
         tokens_T=torch.from_numpy(tokens_T),
@@ -230,9 +232,9 @@ def pad(batch: Batch, pad_id: int, multiple: int = 1) -> Padded:
     longest = -(-int(lengths_B.max()) // multiple) * multiple
     count = len(lengths_B)
     slots_T = ranges(np.arange(count) * longest, lengths_B)
-    input_ids = np.full(count * longest, pad_id, dtype=np.int64)
+    input_ids = np.full(count * longest, pad_id, dtype=np.int32)
     input_ids[slots_T] = batch.tokens_T.numpy()
-    types, mask = np.zeros((2, count * longest), dtype=np.int64)
+    types, mask = np.zeros((2, count * longest), dtype=np.int32)
     types[slots_T] = batch.types_T.numpy()
     mask[slots_T] = 1
     segments_B2 = np.stack([np.arange(count) * longest, lengths_B], axis=1)
@@ -246,16 +248,19 @@ def pad(batch: Batch, pad_id: int, multiple: int = 1) -> Padded:
 def pack(batch: Batch, pad_id: int, packing: Packing) -> Packed:
     """Lay a batch out as [1, T], its windows one after another, positions counted anew in each."""
     bounds, fill = packed_bounds(batch.segments_B2, packing)
-    offsets_B, lengths_B = batch.segments_B2.numpy().T
-    total = len(batch.tokens_T)
-    # What fills up may be longer than the model has positions: it stays at the first.
-    positions_T = np.full(total + fill, packing.first_position)
-    positions_T[:total] += np.arange(total)
-    positions_T[:total] -= np.repeat(offsets_B, lengths_B)
+    lengths = batch.segments_B2.numpy()[:, 1].tolist()
+    last = packing.first_position + max(lengths)
+    ladder = np.arange(packing.first_position, last, dtype=np.int32)
+    steps = [ladder[:length] for length in lengths]
+    tokens_T, types_T = batch.tokens_T, batch.types_T
+    if fill:  # it may be longer than the model has positions: it stays at the first
+        steps.append(ladder[:1].repeat(fill))
+        tokens_T = torch.cat([tokens_T, tokens_T.new_full((fill,), pad_id)])
+        types_T = torch.cat([types_T, types_T.new_zeros(fill)])
     return Packed(
-        input_ids_1T=_extended(batch.tokens_T, fill, pad_id),
-        types_1T=_extended(batch.types_T, fill, 0),
-        positions_1T=torch.from_numpy(positions_T)[None],
+        input_ids_1T=tokens_T.unsqueeze(0),
+        types_1T=types_T.unsqueeze(0),
+        positions_1T=torch.from_numpy(np.concatenate(steps)).unsqueeze(0),
         segments_B2=batch.segments_B2,
         bounds=bounds,
     )
@@ -263,23 +268,18 @@ def pack(batch: Batch, pad_id: int, packing: Packing) -> Packed:
 
 def packed_bounds(segments_B2: Tensor, packing: Packing) -> tuple[Bounds, int]:
     """Where the windows of a packed batch end, on the CPU, and how many tokens fill it up."""
-    offsets, lengths = segments_B2.T.tolist()
+    offsets, lengths = segments_B2.numpy().T.tolist()
     total = offsets[-1] + lengths[-1]
     fill = 0 if packing.multiple == 1 else packing.multiple - total % packing.multiple
     ends = [*offsets, total, total + fill] if fill else [*offsets, total]
     longest = max(packing.longest, packing.multiple if fill else 0, *lengths)
-    return Bounds(torch.tensor(ends, dtype=torch.int32), longest, () if fill else tuple(ends)), fill
-
-
-def _extended(values_T: Tensor, fill: int, value: int) -> Tensor:
-    if fill == 0:
-        return values_T[None]
-    return torch.cat([values_T, values_T.new_full((fill,), value)])[None]
+    bounds_S1 = torch.from_numpy(np.array(ends, dtype=np.int32))
+    return Bounds(bounds_S1, longest, () if fill else tuple(ends)), fill
 
 
 def send(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """Move the int64 and int32 tensors of a batch to a device: one pinned buffer, one copy that
-    nobody waits for. On a CPU they stay where they are."""
+    """Move the integers of a batch to a device: one pinned buffer, one copy that nobody waits for.
+    On a CPU they stay where they are."""
     if device.type == "cpu":
         return list(tensors)
     # One at a time they would be half a dozen copies, each as slow as all of them together.

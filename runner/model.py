@@ -160,7 +160,9 @@ def model_inputs(batch: Padded | Packed, *, segment_ids: bool) -> dict[str, Any]
     """
     inputs: dict[str, Any]
     if isinstance(batch, Packed):
-        inputs = {"input_ids": batch.input_ids_1T, "position_ids": batch.positions_1T}
+        # Without segment ids RoBERTa looks some up by position, which takes int64.
+        positions_1T = batch.positions_1T if segment_ids else batch.positions_1T.long()
+        inputs = {"input_ids": batch.input_ids_1T, "position_ids": positions_1T}
         inputs["packed"] = batch.bounds
         types = batch.types_1T
     else:

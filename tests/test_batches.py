@@ -197,8 +197,9 @@ def test_collate_and_pad_are_the_plain_loop(lengths_N, multiple, data):
     assert len(batch.tokens_T) == offset
     assert padded.input_ids_BL.shape == (len(rows), longest)
     assert (padded.mask_BL is None) == (offset == len(rows) * longest)
-    tensors = (batch.tokens_T, batch.types_T, batch.segments_B2, batch.starts_B, batch.ends_B)
-    assert {t.dtype for t in (*tensors, padded.input_ids_BL, padded.types_BL)} == {torch.int64}
+    tensors = (batch.tokens_T, batch.types_T, padded.input_ids_BL, padded.types_BL)
+    assert {t.dtype for t in tensors} == {torch.int32}
+    assert {t.dtype for t in (batch.segments_B2, batch.starts_B, batch.ends_B)} == {torch.int64}
 
 
 def test_no_rows_become_the_shortest_window_without_labels():

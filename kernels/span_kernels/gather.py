@@ -32,7 +32,7 @@ def gather_windows(
         first_position: position of a window's first token.
 
     Returns:
-        int64 [3, T] on the device of the tokens: token ids, segment ids, positions.
+        int32 [3, T] on the device of the tokens: token ids, segment ids, positions.
 
     Raises:
         ValueError: a shape does not fit.
@@ -53,15 +53,15 @@ def _gather(
     first_position: int,
     pad_id: int,
 ) -> Tensor:
-    out_3T = tokens_N.new_zeros((3, total), dtype=torch.int64)
+    out_3T = tokens_N.new_zeros((3, total), dtype=torch.int32)
     out_3T[0] = pad_id
     out_3T[2] = first_position
     bounds_B1 = bounds_B1.long()
     lengths_B, used = bounds_B1.diff(), int(bounds_B1[-1])
     place_T = torch.arange(used) - torch.repeat_interleave(bounds_B1[:-1], lengths_B)
     index_T = torch.repeat_interleave(firsts_B, lengths_B) + place_T
-    out_3T[0, :used], out_3T[1, :used] = tokens_N[index_T].long(), types_N[index_T].long()
-    out_3T[2, :used] += place_T
+    out_3T[0, :used], out_3T[1, :used] = tokens_N[index_T].int(), types_N[index_T].int()
+    out_3T[2, :used] += place_T.int()
     return out_3T
 
 
@@ -82,4 +82,4 @@ def _gather_triton(
 
 @_gather.register_fake
 def _(tokens_N, types_N, firsts_B, bounds_B1, total, first_position, pad_id):
-    return tokens_N.new_empty((3, total), dtype=torch.int64)
+    return tokens_N.new_empty((3, total), dtype=torch.int32)

@@ -43,8 +43,8 @@ def _gather_kernel(
     inside_E = token_E < total
     place_E = token_E - tl.load(bounds_B1 + owner_E, mask=real_E, other=0)
     source_E = tl.load(firsts_B + owner_E, mask=real_E, other=0) + place_E
-    token_id_E = tl.load(tokens_N + source_E, mask=real_E & inside_E, other=0).to(tl.int64)
-    type_E = tl.load(types_N + source_E, mask=real_E & inside_E, other=0).to(tl.int64)
+    token_id_E = tl.load(tokens_N + source_E, mask=real_E & inside_E, other=0).to(tl.int32)
+    type_E = tl.load(types_N + source_E, mask=real_E & inside_E, other=0).to(tl.int32)
     tl.store(out_3T + token_E, tl.where(real_E, token_id_E, pad_id), mask=inside_E)
     tl.store(out_3T + total + token_E, tl.where(real_E, type_E, 0), mask=inside_E)
     position_E = first_position + tl.where(real_E, place_E, 0)
@@ -62,7 +62,7 @@ def gather(
     block: int = 128,
 ) -> Tensor:
     """See `span_kernels.gather_windows`; `block` is for tests."""
-    out_3T = torch.empty((3, total), dtype=torch.int64, device=tokens_N.device)
+    out_3T = torch.empty((3, total), dtype=torch.int32, device=tokens_N.device)
     if total == 0:
         return out_3T
     windows = firsts_B.shape[0]

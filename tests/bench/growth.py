@@ -91,6 +91,7 @@ def answer(windows: Any, examples: list[Any]) -> None:
     from runner.job import Score
     from runner.ranks import Rank
     from runner.reading import Read
+    from runner.records import LISTED
     from runner.scoring import read_windows
 
     class Guesser(torch.nn.Module):
@@ -116,6 +117,7 @@ def answer(windows: Any, examples: list[Any]) -> None:
         Score(),
         Rank(0, 1, 0, 1),
         unanswerable=False,
+        keep=LISTED,
     )
 
 

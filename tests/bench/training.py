@@ -129,17 +129,17 @@ def operations(shape: str, lengths_N: np.ndarray) -> float:
     return 3 * (2 * weights * tokens + 4 * layers * width * squares)
 
 
-def matrix_peak(device: torch.device, dtype: torch.dtype) -> float:
+def matrix_peak(device: torch.device, dtype: torch.dtype, clock: Callable[[], float]) -> float:
     """Operations a second of a large product of matrices, the best of some."""
     size = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     best = float("inf")
     for _ in range(10):
         wait(device)
-        began = time.perf_counter()
+        began = clock()
         a @ b
         wait(device)
-        best = min(best, time.perf_counter() - began)
+        best = min(best, clock() - began)
     return 2 * size**3 / best
 
 
@@ -348,10 +348,12 @@ class Bench:
                 step(rows)
             wait(self.device)
 
+        clock = time.process_time if self.args.cpu_time else time.perf_counter
         times = measuring.interleaved(
-            {name: lambda step=step: run(step) for name, step in modes.items()}, rounds
+            {name: lambda step=step: run(step) for name, step in modes.items()}, rounds, clock
         )
-        peak = matrix_peak(self.device, torch.bfloat16 if self.on_gpu else torch.float32)
+        dtype = torch.bfloat16 if self.on_gpu else torch.float32
+        peak = matrix_peak(self.device, dtype, clock)
         lengths_N = self.windows.lengths_N[np.concatenate(chosen)]
         work = operations(self.args.shape, lengths_N)
         first = times[next(iter(times))]
@@ -376,6 +378,8 @@ class Bench:
             f" tokens on average, {self.precision}; medians of {args.rounds} interleaved rounds of"
             f" {args.steps} steps."
         )
+        if args.cpu_time:
+            settings += " CPU seconds of one thread."
         if args.shape == "tiny":
             settings += " A trial of the script, not a result."
         text = measuring.report(f"Training, {part}", rows, [settings, *notes])
@@ -396,9 +400,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--warmup", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="on a CPU: one thread and its own seconds, which company on the machine changes little",
+    )
     parser.add_argument("--table", type=Path, help="append the tables to this file")
     args = parser.parse_args()
-    device = start_distributed(RANK)
+    device = start_distributed(RANK, 1 if args.cpu_time else None)
     bench = Bench(args, device)
     half = SHAPES[args.shape][1] // 2
     bottom = ("embeddings", f"encoder.layer.0-{half - 1}")

@@ -16,7 +16,7 @@ def by_hand(tokens, types, firsts, lengths, total, first_position, pad_id):
         for n in range(length):
             out[place] = [tokens[first + n], types[first + n], first_position + n]
             place += 1
-    return torch.tensor(out, dtype=torch.int64).reshape(-1, 3).T
+    return torch.tensor(out, dtype=torch.int32).reshape(-1, 3).T
 
 
 def batch_of(lengths, device, seed=0):
@@ -38,7 +38,7 @@ def test_windows_come_end_to_end(lengths, fill, device):
     tokens, types, firsts, inputs = batch_of(lengths, device)
     total = sum(lengths) + fill
     found = gather_windows(*inputs, total, first_position=2, pad_id=99)
-    assert found.dtype == torch.int64
+    assert found.dtype == torch.int32
     assert found.device == inputs[0].device
     wanted = by_hand(tokens.tolist(), types.tolist(), firsts, lengths, total, 2, 99)
     assert torch.equal(found.cpu(), wanted)
