@@ -403,7 +403,7 @@ def main() -> None:
     parser.add_argument(
         "--cpu-time",
         action="store_true",
-        help="on a CPU: one thread and its own seconds, which company on the machine changes little",
+        help="on a CPU: one thread and its own seconds, which company changes little",
     )
     parser.add_argument("--table", type=Path, help="append the tables to this file")
     args = parser.parse_args()
