@@ -77,6 +77,13 @@ class Run:
         files = sorted(self.folder.attempts.glob("*.end.json"))
         return [json.loads(path.read_text())["exit_code"] for path in files]
 
+    def saved_and_requeued(self, times: int, ends: int) -> bool:
+        """Whether SLURM has begun it anew `times` times, after one more end than `ends`, by 75.
+        SLURM counts a restart at once, while the life before it is still saving."""
+        until(lambda: self.cluster.show(self.job)["Restarts"] == f"{times}", "it is requeued")
+        until(lambda: len(self.ends()) > ends, "the life that is requeued ends")
+        return self.ends()[ends:] == [75]
+
     def result(self) -> dict:
         return json.loads(self.folder.result.read_text())
 
@@ -218,29 +225,29 @@ def test_a_killed_launcher_leaves_no_rank(story, cluster):
 
 
 def test_requeue_goes_on(story, cluster):
+    before = len(story.ends())
     story.submit()
     story.get_going()
     cluster.do("scontrol", "requeue", story.job)
-    until(lambda: cluster.show(story.job)["Restarts"] == "1", "it is requeued")
-    assert story.ends()[-1] == 75
+    assert story.saved_and_requeued(1, before)
     cluster.wait(story.job, "RUNNING")
     story.get_going()
 
 
 def test_a_warning_saves_and_goes_on(story, cluster):
+    before = len(story.ends())
     cluster.do("scancel", "--batch", "--signal=USR2", story.job)  # as --signal=B:USR2@... does
-    until(lambda: cluster.show(story.job)["Restarts"] == "2", "it is requeued")
-    assert story.ends()[-1] == 75
+    assert story.saved_and_requeued(2, before)
     assert "stopped by SIGUSR2" in story.output()
     cluster.wait(story.job, "RUNNING")
     story.get_going()
 
 
 def test_preemption_goes_on(story, cluster):
+    before = len(story.ends())
     urgent = cluster.step("sleep 1", partition="high", nodes=2, ntasks_per_node=16)
     cluster.wait(urgent, "COMPLETED")
-    until(lambda: cluster.show(story.job)["Restarts"] == "3", "it is requeued")
-    assert story.ends()[-1] == 75
+    assert story.saved_and_requeued(3, before)
 
 
 def test_after_all_this_it_has_the_same_weights(story, calm, cluster):
@@ -308,7 +315,9 @@ def test_a_sweep_is_an_array_and_ends_in_a_table(cluster, job_file, tmp_path_fac
 def test_a_node_without_network_names_what_is_missing(cluster, job_file, make):
     path = job_file.with_name("offline.toml")
     text = re.sub(r'(?m)^name = "/.*"$', 'name = "o/nowhere"', job_file.read_text())
-    path.write_text(text + 'HF_ENDPOINT = "http://127.0.0.1:9"\nHF_HOME = "/nowhere"\n')
+    path.write_text(
+        text + 'HF_ENDPOINT = "http://127.0.0.1:9"\nHF_HOME = "/nowhere"\nHF_HUB_OFFLINE = "0"\n'
+    )
     run = Run(cluster, path, job_file.parent / "offline", *ONE_NODE)
     run.submit()
     end = cluster.wait(run.job, "COMPLETED", "FAILED")
@@ -341,5 +350,8 @@ def test_what_could_never_start_is_doubted(cluster, job_file):
     done = spantune("submit", job_file, "--runs", runs, "--set", "slurm.nodes=4")
     assert "SLURM could not start it on the nodes as they are now: Requested node" in done.stdout
     [folder] = runs.glob("*/*")
-    assert "pending (PartitionConfig)" in spantune("status", folder, COLUMNS="200").stdout
+    until(  # the scheduler gives its reason when it has looked at the job
+        lambda: "pending (PartitionConfig)" in spantune("status", folder, COLUMNS="200").stdout,
+        "SLURM says why it waits",
+    )
     assert "is cancelled" in spantune("cancel", folder).stdout
