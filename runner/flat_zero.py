@@ -24,6 +24,7 @@ from span_kernels import grad_norm_and_finite
 from torch import Tensor, nn
 
 from runner.errors import JobError
+from runner.exchange import open_exchange
 
 # What DeepSpeed's optimiser is built with here. Another version may have renamed one of these.
 _ARGUMENTS = frozenset(
@@ -110,10 +111,9 @@ class FlatStep:
         self.groups = groups
         self.process_group = process_group
         self.world = dist.get_world_size(process_group)
-        # gloo has no average: the sum is divided where the gradient is clipped.
-        self.averages = self.world > 1 and dist.get_backend(process_group) == "nccl"
         # Padding between and behind parameters stays zero for good.
-        self.gradients = [torch.zeros_like(group.weights, dtype=dtype) for group in groups]
+        self.exchange = open_exchange([group.weights for group in groups], dtype, process_group)
+        self.gradients = self.exchange.gradients
         self._views = [
             [
                 gradient.narrow(0, offset, parameter.numel()).view(parameter.shape)
@@ -156,10 +156,7 @@ class FlatStep:
             not finite, else 0.0; and what the shares must be divided by to be that gradient. The
             two scalars are on the device and alike on every rank.
         """
-        shares = [
-            self._share(group, gradient)
-            for group, gradient in zip(self.groups, self.gradients, strict=True)
-        ]
+        shares = self.exchange.shares()
         self._filled = False
         found = [grad_norm_and_finite(share) for share in shares]
         squared = torch.stack([square.float() for square, _ in found]).sum()
@@ -167,20 +164,9 @@ class FlatStep:
         totals_2 = torch.stack([squared, bad])
         if self.world > 1:
             dist.all_reduce(totals_2, group=self.process_group)
-        divisor = loss_scale * (1 if self.averages else self.world)
+        # Where ranks only add up, the sum is divided as the gradient is clipped.
+        divisor = loss_scale * (1 if self.exchange.averages else self.world)
         return shares, totals_2[0].sqrt() / divisor, totals_2[1], divisor
-
-    def _share(self, group: Group, gradient: Tensor) -> Tensor:
-        if self.world == 1:
-            return gradient
-        size = group.mine.numel()
-        if not self.averages:  # gloo's reduce-scatter takes twice as long as its all-reduce
-            dist.all_reduce(gradient, group=self.process_group)
-            return gradient.narrow(0, dist.get_rank(self.process_group) * size, size)
-        share = gradient.new_empty(size)
-        operation = dist.ReduceOp.AVG
-        dist.reduce_scatter_tensor(share, gradient, op=operation, group=self.process_group)
-        return share
 
     def apply(self, optimiser: Any, shares: Sequence[Tensor], divisor: Tensor, bad: Tensor) -> None:
         """Let torch's fused AdamW update the weights, and hand every rank's part to all.
@@ -196,18 +182,7 @@ class FlatStep:
             group.master.grad = None
             if not group.in_place:
                 group.mine.copy_(group.master)
-            self._hand_out(group)
-
-    def _hand_out(self, group: Group) -> None:
-        """Give every rank's part of the weights to all."""
-        if self.world == 1:
-            return
-        if self.averages:
-            dist.all_gather_into_tensor(group.weights, group.mine, group=self.process_group)
-            return
-        # gloo's all-gather takes four times as long as these.
-        for rank, part in enumerate(group.weights.chunk(self.world)):
-            dist.broadcast(part, dist.get_global_rank(self.process_group, rank), self.process_group)
+        self.exchange.hand_out()
 
 
 def flat_engine(
@@ -241,6 +216,7 @@ def flat_engine(
             several = self.gradient_accumulation_steps > 1
             dtype = self.gradient_accumulation_dtype if several else self.dtype
             self._flat = FlatStep(groups, dtype, self.dp_process_group)
+            self.exchanged_by = self._flat.exchange.kind
 
         def _get_groups_without_padding(self, groups_with_padding: Any) -> list[Tensor]:
             # For a checkpoint: a master copy that is part of the weights would drag all of them

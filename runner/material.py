@@ -15,6 +15,7 @@ from runner.control import main_first
 from runner.dataset import Example
 from runner.ending import stop_if_asked
 from runner.engine import deepspeed_config, start_engine
+from runner.exchange import SharedMemory
 from runner.features import Windows, build_windows
 from runner.job import Job
 from runner.layout import Layout, batch_layout
@@ -94,6 +95,8 @@ class Material:
         )
         yield self.span_loss.described()
         yield from self.computing.described()
+        if getattr(self.engine.optimizer, "exchanged_by", "") == SharedMemory.kind:
+            yield "exchange: shared memory (all ranks are on CPUs of one machine)"
         yield from self.kept
 
 

@@ -28,7 +28,7 @@ FLOORS = {
     ],
     2: [
         *("hub", "dataset", "features", "feature_cache", "batches", "model", "prepare"),
-        *("noise", "attention", "packing", "frozen", "resident", "reading"),
+        *("noise", "attention", "packing", "frozen", "resident", "reading", "exchange"),
         *("spans", "span_search", "metrics", "metric_objects"),
         "tracker_process",
         *("control", "shards", "plain", "ending"),
