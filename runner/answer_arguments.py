@@ -9,6 +9,9 @@ from pathlib import Path
 
 from runner.job import Columns
 
+_FOR_A_MODEL = ("output", "null_threshold", "max_answer_length", "batch_size", "device", "threads")
+_FOR_PREDICTIONS = ("no_answer", "no_answer_threshold")
+
 
 class UsageError(Exception):
     """The arguments do not go together; the command ends with 2, as for any wrong command line."""
@@ -113,7 +116,6 @@ def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-answer-threshold",
         type=float,
-        default=1.0,
         metavar="P",
         help="above this probability no answer counts as given (1.0)",
     )
@@ -154,6 +156,29 @@ def check_predict(arguments: argparse.Namespace, *, from_terminal: bool) -> None
             raise UsageError("give both --question and --context and no FILE, or a FILE alone")
     elif arguments.file in (None, "-") and from_terminal:
         raise UsageError("give a FILE, or --question and --context, or lines of JSON on stdin")
+
+
+def check_evaluate(arguments: argparse.Namespace) -> bool:
+    """Refuse arguments of `evaluate` that would have no effect.
+
+    Returns:
+        Whether a file of predictions is to be scored, not a model.
+
+    Raises:
+        UsageError: naming the argument.
+    """
+    is_file = arguments.model.endswith((".json", ".jsonl"))
+    idle = _FOR_A_MODEL if is_file else _FOR_PREDICTIONS
+    for name in idle:
+        if getattr(arguments, name) is not None:
+            option = f"--{name.replace('_', '-')}"
+            raise UsageError(
+                f"{option} is for a model; {arguments.model} is a file of predictions"
+                if is_file
+                else f"{option} is for a file of predictions (.json, .jsonl); {arguments.model} is"
+                " a model"
+            )
+    return is_file
 
 
 def columns_of(items: Sequence[str]) -> Columns:

@@ -22,13 +22,15 @@ KEY = "spantune"
 
 @dataclass(frozen=True, config=ConfigDict(strict=True))
 class Tuned:
-    """The questions on which a null threshold was tuned, and the percent it reached there."""
+    """The questions on which a null threshold was tuned, the percent it reached there, and the
+    job's own threshold, in whose place it stands."""
 
     source: str
     sha256: str
     questions: int
     metric: Literal["f1", "exact_match"]
     percent: float
+    default: float = 0.0
 
 
 class Answering(Section):
@@ -50,6 +52,11 @@ class Answering(Section):
             return Tuned(**value) if isinstance(value, Mapping) else value
         except TypeError as error:
             raise ValueError(str(error)) from None
+
+    @property
+    def default_threshold(self) -> float:
+        """The null threshold before tuning."""
+        return self.score.null_threshold if self.tuned is None else self.tuned.default
 
     def with_score(self, **changes: Any) -> Answering:
         """The same with some keys of `score` changed; None changes nothing.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -11,18 +13,20 @@ from typing import Any
 import torch
 
 from runner import provenance
-from runner.answer_arguments import Opening
+from runner.answer_arguments import Opening, UsageError
+from runner.answering import Answering
 from runner.card import public_name
-from runner.console import Step, progress
+from runner.console import progress
 from runner.dataset import Dataset
+from runner.ending import memory_errors
+from runner.errors import DataError
 from runner.evaluation import Evaluation, TunedThreshold, evaluate, in_use
 from runner.features import Windows, build_windows
-from runner.job import Score
 from runner.predict import ALONE, Predictor, open_model
 from runner.records import LISTED, as_lines, prediction_records
 from runner.report import write_report
 from runner.rundir import RunDir, storage_errors, write_atomic, write_json
-from runner.scoring import read_windows
+from runner.scoring import batch_count, read_windows
 from runner.sources import parse_data
 from runner.summary import below_here, result_scores, score_line, threshold_lines
 
@@ -45,18 +49,41 @@ def evaluate_model(
         What result.json holds, and the folder; None where nothing was written.
 
     Raises:
+        UsageError: if `output` holds a run, whose own files it would replace.
+        DataError: if the model's null threshold was tuned on these questions.
         RunnerError, UsageError: as `open_model` and `write_evaluation`.
     """
+    if output is not None and RunDir(output).job.is_file():
+        raise UsageError(f"--output {output}: holds a run; give a folder of its own")
     predictor = open_model(opening, listed=None)
+    refuse_tuned(predictor.answering, dataset)
     v2 = v2 or predictor.answering.unanswerable
-    with progress("answering", None) as step:
-        scores, windows = assess(predictor, dataset, v2=v2, seed=seed, step=step)
+    with memory_errors():
+        scores, windows = assess(predictor, dataset, v2=v2, seed=seed)
+    result = result_of(predictor, dataset, scores, seed)
     run = RunDir(opening.name)
     if output is None and run.job.is_file():
-        output = run.evaluations / folder_name(dataset.source)
-    if output is None:
-        return result_of(predictor, dataset, scores, seed), None
-    return write_evaluation(output, predictor, dataset, windows, scores, seed), output
+        output = own_folder(run.evaluations, folder_name(dataset.source), result)
+    if output is not None:
+        write_evaluation(output, predictor, dataset, windows, scores, result)
+    return result, output
+
+
+def refuse_tuned(answering: Answering, dataset: Dataset) -> None:
+    """Hold the questions that are scored apart from those the null threshold was tuned on.
+
+    Only the very same questions are found: a model keeps their hash, not their texts.
+
+    Raises:
+        DataError: if they are the same.
+    """
+    tuned = answering.tuned
+    if answering.unanswerable and tuned is not None and tuned.sha256 == dataset.sha256:
+        raise DataError(
+            f"{dataset.source}: the model's null threshold was tuned on these"
+            f" {tuned.questions:,} questions, so that scores on them would report too much: take"
+            " others, or give a --null-threshold"
+        )
 
 
 def evaluation_lines(source: str, result: Mapping[str, Any], dropped: int) -> list[str]:
@@ -83,7 +110,7 @@ def needs_v2(dataset: Dataset) -> bool:
 
 
 def assess(
-    predictor: Predictor, dataset: Dataset, *, v2: bool, seed: int, step: Step
+    predictor: Predictor, dataset: Dataset, *, v2: bool, seed: int
 ) -> tuple[Evaluation, Windows]:
     """Answer a data set's questions and hold the answers against the right ones.
 
@@ -95,7 +122,6 @@ def assess(
         dataset: questions with right answers.
         v2: score by SQuAD v2.0, else by v1.1.
         seed: of the bootstrap.
-        step: told of each batch.
     """
     answering = predictor.answering
     windows = build_windows(
@@ -106,17 +132,18 @@ def assess(
         score = in_use(score, NEVER)
     elif answering.tuned is not None:
         tuned = TunedThreshold(score.null_threshold, answering.tuned)
-        score = in_use(score, Score().null_threshold)
-    readings = read_windows(
-        predictor.reader,
-        windows,
-        dataset.examples,
-        score,
-        ALONE,
-        unanswerable=v2,
-        keep=LISTED,
-        step=step,
-    )
+        score = in_use(score, answering.tuned.default)
+    with progress("answering", batch_count(windows, score.batch_size)) as step:
+        readings = read_windows(
+            predictor.reader,
+            windows,
+            dataset.examples,
+            score,
+            ALONE,
+            unanswerable=v2,
+            keep=LISTED,
+            step=step,
+        )
     if readings is None:
         raise AssertionError("a process alone is its rank 0")
     scores = evaluate(readings, dataset.examples, score, unanswerable=v2, seed=seed, tuned=tuned)
@@ -131,7 +158,7 @@ def result_of(
     """result.json of an evaluation: as a run's, with the data set and the model."""
     files = sorted(Path(predictor.location).glob("*.safetensors"))
     return {
-        **result_scores(scores, Score().null_threshold, seed),
+        **result_scores(scores, predictor.default_threshold, seed),
         "data": {
             "source": dataset.source,
             "sha256": dataset.sha256,
@@ -153,23 +180,48 @@ def folder_name(source: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "data"
 
 
+def own_folder(above: Path, name: str, result: Mapping[str, Any]) -> Path:
+    """Where an evaluation is written: the folder of its data's name, unless another one is there,
+    of a file of the same name or of a model that was asked otherwise."""
+    folder, mine = above / name, _identity(result)
+    try:
+        there = _identity(json.loads(RunDir(folder).result.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return folder
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        there = None
+    if there == mine:
+        return folder
+    digest = hashlib.sha256(json.dumps(mine, sort_keys=True).encode()).hexdigest()
+    return above / f"{name}-{digest[:8]}"
+
+
+def _identity(result: Mapping[str, Any]) -> list[Any]:
+    # What sets an evaluation apart: the questions, how they are asked, by which official evaluation
+    # they are scored. How many windows are read together changes no score.
+    answering = dict(result["answering"])
+    score = {key: value for key, value in answering["score"].items() if key != "batch_size"}
+    return [result["data"]["sha256"], answering | {"score": score}, "best_f1" in result["metrics"]]
+
+
 def write_evaluation(
     folder: Path,
     predictor: Predictor,
     dataset: Dataset,
     windows: Windows,
     scores: Evaluation,
-    seed: int,
-) -> dict[str, Any]:
-    """Write predictions.jsonl, provenance.json, the report and, last, result.json, which is
-    returned.
+    result: Mapping[str, Any],
+) -> None:
+    """Write predictions.jsonl, provenance.json, the report and, last, result.json.
 
     Raises:
         StorageError: if the folder cannot be written.
     """
+    run = RunDir(folder)
     with storage_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    run, result = RunDir(folder), result_of(predictor, dataset, scores, seed)
+        # Until the new one is there, the old one would speak for files that are not its own.
+        run.result.unlink(missing_ok=True)
     records = prediction_records(
         scores.readings.answers,
         dataset.examples,
@@ -183,7 +235,7 @@ def write_evaluation(
     name = (
         torch.cuda.get_device_name(device) if device.type == "cuda" else provenance.processor_name()
     )
+    seed = result["bootstrap"]["seed"]
     write_json(run.provenance, provenance.collect(seed, 1, torch.get_num_threads(), [name]))
     write_report(folder, result)
     write_json(run.result, result)
-    return result

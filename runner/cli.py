@@ -18,6 +18,7 @@ from runner import __version__, signals
 from runner.answer_arguments import (
     Opening,
     UsageError,
+    check_evaluate,
     check_predict,
     columns_of,
     count,
@@ -327,14 +328,14 @@ def _predict(arguments: argparse.Namespace) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    columns = columns_of(arguments.column)
+    is_file, columns = check_evaluate(arguments), columns_of(arguments.column)
     from runner.dataset import load_dataset
 
     dataset = load_dataset(
         arguments.data, columns=columns, unanswerable=True, on_bad_row=arguments.on_bad_row
     )
     v2 = arguments.v2 or any(not example.answers for example in dataset.examples)
-    if arguments.model.endswith((".json", ".jsonl")):
+    if is_file:
         from runner.score_file import file_lines, score_file
 
         result = score_file(

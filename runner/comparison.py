@@ -166,7 +166,9 @@ def sentence(name: str, base: str, gap: Gap, metric: str, p: float) -> str:
     if gap.points == 0 and p == 1:
         return f"{name} and {base} have the same {metric}."
     more = "higher" if gap.points > 0 else "lower"
-    explained = "more than chance over questions explains" if p < CHANCE else "noise explains that"
+    explained = (
+        "more than chance over questions explains" if p < CHANCE else "noise could explain that"
+    )
     points = f"{abs(gap.points):.1f} points {more} {metric}"
     return f"{name} has {points} than {base} ({ends}): {explained}."
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -41,14 +41,28 @@ def stop_if_asked(run: RunDir) -> None:
 @contextmanager
 def memory_sentences(watch: Watch) -> Iterator[None]:
     """Say in a sentence that memory ran out, and where."""
+    remedy = (
+        "lower train.micro_batch_size (the same steps in smaller passes), score.batch_size or"
+        " data.max_length"
+    )
+    with _told(lambda: f" at {watch.place}", remedy):
+        yield
+
+
+@contextmanager
+def memory_errors() -> Iterator[None]:
+    """Say in a sentence that memory ran out while a model was opened or asked."""
+    with _told(lambda: "", "lower --batch-size, or take another --device"):
+        yield
+
+
+@contextmanager
+def _told(where: Callable[[], str], remedy: str) -> Iterator[None]:
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         full = isinstance(error, torch.OutOfMemoryError | MemoryError)
-        if not full and "can't allocate memory" not in str(error):
+        if not full and "can't allocate memory" not in str(error):  # the CPU's words
             raise
         first = " ".join(str(error).split()).partition(". ")[0][:200]
-        raise MachineError(
-            f"out of memory at {watch.place}: {first}; lower train.micro_batch_size (the same"
-            " steps in smaller passes), score.batch_size or data.max_length"
-        ) from error
+        raise MachineError(f"out of memory{where()}: {first}; {remedy}") from error

@@ -46,6 +46,10 @@ class DataError(RunnerError):
     exit_code = 65
 
 
+class RoomError(DataError):
+    """A question is so long that its windows have no room for the context (65)."""
+
+
 class AssetError(RunnerError):
     """A data set or model is neither on this machine nor reachable (69)."""
 

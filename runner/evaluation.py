@@ -13,7 +13,14 @@ from runner.answering import Tuned
 from runner.dataset import Dataset, Example
 from runner.job import Score
 from runner.metric_objects import Squad, SquadV2
-from runner.metrics import Interval, ScoresV2, intervals, tune_null_threshold
+from runner.metrics import (
+    Best,
+    Interval,
+    ScoresV2,
+    intervals,
+    squad_v2_scores,
+    tune_null_threshold,
+)
 from runner.scoring import Readings
 from runner.spans import Answer, Mode, decide
 
@@ -81,6 +88,7 @@ def tune(readings: Readings, dataset: Dataset, score: Score) -> TunedThreshold:
             questions=len(examples),
             metric=score.tune_for,
             percent=found.score,
+            default=score.null_threshold,
         ),
     )
 
@@ -142,8 +150,8 @@ def evaluate(
         details["has_answer_f1"] = found.has_answer.f1
     if found.no_answer is not None:
         details["no_answer_exact_match"] = found.no_answer.exact_match
-    best = _best(readings.answers, references)
-    details |= {"best_exact_match": best["best_exact"], "best_f1": best["best_f1"]}
+    best = _best(readings.answers, examples)
+    details |= {"best_exact_match": best.exact_match, "best_f1": best.f1}
     return Evaluation(
         readings=readings,
         exact_match=found.exact_match,
@@ -166,26 +174,23 @@ def _scores_v2(answers: Sequence[Answer], references: list[dict[str, Any]]) -> S
     return metric.scores
 
 
-def _best(answers: Sequence[Answer], references: list[dict[str, Any]]) -> dict[str, float]:
-    # The search for the best threshold is given each question's best span and how much better "no
-    # answer" scored.
-    predictions = [
-        {
-            "id": a.id,
-            "prediction_text": a.span.text if a.span else "",
-            "no_answer_probability": a.null_difference,
-        }
-        for a in answers
-    ]
-    return _compute(SquadV2(), predictions, references, no_answer_threshold=float("inf"))
+def _best(answers: Sequence[Answer], examples: Sequence[Example]) -> Best:
+    # The search is given each question's best span and how much better "no answer" scored. Not
+    # through SquadV2: its float32 would make ties of differences that are none.
+    found = squad_v2_scores(
+        {a.id: a.span.text if a.span else "" for a in answers},
+        {e.id: e.answers for e in examples},
+        {a.id: a.null_difference for a in answers},
+    )
+    if found.best is None:
+        raise AssertionError("a search that is given no-answer scores finds a threshold")
+    return found.best
 
 
 def _decided(answers: Sequence[Answer], threshold: float, mode: Mode) -> list[Answer]:
     return [decide(answer, threshold, mode) for answer in answers]
 
 
-def _compute(metric: Any, predictions: list[Any], references: list[Any], **options: Any) -> Any:
-    found = metric.compute(predictions=predictions, references=references, **options)
-    if found is None:
+def _compute(metric: Any, predictions: list[Any], references: list[Any]) -> None:
+    if metric.compute(predictions=predictions, references=references) is None:
         raise AssertionError("a metric of one process always has a result")
-    return found

@@ -18,7 +18,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from runner.dataset import Example
-from runner.errors import DataError
+from runner.errors import DataError, RoomError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -90,8 +90,8 @@ def build_windows(
         stride: tokens shared by neighbouring windows of a context.
 
     Raises:
-        DataError: if a question leaves too little room for its context, or the tokenizer is not a
-            fast one.
+        RoomError: if a question leaves too little room for its context.
+        DataError: if the tokenizer is not a fast one.
     """
     blocks = list(window_blocks(examples, tokenizer, max_length, stride))
     if len(blocks) == 1:
@@ -174,7 +174,7 @@ def _block(
     )
     if len(tight):
         worst = tight[np.argmin(room_Q[tight])]
-        raise DataError(
+        raise RoomError(
             f"question {examples[worst].id}: its {questions.lengths[worst]} tokens and"
             f" {template.specials} special tokens leave {max(0, room_Q[worst])} of max_length"
             f" {max_length} for the context, which must be more than stride {stride} ({len(tight)}"

@@ -20,6 +20,7 @@ from transformers import AutoModelForQuestionAnswering, PreTrainedModel, PreTrai
 from runner.answer_arguments import Opening, UsageError
 from runner.answering import Answering, read_answering
 from runner.dataset import Example
+from runner.ending import memory_errors
 from runner.errors import AssetError, DataError
 from runner.features import build_windows
 from runner.job import Model
@@ -108,6 +109,7 @@ class Predictor:
         name: as it was asked for.
         location: the folder of its files, or its hub id.
         answering: windows, answer length, null threshold.
+        default_threshold: null threshold that is neither tuned nor given here.
         reader: the model on its device.
         tokenizer: the model's.
         listed: candidates that a prediction lists at most; probabilities are over all n-best.
@@ -123,11 +125,15 @@ class Predictor:
         location: str,
         device: torch.device,
         listed: int | None = None,
+        default_threshold: float | None = None,
     ) -> None:
         pad_id = tokenizer.pad_token_id
         self.name = name
         self.location = location
         self.answering = answering
+        self.default_threshold = (
+            answering.default_threshold if default_threshold is None else default_threshold
+        )
         self.tokenizer = tokenizer
         self.listed = listed
         self.reader = Reader(
@@ -143,6 +149,7 @@ class Predictor:
         cls,
         name: str,
         *,
+        revision: str | None = None,
         device: str | None = None,
         null_threshold: float | None = None,
         max_answer_length: int | None = None,
@@ -154,6 +161,7 @@ class Predictor:
 
         Args:
             name: a run folder, a model folder, a hub id, or package:NAME/SUBFOLDER.
+            revision: of a hub id: branch, tag or commit.
             device: "cpu", "cuda", "cuda:1"; None takes a GPU where there is one.
             null_threshold: instead of the stored one; with it, a model that always answers may
                 answer nothing.
@@ -166,13 +174,14 @@ class Predictor:
             DataError: if its files cannot be read, or it was never fine-tuned to answer questions.
             ValueError: if one of the settings is out of its range.
         """
-        section = Model(name=locate_model(name))
+        section = Model(name=locate_model(name), revision=revision)
         try:
             config = load_config(section)
             tokenizer = load_tokenizer(section)
         except (AssetError, DataError) as error:
             raise type(error)(str(error).removeprefix("model.name: ")) from None
         answering = read_answering(config.to_dict(), tokenizer.model_max_length, name)
+        default_threshold = answering.default_threshold
         answering = answering.with_score(
             null_threshold=null_threshold,
             max_answer_length=max_answer_length,
@@ -196,6 +205,7 @@ class Predictor:
             location=location,
             device=place,
             listed=listed,
+            default_threshold=default_threshold,
         )
 
     def answer(self, question: str, context: str) -> Prediction:
@@ -206,7 +216,8 @@ class Predictor:
         """Answer questions together, windows of similar length in one batch; in their order.
 
         Raises:
-            DataError: naming the question that is empty, or leaves no room for its context.
+            DataError: naming the question that is empty.
+            RoomError: naming the question that leaves no room for its context.
         """
         for asked in questions:
             for name in ("question", "context"):
@@ -260,21 +271,22 @@ def open_model(opening: Opening, *, listed: int | None) -> Predictor:
 
     Raises:
         UsageError: a setting out of its range, or a device that is not here; else as
-            `Predictor.load`.
+            `Predictor.load` and `memory_errors`.
     """
     if opening.threads:
         torch.set_num_threads(opening.threads)
     try:
-        if opening.device is not None:
-            torch.zeros(1, device=opening.device)
-        return Predictor.load(
-            opening.name,
-            device=opening.device,
-            null_threshold=opening.null_threshold,
-            max_answer_length=opening.max_answer_length,
-            batch_size=opening.batch_size,
-            listed=listed,
-        )
+        with memory_errors():
+            if opening.device is not None:
+                torch.zeros(1, device=opening.device)
+            return Predictor.load(
+                opening.name,
+                device=opening.device,
+                null_threshold=opening.null_threshold,
+                max_answer_length=opening.max_answer_length,
+                batch_size=opening.batch_size,
+                listed=listed,
+            )
     except (ValueError, RuntimeError, AssertionError) as error:
         raise UsageError(str(error).partition("\n")[0]) from None
 

@@ -13,7 +13,8 @@ from typing import Literal
 from runner.answer_arguments import Opening
 from runner.asked import Asked
 from runner.console import Step, complain, progress
-from runner.errors import DataError
+from runner.ending import memory_errors
+from runner.errors import DataError, RoomError
 from runner.job import Columns
 from runner.predict import Prediction, Predictor, Question, open_model
 from runner.question_source import file_questions, live_questions, refused, survey
@@ -70,6 +71,7 @@ def predict_questions(
     with (
         lines_to(output) if output else nullcontext(say) as write,
         progress("answering", total) as step,
+        memory_errors(),
     ):
         counts = predict_lines(
             predictor, groups, write, name=name, on_bad_row=on_bad_row, step=step
@@ -123,7 +125,7 @@ def _answered(predictor: Predictor, group: list[Asked]) -> Iterator[tuple[Asked,
     questions = [Question(row.id, row.question, row.context) for row in good]
     try:
         answers: list[Prediction | str] = list(predictor.answers(questions))
-    except DataError:
+    except RoomError:
         # One question is too long for the windows: find out which, one by one.
         answers = [_alone(predictor, question) for question in questions]
     found = {row.place: answer for row, answer in zip(good, answers, strict=True)}
@@ -134,7 +136,7 @@ def _answered(predictor: Predictor, group: list[Asked]) -> Iterator[tuple[Asked,
 def _alone(predictor: Predictor, question: Question) -> Prediction | str:
     try:
         return predictor.answers([question])[0]
-    except DataError as error:
+    except RoomError as error:
         why = str(error).removeprefix(f"question {question.id}: ").partition(" (1 such")[0]
         return f"{why}; the question is too long"
 

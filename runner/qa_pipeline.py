@@ -16,8 +16,7 @@ Legend: N windows, B windows of a batch, K candidates, C context tokens, 2 (star
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,33 +27,23 @@ from runner.answering import usual_answering
 from runner.batches import score_batches
 from runner.dataset import Example
 from runner.features import Windows, build_windows, plain_backend
-from runner.predict import Predictor
+from runner.job import Model
+from runner.model import load_tokenizer
+from runner.predict import Predictor, locate_model
+from runner.qa_calls import Options, read_inputs, read_options, read_pair
+from runner.question_source import GROUP
 from runner.reading import Read
 from runner.spans import Spans, join, search
 
 Result = dict[str, Any]
-# What the old pipeline takes and this one has no use for: windows are never padded to a length, and
-# it never cut a question with a fast tokenizer.
-_IGNORED = ("padding", "max_question_len", "batch_size", "num_workers", "truncation")
-
-
-@dataclass(frozen=True)
-class _Options:
-    """The old pipeline's keywords and their defaults."""
-
-    top_k: int = 1
-    doc_stride: int | None = None
-    max_answer_len: int = 15
-    max_seq_len: int | None = None
-    handle_impossible_answer: bool = False
-    align_to_words: bool = True
 
 
 def pipeline(
     task: str = "question-answering",
     model: str | PreTrainedModel | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: str | PreTrainedTokenizerBase | None = None,
     device: int | str | torch.device | None = None,
+    revision: str | None = None,
     **options: Any,
 ) -> QuestionAnsweringPipeline:
     """Open a model for questions, as `transformers.pipeline` did.
@@ -62,21 +51,37 @@ def pipeline(
     Args:
         task: "question-answering".
         model: a run folder, a model folder, a hub id, package:NAME/SUBFOLDER, or a loaded model.
-        tokenizer: of a loaded model.
+        tokenizer: of a loaded model, or instead of the named model's own; loaded, or named as a
+            model is.
         device: "cpu", "cuda:0", or a GPU's number, -1 for the CPU; None takes a GPU where there is
             one.
+        revision: of a hub id.
         options: keywords of a call that shall hold for all calls.
 
     Raises:
         ValueError: another task, or a loaded model without its tokenizer.
+        TypeError: an unknown keyword, such as the old ones of how a model is loaded.
         AssetError, DataError: as `Predictor.load`.
     """
     if task != "question-answering":
         raise ValueError(f"this is the pipeline for 'question-answering', not for {task!r}")
     if isinstance(device, int):
         device = f"cuda:{device}" if device >= 0 else "cpu"
+    read_options(options)  # a wrong one must not wait for the model
+    if isinstance(tokenizer, str):
+        tokenizer = load_tokenizer(Model(name=locate_model(tokenizer), revision=revision))
     if isinstance(model, str):
-        found = Predictor.load(model, device=None if device is None else str(device))
+        place = None if device is None else str(device)
+        found = Predictor.load(model, revision=revision, device=place)
+        if tokenizer is not None:
+            found = Predictor(
+                found.reader.model,
+                tokenizer,
+                found.answering,
+                name=found.name,
+                location=found.location,
+                device=found.reader.device,
+            )
     elif model is None or tokenizer is None:
         raise ValueError("give the model's name, or a loaded model and its tokenizer")
     else:
@@ -99,7 +104,7 @@ class QuestionAnsweringPipeline:
     def __init__(self, predictor: Predictor, **options: Any) -> None:
         self.predictor = predictor
         self._given = options
-        _options(options)  # a wrong one is an error now
+        read_options(options)  # a wrong one is an error now
 
     def __call__(self, *args: Any, **kwargs: Any) -> Result | list[Any] | Iterator[Any]:
         """Answer one question or several.
@@ -122,18 +127,22 @@ class QuestionAnsweringPipeline:
 
         Raises:
             ValueError: a question or context that is empty or None, or lists of unequal length.
+            KeyError: a dictionary without question or context.
             TypeError: an unknown keyword.
         """
-        inputs, kwargs = _inputs(args, dict(kwargs))
-        options = _options(self._given | kwargs)
+        inputs, kwargs = read_inputs(args, dict(kwargs))
+        options = read_options(self._given | kwargs)
         if isinstance(inputs, Iterator):
-            return (self._answer([_pair(item)], options)[0] for item in inputs)
-        pairs = [_pair(item) for item in inputs]
-        found = self._answer(pairs, options)
+            return (self._answer([read_pair(item)], options)[0] for item in inputs)
+        pairs = [read_pair(item) for item in inputs]
+        # In groups: words are found for each text of a group once, and windows come in blocks that
+        # know nothing of each other's texts.
+        groups = (pairs[first : first + GROUP] for first in range(0, len(pairs), GROUP))
+        found = [answer for group in groups for answer in self._answer(group, options)]
         return found[0] if len(found) == 1 else found
 
     @torch.no_grad()
-    def _answer(self, pairs: Sequence[tuple[str, str]], options: _Options) -> list[Any]:
+    def _answer(self, pairs: Sequence[tuple[str, str]], options: Options) -> list[Any]:
         tokenizer = self.predictor.tokenizer
         longest = options.max_seq_len or min(tokenizer.model_max_length, 384)
         stride = options.doc_stride if options.doc_stride is not None else min(longest // 2, 128)
@@ -183,64 +192,6 @@ class QuestionAnsweringPipeline:
         place_N = torch.from_numpy(np.concatenate(order)).argsort()
         spans, log_sum_N = join(parts)[place_N], torch.cat(sums)[place_N].numpy()
         return spans, log_sum_N, np.exp(spans.null_score_N.numpy() - log_sum_N)
-
-
-def _inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Find the questions in a call; return them and the keywords that are left."""
-    named = [kwargs.pop(name, None) for name in ("X", "data")]
-    question, context = kwargs.pop("question", None), kwargs.pop("context", None)
-    given = args[0] if len(args) == 1 else None
-    if len(args) == 2 and all(isinstance(arg, str) for arg in args):
-        given = {"question": args[0], "context": args[1]}
-    elif len(args) > 1:
-        given = list(args)
-    for other in named:
-        given = other if given is None else given
-    if given is None:
-        given = _paired(question, context)
-    if isinstance(given, Mapping) or hasattr(given, "question_text"):
-        return [given], kwargs
-    if isinstance(given, Iterator):
-        return given, kwargs
-    if isinstance(given, Iterable) and not isinstance(given, str):
-        return list(given), kwargs
-    raise ValueError("give question=... and context=..., or dictionaries that have both")
-
-
-def _paired(question: Any, context: Any) -> list[dict[str, Any]]:
-    if isinstance(question, str) and isinstance(context, str):
-        return [{"question": question, "context": context}]
-    if isinstance(question, list) and isinstance(context, str):
-        return [{"question": text, "context": context} for text in question]
-    if isinstance(question, list) and isinstance(context, list):
-        if len(question) != len(context):
-            raise ValueError("there are not as many questions as contexts")
-        return [{"question": q, "context": c} for q, c in zip(question, context, strict=True)]
-    raise ValueError("question and context are texts, a list and a text, or two lists")
-
-
-def _pair(item: Any) -> tuple[str, str]:
-    if hasattr(item, "question_text"):  # a SquadExample of transformers 4
-        item = {"question": item.question_text, "context": item.context_text}
-    if not isinstance(item, Mapping):
-        raise ValueError(f"{item!r} is no dictionary with question and context")
-    for name in ("question", "context"):
-        if name not in item:
-            raise KeyError(f"a dictionary needs question and context; this one has no {name}")
-        if not isinstance(item[name], str) or not item[name].strip():
-            raise ValueError(f"`{name}` cannot be empty or None")
-    return item["question"], item["context"]
-
-
-def _options(given: Mapping[str, Any]) -> _Options:
-    chosen = {k: v for k, v in given.items() if v is not None and k not in (*_IGNORED, "topk")}
-    if given.get("topk") is not None and "top_k" not in chosen:
-        chosen["top_k"] = given["topk"]  # its name before transformers 4.10
-    options = _Options(**chosen)
-    for name in ("top_k", "max_answer_len"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"{name} must be at least 1, not {getattr(options, name)}")
-    return options
 
 
 def _log_sums(read: Read, contexts_B2: np.ndarray, cls_B: np.ndarray) -> torch.Tensor:

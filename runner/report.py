@@ -34,8 +34,13 @@ def write_report(
         RunDirError, DataError, StorageError: as `read_scored` and `write_atomic`.
     """
     scored = read_scored(path, result)
-    run = RunDir(folder if folder is not None else path)
+    own = RunDir(path)
+    run = RunDir(folder) if folder is not None else own
     _write(run_page(scored), run.report, run.report_page)
+    if run.path != own.path and own.curves_svg.is_file():  # report.md shows the picture beside it
+        with storage_errors(own.curves_svg):
+            picture = own.curves_svg.read_text(encoding="utf-8", errors="replace")
+        write_atomic(run.curves_svg, picture)
     lines = [f"{scored.name}: not finished, no score yet"]
     if scored.result is not None:
         scores = scores_of(scored.result)

@@ -15,6 +15,23 @@ from runner.rundir import RunDir
 from runner.tables import read_rows
 
 Rows = Sequence[Mapping[str, str]]
+# What a page takes from a line of predictions.jsonl; `excerpts` too where the answer is wrong.
+_NUMBER = (int, float)
+_KINDS: Mapping[str, type | tuple[type, ...]] = {
+    "id": str,
+    "question": str,
+    "answer": str,
+    "score": _NUMBER,
+    "start": int,
+    "end": int,
+    "answers": list,
+    "answer_starts": list,
+    "exact_match": bool,
+    "f1": _NUMBER,
+    "windows": int,
+    "context_tokens": int,
+    "context_characters": int,
+}
 
 
 @dataclass(frozen=True)
@@ -98,13 +115,39 @@ def _predictions(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(_text(path).split("\n"), 1):
         if line:
             record = _json(f"{path}:{number}", line)
-            if not isinstance(record, dict) or not {"id", "f1", "exact_match"} <= set(record):
+            wrong = _wrong_keys(record)
+            if wrong:
                 raise DataError(
-                    f"{path}:{number}: not a line of this version of spantune (no exact_match and"
-                    " f1); evaluate the run's model again"
+                    f"{path}:{number}: not a line of this version of spantune"
+                    f" ({', '.join(wrong)}: absent or of another kind); evaluate the run's model"
+                    " again"
                 )
             records.append(record)
     return records
+
+
+def _wrong_keys(record: Any) -> list[str]:
+    """Keys of a line of predictions.jsonl that are absent or hold another kind of value."""
+    if not isinstance(record, dict):
+        return ["all keys"]
+    wrong = [
+        key
+        for key, kind in _KINDS.items()
+        if key not in record
+        or not isinstance(record[key], kind)
+        or (isinstance(record[key], bool) and kind is not bool)
+    ]
+    if not wrong and len(record["answers"]) != len(record["answer_starts"]):
+        wrong.append("answer_starts")
+    excerpts = [] if record.get("exact_match") is True else record.get("excerpts")
+    if not isinstance(excerpts, list) or not all(_is_excerpt(part) for part in excerpts):
+        wrong.append("excerpts")
+    return wrong
+
+
+def _is_excerpt(part: Any) -> bool:
+    kinds = {"start": int, "text": str}
+    return isinstance(part, dict) and all(isinstance(part.get(k), v) for k, v in kinds.items())
 
 
 def _text(path: Path) -> str:

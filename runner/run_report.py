@@ -103,7 +103,8 @@ def _facts(scored: Scored) -> dict[str, str]:
 
 def _sections(scored: Scored) -> Iterator[Section]:
     if scored.result is not None:
-        yield Section("Scores", list(_scores(scored.result)))
+        own = scored.job is not None
+        yield Section("Scores", list(_scores(scored.result, own)))
     if scored.epochs:
         yield Section("Training", [*_curves(scored), Table("Epochs", _epochs(scored.epochs))])
     if scored.probes:
@@ -138,7 +139,7 @@ def _sections(scored: Scored) -> Iterator[Section]:
         yield Section("Job", [Code("The job as it ran", "toml", scored.job_text)])
 
 
-def _scores(result: Mapping[str, Any]) -> Iterator[Block]:
+def _scores(result: Mapping[str, Any], own: bool) -> Iterator[Block]:
     yield Headline(scores_of(result))
     level, resamples = result["bootstrap"]["level"], result["bootstrap"]["resamples"]
     yield Paragraph(
@@ -147,7 +148,7 @@ def _scores(result: Mapping[str, Any]) -> Iterator[Block]:
         " would."
     )
     if "null_threshold" in result:
-        yield from _thresholds(result)
+        yield from _thresholds(result, own)
     rest = [
         {
             "score": NAMES[key] if key in NAMES else key.replace("_", " "),
@@ -160,20 +161,35 @@ def _scores(result: Mapping[str, Any]) -> Iterator[Block]:
         yield Table("Further scores", rest)
 
 
-def _thresholds(result: Mapping[str, Any]) -> Iterator[Block]:
+def _thresholds(result: Mapping[str, Any], own: bool) -> Iterator[Block]:
+    """The null threshold in use, beside the default one where it was tuned.
+
+    Args:
+        result: result.json.
+        own: whether it is a run's own, not an evaluation's on other data: only a run has held its
+            tuning questions apart from those it scores.
+    """
     threshold, tuned = result["null_threshold"], result["null_threshold"]["tuned"]
     rows: list[dict[str, Cell]] = []
-    if tuned is None:
+    if tuned is None and threshold["in_use"] != threshold["default"]:
+        rows.append(_threshold_row("given, in use", threshold["in_use"], result, ""))
+        about = f"It was given for this evaluation; the default is {threshold['default']:.4g}."
+    elif tuned is None:
         rows.append(_threshold_row("default, in use", threshold["in_use"], result, ""))
-        about = "Nothing was tuned: data.tuning names no questions for it."
+        about = (
+            "Nothing was tuned: data.tuning names no questions for it."
+            if own
+            else "No tuned threshold is in use."
+        )
     else:
         rows.append(_threshold_row("tuned, in use", threshold["in_use"], result, ""))
         rows.append(_threshold_row("default", threshold["default"], result, "default_"))
         metric = NAMES[tuned["metric"]]
+        apart = "; none of them is scored here" if own else ""
         about = (
             f"The threshold was tuned for {metric} on {tuned['questions']:,} questions of"
-            f" {public_name(tuned['source'])}, where it reaches {tuned['percent']:.1f} %; none of"
-            " them is scored here. It is stored with the model."
+            f" {public_name(tuned['source'])}, where it reaches {tuned['percent']:.1f} %{apart}. It"
+            " is stored with the model."
         )
     yield Table("Null threshold: above it the model answers nothing", rows)
     yield Paragraph(about)

@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from runner.answer_arguments import UsageError
 from runner.dataset import Dataset
 from runner.errors import AssetError, DataError
 from runner.metrics import (
@@ -30,28 +31,54 @@ _OFFICIAL = {
 }
 _ALIKE = (("exact", "exact_match"), ("NoAns_exact", "NoAns_f1"))
 _TEXT_KEYS = ("answer", "prediction_text", "text")
+_PROBABILITY, _DIFFERENCE = "no_answer_probability", "null_difference"
+
+
+@dataclass(frozen=True)
+class Spans:
+    """Where a file comes from spantune: the best span's text of each question id, also where the
+    model answered nothing, and by how much "no answer" scored better (null_difference, logits)."""
+
+    texts: Mapping[str, str]
+    differences: Mapping[str, float]
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """Predicted text of each question id, and no-answer probabilities where the file has them."""
+    """Predicted text of each question id, and no-answer probabilities or spans where the file has
+    them."""
 
     texts: Mapping[str, str]
     no_answer: Mapping[str, float] | None
+    spans: Spans | None = None
 
 
 def score_file(
-    path: Path, dataset: Dataset, *, v2: bool, no_answer: Path | None, threshold: float, seed: int
+    path: Path,
+    dataset: Dataset,
+    *,
+    v2: bool,
+    no_answer: Path | None,
+    threshold: float | None,
+    seed: int,
 ) -> dict[str, Any]:
     """Score a file of predictions; no-answer probabilities in a file of their own mean SQuAD v2.0.
 
     Raises:
+        UsageError: if there is a threshold for probabilities that are not there.
         AssetError, DataError: as `read_predictions` and `score_predictions`.
     """
     predictions = read_predictions(path)
     if no_answer is not None:
         predictions, v2 = Predictions(predictions.texts, read_no_answer(no_answer)), True
-    return score_predictions(predictions, dataset, v2=v2, threshold=threshold, seed=seed)
+    if threshold is not None and predictions.no_answer is None:
+        raise UsageError(
+            f"--no-answer-threshold is for no-answer probabilities; {path} has none, and there is"
+            " no --no-answer"
+        )
+    return score_predictions(
+        predictions, dataset, v2=v2, threshold=1.0 if threshold is None else threshold, seed=seed
+    )
 
 
 def file_lines(result: Mapping[str, Any]) -> list[str]:
@@ -76,11 +103,12 @@ def file_lines(result: Mapping[str, Any]) -> list[str]:
 
 def read_predictions(path: Path) -> Predictions:
     """Read the official form, one JSON object of id and text; or lines (or a list) of objects with
-    an id and a text called answer, prediction_text or text, perhaps with no_answer_probability.
+    an id and a text called answer, prediction_text or text, perhaps with no_answer_probability;
+    or what spantune itself writes, with null_difference and n_best.
 
     Raises:
         AssetError: if there is no such file.
-        DataError: naming the line that is not such an object.
+        DataError: naming the line that is not such an object, or repeats an id.
     """
     text = _read(path)
     if path.suffix.lower() == ".jsonl":
@@ -105,10 +133,7 @@ def read_no_answer(path: Path) -> dict[str, float]:
         AssetError, DataError: as `read_predictions`.
     """
     table = _json(_read(path), str(path))
-    numbers = isinstance(table, dict) and all(
-        isinstance(v, int | float) and not isinstance(v, bool) for v in table.values()
-    )
-    if not numbers:
+    if not isinstance(table, dict) or not all(map(_is_number, table.values())):
         raise DataError(f"{path}: is no object of question ids and numbers")
     return {id: float(value) for id, value in table.items()}
 
@@ -119,7 +144,8 @@ def score_predictions(
     """The official table, intervals beside it.
 
     Args:
-        predictions: texts, and for SQuAD v2 no-answer probabilities.
+        predictions: texts, and for SQuAD v2 no-answer probabilities, or spans; those are only
+            searched for the best threshold, since their model has decided already.
         dataset: the right answers.
         v2: score by SQuAD v2.0, else by v1.1.
         threshold: "" is the prediction where the no-answer probability is above it.
@@ -132,6 +158,10 @@ def score_predictions(
     scores: Scores | ScoresV2
     if v2:
         scores = squad_v2_scores(predictions.texts, references, predictions.no_answer, threshold)
+        if predictions.no_answer is None and predictions.spans is not None:
+            spans = predictions.spans
+            searched = squad_v2_scores(spans.texts, references, spans.differences)
+            scores = replace(scores, best=searched.best)
         missing = 0
     else:
         scores = squad_scores(predictions.texts, references)
@@ -149,17 +179,42 @@ def score_predictions(
 
 def _from_rows(path: Path, rows: list[tuple[str, Any]]) -> Predictions:
     texts: dict[str, str] = {}
-    no_answer: dict[str, float] = {}
+    best: dict[str, str | None] = {}
+    numbers: dict[str, dict[str, float]] = {_PROBABILITY: {}, _DIFFERENCE: {}}
     for place, row in rows:
         key = next((key for key in _TEXT_KEYS if isinstance(row, dict) and key in row), None)
         if key is None or "id" not in row or not isinstance(row[key], str):
             raise DataError(f"{place}: has no id, or no text called {', '.join(_TEXT_KEYS)}")
-        texts[str(row["id"])] = row[key]
-        if "no_answer_probability" in row:
-            no_answer[str(row["id"])] = float(row["no_answer_probability"])
-    if no_answer and len(no_answer) != len(texts):
-        raise DataError(f"{path}: only {len(no_answer)} of {len(texts)} have no_answer_probability")
-    return Predictions(texts, no_answer or None)
+        id = str(row["id"])
+        if id in texts:
+            raise DataError(f"{place}: question {id} has a prediction already")
+        texts[id] = row[key]
+        for name, found in numbers.items():
+            if name in row:
+                if not _is_number(row[name]):
+                    raise DataError(f"{place}: {name} is no number")
+                found[id] = float(row[name])
+        if _DIFFERENCE in row:
+            best[id] = row[key] or _best_span(row)
+    for name, found in numbers.items():
+        if found and len(found) != len(texts):
+            raise DataError(f"{path}: only {len(found)} of {len(texts)} have {name}")
+    spans = {id: text for id, text in best.items() if text is not None}
+    searched = Spans(spans, numbers[_DIFFERENCE]) if spans and len(spans) == len(texts) else None
+    return Predictions(texts, numbers[_PROBABILITY] or None, searched)
+
+
+def _best_span(row: Mapping[str, Any]) -> str | None:
+    # What would have been answered; None where the n-best list is cut before it.
+    listed = row.get("n_best")
+    entries = listed if isinstance(listed, list) else []
+    texts = [entry.get("answer") for entry in entries if isinstance(entry, dict)]
+    return next((text for text in texts if isinstance(text, str) and text), None)
+
+
+def _is_number(value: Any) -> bool:
+    # NaN has no place in an order, and the search for the best threshold sorts.
+    return isinstance(value, int | float) and not isinstance(value, bool) and value == value
 
 
 def _read(path: Path) -> str:

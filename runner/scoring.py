@@ -137,6 +137,12 @@ def read_windows(
     )
 
 
+def batch_count(windows: Windows, batch_size: int) -> int:
+    """How many batches `read_windows` reads in a process alone."""
+    blocks = _blocks(windows.questions_N)
+    return sum(-(-(rows.stop - rows.start) // batch_size) for rows in blocks)
+
+
 def _blocks(questions_N: np.ndarray) -> Iterator[slice]:
     """Cut windows into blocks that hold whole questions, at most `BLOCK` windows each where no
     question has more."""

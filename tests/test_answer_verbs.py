@@ -37,6 +37,21 @@ def spantune(capsys, monkeypatch):
         (["predict", "m", "f.json", "--question", "Who?", "--context", "Ann."], "no FILE"),
         (["predict", "m", "f.json", "--column", "q=x"], "KEY is one of id, question, context"),
         (["evaluate", "m", "--data", "f.json", "--column", "question"], "write KEY=NAME"),
+        *(
+            (["evaluate", "p.json", "--data", "f.json", *option], f"{option[0]} is for a model")
+            for option in (
+                ("--output", "found"),
+                ("--null-threshold", "1"),
+                ("--max-answer-length", "9"),
+                ("--batch-size", "8"),
+                ("--device", "cpu"),
+                ("--threads", "1"),
+            )
+        ),
+        *(
+            (["evaluate", "m", "--data", "f.json", *option], "is for a file of predictions")
+            for option in (("--no-answer", "na.json"), ("--no-answer-threshold", "0.5"))
+        ),
     ],
 )
 def test_arguments_that_do_not_go_together_are_2(arguments, words, capsys):

@@ -117,8 +117,8 @@ def test_equal_models_are_called_equal():
 def test_verdicts_in_words():
     gap = Gap(2.25, -0.5, 5.0, 0.11)
     assert sentence("b", "a", gap, "F1", 0.11) == (
-        "b has 2.2 points higher F1 than a (95 % interval -0.5 to +5.0, p = 0.110): noise explains"
-        " that."
+        "b has 2.2 points higher F1 than a (95 % interval -0.5 to +5.0, p = 0.110): noise could"
+        " explain that."
     )
     gap = Gap(-3.0, -5.0, -1.0, 0.0001)
     assert sentence("b", "a", gap, "exact match", 0.0001) == (

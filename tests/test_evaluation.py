@@ -69,7 +69,10 @@ def test_a_tuned_threshold_decides_and_the_default_stands_beside_it():
         "questions": 2,
         "metric": "f1",
         "percent": 100.0,
+        "default": 0.0,
     }
+    elsewhere_default = tune(elsewhere, TUNING, Score(null_threshold=3.0))
+    assert (elsewhere_default.tuned.default, elsewhere_default.threshold) == (3.0, tuned.threshold)
     scores = evaluate(FOUND, EXAMPLES, SCORE, unanswerable=True, seed=1, tuned=tuned)
     assert (scores.exact_match, scores.f1) == (100.0, 100.0)
     assert scores.details["default_exact_match"] == pytest.approx(200 / 3)
@@ -80,6 +83,17 @@ def test_a_tuned_threshold_decides_and_the_default_stands_beside_it():
     assert scores.exact_N.tolist() == [100.0] * 3
     assert in_use(SCORE, scores.null_threshold).null_threshold == tuned.threshold
     assert in_use(SCORE, None) is SCORE
+
+
+def test_the_best_threshold_is_searched_among_the_differences_as_they_are():
+    # In float32 the two are one: the search would answer the question without an answer first.
+    found = readings(
+        answer("b", "", "house", 1.0 + 1e-9), answer("a", "", "red", 1.0), answer("c", "", "x", 2.0)
+    )
+    examples = [EXAMPLES[1], EXAMPLES[0], EXAMPLES[2]]
+    scores = evaluate(found, examples, SCORE, unanswerable=True, seed=1)
+    assert np.float32(1.0 + 1e-9) == np.float32(1.0)
+    assert scores.details["best_f1"] == pytest.approx(200 / 3)
 
 
 def test_the_threshold_is_tuned_for_the_metric_that_the_job_names():

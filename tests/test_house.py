@@ -23,6 +23,7 @@ FLOORS = {
         *("text_match", "sweep_table"),
         *("attempts", "claim", "starting", "files", "store", "commit"),
         *("crew", "watch", "sameness", "trust"),
+        "qa_calls",
         *("answering", "page", "line_chart", "page_markdown", "page_html", "report_data"),
         "answer_arguments",
     ],

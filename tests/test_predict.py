@@ -9,14 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForQuestionAnswering, AutoTokenizer
+from transformers import AutoModelForQuestionAnswering
 
 from runner.answer_arguments import Opening, UsageError
 from runner.answering import KEY, Tuned, job_answering
-from runner.errors import AssetError, DataError
+from runner.errors import AssetError, DataError, MachineError
 from runner.job import Data, Model, Score
 from runner.model import load_tokenizer
 from runner.predict import Predictor, Question, locate_model, open_model
+from tests.plain_transformers import by_hand
 
 CONTEXT = (
     "The lantern folds flat; its battery lasts nine hours on the bright setting. In 1912 the café "
@@ -49,35 +50,6 @@ def exported(tiny, tmp_path_factory):
         return folder
 
     return make
-
-
-def by_hand(folder: Path, asked: Question):
-    """All spans of all windows with their logits by AutoModelForQuestionAnswering alone, and the
-    lowest null score."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForQuestionAnswering.from_pretrained(folder).eval()
-    encoded = tokenizer(
-        asked.question.lstrip(), asked.context, truncation="only_second", max_length=64, stride=16,
-        return_overflowing_tokens=True, return_offsets_mapping=True,
-    )  # fmt: skip
-    spans, nulls = {}, []
-    for window in range(len(encoded["input_ids"])):
-        names = [name for name in tokenizer.model_input_names if name in encoded]
-        with torch.no_grad():
-            out = model(**{name: torch.tensor([encoded[name][window]]) for name in names})
-        start_L, end_L = out.start_logits[0].numpy(), out.end_logits[0].numpy()
-        nulls.append(float(start_L[0] + end_L[0]))
-        inside = [n for n, part in enumerate(encoded.sequence_ids(window)) if part == 1]
-        for s in inside:
-            for e in [e for e in inside if s <= e < s + 8]:
-                place = (
-                    encoded["offset_mapping"][window][s][0],
-                    encoded["offset_mapping"][window][e][1],
-                )
-                score = float(start_L[s] + end_L[e])
-                if place[0] < place[1] and score > spans.get(place, (-np.inf,))[0]:
-                    spans[place] = score, window
-    return spans, min(nulls), len(encoded["input_ids"])
 
 
 @pytest.mark.parametrize("kind", ["bert", "distilbert", "roberta", "electra", "albert"])
@@ -229,11 +201,31 @@ def test_half_precision_that_the_processor_lacks_becomes_float32(exported, monke
         assert Predictor.load(str(folder), device="cpu").reader.model.dtype == dtype
 
 
+def opened_with(folder: Path, **changes) -> Predictor:
+    given = {"device": "cpu", "threads": None, "null_threshold": None}
+    given |= {"max_answer_length": None, "batch_size": None}
+    return open_model(Opening(name=str(folder), **(given | changes)), listed=1)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+    ],
+)
+def test_a_model_that_fits_no_memory_is_the_machines_fault(exported, monkeypatch, error):
+    def full(*_, **__):
+        raise error
+
+    monkeypatch.setattr("runner.predict.Predictor.__init__", full)
+    with pytest.raises(MachineError, match=r"out of memory: .*; lower --batch-size, or take"):
+        opened_with(exported())
+
+
 def test_the_command_lines_settings_are_checked(exported):
     def opened(**changes):
-        given = {"device": "cpu", "threads": None, "null_threshold": None}
-        given |= {"max_answer_length": None, "batch_size": None}
-        return open_model(Opening(name=str(exported()), **(given | changes)), listed=1)
+        return opened_with(exported(), **changes)
 
     assert opened(batch_size=2).answering.score.batch_size == 2
     with pytest.raises(UsageError, match="null_threshold"):

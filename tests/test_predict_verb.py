@@ -9,10 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from runner.answer_arguments import Opening
 from runner.asked import Asked
-from runner.errors import DataError, StorageError
+from runner.errors import DataError, MachineError, StorageError
 from runner.job import Columns
 from runner.predict import Predictor
 from runner.predict_verb import lines_to, predict_lines, predict_questions
@@ -65,6 +66,29 @@ def test_the_first_bad_row_ends_it_after_the_answers_before_it(predictor):
             predictor, [group], lines.append, name="f", on_bad_row="fail", step=lambda *_: None
         )
     assert len(lines) == 1
+
+
+def test_only_a_question_without_room_is_called_too_long(predictor, monkeypatch):
+    def no_tokenizer(*_, **__):
+        raise DataError("no fast tokenizer")
+
+    monkeypatch.setattr("runner.predict.build_windows", no_tokenizer)
+    with pytest.raises(DataError, match=r"^no fast tokenizer$"):
+        predict_lines(
+            predictor, [[asked("1")]], print, name="f", on_bad_row="drop", step=lambda *_: None
+        )
+
+
+def test_full_memory_is_a_sentence(opening, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr("runner.predict.read_windows", full)
+    with pytest.raises(MachineError, match=r"out of memory: CUDA .*; lower --batch-size"):
+        predict_questions(
+            opening, ("Who?", CONTEXT), Columns(), on_bad_row="fail", listed=1, output=None,
+            say=print,
+        )  # fmt: skip
 
 
 def test_a_file_is_looked_through_before_the_model_is_opened(tmp_path, opening, monkeypatch):

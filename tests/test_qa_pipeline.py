@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from types import SimpleNamespace
 
@@ -10,6 +11,9 @@ import pytest
 import torch
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 
+from runner.errors import AssetError
+from runner.features import window_blocks
+from runner.model import load_tokenizer
 from runner.qa_pipeline import pipeline
 
 CONTEXT = (
@@ -162,6 +166,49 @@ def test_a_loaded_model_can_be_given(tiny, ask):
         question=QUESTION, context=CONTEXT, max_seq_len=130
     )
     assert found == ask(question=QUESTION, context=CONTEXT)
+
+
+def test_a_tokenizer_beside_a_name_is_used(tiny, ask):
+    one = {"question": QUESTION, "context": CONTEXT}
+    name = str(tiny("bert"))
+    assert pipeline(model=name, tokenizer=name, device=-1)(**one) == ask(**one)
+    loaded = AutoModelForQuestionAnswering.from_pretrained(name)
+    assert pipeline(model=loaded, tokenizer=name, device=-1)(**one) == ask(**one)
+    other = AutoTokenizer.from_pretrained(name, model_max_length=40)
+    assert pipeline(model=name, tokenizer=other, device=-1).predictor.tokenizer is other
+    with pytest.raises(AssetError, match="nowhere"):
+        pipeline(model=name, tokenizer="no/such/nowhere")
+
+
+def test_how_a_model_is_loaded(tiny, monkeypatch):
+    name, asked = str(tiny("bert")), []
+
+    def load(section):
+        asked.append((section.name, section.revision))
+        return load_tokenizer(section)
+
+    monkeypatch.setattr("runner.predict.load_tokenizer", load)
+    pipeline(model=name, revision="v1", framework="pt", device=-1)
+    assert asked == [(name, "v1")]
+    for keyword in ("torch_dtype", "model_kwargs", "device_map"):
+        with pytest.raises(TypeError, match=f"{keyword}: no such keyword here; .* load it and"):
+            pipeline(model=name, **{keyword: "auto"})
+
+
+def test_no_questions_have_no_answers(ask):
+    assert ask([]) == ask(data=[]) == ask(question=[], context=CONTEXT) == []
+
+
+def test_many_questions_are_answered_as_each_alone(ask, monkeypatch):
+    # Texts come back in another block of windows: each block counts its characters anew.
+    contexts = [CONTEXT, "The cable is two metres long, serving 30 guests."] * 3
+    asked = [{"question": f"Who is {n}?", "context": text} for n, text in enumerate(contexts)]
+    alone = [ask(one, top_k=3) for one in asked]
+    monkeypatch.setattr("runner.features.window_blocks", functools.partial(window_blocks, block=2))
+    monkeypatch.setattr("runner.qa_pipeline.GROUP", 2)
+    for mine, theirs in zip(ask(asked, top_k=3), alone, strict=True):
+        assert [a["answer"] for a in mine] == [a["answer"] for a in theirs]
+        assert [a["score"] for a in mine] == pytest.approx([a["score"] for a in theirs], rel=1e-4)
 
 
 @pytest.mark.parametrize(

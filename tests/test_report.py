@@ -80,9 +80,13 @@ def test_a_run_that_just_ends_is_reported_before_its_result_is_written(tmp_path)
 
 def test_a_report_can_be_written_elsewhere(tmp_path):
     run = make_run(tmp_path / "run", predictions())
-    write_report(run, folder=tmp_path / "new" / "place")
-    assert (tmp_path / "new" / "place" / "report.html").is_file()
+    RunDir(run).curves_svg.write_text("<svg/>")
+    place = tmp_path / "new" / "place"
+    write_report(run, folder=place)
+    assert (place / "report.html").is_file()
     assert not RunDir(run).report.exists()
+    pictures = re.findall(r"!\[curves\]\((.*?)\)", text_of(place))
+    assert [(place / name).read_text() for name in pictures] == ["<svg/>"]
 
 
 def test_folders_of_this_machine_stay_out_of_the_pages_own_words(tmp_path):
@@ -155,6 +159,28 @@ def test_damaged_files_are_named(tmp_path, name, text, words):
     run = make_run(tmp_path / "run", predictions(5))
     (run / name).write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(DataError, match=words):
+        write_report(run)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *((key, None) for key in ("id", "question", "answer", "score", "answers", "answer_starts")),
+        *((key, None) for key in ("start", "end", "windows", "context_tokens", "excerpts")),
+        ("context_characters", "many"),
+        ("f1", True),
+        ("answer_starts", []),
+        ("excerpts", ["text"]),
+    ],
+)
+def test_every_key_that_a_page_uses_is_checked(tmp_path, key, value):
+    rows = predictions(5)
+    assert not rows[0]["exact_match"]
+    rows[0][key] = value
+    if value is None:
+        del rows[0][key]
+    run = make_run(tmp_path / "run", rows)
+    with pytest.raises(DataError, match=rf"predictions\.jsonl:1: not a line .*\({key}: absent"):
         write_report(run)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from runner.answer_arguments import UsageError
 from runner.dataset import Dataset, Example
 from runner.errors import AssetError, DataError
 from runner.metrics import squad_v2_scores
@@ -25,7 +26,7 @@ TEXTS = {"a": "red", "b": "house", "c": "a house"}
 
 
 def score(path, dataset, **options):
-    given = {"v2": False, "no_answer": None, "threshold": 1.0, "seed": 3}
+    given = {"v2": False, "no_answer": None, "threshold": None, "seed": 3}
     return score_file(path, dataset, **(given | options))
 
 
@@ -85,6 +86,43 @@ def test_probabilities_inside_the_file_are_taken_from_all_lines_or_none(tmp_path
         read_predictions(path)
 
 
+def own_rows() -> list[dict]:
+    """As spantune writes them: "a" is wrongly left unanswered, "b" rightly."""
+    empty, red = {"answer": "", "score": 0.6}, {"answer": "red", "score": 0.4}
+    return [
+        {"id": "a", "answer": "", "null_difference": 1.0, "n_best": [empty, red]},
+        {"id": "b", "answer": "", "null_difference": 3.0, "n_best": [empty, red]},
+        {"id": "c", "answer": "a house", "null_difference": -2.0, "n_best": []},
+    ]
+
+
+def lines_of(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_our_own_files_give_the_best_threshold_by_their_null_differences(tmp_path):
+    path = lines_of(tmp_path / "p.jsonl", own_rows())
+    found = score(path, V2, v2=True)["metrics"]
+    # The model has decided: no threshold changes its answers.
+    assert found["exact"] == pytest.approx(200 / 3)
+    assert (found["best_exact"], found["best_exact_thresh"]) == (100.0, 1.0)
+    assert (found["best_f1"], found["best_f1_thresh"]) == (100.0, 1.0)
+    assert score(path, V1)["metrics"]["exact_match"] == 50.0
+    # Where the n-best list is cut before the best span, there is nothing to search.
+    rows = own_rows()
+    del rows[0]["n_best"][1]
+    cut = score(lines_of(tmp_path / "cut.jsonl", rows), V2, v2=True)["metrics"]
+    assert cut["exact"] == found["exact"]
+    assert "best_f1" not in cut
+
+
+def test_a_threshold_needs_probabilities(tmp_path):
+    path = lines_of(tmp_path / "p.jsonl", own_rows())
+    with pytest.raises(UsageError, match="--no-answer-threshold is for no-answer probabilities"):
+        score(path, V2, v2=True, threshold=0.5)
+
+
 @pytest.mark.parametrize(
     ("name", "text", "words"),
     [
@@ -94,6 +132,13 @@ def test_probabilities_inside_the_file_are_taken_from_all_lines_or_none(tmp_path
         ("p.json", '[{"id": "a"}]', "entry 1: has no id, or no text"),
         ("p.jsonl", '{"id": "a", "answer": null}', r"p\.jsonl:1: has no id, or no text"),
         ("p.jsonl", '{"answer": "x"}\n', r"p\.jsonl:1"),
+        ("p.jsonl", '{"id": "a", "answer": "x"}\n' * 2, r"p\.jsonl:2: question a has a prediction"),
+        ("p.json", '[{"id": 1, "text": "x"}, {"id": "1", "text": "y"}]', "entry 2: question 1 has"),
+        *(
+            ("p.jsonl", f'{{"id": "a", "answer": "x", "{key}": {value}}}', f":1: {key} is no num")
+            for key in ("no_answer_probability", "null_difference")
+            for value in ("null", '"high"', "[0.5]", "true", "NaN")
+        ),
     ],
 )
 def test_other_files_are_refused(tmp_path, name, text, words):

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from runner.rundir import RunDir
+from tests.plain_transformers import by_hand
 
 ROOT = Path(__file__).parents[1]
 CONTEXT = "The lantern folds flat; its battery lasts nine hours on the bright setting. "
@@ -110,38 +111,99 @@ def test_answers_are_those_of_the_tuned_threshold(run):
     assert len({row["context_tokens"] for row in found}) == 3
 
 
+def questions(run: RunDir) -> list:
+    """What the run scored, to be asked again."""
+    from runner.predict import Question
+
+    with (run.path.parent / "data.csv").open(newline="") as file:
+        rows = {row["id"]: row for row in csv.DictReader(file)}
+    return [Question(r["id"], r["question"], rows[r["id"]]["context"]) for r in records(run)]
+
+
+def evaluated(run: RunDir, part: str) -> dict:
+    """The run's model scored on a slice of its data."""
+    from runner.answer_arguments import Opening
+    from runner.assess import evaluate_model
+
+    opening = Opening(str(run.path), "cpu", None, None, None, None)
+    return evaluate_model(opening, data(run, part), v2=False, seed=42, output=None)[0]
+
+
+def data(run: RunDir, part: str):
+    """A slice of the run's data."""
+    from runner.dataset import load_dataset
+    from runner.job import Columns
+
+    return load_dataset(
+        f"{run.path.parent / 'data.csv'}{part}",
+        columns=Columns(), unanswerable=True, on_bad_row="fail",
+    )  # fmt: skip
+
+
+def test_plain_transformers_on_the_exported_model_answer_as_predict_does(run, monkeypatch):
+    from runner.predict import Predictor
+
+    # As by_hand computes: on processors that multiply in bf16, batches would round otherwise.
+    monkeypatch.setattr("runner.model.cpu_features", frozenset)
+    predictor = Predictor.load(str(run.path), device="cpu")
+    threshold = predictor.answering.score.null_threshold
+    asked = questions(run)
+    for question, found in zip(asked, predictor.answers(asked), strict=True):
+        spans, null, windows = by_hand(run.model, question, max_length=100, stride=16, longest=6)
+        best = min(spans, key=lambda place: (-spans[place][0], *place))
+        span = next(candidate for candidate in found.n_best if candidate.text)
+        assert (span.start, span.end, found.windows) == (*best, windows)
+        difference = null - spans[best][0]
+        assert found.null_difference == pytest.approx(difference, abs=1e-4)
+        assert abs(difference - threshold) > 1e-3
+        text = question.context[best[0] : best[1]]
+        assert found.answer == ("" if difference > threshold else text)
+
+
+def test_the_runs_own_predictions_scored_as_a_file_give_its_scores(run):
+    from runner.score_file import score_file
+
+    scored = score_file(
+        run.predictions, data(run, "[28:]"), v2=True, no_answer=None, threshold=None, seed=42
+    )["metrics"]
+    own = json.loads(run.result.read_text())["metrics"]
+    for mine, official in (
+        ("exact_match", "exact"),
+        ("f1", "f1"),
+        ("best_exact_match", "best_exact"),
+        ("best_f1", "best_f1"),
+    ):
+        assert scored[official] == pytest.approx(own[mine])
+
+
+def test_its_tuning_questions_are_not_scored(run):
+    from runner.errors import DataError
+
+    with pytest.raises(DataError, match="tuned on these 12 questions"):
+        evaluated(run, "[16:28]")
+
+
 def test_predict_asks_the_model_as_the_run_did(run):
-    from runner.predict import Predictor, Question
+    from runner.predict import Predictor
 
     config = json.loads((run.model / "config.json").read_text())["spantune"]
     threshold = json.loads(run.result.read_text())["null_threshold"]
     assert config["score"]["null_threshold"] == threshold["in_use"]
     assert (config["max_length"], config["stride"], config["unanswerable"]) == (100, 16, True)
     assert config["tuned"]["source"] == "data.csv[16:28]"  # no folder of this machine
+    assert config["tuned"]["default"] == 3.0
     found = records(run)
-    with (run.path.parent / "data.csv").open(newline="") as file:
-        rows = {row["id"]: row for row in csv.DictReader(file)}
-    asked = [Question(r["id"], r["question"], rows[r["id"]]["context"]) for r in found]
-    answers = Predictor.load(str(run.path), device="cpu").answers(asked)
+    answers = Predictor.load(str(run.path), device="cpu").answers(questions(run))
     assert [a.answer for a in answers] == [row["answer"] for row in found]
     assert [(a.start, a.end, a.windows) for a in answers] == [
         (row["start"], row["end"], row["windows"]) for row in found
     ]
     # Scored on its own validation data the model has its own scores again.
-    from runner.answer_arguments import Opening
-    from runner.assess import evaluate_model
-    from runner.dataset import load_dataset
-    from runner.job import Columns
-
-    data = load_dataset(
-        f"{run.path.parent / 'data.csv'}[28:]",
-        columns=Columns(), unanswerable=True, on_bad_row="fail",
-    )  # fmt: skip
-    opening = Opening(str(run.path), "cpu", None, None, None, None)
-    result, _ = evaluate_model(opening, data, v2=False, seed=42, output=None)
-    own = json.loads(run.result.read_text())
-    assert result["metrics"]["f1"] == pytest.approx(own["metrics"]["f1"])
-    assert result["intervals"]["f1"] == pytest.approx(own["intervals"]["f1"])
+    result, own = evaluated(run, "[28:]"), json.loads(run.result.read_text())
+    assert result["null_threshold"]["default"] == own["null_threshold"]["default"]
+    for name in ("f1", "exact_match", "default_f1", "default_exact_match"):
+        assert result["metrics"][name] == pytest.approx(own["metrics"][name])
+        assert result["intervals"][name] == pytest.approx(own["intervals"][name])
 
 
 def test_a_tuning_set_that_overlaps_ends_the_run_at_once(run, tmp_path):

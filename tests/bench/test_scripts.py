@@ -13,8 +13,8 @@ BENCH = Path(__file__).parent
 DATA = BENCH.parents[1] / "jobs" / "data" / "product_qa_validation.json"
 
 
-def run(script: str, *options: object) -> list[dict[str, str]]:
-    """Rows of the tables that a script prints."""
+def run(script: str, *options: object, machine: str = "cores") -> list[dict[str, str]]:
+    """Rows of the tables that a script prints; `machine` is a word of what it says of where."""
     done = subprocess.run(
         [sys.executable, str(BENCH / script), *map(str, options)],
         capture_output=True,
@@ -34,7 +34,7 @@ def run(script: str, *options: object) -> list[dict[str, str]]:
             rows.append(dict(zip(header, cells, strict=True)))
         else:
             header = cells
-    assert "cores" in done.stdout
+    assert machine in done.stdout
     assert str(Path.home()) not in done.stdout
     return rows
 
@@ -58,6 +58,21 @@ def test_growth(tiny):
     assert row["questions"] == "300"
     assert float(row["features, us a question"]) > 0
     assert float(row["evaluation, us a question"]) > 0
+
+
+def test_span_search():
+    small = ("--windows", 6, "--length", 48, "--rounds", 1, "--recipe", 2)
+    rows = run("span_search.py", *small, machine="1 thread")
+    assert [row["logits"] for row in rows] == ["random"] * 10 + ["peaked"] * 10
+    assert len({row["method"] for row in rows}) == 10
+    assert all(float(row["seconds"]) >= 0 for row in rows)
+
+
+def test_search_memory():
+    rows = run("search_memory.py", "--windows", 8, "--length", 48, machine="1 thread")
+    assert [row["windows"] for row in rows] == ["8"] * 3
+    assert len({row[""] for row in rows}) == 3
+    assert all(float(row["CPU seconds"]) >= 0 for row in rows)
 
 
 @pytest.mark.slow
