@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from runner.answering import Answering, job_answering
-from runner.card import public_name
+from runner.card import drawn, public_name
 from runner.console import duration
 from runner.evaluation import Evaluation, in_use
 from runner.job import Job, Probe
@@ -22,9 +22,13 @@ from runner.scoring import Readings
 from runner.tables import Value, read_rows
 
 
-def data_hashes(*parts: Questions | None) -> dict[str, str]:
-    """Slice name to content hash, for the model card."""
-    return {part.dataset.source: part.dataset.sha256 for part in parts if part is not None}
+def data_hashes(
+    training: Questions, validation: Questions, tuning: Questions | None
+) -> dict[str, str]:
+    """What questions are for to the hash of their content, for the model card: two samples may be
+    of one slice."""
+    parts = {"training": training, "validation": validation, "tuning": tuning}
+    return {part: found.dataset.sha256 for part, found in parts.items() if found is not None}
 
 
 def headline(scores: Evaluation) -> dict[str, float]:
@@ -203,7 +207,10 @@ def epoch_rows(run: RunDir) -> list[dict[str, Value]]:
 def closing_lines(job: Job, run: RunDir, result: Mapping[str, Any]) -> list[str]:
     """The last lines of a run: its scores and where everything is."""
     lines = [
-        f"{score_line(result, '')} on {below_here(job.data.validation)}",
+        (
+            f"{score_line(result, '')} on"
+            f" {below_here(job.data.validation)}{drawn(job.data.validation_sample)}"
+        ),
         *threshold_lines(result),
         f"In brackets: 95 % intervals over the {result['questions']:,} questions",
         (
