@@ -21,6 +21,8 @@ from runner.rundir import RunDir, below_here, write_atomic
 from runner.scoring import Readings
 from runner.tables import Value, read_rows
 
+INTERVAL_COLUMNS = ("EM %\n±95 % CI", "F1 %\n±95 % CI")  # of the table of epochs
+
 
 def data_hashes(
     training: Questions, validation: Questions, tuning: Questions | None
@@ -187,21 +189,28 @@ def announcement(
 
 def epoch_rows(run: RunDir) -> list[dict[str, Value]]:
     """What eval.csv tells of each epoch, to fit a terminal of 80 columns: losses in nats, accuracy
-    of whole spans over windows, the epoch's wall seconds, windows trained a second."""
+    of whole spans over windows, scores with half the width of their 95 % intervals, the epoch's
+    wall seconds, windows trained a second."""
     return [
         {
             "epoch": int(row["epoch"]),
-            "train loss": float(row["train_loss_nats"]),
-            "train acc %": float(row["train_span_accuracy_percent"]),
-            "valid. loss": float(row["validation_loss_nats"]),
-            "valid. acc %": float(row["span_accuracy_percent"]),
-            "EM %": float(row["exact_match_percent"]),
-            "F1 %": float(row["f1_percent"]),
-            "time s": round(float(row["train_seconds"]) + float(row["evaluation_seconds"])),
+            "train\nloss": float(row["train_loss_nats"]),
+            "train\nacc %": float(row["train_span_accuracy_percent"]),
+            "valid.\nloss": float(row["validation_loss_nats"]),
+            "valid.\nacc %": float(row["span_accuracy_percent"]),
+            INTERVAL_COLUMNS[0]: _with_half_width(row, "exact_match"),
+            INTERVAL_COLUMNS[1]: _with_half_width(row, "f1"),
+            "time\ns": round(float(row["train_seconds"]) + float(row["evaluation_seconds"])),
             "win/s": float(row["examples_per_second"]),
         }
         for row in read_rows(run.eval_table)
     ]
+
+
+def _with_half_width(row: Mapping[str, str], name: str) -> str:
+    """A score and how far its interval reaches, which is not quite as far on both sides."""
+    value, low, high = (float(row[f"{name}{end}_percent"]) for end in ("", "_low", "_high"))
+    return f"{value:.1f} ±{(high - low) / 2:.1f}"
 
 
 def closing_lines(job: Job, run: RunDir, result: Mapping[str, Any]) -> list[str]:

@@ -43,6 +43,7 @@ from runner.signals import asked, hold
 from runner.stopping import Stopper
 from runner.store import Stage
 from runner.summary import (
+    INTERVAL_COLUMNS,
     answering_of,
     data_hashes,
     epoch_rows,
@@ -277,7 +278,7 @@ def train_watched(
             verdict = memory.stopper.judge(scores)
             write_row(run.eval_table, eval_row(epoch, progress.step, progress.totals, scores))
             draw_curves(run, job.name)
-            reporter.show(terminal("", epoch_rows(run)))
+            reporter.show(terminal("", epoch_rows(run), right=INTERVAL_COLUMNS))
         verdict = share(verdict)
         progress.scored, progress.over = True, verdict.stop or last
         if verdict.keep:
