@@ -226,6 +226,7 @@ def train_watched(
         with clock("probes"):
             ask_probes(0, job.score)
     else:
+        trackers.resume(memory.probe_rows)
         reporter.say(f"  goes on after step {progress.step} of {have.total_steps} ({found.name})")
         if rank.is_main:
             for field in differing_fields(read_record(run.provenance), origin):
