@@ -21,6 +21,7 @@ from runner.rundir import RunDir, below_here, write_atomic
 from runner.scoring import Readings
 from runner.tables import Value, read_rows
 
+THRESHOLD = "null_threshold_logits"  # column of eval.csv
 INTERVAL_COLUMNS = ("EM %\n±95 % CI", "F1 %\n±95 % CI")  # of the table of epochs
 
 
@@ -82,9 +83,17 @@ def _ends(name: str, scores: Evaluation) -> dict[str, Value]:
     return {f"{name}_low_percent": low, f"{name}_high_percent": high}
 
 
+def latest_threshold(run: RunDir) -> float | None:
+    """The null threshold of eval.csv's last row, to the bit; None before the first evaluation, and
+    where "" is never an answer. A resumed run finds it too: its tables are those of the
+    checkpoint."""
+    rows = read_rows(run.eval_table)
+    return float(rows[-1][THRESHOLD]) if rows and THRESHOLD in rows[-1] else None
+
+
 def _threshold(scores: Evaluation) -> dict[str, Value]:
     threshold = scores.null_threshold
-    return {} if threshold is None else {"null_threshold_logits": threshold}
+    return {} if threshold is None else {THRESHOLD: threshold}
 
 
 def result_scores(scores: Evaluation, default_threshold: float, seed: int) -> dict[str, Any]:
