@@ -27,7 +27,7 @@ def model_card(
     Args:
         job: the job as it ran.
         scores: metric name to percent (loss in nats).
-        data: slice name to sha256 of its content.
+        data: "training", "validation", "tuning" to the sha256 of those questions' content.
         job_text: the resolved job file.
         intervals: metric name to its 95 % interval, for those that have one.
         asked: how the model is to be asked.
@@ -35,6 +35,12 @@ def model_card(
     train, validation, name = map(
         public_name, (job.data.train, job.data.validation, job.model.name)
     )
+    scored = drawn(job.data.validation_sample)
+    declared = {
+        "training": (job.data.train, job.data.sample),
+        "validation": (job.data.validation, job.data.validation_sample),
+        "tuning": (job.data.tuning or "", None),
+    }
     for path in filter(
         None, (job.data.train, job.data.validation, job.data.tuning, job.model.name)
     ):
@@ -49,7 +55,10 @@ def model_card(
         f"| {metric} | {value:.2f} | {_interval(intervals, metric)} |"
         for metric, value in scores.items()
     )
-    slices = "\n".join(f"| `{public_name(part)}` | `{digest}` |" for part, digest in data.items())
+    slices = "\n".join(
+        f"| {part} | `{public_name(declared[part][0])}`{drawn(declared[part][1])} | `{digest}` |"
+        for part, digest in data.items()
+    )
     return f"""---
 library_name: transformers
 pipeline_tag: question-answering
@@ -61,7 +70,7 @@ model-index:
   - task:
       type: question-answering
     dataset:
-      name: {_quoted(validation)}
+      name: {_quoted(f"{validation}{scored}")}
 {_scored_on(validation)}
     metrics:
 {metrics}
@@ -70,11 +79,11 @@ model-index:
 
 An extractive question-answering model: given a question and a text, it points at the span of the
 text that answers it. Fine-tuned with spantune from `{name}`
-on `{train}`.
+on `{train}`{drawn(job.data.sample)}.
 
 ## Scores
 
-On `{validation}`:
+On `{validation}`{scored}:
 
 | metric | value | 95 % interval |
 |---|---:|---:|
@@ -82,8 +91,8 @@ On `{validation}`:
 
 ## Data
 
-| slice | sha256 of its content |
-|---|---|
+| questions | slice | sha256 of their content |
+|---|---|---|
 {slices}
 
 ## Recipe
@@ -167,11 +176,10 @@ def _scored_on(validation: str) -> str:
 def _recipe(job: Job) -> str:
     """The settings that a reader looks for first, as table rows; all of them are in the job."""
     train, frozen = job.train, ", ".join(f"`{part}`" for part in job.model.freeze)
-    sample = f", {job.data.sample} of them drawn with the seed" if job.data.sample else ""
     warmup = f" after a warm-up of {100 * train.warmup:g} % of the steps" if train.warmup else ""
     stop = f"; until {job.stop.metric} stops improving" if job.stop else ""
     rows = {
-        "questions": f"`{public_name(job.data.train)}`{sample}",
+        "questions": f"`{public_name(job.data.train)}`{drawn(job.data.sample)}",
         "windows": f"{job.data.max_length} tokens, stride {job.data.stride}",
         "frozen": frozen or "nothing",
         "epochs": f"at most {train.epochs}{stop}" if stop else f"{train.epochs}",
@@ -188,6 +196,11 @@ def _recipe(job: Job) -> str:
 def public_name(name: str) -> str:
     """A name as others may see it: of a file or folder, its last part."""
     return name.rpartition("/")[2] if name.startswith("/") else name
+
+
+def drawn(sample: int | None) -> str:
+    """What must follow the name of a slice of which only a sample was taken."""
+    return "" if sample is None else f", {sample:,} of its questions drawn with the seed"
 
 
 def _quoted(text: str) -> str:

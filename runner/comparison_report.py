@@ -23,7 +23,7 @@ from runner.page import (
     Table,
 )
 from runner.report_data import Scored
-from runner.run_report import SEED
+from runner.run_report import SEED, scored_on
 
 FLIPPED = 8  # questions shown of each kind
 STYLES = ("blue", "orange", "green")
@@ -68,7 +68,7 @@ def comparison_page(runs: Sequence[Scored]) -> Page:
         sections += _flips(base, names[0], other, name, verdict)
     return Page(
         title=" against ".join(names) if len(names) == 2 else "Comparison of runs",
-        lead=f"Scored on {public_name(base.source)}; each run is compared with {names[0]}.",
+        lead=f"Scored on {scored_on(base)}; each run is compared with {names[0]}.",
         facts={
             name: f"{run.path.parent.name}/{run.path.name}"
             for name, run in zip(names, runs, strict=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from runner.card import public_name
+from runner.card import drawn, public_name
 from runner.console import duration
 from runner.error_tables import FEWEST, decision_table, error_tables, worst
 from runner.page import (
@@ -68,16 +68,28 @@ def percent_of(result: Mapping[str, Any], key: str) -> Percent:
     return Percent(result["metrics"][key], *ends)
 
 
-def _lead(scored: Scored) -> str:
+def scored_on(scored: Scored) -> str:
+    """The questions that were scored; a sample of a slice says that it is one."""
     source = public_name(scored.source)
+    return source if scored.job is None else f"{source}{_drawn(scored.job, 'validation_sample')}"
+
+
+def _drawn(job: Mapping[str, Any], key: str) -> str:
+    # The job is a table as it stands in the run folder: nobody has checked it.
+    sample = job["data"].get(key)
+    return drawn(sample if isinstance(sample, int) else None)
+
+
+def _lead(scored: Scored) -> str:
     if scored.job is None:
         model = "" if scored.result is None else scored.result["model"]["name"]
-        return f"{public_name(model)}, scored on {source}."
-    model, data = scored.job["model"]["name"], scored.job["data"]
-    trained = f"{public_name(model)}, fine-tuned on {public_name(data['train'])}"
+        return f"{public_name(model)}, scored on {scored_on(scored)}."
+    model, train = scored.job["model"]["name"], scored.job["data"]["train"]
+    questions = f"{public_name(train)}{_drawn(scored.job, 'sample')}"
+    trained = f"{public_name(model)}, fine-tuned on {questions}"
     if scored.result is None:
         return f"{trained}; not finished, so there is no score yet."
-    return f"{trained}, scored on {source}."
+    return f"{trained}, scored on {scored_on(scored)}."
 
 
 def _facts(scored: Scored) -> dict[str, str]:

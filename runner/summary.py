@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from runner.answering import Answering, job_answering
-from runner.card import public_name
+from runner.card import drawn, public_name
 from runner.console import duration
 from runner.evaluation import Evaluation, in_use
 from runner.job import Job, Probe
@@ -21,10 +21,17 @@ from runner.rundir import RunDir, below_here, write_atomic
 from runner.scoring import Readings
 from runner.tables import Value, read_rows
 
+THRESHOLD = "null_threshold_logits"  # column of eval.csv
+INTERVAL_COLUMNS = ("EM %\n±95 % CI", "F1 %\n±95 % CI")  # of the table of epochs
 
-def data_hashes(*parts: Questions | None) -> dict[str, str]:
-    """Slice name to content hash, for the model card."""
-    return {part.dataset.source: part.dataset.sha256 for part in parts if part is not None}
+
+def data_hashes(
+    training: Questions, validation: Questions, tuning: Questions | None
+) -> dict[str, str]:
+    """What questions are for to the hash of their content, for the model card: two samples may be
+    of one slice."""
+    parts = {"training": training, "validation": validation, "tuning": tuning}
+    return {part: found.dataset.sha256 for part, found in parts.items() if found is not None}
 
 
 def headline(scores: Evaluation) -> dict[str, float]:
@@ -76,9 +83,17 @@ def _ends(name: str, scores: Evaluation) -> dict[str, Value]:
     return {f"{name}_low_percent": low, f"{name}_high_percent": high}
 
 
+def latest_threshold(run: RunDir) -> float | None:
+    """The null threshold of eval.csv's last row, to the bit; None before the first evaluation, and
+    where "" is never an answer. A resumed run finds it too: its tables are those of the
+    checkpoint."""
+    rows = read_rows(run.eval_table)
+    return float(rows[-1][THRESHOLD]) if rows and THRESHOLD in rows[-1] else None
+
+
 def _threshold(scores: Evaluation) -> dict[str, Value]:
     threshold = scores.null_threshold
-    return {} if threshold is None else {"null_threshold_logits": threshold}
+    return {} if threshold is None else {THRESHOLD: threshold}
 
 
 def result_scores(scores: Evaluation, default_threshold: float, seed: int) -> dict[str, Any]:
@@ -183,27 +198,37 @@ def announcement(
 
 def epoch_rows(run: RunDir) -> list[dict[str, Value]]:
     """What eval.csv tells of each epoch, to fit a terminal of 80 columns: losses in nats, accuracy
-    of whole spans over windows, the epoch's wall seconds, windows trained a second."""
+    of whole spans over windows, scores with half the width of their 95 % intervals, the epoch's
+    wall seconds, windows trained a second."""
     return [
         {
             "epoch": int(row["epoch"]),
-            "train loss": float(row["train_loss_nats"]),
-            "train acc %": float(row["train_span_accuracy_percent"]),
-            "valid. loss": float(row["validation_loss_nats"]),
-            "valid. acc %": float(row["span_accuracy_percent"]),
-            "EM %": float(row["exact_match_percent"]),
-            "F1 %": float(row["f1_percent"]),
-            "time s": round(float(row["train_seconds"]) + float(row["evaluation_seconds"])),
+            "train\nloss": float(row["train_loss_nats"]),
+            "train\nacc %": float(row["train_span_accuracy_percent"]),
+            "valid.\nloss": float(row["validation_loss_nats"]),
+            "valid.\nacc %": float(row["span_accuracy_percent"]),
+            INTERVAL_COLUMNS[0]: _with_half_width(row, "exact_match"),
+            INTERVAL_COLUMNS[1]: _with_half_width(row, "f1"),
+            "time\ns": round(float(row["train_seconds"]) + float(row["evaluation_seconds"])),
             "win/s": float(row["examples_per_second"]),
         }
         for row in read_rows(run.eval_table)
     ]
 
 
+def _with_half_width(row: Mapping[str, str], name: str) -> str:
+    """A score and how far its interval reaches, which is not quite as far on both sides."""
+    value, low, high = (float(row[f"{name}{end}_percent"]) for end in ("", "_low", "_high"))
+    return f"{value:.1f} ±{(high - low) / 2:.1f}"
+
+
 def closing_lines(job: Job, run: RunDir, result: Mapping[str, Any]) -> list[str]:
     """The last lines of a run: its scores and where everything is."""
     lines = [
-        f"{score_line(result, '')} on {below_here(job.data.validation)}",
+        (
+            f"{score_line(result, '')} on"
+            f" {below_here(job.data.validation)}{drawn(job.data.validation_sample)}"
+        ),
         *threshold_lines(result),
         f"In brackets: 95 % intervals over the {result['questions']:,} questions",
         (

@@ -6,7 +6,7 @@ from __future__ import annotations
 import csv
 import io
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from rich import box
@@ -62,14 +62,33 @@ def markdown(rows: Sequence[Mapping[str, Value]]) -> str:
     return out.getvalue()
 
 
-def terminal(title: str, rows: Sequence[Mapping[str, Value]]) -> Table:
-    """Show rows as a rich table that stays readable at 80 columns."""
+def terminal(
+    title: str, rows: Sequence[Mapping[str, Value]], *, right: Collection[str] = ()
+) -> Table:
+    """Show rows as a rich table that stays readable at 80 columns.
+
+    Args:
+        title: above the table.
+        rows: its cells by the columns' names; a name may have several lines.
+        right: columns that are set to the right and in one line; those of numbers always are to
+            the right.
+    """
     table = Table(
-        title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1)
+        title=Text(title),
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1),
+        collapse_padding=True,
     )
     for key in rows[0] if rows else ():
-        right = all(isinstance(row[key], int | float | None) for row in rows)
-        table.add_column(Text(key), justify="right" if right else "left", overflow="fold")
+        numbers = all(isinstance(row[key], int | float | None) for row in rows)
+        table.add_column(
+            Text(key),
+            justify="right" if numbers or key in right else "left",
+            overflow="fold",
+            no_wrap=key in right,
+        )
     for row in rows:
         table.add_row(*(Text(spelled(value)) for value in row.values()))  # no markup: [CLS] stays
     return table

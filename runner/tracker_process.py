@@ -17,14 +17,20 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
+PARAMETERS = 100  # that MLflow takes in one call
 Row = Mapping[str, Any]
 Say = Callable[[str], None]
 
 
 class Tool(Protocol):
-    """A tracker's library behind two calls."""
+    """A tracker's library behind three calls."""
 
     def log(self, table: str, row: Row, step: int) -> None: ...
+
+    def recall(self, probe: Row) -> None:
+        """Take a row of probes.csv that an earlier attempt has logged: its curves have it, a table
+        that is sent whole at the end must have it again."""
+        ...
 
     def close(self, *, finished: bool) -> None: ...
 
@@ -76,9 +82,12 @@ class Wandb:
             self._run.summary.update(numbers(row))
             return
         if table == "probes":
-            self._columns = list(row)
-            self._probes.append(list(row.values()))
+            self.recall(row)
         self._run.log({"step": step, **values(table, row)})
+
+    def recall(self, probe: Row) -> None:
+        self._columns = list(probe)
+        self._probes.append(list(probe.values()))
 
     def close(self, *, finished: bool) -> None:
         if self._probes:
@@ -113,6 +122,9 @@ class Tensorboard:
         self._write(self._summary(value=scalars), step)
         if table == "probes":
             self._text(f"probes/{row['probe']}", f"{row['question']} **{row['answer']}**", step)
+
+    def recall(self, probe: Row) -> None:
+        pass  # what earlier attempts wrote lies in the same folder, and is shown with the rest
 
     def close(self, *, finished: bool) -> None:
         self._writer.close()
@@ -159,7 +171,8 @@ class Mlflow:
         known = run.data.params if mine else {}
         flat = flatten(settings["config"]).items()
         parameters = [entities.Param(k, v) for k, v in flat if k not in known]
-        self._client.log_batch(self._run, params=parameters[:100])
+        for place in range(0, len(parameters), PARAMETERS):
+            self._client.log_batch(self._run, params=parameters[place : place + PARAMETERS])
         self._probes: list[Row] = []
         local = f"to look at it: MLFLOW_ALLOW_FILE_STORE=true mlflow ui --backend-store-uri {uri}"
         say(local if uri.startswith("file:") else f"run {self._run} on {uri}")
@@ -169,7 +182,10 @@ class Mlflow:
         found = [self._metric(key, value, now, step) for key, value in values(table, row).items()]
         self._client.log_batch(self._run, metrics=found)
         if table == "probes":
-            self._probes.append(row)
+            self.recall(row)
+
+    def recall(self, probe: Row) -> None:
+        self._probes.append(probe)
 
     def close(self, *, finished: bool) -> None:
         if self._probes:
@@ -246,7 +262,10 @@ def follow(lines: Any, say: Say) -> None:
         if "step" in row:
             step = row["step"]
         try:
-            tool.log(message["table"], row, step)
+            if message["table"] == "earlier_probes":
+                tool.recall(row)
+            else:
+                tool.log(message["table"], row, step)
         except Exception as error:  # one row that is not taken does not end the others
             failures += 1
             if failures == 1:

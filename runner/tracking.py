@@ -49,6 +49,12 @@ class Trackers:
         for child in self._children:
             self._guarded(child, lambda c: c.send({"table": table, "row": dict(row)}))
 
+    def resume(self, probe_rows: Sequence[Mapping[str, Value]]) -> None:
+        """Pass on what earlier attempts have logged of probes.csv: W&B and MLflow get that table
+        whole at the end, and it must not begin with this attempt."""
+        for row in probe_rows:
+            self.log("earlier_probes", row)
+
     def close(self, *, finished: bool = True) -> None:
         """Let the trackers send what they have, then end them; those that need longer are told to
         stop and warned about."""

@@ -27,7 +27,7 @@ from runner.evaluation import TunedThreshold, evaluate, in_use, tune
 from runner.expectation import missed_expectation
 from runner.export import gathered_state, own_logits, publish_model
 from runner.health import Health
-from runner.job import Job, Score
+from runner.job import Job
 from runner.jobfile import dump_job
 from runner.keeping import MODEL, Kept, write_kept
 from runner.material import load_material
@@ -43,11 +43,13 @@ from runner.signals import asked, hold
 from runner.stopping import Stopper
 from runner.store import Stage
 from runner.summary import (
+    INTERVAL_COLUMNS,
     answering_of,
     data_hashes,
     epoch_rows,
     eval_row,
     headline,
+    latest_threshold,
     probe_table,
     reported,
 )
@@ -178,15 +180,19 @@ def train_watched(
         if job.model.freeze:
             reporter.show(terminal("Frozen layers", have.parameters))
 
-    def ask_probes(epoch: int, score: Score) -> None:
+    def ask_probes(epoch: int, tuned: TunedThreshold | None) -> None:
         asked_before = any(row["epoch"] == epoch for row in memory.probe_rows)
         if not have.probes or asked_before:  # and saved, by the attempt before this one
             return
+        threshold = None if tuned is None else tuned.threshold
+        if tuned is None and rank.is_main:
+            # An epoch that is not scored is asked at the threshold of the last one that was.
+            threshold = latest_threshold(run)
         readings = read_windows(
             have.reader,
             have.probe_windows,
             have.probes,
-            score,
+            in_use(job.score, threshold),
             rank,
             unanswerable=job.data.unanswerable,
         )
@@ -223,8 +229,9 @@ def train_watched(
         write_json(run.provenance, origin)
     if found is None:
         with clock("probes"):
-            ask_probes(0, job.score)
+            ask_probes(0, None)
     else:
+        trackers.resume(memory.probe_rows)
         reporter.say(f"  goes on after step {progress.step} of {have.total_steps} ({found.name})")
         if rank.is_main:
             for field in differing_fields(read_record(run.provenance), origin):
@@ -245,7 +252,7 @@ def train_watched(
         with clock("evaluation"):
             tuned = tuned_threshold() if is_scored else None
         with clock("probes"):
-            ask_probes(epoch, in_use(job.score, tuned.threshold if tuned else None))
+            ask_probes(epoch, tuned)
         if not is_scored:
             if rank.is_main:
                 draw_curves(run, job.name)
@@ -277,7 +284,7 @@ def train_watched(
             verdict = memory.stopper.judge(scores)
             write_row(run.eval_table, eval_row(epoch, progress.step, progress.totals, scores))
             draw_curves(run, job.name)
-            reporter.show(terminal("", epoch_rows(run)))
+            reporter.show(terminal("", epoch_rows(run), right=INTERVAL_COLUMNS))
         verdict = share(verdict)
         progress.scored, progress.over = True, verdict.stop or last
         if verdict.keep:

@@ -27,7 +27,7 @@ def job(text="", **data):
 
 
 def card(job, job_text='name = "tiny-card"\n', tuned=None):
-    hashes = {job.data.train: "a1" * 32, job.data.validation: "b2" * 32}
+    hashes = {"training": "a1" * 32, "validation": "b2" * 32}
     answering = job_answering(job.data, job.score).model_copy(update={"tuned": tuned})
     return model_card(job, SCORES, hashes, job_text, intervals=INTERVALS, asked=answering)
 
@@ -86,7 +86,8 @@ def test_the_recipe_says_what_was_trained_and_how():
     tables["stop"] = {"metric": "f1"}
     text = card(Job.model_validate(tables))
     for row in (
-        "| questions | `rajpurkar/squad:train[:1000]`, 1000 of them drawn with the seed |",
+        "| questions | `rajpurkar/squad:train[:1000]`,"
+        " 1,000 of its questions drawn with the seed |",
         "| windows | 384 tokens, stride 128 |",
         "| frozen | `embeddings`, `encoder.layer.0-5` |",
         "| epochs | at most 5; until f1 stops improving |",
@@ -94,6 +95,20 @@ def test_the_recipe_says_what_was_trained_and_how():
         " weight decay 0 |",
     ):
         assert row in text
+
+
+def test_scores_of_a_sample_are_not_told_as_those_of_the_whole_slice():
+    """Two samples of one slice have a hash each."""
+    from huggingface_hub import ModelCard
+
+    text = card(job(train="o/n:dev", validation="o/n:dev", sample=1200, validation_sample=500))
+    part = "500 of its questions drawn with the seed"
+    assert f"\nOn `o/n:dev`, {part}:\n" in text
+    assert {r.dataset_name for r in ModelCard(text).data.eval_results} == {f"o/n:dev, {part}"}
+    more = "1,200 of its questions drawn with the seed"
+    assert f"\non `o/n:dev`, {more}.\n" in text
+    assert f"| training | `o/n:dev`, {more} | `{'a1' * 32}` |" in text
+    assert f"| validation | `o/n:dev`, {part} | `{'b2' * 32}` |" in text
 
 
 @pytest.mark.parametrize("model", ["/somewhere/models/mine", "package:weights/model"])
@@ -113,6 +128,7 @@ def test_folders_of_the_machine_are_left_out():
     assert "/home" not in text
     assert 'train = "a.json[:5]"' in text
     assert "| `b.csv` |" in text
+    assert "/somewhere" not in text
 
 
 def test_a_fence_in_the_job_does_not_end_the_jobs_own():

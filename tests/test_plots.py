@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from runner.errors import StorageError
-from runner.plots import draw_curves
+from runner.plots import GREY, LOSSES, SCORES, draw_curves
 from runner.rundir import RunDir
 from runner.tables import append_row
 
 PNG = b"\x89PNG\r\n"
 
 
-def fill(folder: Path, epochs: int, evaluated: int) -> RunDir:
+def fill(folder: Path, epochs: int, evaluated: int, *, intervals: bool = True) -> RunDir:
     """A run of 4 steps an epoch, the first epochs evaluated."""
     folder.mkdir(exist_ok=True)
     run = RunDir(folder)
@@ -25,6 +27,10 @@ def fill(folder: Path, epochs: int, evaluated: int) -> RunDir:
     for epoch in range(1, evaluated + 1):
         losses = {"train_loss_nats": 3 / epoch, "validation_loss_nats": 4 / epoch}
         scores = {f"{name}_percent": 10.0 * epoch for name in ("exact_match", "f1")}
+        if intervals:
+            scores |= {f"{name[:-8]}_low_percent": value - 5 for name, value in scores.items()} | {
+                f"{name[:-8]}_high_percent": value + 5 for name, value in scores.items()
+            }
         scores |= {"span_accuracy_percent": 9.0, "train_span_accuracy_percent": 8.0}
         append_row(run.eval_table, {"epoch": epoch, "step": 4 * epoch} | losses | scores)
     return run
@@ -41,10 +47,11 @@ def test_the_curves_name_their_axes_with_units_over_epochs_and_steps(tmp_path):
     draw_curves(run, "a_job")
     assert run.curves_png.read_bytes().startswith(PNG)
     text = words(run)
-    for label in ("a_job", "loss (nats)", "score on validation data (%)", "F1", "exact match"):
+    for label in ("a_job", "loss (nats)", "score (%)", "validation F1", "validation exact match"):
         assert label in text
     assert text.count("epoch") == text.count("optimiser step") == 2
-    assert "span accuracy on training data" in text
+    assert "training span accuracy" in text
+    assert "95 % interval" in text
     assert {"0", "1", "2", "3", "10"} <= set(text)  # 12 steps are 3 epochs
     assert not [*run.path.glob(".*")]
 
@@ -72,3 +79,80 @@ def test_a_folder_that_takes_no_picture(tmp_path):
     run.curves_png.mkdir()
     with pytest.raises(StorageError, match=r"curves\.png"):
         draw_curves(run, "a_job")
+
+
+def test_intervals_are_bands_and_of_one_epoch_a_bar(tmp_path):
+    """An earlier version's table has none."""
+    drawn = {}
+    for evaluated, intervals in ((1, True), (3, True), (3, False)):
+        run = fill(tmp_path / f"{evaluated}{intervals}", 3, evaluated, intervals=intervals)
+        draw_curves(run, "a_job")
+        text = run.curves_svg.read_text(encoding="utf-8")
+        kinds = ("LineCollection", "FillBetweenPolyCollection")
+        drawn[evaluated, intervals] = [text.count(f'id="{kind}_') for kind in kinds]
+        assert ("95 % interval" in words(run)) is intervals
+    assert drawn == {(1, True): [2, 0], (3, True): [0, 2], (3, False): [0, 0]}
+
+
+@pytest.mark.parametrize("curves", [LOSSES, SCORES])
+def test_curves_differ_without_any_colour(curves):
+    assert len({curve.marker for curve in curves}) == len(curves)
+    assert len({curve.dash for curve in curves}) == len(curves)
+    bands = [curve.hatch for curve in curves if curve.hatch]
+    assert len(set(bands)) == len(bands)
+
+
+@pytest.mark.parametrize("colour", [GREY, *(curve.colour for curve in (*LOSSES, *SCORES))])
+def test_every_curve_stands_out_from_white_paper(colour):
+    """By WCAG's ratio for what is drawn, 3 to 1; a printer without colours keeps the luminance."""
+    red, green, blue = linear(colour)
+    assert 1.05 / (0.2126 * red + 0.7152 * green + 0.0722 * blue + 0.05) >= 3
+
+
+# Machado, Oliveira and Fernandes 2009, table 1, severity 1: what is seen of linear RGB.
+BLIND = {
+    "protanopia": np.array(
+        [
+            [0.152286, 1.052583, -0.204868],
+            [0.114503, 0.786281, 0.099216],
+            [-0.003882, -0.048116, 1.051998],
+        ]
+    ),
+    "deuteranopia": np.array(
+        [
+            [0.367322, 0.860646, -0.227968],
+            [0.280085, 0.672501, 0.047413],
+            [-0.011820, 0.042940, 0.968881],
+        ]
+    ),
+    "tritanopia": np.array(
+        [
+            [1.255528, -0.076749, -0.178779],
+            [-0.078411, 0.930809, 0.147602],
+            [0.004733, 0.691367, 0.303900],
+        ]
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BLIND)
+def test_colours_differ_for_the_colour_blind(kind):
+    """In CIE Lab, where a distance of 2.3 is just seen."""
+    for curves in (LOSSES, SCORES):
+        seen = [lab(BLIND[kind] @ linear(curve.colour)) for curve in curves]
+        for one, other in itertools.combinations(seen, 2):
+            assert np.linalg.norm(one - other) > 10
+
+
+def linear(colour: str) -> np.ndarray:
+    """Linear RGB of #rrggbb in sRGB."""
+    part = np.array([int(colour[n : n + 2], 16) for n in (1, 3, 5)]) / 255
+    return np.where(part <= 0.04045, part / 12.92, ((part + 0.055) / 1.055) ** 2.4)
+
+
+def lab(rgb: np.ndarray) -> np.ndarray:
+    """CIE Lab, white D65, of linear RGB, as far as a screen shows it."""
+    to_xyz = [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
+    xyz = np.array(to_xyz) @ np.clip(rgb, 0, 1)
+    x, y, z = np.cbrt(xyz / (0.9505, 1.0, 1.089))  # the root's straight end is for near black
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])

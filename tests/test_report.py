@@ -49,6 +49,21 @@ def test_the_comparison_is_the_golden_one(tmp_path):
     assert (tmp_path / "out" / "comparison.html").is_file()
 
 
+def test_a_report_says_that_only_a_sample_was_scored(tmp_path):
+    runs = [make_run(tmp_path / name, predictions()) for name in ("first", "second")]
+    for run in runs:
+        job = RunDir(run).job
+        sampled = 'dev.json"\nsample = 1200\nvalidation_sample = 40\n'
+        job.write_text(job.read_text().replace('dev.json"\n', sampled))
+    write_report(runs[0])
+    part = "40 of its questions drawn with the seed"
+    whole = "train.json\\[:900\\], 1,200 of its questions drawn with the seed"
+    assert f"fine-tuned on {whole}, scored on dev.json, {part}.\n" in text_of(runs[0])
+    write_comparison(runs, tmp_path / "out")
+    text = (tmp_path / "out" / "comparison.md").read_text(encoding="utf-8")
+    assert f"Scored on dev.json, {part}; each" in text
+
+
 def test_a_run_that_is_still_going_has_a_report_without_scores(tmp_path):
     run = make_run(tmp_path / "run", predictions(), finished=False)
     RunDir(run).predictions.unlink()

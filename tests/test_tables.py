@@ -122,6 +122,15 @@ def test_a_terminal_shows_all_of_a_long_answer(width):
     assert all(word in shown for word in words)
 
 
+def test_a_column_of_text_is_set_to_the_right_where_asked():
+    rows = [{"F1 %": "57.0 ±5.8", "answer": "a"}, {"F1 %": "8.0 ±0.5", "answer": "b"}]
+    screen = Console(file=io.StringIO(), width=80)
+    screen.print(terminal("t", rows, right=("F1 %",)))
+    shown = screen.file.getvalue()
+    assert " 57.0 ±5.8  a" in shown
+    assert "  8.0 ±0.5  b" in shown
+
+
 def test_no_rows_are_an_empty_table():
     assert on_screen("t", []).strip() in ("", "t")
 
