@@ -83,9 +83,7 @@ def read_windows(
     for rows in _blocks(windows.questions_N):
         parts: list[tuple[np.ndarray, Spans]] = []
         block_4 = torch.zeros(4, dtype=torch.float64, device=reader.device)
-        batches = score_batches(
-            windows.lengths_N[rows], score.batch_size, rank.index, rank.world
-        )
+        batches = score_batches(windows.lengths_N[rows], score.batch_size, rank.index, rank.world)
         for batch, read in _read_ahead(reader, windows, rows.start, batches):
             if read.counted:
                 block_4 += _right(read)
