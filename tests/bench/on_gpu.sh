@@ -33,6 +33,10 @@ mkdir -p "$1" || exit
 top=$(cd "$1" && pwd) && DATA=$(cd "$2" && pwd) || exit
 MODEL=$3
 [ -d "$MODEL" ] && MODEL=$(cd "$MODEL" && pwd)
+PYTHON=${PYTHON:-python3} PEER_PYTHON=${PEER_PYTHON:-${PYTHON:-python3}}
+for name in PYTHON PEER_PYTHON; do # not the file behind a link: it would leave its environment
+    [[ ${!name} != */* ]] || printf -v "$name" %s "$(cd "$(dirname "${!name}")" && pwd)/$(basename "${!name}")"
+done
 shift 3
 parts=("$@")
 [ $# -gt 0 ] || read -ra parts <<<"${ALL//$'\n'/ }"
@@ -42,8 +46,7 @@ done
 cd "$(dirname "${BASH_SOURCE[0]}")/../.." || exit
 # A folder of the call's own: nothing of an earlier one is taken for a result of this.
 out=$(mktemp -d "$top/$(date -u +%Y%m%dT%H%M%S)-XXXX") || exit
-PYTHON=${PYTHON:-python3}
-export DATA MODEL PYTHON PEER_PYTHON=${PEER_PYTHON:-$PYTHON}
+export DATA MODEL PYTHON PEER_PYTHON
 export PYTHONPATH=$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 failed=0
 step() { # name, then a command; its output goes to OUT/name.txt

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).with_name("on_gpu.sh")
-# Notes its arguments; a run leaves a result, and one that is stopped goes on when it is started anew.
+# Notes its arguments; a run leaves a result, and one that was stopped goes on at its next start.
 PYTHON = """#!/usr/bin/env bash
 [ "$1" = - ] && exec "{python}" "$@"
 printf '%s\\n' "$PWD $*" >>"{calls}"
@@ -25,8 +25,9 @@ if [[ "$run" == *resumed ]] && [ ! -e "$run/train.csv" ]; then
     printf 'row\\n%.0s' 1 2 3 4 5 6 >"$run/train.csv"
     while true; do sleep 0.05; done
 fi
-echo '{{"weights_sha256": "abc", "metrics": {{"f1": 50}}, "seconds": {{"training": 2}}}}' >"$run/result.json"
+echo '{result}' >"$run/result.json"
 """
+RESULT = '{"weights_sha256": "abc", "metrics": {"f1": 50}, "seconds": {"training": 2}}'
 
 
 class Machine:
@@ -37,16 +38,18 @@ class Machine:
         for name in ("data", "model"):
             (folder / name).mkdir()
         self.python = folder / "python"
-        self.python.write_text(PYTHON.format(python=sys.executable, calls=self.calls))
+        self.python.write_text(
+            PYTHON.format(python=sys.executable, calls=self.calls, result=RESULT)
+        )
         self.python.chmod(0o755)
 
-    def run(self, *parts: str, model: str = "model", fail: str = "nothing fails") -> tuple[int, str]:
+    def run(self, *parts: str, model: str = "model", fail: str = "nothing") -> tuple[int, str]:
         """Exit code, and what was said."""
         self.calls.unlink(missing_ok=True)
         done = subprocess.run(
             ["bash", str(SCRIPT), "out", "data", model, *parts],
             cwd=self.folder,
-            env={**os.environ, "PYTHON": str(self.python), "FAIL": fail},
+            env={**os.environ, "PYTHON": "./python", "FAIL": fail},
             capture_output=True,
             text=True,
             timeout=60,
