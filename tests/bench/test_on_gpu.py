@@ -43,7 +43,7 @@ class Machine:
         )
         self.python.chmod(0o755)
 
-    def run(self, *parts: str, model: str = "model", fail: str = "nothing") -> tuple[int, str]:
+    def run(self, *parts: str, model: str = "model", fail: str = "@no part@") -> tuple[int, str]:
         """Exit code, and what was said."""
         self.calls.unlink(missing_ok=True)
         done = subprocess.run(
