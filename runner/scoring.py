@@ -26,6 +26,9 @@ from runner.reading import Read, Reader, token_accuracy
 from runner.spans import Answer, Spans, answers, join, search
 
 BLOCK = 32_768  # windows whose candidates are in memory together
+# Devices whose memory is tried before training. On a CPU a rehearsal would cost seconds, where
+# scoring, which keeps no activations, has more room than a step.
+REHEARSED = ("cuda",)
 
 
 @dataclass(frozen=True)
@@ -130,9 +133,10 @@ def read_windows(
 @torch.no_grad()
 def rehearse(reader: Reader, windows: Windows, score: Score) -> None:
     """Read the batch that needs the most memory and search it, for nothing: what does not fit fails
-    before training, not after its first epoch. Every rank must call this."""
+    before training, not after its first epoch. On a CPU nothing is tried. Every rank must call
+    this."""
     batches = score_batches(windows.lengths_N, score.batch_size, 0, 1)
-    if not batches:
+    if not batches or reader.device.type not in REHEARSED:
         return
     was_training = reader.model.training
     reader.model.eval()

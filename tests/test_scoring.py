@@ -161,6 +161,9 @@ def test_a_rehearsal_reads_and_searches_the_longest_batch(reader, examples, monk
     reader, tokenizer = reader
     windows = build_windows(examples, tokenizer, 100, 16)
     spy = spying(reader, monkeypatch)
+    rehearse(spy, windows, Score(batch_size=3))
+    assert not spy.noted  # a CPU has room
+    monkeypatch.setattr(scoring, "REHEARSED", ("cpu",))
     reader.model.train(training)
     try:
         rehearse(spy, windows, Score(batch_size=3))
@@ -176,6 +179,7 @@ def test_a_rehearsal_reads_and_searches_the_longest_batch(reader, examples, monk
 
 FULL = """
 import runner.scoring, torch
+runner.scoring.REHEARSED = ("cpu",)
 plain = runner.scoring.search
 def search(logits, segments, *arguments, **options):
     if len(segments) > 1:  # no probe

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -119,6 +120,17 @@ def test_without_names_all_parts_run_and_each_has_a_line_in_the_header(machine):
     header = SCRIPT.read_text().partition("set -uo")[0]
     known = SCRIPT.read_text().partition('ALL="')[2].partition('"')[0].split()
     assert not [n for n in known if n.replace("large-", "base-") not in header]
+
+
+def test_every_option_that_is_given_is_known_to_the_script(machine):
+    machine.run()
+    for command in machine.calls.read_text().split(str(SCRIPT.parents[2])):
+        for part in re.split(r"(?=tests/bench/\w+\.py)|-m runner", command):
+            if (name := re.match(r"tests/bench/(\w+\.py)", part)) is None:
+                continue
+            given = set(re.findall(r"(?<= )--[a-z0-9-]+", part)) - {"--peer", "--ours"}
+            known = (SCRIPT.parent / name[1]).read_text()
+            assert not [option for option in given if f'"{option}"' not in known], part
 
 
 def test_a_failing_part_is_counted_and_the_next_one_runs(machine):
