@@ -85,8 +85,8 @@ class Bounds(NamedTuple):
 
 @dataclass(frozen=True)
 class Packed:
-    """A batch end to end in one row; for a GPU, a last segment that nobody reads rounds it up to
-    one of few lengths."""
+    """A batch end to end in one row; for a GPU, where its length is not yet one of few, a last
+    segment that nobody reads rounds it up."""
 
     input_ids_1T: Tensor
     types_1T: Tensor
@@ -102,7 +102,7 @@ class Packing:
     Attributes:
         first_position: position id of a window's first token (RoBERTa counts from behind its
             padding's).
-        multiple: totals are rounded up to this, by at least one token; 1 packs exactly.
+        multiple: totals are rounded up to this; 1 packs exactly.
         longest: tokens of the longest window of the run.
     """
 
@@ -118,8 +118,9 @@ def epoch_batches(
     last.
 
     With `buckets`, windows of similar length share a batch: shuffle, sort inside chunks, cut,
-    shuffle the batches. The first epoch begins with its two longest batches: what does not fit into
-    memory fails at once (the second time with the optimiser's state in place), or not at all.
+    shuffle the batches. The first epoch begins with its largest full batches (see
+    `_largest_first`), so that what does not fit into memory fails in the first steps. Later epochs
+    draw other batches; without buckets one of theirs may be a few percent larger.
 
     Args:
         lengths_N: tokens of each window.
@@ -142,14 +143,28 @@ def epoch_batches(
         batches += np.split(rows, len(rows) // batch_size)
     shuffled = [batches[n] for n in generator.permutation(len(batches))]
     if epoch == 0:
-        size = [(lengths_N[rows].max(), lengths_N[rows].sum()) for rows in shuffled]
-        longest = sorted(range(len(shuffled)), key=lambda n: size[n], reverse=True)[:2]
-        others = [rows for n, rows in enumerate(shuffled) if n not in longest]
-        shuffled = [shuffled[n] for n in longest] + others
+        shuffled = _largest_first(lengths_N, shuffled)
     rest = order[full:]
     if len(rest):
         shuffled.append(rest[np.argsort(lengths_N[rest], kind="stable")])
     return shuffled
+
+
+def _largest_first(lengths_N: np.ndarray, batches: list[np.ndarray]) -> list[np.ndarray]:
+    """Move the full batches that need the most memory to the front; all others keep their order.
+
+    These are two to four: the two of most tokens, which bound the memory of packed steps, and the
+    two with the longest windows, which bound that of padded ones. Two of each, since the second
+    meets the optimiser's state; both kinds, since packed and padded runs train in one order.
+    """
+    tokens = [int(lengths_N[rows].sum()) for rows in batches]
+    longest = [int(lengths_N[rows].max()) for rows in batches]
+    places = range(len(batches))
+    by_tokens = sorted(places, key=lambda n: (tokens[n], longest[n]), reverse=True)[:2]
+    by_longest = sorted(places, key=lambda n: (longest[n], tokens[n]), reverse=True)[:2]
+    pairs = zip(by_tokens, by_longest, strict=True)
+    front = list(dict.fromkeys(n for pair in pairs for n in pair))
+    return [batches[n] for n in front] + [batches[n] for n in places if n not in front]
 
 
 def rank_share(
@@ -270,11 +285,13 @@ def packed_bounds(segments_B2: Tensor, packing: Packing) -> tuple[Bounds, int]:
     """Where the windows of a packed batch end, on the CPU, and how many tokens fill it up."""
     offsets, lengths = segments_B2.numpy().T.tolist()
     total = offsets[-1] + lengths[-1]
-    fill = 0 if packing.multiple == 1 else packing.multiple - total % packing.multiple
+    on_gpu = packing.multiple > 1
+    fill = -total % packing.multiple
     ends = [*offsets, total, total + fill] if fill else [*offsets, total]
-    longest = max(packing.longest, packing.multiple if fill else 0, *lengths)
+    # With or without a filled-up end, the same bound for every batch.
+    longest = max(packing.longest, packing.multiple if on_gpu else 0, *lengths)
     bounds_S1 = torch.from_numpy(np.array(ends, dtype=np.int32))
-    return Bounds(bounds_S1, longest, () if fill else tuple(ends)), fill
+    return Bounds(bounds_S1, longest, () if on_gpu else tuple(ends)), fill
 
 
 def send(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -79,15 +80,22 @@ def train_epoch(course: Course, progress: Progress, follow: Step) -> None:
     Raises:
         DivergedError: if loss or gradients are no longer numbers, naming step and questions.
     """
-    engine, windows, layout = course.reader.model, course.windows, course.layout
-    engine.train()
+    course.reader.model.train()
     batches = epoch_batches(
-        windows.lengths_N,
+        course.windows.lengths_N,
         course.section.batch_size,
         course.seed,
         progress.epoch - 1,
         buckets=course.section.length_buckets,
     )
+    train_steps(course, progress, batches, follow)
+
+
+def train_steps(
+    course: Course, progress: Progress, batches: Sequence[np.ndarray], follow: Step
+) -> None:
+    """Train what is left of an epoch, whose optimiser steps see these windows; as `train_epoch`."""
+    engine, windows, layout = course.reader.model, course.windows, course.layout
     shares = [
         rank_share(
             rows, course.rank.index, layout.world, layout.micro_batch_size, layout.micro_batches

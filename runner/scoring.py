@@ -26,6 +26,9 @@ from runner.reading import Read, Reader, token_accuracy
 from runner.spans import Answer, Spans, answers, join, search
 
 BLOCK = 32_768  # windows whose candidates are in memory together
+# Devices whose memory is tried before training. On a CPU a rehearsal would cost seconds, where
+# scoring, which keeps no activations, has more room than a step.
+REHEARSED = ("cuda",)
 
 
 @dataclass(frozen=True)
@@ -83,22 +86,12 @@ def read_windows(
     for rows in _blocks(windows.questions_N):
         parts: list[tuple[np.ndarray, Spans]] = []
         block_4 = torch.zeros(4, dtype=torch.float64, device=reader.device)
-        for batch in score_batches(
-            windows.lengths_N[rows], score.batch_size, rank.index, rank.world
-        ):
-            read = reader.read(windows, rows.start + batch)
+        batches = score_batches(windows.lengths_N[rows], score.batch_size, rank.index, rank.world)
+        for batch, read in _read_ahead(reader, windows, rows.start, batches):
             if read.counted:
                 block_4 += _right(read)
-                spans = search(
-                    read.logits_T2,
-                    read.segments_B2,
-                    torch.from_numpy(windows.contexts_N2[rows][batch]),
-                    n_best=score.n_best,
-                    max_answer_length=score.max_answer_length,
-                    mode=score.mode,
-                    cls_N=torch.from_numpy(windows.cls_N[rows][batch]),
-                )
-                # Kept in main memory, candidates only: the device holds one batch at a time.
+                spans = _candidates(read, windows, rows.start + batch, score)
+                # Kept in main memory, candidates only: the device holds few batches at a time.
                 parts.append((batch, spans.cpu()))
             done += 1
             if step is not None:
@@ -141,6 +134,50 @@ def batch_count(windows: Windows, batch_size: int) -> int:
     """How many batches `read_windows` reads in a process alone."""
     blocks = _blocks(windows.questions_N)
     return sum(-(-(rows.stop - rows.start) // batch_size) for rows in blocks)
+
+
+@torch.no_grad()
+def rehearse(reader: Reader, windows: Windows, score: Score) -> None:
+    """Read the batch that needs the most memory and search it, for nothing: what does not fit fails
+    before training, not after its first epoch. On a CPU nothing is tried. Every rank must call
+    this."""
+    batches = score_batches(windows.lengths_N, score.batch_size, 0, 1)
+    if not batches or reader.device.type not in REHEARSED:
+        return
+    was_training = reader.model.training
+    reader.model.eval()
+    read = reader.read(windows, batches[0])
+    _right(read)
+    _candidates(read, windows, batches[0], score)
+    reader.model.train(was_training)
+
+
+def _read_ahead(
+    reader: Reader, windows: Windows, first: int, batches: Sequence[np.ndarray]
+) -> Iterator[tuple[np.ndarray, Read]]:
+    """Read batch after batch of the windows from `first` on. The next one is assembled and sent
+    while the device is at work on this one: the search for its spans waits for the device."""
+    upcoming = reader.prepare(windows, first + batches[0]) if batches else None
+    for number, batch in enumerate(batches, 1):
+        if upcoming is None:
+            raise AssertionError("each batch is prepared before the one ahead of it is given")
+        read = reader.run(upcoming)
+        left = batches[number : number + 1]
+        upcoming = reader.prepare(windows, first + left[0]) if left else None
+        yield batch, read
+
+
+def _candidates(read: Read, windows: Windows, rows: np.ndarray, score: Score) -> Spans:
+    """The best spans of a batch, on its device."""
+    return search(
+        read.logits_T2,
+        read.segments_B2,
+        torch.from_numpy(windows.contexts_N2[rows]),
+        n_best=score.n_best,
+        max_answer_length=score.max_answer_length,
+        mode=score.mode,
+        cls_N=torch.from_numpy(windows.cls_N[rows]),
+    )
 
 
 def _blocks(questions_N: np.ndarray) -> Iterator[slice]:

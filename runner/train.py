@@ -38,7 +38,7 @@ from runner.ranks import Rank, current_rank
 from runner.records import LISTED
 from runner.rundir import RunDir, below_here, write_json
 from runner.sameness import differing_fields, read_record
-from runner.scoring import read_windows
+from runner.scoring import read_windows, rehearse
 from runner.signals import asked, hold
 from runner.stopping import Stopper
 from runner.store import Stage
@@ -236,6 +236,11 @@ def train_watched(
         if rank.is_main:
             for field in differing_fields(read_record(run.provenance), origin):
                 reporter.say(f"  other than at the beginning, so bits may differ: {field}")
+    watch.at("the longest batch of the scoring")
+    with clock("evaluation"):
+        for part in (validation, have.tuning):
+            if part is not None:
+                rehearse(have.reader, part.windows, job.score)
     while not progress.over:
         if progress.scored:
             progress.next_epoch()

@@ -8,7 +8,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runner.batches import collate, epoch_batches, pad, rank_share, score_batches
+from runner.batches import (
+    Packing,
+    collate,
+    epoch_batches,
+    packed_bounds,
+    pad,
+    rank_share,
+    score_batches,
+)
 from runner.features import Windows
 
 sizes = st.integers(1, 40)
@@ -74,8 +82,29 @@ def test_without_buckets_lengths_do_not_decide_who_shares_a_batch():
 def test_the_first_steps_of_all_need_the_most_memory(lengths_N, batch_size, seed, buckets):
     batches = epoch_batches(lengths_N, batch_size, seed, 0, buckets=buckets)
     full = [rows for rows in batches if len(rows) == batch_size]
-    longest = [int(lengths_N[rows].max()) for rows in full]
-    assert longest[:2] == sorted(longest, reverse=True)[:2]
+    # Packed, a step's memory goes with its tokens; padded, with its longest window.
+    for need in (np.sum, np.max):
+        needs = [int(need(lengths_N[rows])) for rows in full]
+        largest = sorted(needs, reverse=True)[:2]
+        assert needs[:1] == largest[:1] or needs[1] == largest[0]
+        assert sorted(needs[:4], reverse=True)[:2] == largest
+
+
+def test_the_first_step_has_the_most_tokens_where_the_longest_window_is_elsewhere():
+    """Windows cut at max_length make many batches equally long, not equally large."""
+    draw = np.random.default_rng(0)
+    lengths_N = np.minimum(draw.gamma(4, 50, 8000).astype(np.int64) + 10, 384)
+    lengths_N[5] = 385
+    batches = epoch_batches(lengths_N, 32, 1, 0, buckets=False)
+    tokens = [int(lengths_N[rows].sum()) for rows in batches]
+    assert tokens[0] == max(tokens)
+    assert 5 in batches[1]
+    later = [
+        int(lengths_N[rows].sum())
+        for epoch in range(1, 6)
+        for rows in epoch_batches(lengths_N, 32, 1, epoch, buckets=False)
+    ]
+    assert max(later) < 1.1 * tokens[0]
 
 
 def test_the_longest_batches_change_no_other_ones_order():
@@ -85,8 +114,9 @@ def test_the_longest_batches_change_no_other_ones_order():
     moved, still = (epoch_batches(n, 16, 3, 0, buckets=False) for n in (lengths_N, alike_N))
     order = [set(rows) for rows in still]
     places = [order.index(set(rows)) for rows in moved]
-    assert {7, 300} <= set(moved[0]) | set(moved[1])
-    assert places[2:] == [n for n in range(40) if n not in places[:2]]
+    front = places[:4]  # two of most tokens, two with the longest windows
+    assert {7, 300} <= set(np.concatenate(moved[:4]))
+    assert places[4:] == [n for n in range(40) if n not in front]
 
 
 def test_batches_come_in_no_order_of_length():
@@ -210,6 +240,16 @@ def test_no_rows_become_the_shortest_window_without_labels():
     assert batch.segments_B2.tolist() == [[0, 3]]
     assert (batch.starts_B.tolist(), batch.ends_B.tolist()) == ([-1], [-1])
     assert pad(batch, 0).input_ids_BL.shape == (1, 3)
+
+
+@pytest.mark.parametrize(("last", "fill"), [(15, 1), (16, 0), (17, 15)])
+def test_a_total_that_is_round_is_not_filled_up(last, fill):
+    segments_B2 = torch.tensor([[0, 16], [16, last]])
+    bounds, found = packed_bounds(segments_B2, Packing(multiple=16, longest=40))
+    assert found == fill
+    ends = [0, 16, 16 + last] + ([16 + last + fill] if fill else [])
+    assert bounds.bounds_S1.tolist() == ends
+    assert (bounds.longest, bounds.ends) == (40, ())  # alike for all batches that a GPU is given
 
 
 def test_a_batch_does_not_share_memory_with_the_mapped_windows():

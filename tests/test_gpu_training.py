@@ -9,13 +9,17 @@ import torch
 from span_kernels import reference_span_loss
 
 from runner.batches import collate, pack, pad
+from runner.clock import Clock
 from runner.computing import choose_computing
 from runner.engine import deepspeed_config, start_distributed, start_engine
+from runner.epoch import Course, train_steps
+from runner.health import Health
 from runner.job import Model, Train, Zero
 from runner.layout import batch_layout
 from runner.model import optimiser_groups, span_logits
 from runner.noise import Noise
 from runner.packing import choose_packing
+from runner.progress import Progress
 from runner.ranks import Rank
 from runner.reading import Reader, to_device, token_accuracy
 from runner.resident import make_resident
@@ -31,9 +35,8 @@ LENGTHS = (7, 1, 23, 12, 40, 33, 5, 18)
 STILL = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
-def steps(count, *, zero=None, model=None, section=None, resident=False):
-    """Train a tiny BERT in bf16 on the same batches; a function that takes one more step and
-    returns its loss, on the device."""
+def trainer(*, zero=None, model=None, section=None, resident=False):
+    """A tiny BERT in bf16: its reader, loss, dropout, windows, and the job's [train]."""
     device = start_distributed(Rank(0, 1, 0, 1))
     zero = zero or Zero()
     section = section or Model(name="x", precision="bf16")
@@ -51,13 +54,20 @@ def steps(count, *, zero=None, model=None, section=None, resident=False):
     residents = make_resident([windows], device) if resident else ()
     reader = Reader(engine, device, 0, True, 8, computing.packing, residents=residents)
     engine.train()
+    return reader, span_loss, noise, windows, train
+
+
+def steps(count, **way):
+    """Train on the same batches: the losses, and a function that takes one more step and returns
+    its loss, on the device."""
+    reader, span_loss, noise, windows, _ = trainer(**way)
 
     def step(number):
         noise.restart(0, number, 0)
         read = reader.read(windows, np.roll(np.arange(8), number))
         loss = span_loss(read)
-        engine.backward(loss)
-        engine.step()
+        reader.model.backward(loss)
+        reader.model.step()
         return loss.detach(), token_accuracy(read)
 
     return [float(step(n)[0]) for n in range(count)], step
@@ -111,6 +121,31 @@ def test_a_step_waits_for_nothing(resident):
             step(number)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("resident", [False, True])
+def test_the_loop_waits_for_nothing_between_two_rows(resident):
+    """As a run has it: look-ahead, accuracy, health, and what follows each step."""
+    alone, written = Rank(0, 1, 0, 1), []
+    reader, span_loss, noise, windows, train = trainer(resident=resident)
+    health = Health(alone, windows.questions_N, [*map(str, range(8))], scaled=False)
+    course = Course(
+        reader, span_loss, windows, train.model_copy(update={"log_every": 10}), 1, alone,
+        batch_layout(train, 1), noise, Clock(), health, lambda text: None, written.append,
+        lambda: None,
+    )  # fmt: skip
+
+    def follow(done, note=""):
+        # The first row warms up; the second one is written, and waits, after step 20.
+        torch.cuda.set_sync_debug_mode("error" if 10 <= done < 19 else "default")
+
+    batches = [np.sort(np.roll(np.arange(8), number)) for number in range(20)]
+    progress = Progress(torch.zeros(2, device=CUDA), len(batches))
+    try:
+        train_steps(course, progress, batches, follow)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert [row["step"] for row in written] == [10, 20]
 
 
 def test_every_way_to_take_a_step_has_the_same_result():

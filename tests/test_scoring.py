@@ -14,7 +14,8 @@ from runner.job import Model, Score
 from runner.model import load_pretrained, load_tokenizer, takes_segment_ids
 from runner.ranks import Rank
 from runner.reading import Reader
-from runner.scoring import read_windows
+from runner.scoring import read_windows, rehearse
+from tests.interruptions import DATA, JOB
 
 ALONE = Rank(0, 1, 0, 1)
 CONTEXT = "The lantern folds flat; its battery lasts nine hours on the bright setting. "
@@ -112,6 +113,89 @@ def test_no_windows_are_no_answers(reader):
     found = read_windows(reader, windows, [], Score(), ALONE, unanswerable=False)
     assert found is not None
     assert (found.answers, found.loss) == ((), 0.0)
+
+
+class Spy(Reader):
+    """A reader that notes what it does, and with how many windows."""
+
+    @property
+    def noted(self) -> list:
+        return vars(self).setdefault("_noted", [])
+
+    def prepare(self, windows, rows):
+        self.noted.append(("prepare", rows.tolist()))
+        return super().prepare(windows, rows)
+
+    def run(self, prepared):
+        self.noted.append(("run", prepared.counted))
+        return super().run(prepared)
+
+
+def spying(reader, monkeypatch) -> Spy:
+    spy = Spy(**vars(reader))
+
+    def search(*arguments, **options):
+        spy.noted.append(("search", len(arguments[1])))
+        return plain(*arguments, **options)
+
+    plain = scoring.search
+    monkeypatch.setattr(scoring, "search", search)
+    return spy
+
+
+def test_the_next_batch_is_on_its_way_before_the_search_waits_for_this_one(
+    reader, examples, monkeypatch
+):
+    reader, tokenizer = reader
+    windows = build_windows(examples[:3], tokenizer, 64, 16)
+    spy = spying(reader, monkeypatch)
+    read_windows(spy, windows, examples[:3], Score(batch_size=2), ALONE, unanswerable=False)
+    before_the_last = -(-len(windows) // 2) - 1
+    assert before_the_last > 1
+    each = ["run", "prepare", "search"] * before_the_last
+    assert [name for name, _ in spy.noted] == ["prepare", *each, "run", "search"]
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_rehearsal_reads_and_searches_the_longest_batch(reader, examples, monkeypatch, training):
+    reader, tokenizer = reader
+    windows = build_windows(examples, tokenizer, 100, 16)
+    spy = spying(reader, monkeypatch)
+    rehearse(spy, windows, Score(batch_size=3))
+    assert not spy.noted  # a CPU has room
+    monkeypatch.setattr(scoring, "REHEARSED", ("cpu",))
+    reader.model.train(training)
+    try:
+        rehearse(spy, windows, Score(batch_size=3))
+        assert reader.model.training is training
+    finally:
+        reader.model.eval()
+    assert [name for name, _ in spy.noted] == ["prepare", "run", "search"]
+    read = windows.lengths_N[spy.noted[0][1]]
+    assert sorted(read) == sorted(windows.lengths_N)[-3:]
+    rehearse(spy, build_windows([], tokenizer, 64, 16), Score())
+    assert len(spy.noted) == 3
+
+
+FULL = """
+import runner.scoring, torch
+runner.scoring.REHEARSED = ("cpu",)
+plain = runner.scoring.search
+def search(logits, segments, *arguments, **options):
+    if len(segments) > 1:  # no probe
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to")
+    return plain(logits, segments, *arguments, **options)
+runner.scoring.search = search
+"""
+
+
+def test_scoring_that_does_not_fit_ends_a_run_before_its_first_step(zygote, tiny, tmp_path):
+    job = tmp_path / "job.toml"
+    job.write_text(JOB.format(data=DATA, model=tiny("bert"), context=CONTEXT, extra=""))
+    codes, text = zygote.run(job, "--run-dir", tmp_path / "run", code=FULL)
+    assert codes == [71], text
+    assert "out of memory at the longest batch of the scoring" in text
+    assert not (tmp_path / "run" / "train.csv").exists()
 
 
 def test_other_ranks_get_nothing(reader, examples, monkeypatch):

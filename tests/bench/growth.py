@@ -1,6 +1,6 @@
 """How time and memory grow with the number of questions: features, batches, evaluation.
 
-    python tests/bench/growth.py --data FILE.json --model NAME [--sizes 1000 10000 100000]
+    python tests/bench/growth.py --data FILE.json --model NAME [--sizes 1000 10000 100000 1000000]
 
 The questions are those of the file, repeated as often as needed; every repetition's contexts end
 in another word, so that nothing is tokenised once for several of them. That serves to count seconds
@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 os.environ["HF_HUB_OFFLINE"] = "1"
 import measuring
 
+SIZES = [1_000, 10_000, 100_000, 1_000_000]
 PARTS = ("questions", "features", "warm", "batches", "evaluation")
 
 
@@ -102,7 +103,11 @@ def answer(windows: Any, examples: list[Any]) -> None:
 
         model, device = Guesser(), torch.device("cpu")
 
-        def read(self, windows: Any, rows: Any) -> Read:
+        def prepare(self, windows: Any, rows: Any) -> Any:
+            return windows, rows
+
+        def run(self, prepared: Any) -> Read:
+            windows, rows = prepared
             lengths_B = torch.from_numpy(windows.lengths_N[rows])
             ends_B = lengths_B.cumsum(0)
             segments_B2 = torch.stack([ends_B - lengths_B, lengths_B], dim=1)
@@ -127,7 +132,7 @@ def main() -> None:
     )
     parser.add_argument("--data", type=Path, required=True, help="SQuAD-format JSON file")
     parser.add_argument("--model", required=True, help="a folder, or package:NAME/SUBFOLDER")
-    parser.add_argument("--sizes", type=int, nargs="+", default=[1_000, 10_000, 100_000])
+    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--table", type=Path, help="append the table to this file")
     parser.add_argument("--one", help=argparse.SUPPRESS)  # a child's part

@@ -65,6 +65,9 @@ def read_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--epochs", type=float, default=1)
+    parser.add_argument(
+        "--bf16", action="store_true", help="Trainer's bf16 autocast, as users train on a GPU"
+    )
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch decides)")
     return parser.parse_args()
 
@@ -343,7 +346,8 @@ def main() -> None:
             per_device_eval_batch_size=args.eval_batch_size,
             save_strategy="no",
             report_to="none",
-            use_cpu=True,
+            use_cpu=not torch.cuda.is_available(),
+            bf16=args.bf16,
             # A bar in a log file is thousands of lines; on a terminal users do see one.
             disable_tqdm=not sys.stderr.isatty(),
         ),
@@ -374,6 +378,8 @@ def main() -> None:
         "windows": {"train": len(train_windows), "validation": len(validation_windows)},
         "seconds": {**clock.seconds, "total": clock.total},
         "threads": torch.get_num_threads(),
+        "device": str(trainer.args.device),
+        "bf16": args.bf16,
         "seed": args.seed,
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
     }

@@ -39,6 +39,12 @@ def run(script: str, *options: object, machine: str = "cores") -> list[dict[str,
     return rows
 
 
+def test_the_readme_lists_every_file():
+    text = (BENCH / "README.md").read_text(encoding="utf-8")
+    listed = {line.split("`")[1] for line in text.splitlines() if line.startswith("| `")}
+    assert {path.name for path in BENCH.iterdir() if path.is_file()} - {"README.md"} == listed
+
+
 def test_features_and_batches(tiny):
     rows = run(
         "features.py", "--data", DATA, "--model", tiny("bert"), "--sample", 40, "--rounds", 1

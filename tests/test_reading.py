@@ -1,0 +1,37 @@
+"""Batches prepared ahead of the one that is run."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from runner.reading import Reader
+from tests.small_models import model_of, windows_of
+
+LENGTHS = (7, 1, 23, 12, 40)
+
+
+def test_one_batch_is_ahead_of_the_one_that_is_asked_for():
+    """Its copy is on the way while the device works; no more wait there, each takes memory."""
+    reader = Reader(model_of("bert"), torch.device("cpu"), 0, True, 1)
+    windows, asked = windows_of(LENGTHS), []
+
+    def passes():
+        for rows in ([3, 0], [4], [], [1, 2]):
+            asked.append(rows)
+            yield np.array(rows, dtype=np.int64)
+
+    found = []
+    for number, prepared in enumerate(reader.ahead(windows, passes()), 1):
+        assert len(asked) == min(number + 1, 4)
+        found.append(prepared)
+    assert [prepared.counted for prepared in found] == [2, 1, 0, 2]
+    for rows, prepared in zip(asked, found, strict=True):
+        wanted = reader.prepare(windows, np.array(rows, dtype=np.int64))
+        assert torch.equal(prepared.batch.input_ids_BL, wanted.batch.input_ids_BL)
+        assert torch.equal(reader.run(prepared).logits_T2, reader.run(wanted).logits_T2)
+
+
+def test_nothing_is_ahead_of_no_batch():
+    reader = Reader(None, torch.device("cpu"), 0, True, 1)
+    assert list(reader.ahead(windows_of(LENGTHS), [])) == []
