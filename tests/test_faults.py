@@ -104,8 +104,7 @@ def test_a_rank_that_hangs_between_the_steps_ends_all(zygote, job_file, tmp_path
     """Such work may take longer than a step, but not forever."""
     code = (
         "import time, runner.watch\n"
-        "runner.watch.WIDE = 1\n"
-        "def nap(*_):\n    time.sleep(600)\n"
+        "def nap(*_):\n    runner.watch.WIDE = 1\n    time.sleep(600)\n"
         f"if rank == 1:\n    {HANGS[phase]}\n"
     )
     options = ("--set", "train.timeout_minutes=0.05")

@@ -90,8 +90,7 @@ runner.train.read_windows = read_windows
 """
 
 
-@pytest.mark.parametrize("where", ["training", "tuning"])
-def test_what_a_job_may_ask_for_besides_is_resumed_too(zygote, job_file, tmp_path, where):
+def test_what_a_job_may_ask_for_besides_is_resumed_too(zygote, job_file, tmp_path):
     """Early stopping with a best evaluation that is older than the newest checkpoint, a tuned
     threshold, evaluations every other epoch, kept frozen layers, strict determinism."""
     job = job_file('[stop]\nmetric = "loss"\npatience = 3\n')
@@ -104,19 +103,19 @@ def test_what_a_job_may_ask_for_besides_is_resumed_too(zygote, job_file, tmp_pat
         "data.unanswerable=true",
         f"data.tuning={DATA}/product_qa_validation.json[8:16]",
     )
-    full, cut = tmp_path / "full", tmp_path / "cut"
-    codes, text = zygote.run(job, "--run-dir", full, *options)
+    codes, text = zygote.run(job, "--run-dir", tmp_path / "full", *options)
     assert codes == [0], text
-    expected = outcome(full)
+    expected = outcome(tmp_path / "full")
     assert "outputs of frozen layers: " in text
     steps = int(expected["train.csv"][-1]["step"])
-    code = STOP.format(step=steps - 4, rank=0) if where == "training" else TUNING
-    codes, text = zygote.run(job, "--run-dir", cut, *options, code=code)
-    assert codes == [75], text
-    codes, text = zygote.run(job, "--run-dir", cut, *options)
-    assert codes == [0], text
-    assert "goes on after step" in text
-    assert outcome(cut) == expected
+    for where, code in (("training", STOP.format(step=steps - 4, rank=0)), ("tuning", TUNING)):
+        cut = tmp_path / where
+        codes, text = zygote.run(job, "--run-dir", cut, *options, code=code)
+        assert codes == [75], text
+        codes, text = zygote.run(job, "--run-dir", cut, *options)
+        assert codes == [0], text
+        assert "goes on after step" in text
+        assert outcome(cut) == expected, where
 
 
 # Resumes that leave something out.
