@@ -41,7 +41,10 @@ _IDENTITY = {
     "validation": "was scored on other questions: the content of data.validation has changed",
     "tuning": "was tuned on other questions: the content of data.tuning has changed",
     "windows": "was trained on other windows: the tokenizer or its library has changed",
+    "model": "began with other weights: the files of model.name have changed",
 }
+
+_READ = ("train", "validation", "tuning", "windows", "model")  # of these, what each rank reads
 
 
 class Checkpoints:
@@ -90,7 +93,7 @@ class Checkpoints:
         best: Callable[[Stage], None] | None = None,
         *,
         required: bool = False,
-    ) -> None:
+    ) -> bool:
         """Commit a checkpoint and remove those that are no longer needed. Every rank must call
         this.
 
@@ -99,13 +102,16 @@ class Checkpoints:
             best: on every rank if this is the best evaluation so far: writes `best/` on rank 0.
             required: whether training cannot go on without this one.
 
+        Returns:
+            Whether all is saved now.
+
         Raises:
             StorageError: if it cannot be written, and is required or the third in a row; else only
                 a warning is given, and the checkpoints before it stay.
         """
         progress = memory.progress
         if self._saved == (progress.step, progress.scored):
-            return
+            return True
         name = checkpoint_name(progress.step, self._number, scored=progress.scored)
         before, memory.best = memory.best, name if best else memory.best
         facts = {"memory": memory.facts(), "step": progress.step, "identity": self._identity}
@@ -128,9 +134,10 @@ class Checkpoints:
                     f"{text}; free some space and start the same command again"
                 ) from None
             self._warn(f"no checkpoint after step {progress.step}: {text}; training goes on")
-            return
+            return False
         self._saved, self._failed = (progress.step, progress.scored), 0
         self._rotate(memory)
+        return True
 
     def _write(self, stage: Stage, memory: Memory, best: Callable[[Stage], None] | None) -> None:
         self._shards.write(self._engine, stage)
@@ -155,9 +162,11 @@ class Checkpoints:
             return
         self._attempt.step = memory.progress.step
         try:
-            commit.rotate(self._store, self._attempt, memory.best)
+            commit.rotate(self._store, self._attempt, memory.best, _best_of)
         except OSError as error:
             self._warn(f"old checkpoints stay: {error.filename}: {error.strerror}")
+        except (DamagedError, StorageError) as error:
+            self._warn(f"old checkpoints stay: {error}")
 
     def _fence(self) -> None:
         if self._attempt is not None:
@@ -184,8 +193,15 @@ class Checkpoints:
 
         Raises:
             DataError: if there are checkpoints that cannot be used, saying why.
+            StorageError: if they cannot be read now; none is touched.
         """
-        names = commit.take_over(self._store, self._attempt) if self._attempt is not None else []
+        mine = {key: self._identity[key] for key in _READ}
+        if any(theirs != mine for theirs in self.everyone(mine)):
+            raise DataError(
+                f"{self._run.path}: the ranks have read different data or weights: the files"
+                " changed while they were read; start the same command again"
+            )
+        names = commit.take_over(self._store, self, self._attempt)
         manifest = commit.newest(
             self._store, self, names, lambda found: self._examine(found, needs_best), self._warn
         )
@@ -221,14 +237,21 @@ class Checkpoints:
     def _examine(self, manifest: Manifest, needs_best: bool) -> None:
         """Hold a checkpoint against this start; raises DataError for what no other one will have
         either, DamagedError for what one before it may have whole."""
+        written = manifest.facts["identity"]
+        if set(written) != set(self._identity):
+            raise DataError(
+                f"{self._run.path}: checkpoint {manifest.name} was made by another version of"
+                " spantune, which noted other things; go on with that one, or begin anew with"
+                " --restart"
+            )
         for key, sentence in _IDENTITY.items():
-            then, now = manifest.facts["identity"][key], self._identity[key]
+            then, now = written[key], self._identity[key]
             if then != now:
                 raise DataError(
                     f"{self._run.path}: checkpoint {manifest.name} {sentence.format(then, now)},"
                     " or begin anew with --restart"
                 )
-        best = manifest.facts["memory"]["best"]
+        best = _best_of(manifest)
         if self.index == 0 and best not in (None, manifest.name):
             try:
                 holder = self._store.manifest(best)
@@ -276,6 +299,11 @@ def windows_sha256(*parts: Windows) -> str:
         for field in fields(windows):
             digest.update(memoryview(getattr(windows, field.name)).cast("B"))
     return digest.hexdigest()
+
+
+def _best_of(manifest: Manifest) -> str | None:
+    """The checkpoint that held the best weights when this one was made."""
+    return manifest.facts["memory"]["best"]
 
 
 def _rank_file(rank: int) -> str:

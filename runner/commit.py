@@ -12,7 +12,6 @@ from typing import Any, Protocol, TypeVar
 from runner.attempts import sealed
 from runner.claim import Attempt
 from runner.errors import DataError, StorageError
-from runner.rundir import storage_errors
 from runner.store import DamagedError, Manifest, Stage, Store
 
 Value = TypeVar("Value")
@@ -87,21 +86,63 @@ def save(
     return needed
 
 
-def take_over(store: Store, attempt: Attempt) -> list[str]:
-    """Settle which checkpoints count from now on, newest first, and remove what was never finished
-    (rank 0)."""
-    names = store.names(*sealed(attempt.run))
-    attempt.seal(names)
-    store.clean()
+def take_over(store: Store, talk: Talk, attempt: Attempt | None) -> list[str]:
+    """Settle which checkpoints count from now on, and remove what was never finished. Every rank
+    must call this; `attempt` is rank 0's claim, None elsewhere.
+
+    Returns:
+        Their names, newest first.
+
+    Raises:
+        DataError: if the run has lost all that it had: to begin anew in silence would be to throw
+            away what the user has.
+        StorageError: if folder or ledger cannot be read and written.
+    """
+    names: list[str] = []
+    lost: list[str] = []
+
+    def settle() -> None:
+        if attempt is None:
+            return
+        since, counted = sealed(attempt.run)
+        names.extend(store.names(since, counted))
+        if not names:
+            lost.extend(sorted({*counted, *store.damaged(since, counted)}))
+        if not lost:  # else what counted stays written down, for the next start to be refused too
+            attempt.seal(names)
+            store.clean()
+
+    agree(talk, settle)
+    names, lost = talk.everyone((names, lost))[0]
+    if lost:
+        raise _nothing_whole(store, len(lost))
     return names
 
 
-def rotate(store: Store, attempt: Attempt, best: str | None) -> None:
-    """Remove all checkpoints that count but the newest two and the best (rank 0); call it only
-    after the newest has been read back."""
+def rotate(
+    store: Store,
+    attempt: Attempt,
+    best: str | None,
+    best_of: Callable[[Manifest], str | None],
+) -> None:
+    """Remove all checkpoints that count but the newest two, and what they know as the best (rank
+    0); call it only after the newest has been read back.
+
+    Args:
+        store: of this rank.
+        attempt: the claim on the run.
+        best: the checkpoint that holds the best weights now.
+        best_of: the one that held them when a checkpoint was made. Should the newest be damaged,
+            the run goes on from the second, which is of no use without its own best.
+
+    Raises:
+        OSError, DamagedError: nothing, or not everything, was removed.
+    """
     names = store.names(*sealed(attempt.run))
     attempt.check()
-    store.remove([name for name in names[2:] if name != best])
+    if names[2:]:
+        kept = {*names[:2], best, best_of(store.manifest(names[1]))}
+        store.remove([name for name in names if name not in kept])
 
 
 def newest(
@@ -127,31 +168,51 @@ def newest(
 
     Raises:
         DataError: if there are some but none is whole.
+        StorageError: if one cannot be read now. That says nothing about what it holds: nothing is
+            put aside.
     """
     main = talk.index == 0
     names = talk.everyone(list(names))[0]
     for name in names:
         found: list[Manifest] = []
+        damage: list[str] = []
 
-        def look(name: str = name, found: list[Manifest] = found) -> None:
-            manifest = store.manifest(name)
-            examine(manifest)
-            mine = (file for file, entry in manifest.files.items() if entry.rank == talk.index)
-            store.check(manifest, mine)
-            found.append(manifest)
+        def look(
+            name: str = name, found: list[Manifest] = found, damage: list[str] = damage
+        ) -> None:
+            try:
+                manifest = store.manifest(name)
+                examine(manifest)
+                mine = (file for file, entry in manifest.files.items() if entry.rank == talk.index)
+                store.check(manifest, mine)
+                found.append(manifest)
+            except DamagedError as error:
+                damage.append(str(error))
 
         failures = _tried(talk, look)
-        if not failures:
+        if failures:
+            raise StorageError(
+                f"{'; '.join(failures)}; no checkpoint was touched, and the same command tries"
+                " again"
+            )
+        damages = _of_ranks([part[0] if part else None for part in talk.everyone(damage)])
+        if not damages:
             return found[0]
-        if main:
-            with storage_errors(store.folder):
-                kept = store.quarantine(name)
-            warn(f"{failures[0]}; this checkpoint is put aside as {kept}")
+
+        def put_aside(name: str = name, text: str = damages[0]) -> None:
+            warn(f"{text}; this checkpoint is put aside as {store.quarantine(name)}")
+
+        agree(talk, put_aside if main else lambda: None)
     if names:
-        raise DataError(
-            f"{store.folder}: none of its {len(names)} checkpoints is whole; --restart begins anew"
-        )
+        raise _nothing_whole(store, len(names))
     return None
+
+
+def _nothing_whole(store: Store, count: int) -> DataError:
+    return DataError(
+        f"{store.folder}: none of its {count} checkpoints is whole and there; damaged-* is what is"
+        " left of one; --restart begins anew"
+    )
 
 
 def _tried(talk: Talk, work: Callable[[], object]) -> list[str]:
@@ -159,13 +220,17 @@ def _tried(talk: Talk, work: Callable[[], object]) -> list[str]:
     failure = None
     try:
         work()
-    except DamagedError as error:
+    except StorageError as error:
         failure = str(error)
     except OSError as error:
         failure = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    return _of_ranks(talk.everyone(failure))
+
+
+def _of_ranks(texts: Sequence[str | None]) -> list[str]:
+    """The texts that there are, each with its rank."""
     return [
-        text if len(found) == 1 else f"rank {rank}: {text}"
-        for found in [talk.everyone(failure)]
-        for rank, text in enumerate(found)
+        text if len(texts) == 1 else f"rank {rank}: {text}"
+        for rank, text in enumerate(texts)
         if text is not None
     ]

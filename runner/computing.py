@@ -6,11 +6,12 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -157,6 +158,7 @@ def keep_frozen(
     batch_size: int,
     folder: Path,
     rank: Rank,
+    between: Callable[[], None] = lambda: None,
 ) -> tuple[Reader, list[str]]:
     """Compute the trunk's outputs for whole data sets. Every rank must call this.
 
@@ -170,6 +172,7 @@ def keep_frozen(
         batch_size: windows per forward pass.
         folder: where a file may be, should memory not do.
         rank: this one.
+        between: called before each of this rank's batches; it may raise.
 
     Returns:
         A reader that reads these windows from above the trunk, and lines for the log.
@@ -186,20 +189,22 @@ def keep_frozen(
     for windows in sets:
         width = trunk.base.config.hidden_size
         size = len(windows.tokens_T) * width * dtype.itemsize / 2**30
-        store = make_room(windows, width, dtype, reader.device, folder, rank, share, _wait)
+        store = make_room(windows, width, dtype, reader.device, folder, rank, share, everyone)
         if store is None:
             raise StorageError(
                 f"model.cache_frozen: {size:.1f} GiB of frozen layers' outputs fit neither into"
                 f" free memory nor below {folder}; set it to false, or train on fewer questions"
             )
         mine = score_batches(windows.lengths_N, batch_size, rank.local, rank.local_world)
-        fill(reader, store, mine)
-        _wait()
+        fill(reader, store, _asking(mine, between))
+        everyone(None)  # the windows of one rank are read by others
         stores.append((store, size))
     held = ", ".join(f"{size:.2f} GiB in {store.place}" for store, size in stores)
     line = f"outputs of frozen layers: {held}, computed in {time.monotonic() - began:.1f} s"
     return dataclasses.replace(reader, stores=tuple(store for store, _ in stores)), [line]
 
 
-def _wait() -> None:
-    everyone(None)
+def _asking(batches: Iterable[np.ndarray], between: Callable[[], None]) -> Iterator[np.ndarray]:
+    for rows in batches:
+        between()
+        yield rows

@@ -3,6 +3,7 @@ log."""
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -25,19 +26,48 @@ class Step(Protocol):
     def __call__(self, done: int, note: str = "") -> None: ...
 
 
+class _Log:
+    """The run's log, for rich to write into. A line that finds no room is lost: a run does not end
+    because it cannot tell of itself."""
+
+    encoding = "utf-8"
+
+    def __init__(self, path: Path) -> None:
+        with storage_errors(path):
+            self._file = open_own(path, "a")
+        self.failure: OSError | None = None
+
+    def write(self, text: str) -> int:
+        # Past Python's buffer, which would keep what failed and fail again when the process ends.
+        left = text.encode("utf-8", "backslashreplace")
+        try:
+            while left:
+                left = left[os.write(self._file.fileno(), left) :]
+        except OSError as error:
+            self.failure = self.failure or error
+        return len(text)
+
+    def flush(self) -> None:
+        """Nothing is held back."""
+
+
 class Reporter:
     """Speaks for rank 0 to the terminal and to the run's log; on other ranks every method is
-    silent."""
+    silent. A log that cannot be written costs a line on the terminal."""
 
     def __init__(self, log: Path | None, *, speaks: bool) -> None:
         # No emoji: `job.toml:100:` would become `job.toml` and a picture.
         self._screen = Console(quiet=not speaks, highlight=False, emoji=False)
         self._log: Console | None = None
+        self._complained = False
         if speaks and log is not None:
-            with storage_errors(log):
-                self._file = open_own(log, "a", buffering=1)
+            self._path, self._file = log, _Log(log)
             self._log = Console(
-                file=self._file, width=LOG_WIDTH, highlight=False, emoji=False, no_color=True
+                file=self._file,  # type: ignore[arg-type]  # it has what rich asks of one
+                width=LOG_WIDTH,
+                highlight=False,
+                emoji=False,
+                no_color=True,
             )
         self.live = speaks and self._screen.is_terminal
 
@@ -48,12 +78,24 @@ class Reporter:
             self._log.print(
                 f"{time.strftime('%H:%M:%S')} {text}" if text else "", markup=False, soft_wrap=True
             )
+            self._admit()
 
     def show(self, renderable: RenderableType) -> None:
         """Print a table."""
         self._screen.print(renderable)
         if self._log:
             self._log.print(renderable)
+            self._admit()
+
+    def _admit(self) -> None:
+        """Say once that the log has gaps."""
+        if self._file.failure is not None and not self._complained:
+            self._complained = True
+            self._screen.print(
+                f"{self._path}: {self._file.failure.strerror}: not all that is said is in it",
+                markup=False,
+                soft_wrap=True,
+            )
 
     @contextmanager
     def steps(self, title: str, total: int, every: int) -> Iterator[Step]:

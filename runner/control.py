@@ -25,6 +25,8 @@ Result = TypeVar("Result")
 # `watch` knows better than a timeout which of them is stuck.
 PATIENCE = timedelta(hours=24)
 
+RETRY = 0.25  # of the time between two checkpoints, after one that failed
+
 _group: Any = None
 
 
@@ -134,10 +136,15 @@ class Boundary:
         stop, save = found_2.tolist()
         return Agreed(bool(stop), bool(save))
 
-    def saved(self) -> None:
+    def saved(self, *, whole: bool = True) -> None:
         """Note that everything was saved: what was wished until now is done. Every rank must call
-        this at the same step."""
-        self._saved = time.monotonic()
+        this at the same step.
+
+        Args:
+            whole: False after a save that failed: the next is due sooner, for what a kill costs
+                grows meanwhile.
+        """
+        self._saved = time.monotonic() - (0 if whole else (1 - RETRY) * self._seconds)
         if self._pending is not None:
             # A wish to stop stays one: the signal is still there at the next step.
             self._pending[1].wait()

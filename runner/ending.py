@@ -32,20 +32,32 @@ def stop_if_asked(run: RunDir) -> None:
     """End before the first step, if a signal has reached any rank. Every rank must call this."""
     reasons = [reason for reason in everyone(asked()) if reason is not None]
     if reasons:
-        raise Interrupted(
-            f"{below_here(str(run.path))}: stopped by {reasons[0]} before training began; nothing"
-            " was lost, and the same command goes on"
-        )
+        raise _stopped_early(run, reasons[0])
+
+
+def leave_if_asked(run: RunDir) -> None:
+    """End this rank before the first step, if a signal has reached it: in the midst of long work
+    that the ranks do one after another, or in shares. The others learn of it where they meet."""
+    if reason := asked():
+        raise _stopped_early(run, reason)
+
+
+def _stopped_early(run: RunDir, reason: str) -> Interrupted:
+    return Interrupted(
+        f"{below_here(str(run.path))}: stopped by {reason} before training began; nothing was lost,"
+        " and the same command goes on"
+    )
 
 
 @contextmanager
 def memory_sentences(watch: Watch) -> Iterator[None]:
-    """Say in a sentence that memory ran out, and where."""
+    """Say in a sentence that memory ran out: on which rank, where, and, by the error's notes, over
+    which questions."""
     remedy = (
         "lower train.micro_batch_size (the same steps in smaller passes), score.batch_size or"
         " data.max_length"
     )
-    with _told(lambda: f" at {watch.place}", remedy):
+    with _told(lambda: f" on rank {watch.rank} at {watch.place}", remedy):
         yield
 
 
@@ -65,4 +77,5 @@ def _told(where: Callable[[], str], remedy: str) -> Iterator[None]:
         if not full and "can't allocate memory" not in str(error):  # the CPU's words
             raise
         first = " ".join(str(error).split()).partition(". ")[0][:200]
-        raise MachineError(f"out of memory{where()}: {first}; {remedy}") from error
+        place = ", ".join([where(), *getattr(error, "__notes__", ())])
+        raise MachineError(f"out of memory{place}: {first}; {remedy}") from error

@@ -110,6 +110,7 @@ def train_steps(
         for number, micro in enumerate(mine):
             # Dropout depends on the place in training alone, so that a resumed run repeats it.
             course.noise.restart(progress.epoch, done, number)
+            course.health.begins(micro)
             read = course.reader.run(next(prepared))
             loss = course.span_loss(read)
             # DeepSpeed averages over ranks and micro-batches; weighted so, a step's gradient is the

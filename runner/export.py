@@ -94,8 +94,12 @@ def export_model(
     try:
         model.save_pretrained(folder, state_dict=state)
         tokenizer.save_pretrained(folder)
-    except SafetensorError as error:  # its text alone tells the number: "... (os error 28)"
+    except Exception as error:
+        # What is written in Rust tells the number in its text alone, "... (os error 28)"; the
+        # tokenizers' errors have no kind of their own.
         found = re.search(r"os error (\d+)", str(error))
+        if found is None and not isinstance(error, SafetensorError):
+            raise
         number = int(found[1]) if found else errno.EIO
         raise OSError(number, os.strerror(number), str(folder)) from error
     (folder / "README.md").write_text(card, encoding="utf-8")
@@ -115,7 +119,12 @@ def publish_model(exported: Path, folder: Path) -> None:
         shutil.copytree(exported, aside, copy_function=_link)
         if folder.exists():
             folder.rename(old)
-        aside.rename(folder)
+        try:
+            aside.rename(folder)
+        except OSError:
+            if old.exists():
+                old.rename(folder)
+            raise
         shutil.rmtree(old, ignore_errors=True)
 
 

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -36,6 +36,7 @@ def cached_windows(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     stride: int,
+    between: Callable[[], None] = lambda: None,
 ) -> tuple[Windows, bool]:
     """Load the windows from the cache, or build and store them. Returns them and whether the cache
     had them.
@@ -43,6 +44,9 @@ def cached_windows(
     The key is made of the questions' content, the tokenizer, both settings and the code, so nothing
     stale is ever read. Only one rank should build; the others call this afterwards and map the same
     files. Windows are written as they are made: memory does not grow with their number.
+
+    `between` is called before each block of questions that is tokenised; it may end that by an
+    exception, and nothing is stored then.
     """
     key = cache_key(content_sha256, tokenizer, max_length, stride)
     folder = cache_root() / "features" / key
@@ -50,11 +54,18 @@ def cached_windows(
     if found is not None:
         return found, True
     try:
-        _store(window_blocks(examples, tokenizer, max_length, stride), folder)
+        _store(_asking(window_blocks(examples, tokenizer, max_length, stride), between), folder)
         found = _load(folder)
     except StorageError:
         pass  # a full cache disk costs time, never the run
     return found or build_windows(examples, tokenizer, max_length, stride), False
+
+
+def _asking(blocks: Iterable[Windows], between: Callable[[], None]) -> Iterator[Windows]:
+    between()
+    for block in blocks:
+        yield block
+        between()
 
 
 def cache_key(

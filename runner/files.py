@@ -8,10 +8,14 @@ import hashlib
 import os
 import stat
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 _CHUNK = 8 * 2**20  # bytes read or hashed at once
+# What says that a file is not the one that was written, now and at the next try. Anything else
+# (EIO, ESTALE, EACCES, EMFILE ...) may have passed by then.
+_LASTING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EINVAL, errno.EFBIG)
 
 
 class Files:
@@ -33,6 +37,11 @@ class Files:
     def open(self, path: Path) -> int:
         """Open a file for reading; a link is none."""
         return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+
+    def forget(self, file: int) -> None:
+        """Let the next reads of a synced file come from the disk, where the system can do so."""
+        with suppress(OSError):  # it is advice only; the content is the same either way
+            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def read(self, file: int, size: int) -> bytes:
         """Read up to `size` bytes; none at the end."""
@@ -149,27 +158,39 @@ class Writer:
         return Entry(self.wanted, self._digest.hexdigest(), self._rank)
 
 
-def measure(files: Files, path: Path, rank: int, *, sync: bool = False) -> Entry:
-    """Hash a file as it stands on the disk; with `sync`, first wait until it does.
+def is_lasting(error: OSError) -> bool:
+    """Whether a failed read says that the file itself is wrong, and not only that it cannot be read
+    now."""
+    return error.errno in _LASTING
+
+
+def measure(
+    files: Files, path: Path, rank: int, *, sync: bool = False, fresh: bool = False
+) -> Entry:
+    """Hash a file as it stands on the disk; with `sync`, first wait until it does; with `fresh`,
+    not as the system remembers it.
 
     Raises:
         OSError: if it cannot be read, or is a link or no regular file.
     """
-    file = files.open(path)
     try:
-        if not stat.S_ISREG(os.fstat(file).st_mode):
-            raise OSError(errno.EINVAL, "is no regular file", str(path))
-        if sync:
-            files.sync(file)
-        digest, size = hashlib.sha256(), 0
-        for chunk in _chunks(files, file):
-            digest.update(chunk)
-            size += len(chunk)
+        file = files.open(path)
+        try:
+            if not stat.S_ISREG(os.fstat(file).st_mode):
+                raise OSError(errno.EINVAL, "is no regular file")
+            if sync:
+                files.sync(file)
+            if fresh:
+                files.forget(file)
+            digest, size = hashlib.sha256(), 0
+            for chunk in _chunks(files, file):
+                digest.update(chunk)
+                size += len(chunk)
+        finally:
+            files.close(file)
     except OSError as error:
         error.filename = error.filename or str(path)
         raise
-    finally:
-        files.close(file)
     return Entry(size, digest.hexdigest(), rank)
 
 
@@ -179,12 +200,15 @@ def read_whole(files: Files, path: Path, limit: int) -> bytes:
     Raises:
         OSError: if it cannot be read, is a link, or is longer.
     """
-    file = files.open(path)
     try:
-        content = b"".join(_chunks(files, file, limit))
-    finally:
-        files.close(file)
-    return content
+        file = files.open(path)
+        try:
+            return b"".join(_chunks(files, file, limit))
+        finally:
+            files.close(file)
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def remove_tree(files: Files, path: Path) -> None:

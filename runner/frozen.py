@@ -10,10 +10,11 @@ batch, L longest of them, D hidden width.
 
 from __future__ import annotations
 
+import os
 import platform
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from runner.errors import JobError
+from runner.errors import JobError, StorageError
 from runner.features import Windows, ranges
 from runner.ranks import Rank
 from runner.rundir import storage_errors
@@ -150,7 +151,7 @@ def make_room(
     folder: Path,
     rank: Rank,
     agree: Callable[[Any], Any],
-    wait: Callable[[], None],
+    everyone: Callable[[str | None], Sequence[str | None]],
 ) -> Store | None:
     """Find room for a store: on the GPU, else in memory, else on disk; None without any.
 
@@ -165,7 +166,10 @@ def make_room(
         folder: where a file may be, should memory not do.
         rank: this one.
         agree: gives rank 0's value to all ranks.
-        wait: lets ranks wait for each other.
+        everyone: gives each rank's value to all ranks, which so wait for each other.
+
+    Raises:
+        StorageError: on every rank, if the room that was found is gone on any machine.
     """
     tokens = len(windows.tokens_T)
     size = tokens * width * dtype.itemsize
@@ -179,16 +183,27 @@ def make_room(
     # Named after the machine: `folder` may be one of several machines'.
     at = folder if place == "disk" else _SHARED_MEMORY
     path = at / f".spantune-{name}-{platform.node()}"
+    failures = everyone(_reserve(path, size) if rank.local == 0 else None)
+    if any(failures):
+        path.unlink(missing_ok=True)
+        raise StorageError("; ".join(text for text in failures if text))
     with storage_errors(path):
-        if rank.local == 0:
-            with path.open("wb") as file:
-                file.truncate(size)
-        wait()
         hidden = torch.from_file(str(path), shared=True, size=tokens * width, dtype=dtype)
-        wait()
+        everyone(None)
         if rank.local == 0:
             path.unlink()  # the mapping stays; nothing is left behind, however the run ends
     return Store(windows, hidden.view(tokens, width), place)
+
+
+def _reserve(path: Path, size: int) -> str | None:
+    """Make a file and take all of its room at once: a hole that finds none when it is written
+    through a mapping ends the process by SIGBUS. Returns what failed."""
+    try:
+        with path.open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
+        return f"model.cache_frozen: {path}: {error.strerror}; {size:,} bytes are needed there"
+    return None
 
 
 def _place(size: int, device: torch.device, folder: Path, rank: Rank) -> str | None:

@@ -4,7 +4,8 @@ questions where it began."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,8 +45,23 @@ class Health:
         self, rank: Rank, questions_N: np.ndarray, ids: Sequence[str], *, scaled: bool
     ) -> None:
         self._rank, self._questions_N, self._ids, self._scaled = rank, questions_N, ids, scaled
+        self._now: np.ndarray | None = None
         self._passes: list[Pass] = []
         self._norms: list[tuple[int, np.ndarray, Any]] = []
+
+    def begins(self, rows: np.ndarray) -> None:
+        """Note the windows of the pass that is next."""
+        self._now = rows
+
+    @contextmanager
+    def naming_questions(self) -> Iterator[None]:
+        """Note on any exception which questions were at hand."""
+        try:
+            yield
+        except Exception as error:
+            if self._now is not None and len(self._now):
+                error.add_note(f"over {self._questions(self._now)}")
+            raise
 
     def passed(self, step: int, rows: np.ndarray, loss: Tensor) -> None:
         """Note a forward pass with its loss."""
@@ -53,6 +69,7 @@ class Health:
 
     def stepped(self, step: int, rows: np.ndarray, norm: Any) -> None:
         """Note an optimiser step over the windows of all ranks, with the norm of its gradients."""
+        self._now = None
         if norm is not None and not self._scaled:
             self._norms.append((step, rows, norm))
 
@@ -105,8 +122,9 @@ class Health:
                 break
         for (step, rows, _), norm in zip(self._norms, self._norm_values(), strict=True):
             if not math.isfinite(norm):
-                where = f"over {self._questions(rows)}"
-                found.append((step, 1, f"the gradients' norm is {norm} at step {step}, {where}"))
+                # A norm is one number for all ranks: which of them spoilt it, it does not tell.
+                where = f"step {step}, all ranks together, over {self._questions(rows)}"
+                found.append((step, 1, f"the gradients' norm is {norm} at {where}"))
                 break
         return min(found, default=None)
 

@@ -13,7 +13,7 @@ from runner.clock import Clock
 from runner.computing import Computing, choose_computing, keep_frozen
 from runner.control import main_first
 from runner.dataset import Example
-from runner.ending import stop_if_asked
+from runner.ending import leave_if_asked, stop_if_asked
 from runner.engine import deepspeed_config, start_engine
 from runner.exchange import SharedMemory
 from runner.features import Windows, build_windows
@@ -109,11 +109,17 @@ def load_material(
         RunnerError: of the kind that says what is wrong with data, model or settings.
     """
     layout = batch_layout(job.train, rank.world)
+
+    def between() -> None:
+        """Between two blocks of questions, or two batches, of which there may be many."""
+        watch.at(watch.place, bounded=False)
+        leave_if_asked(run)
+
     watch.at("reading the data", bounded=False)
     with clock("data"):
         tokenizer = main_first(rank, lambda: load_tokenizer(job.model))
         training, validation, tuning = main_first(
-            rank, lambda: load_questions(job.data, job.seed, tokenizer)
+            rank, lambda: load_questions(job.data, job.seed, tokenizer, between)
         )
         probes = probe_examples(job.probe)
         probe_windows = build_windows(probes, tokenizer, job.data.max_length, job.data.stride)
@@ -156,9 +162,10 @@ def load_material(
         packing=computing.packing,
         residents=make_resident(sets, device),
     )
+    watch.at("computing the frozen layers", bounded=False)
     with clock("frozen"):
         reader, kept = keep_frozen(
-            reader, computing.trunk, sets, job.score.batch_size, run.path, rank
+            reader, computing.trunk, sets, job.score.batch_size, run.path, rank, between
         )
     return Material(
         tokenizer=tokenizer,

@@ -58,4 +58,6 @@ def identity(job: Job, rank: Rank, have: Material) -> dict[str, Any]:
         "validation": have.validation.dataset.sha256,
         "tuning": None if tuning is None else tuning.dataset.sha256,
         "windows": windows_sha256(have.training.windows, have.validation.windows),
+        # Their frozen layers may be read before the checkpoint is (model.cache_frozen).
+        "model": have.pretrained.weights_sha256,
     }

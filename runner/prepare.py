@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
@@ -25,12 +25,15 @@ class Questions:
 
 
 def load_questions(
-    section: Data, seed: int, tokenizer: PreTrainedTokenizerBase
+    section: Data,
+    seed: int,
+    tokenizer: PreTrainedTokenizerBase,
+    between: Callable[[], None] = lambda: None,
 ) -> tuple[Questions, Questions, Questions | None]:
     """Return training and validation questions, and those on which a null threshold is tuned.
 
     All data sets are read and checked before one is tokenised: what is wrong in the last must not
-    wait.
+    wait. `between` is called before each block of questions that is tokenised, and may raise.
 
     Raises:
         JobError: if a window is longer than the model's positions reach; else as `load_dataset` and
@@ -57,7 +60,12 @@ def load_questions(
         Questions(
             dataset,
             *cached_windows(
-                dataset.examples, dataset.sha256, tokenizer, section.max_length, section.stride
+                dataset.examples,
+                dataset.sha256,
+                tokenizer,
+                section.max_length,
+                section.stride,
+                between,
             ),
         )
         for dataset in datasets

@@ -3,7 +3,7 @@ out."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ class Reproduction:
         environment: fields of provenance in which they differ.
         results: where they came out differently, bit for bit.
         outside: scores that lie further apart than the tolerance.
+        exact: whether equal bits are promised at all: on a CPU, or by train.deterministic.
     """
 
     run: RunDir
@@ -35,12 +36,18 @@ class Reproduction:
     environment: list[str]
     results: list[str]
     outside: list[str]
+    exact: bool = True
 
     @property
     def holds(self) -> bool:
-        """Whether it came out as promised: to the bit in the same environment, else within the
-        tolerance."""
-        return not (self.outside if self.environment else self.results)
+        """Whether it came out as promised: to the bit in the same environment, if its bits are
+        promised, else within the tolerance."""
+        return not (self.results if self.to_the_bit else self.outside)
+
+    @property
+    def to_the_bit(self) -> bool:
+        """Whether bits are compared, and not only scores."""
+        return self.exact and not self.environment
 
     def lines(self) -> Iterator[str]:
         """The comparison, for people."""
@@ -49,6 +56,8 @@ class Reproduction:
             yield from (f"  {line}" for line in self.environment)
         else:
             yield "the environment is the run's"
+            if not self.exact:
+                yield "on a GPU, and without train.deterministic, so bits may differ"
         if not self.results:
             yield "result, weights, answers and tables are the same, bit for bit"
             return
@@ -75,7 +84,8 @@ def reproduce(
         start: starts the ranks.
 
     Raises:
-        RunDirError: if there is no run at `path`, or it has not finished.
+        RunDirError: if there is no run at `path`, or it has not finished; if `into` holds a
+            finished one, which would be compared without anything being run.
         MachineError: if the new run did not finish.
     """
     run = RunDir.open(path)
@@ -85,6 +95,8 @@ def reproduce(
     again = RunDir(into or run.path.with_name(f"{new_stamp()}-again"))
     if again.path == run.path:
         raise RunDirError(f"{path}: the new run needs another folder than the run itself")
+    if again.finished():
+        raise RunDirError(f"{again.path}: holds a run that is finished already; give a new folder")
     world, threads = (_number(run, origin, key) for key in ("ranks", "threads_per_rank"))
     arguments = ["rank", str(run.job), "--run-dir", str(again.path), "--threads", str(threads)]
     code = start(arguments, ranks or world)
@@ -95,7 +107,8 @@ def reproduce(
 
 def compare(run: RunDir, again: RunDir, job: Job) -> Reproduction:
     """Compare two finished runs of a job."""
-    environment = differing_fields(read_record(run.provenance), read_record(again.provenance))
+    origin = read_record(run.provenance)
+    environment = differing_fields(origin, read_record(again.provenance))
     scores = [read_record(folder.result)["metrics"] for folder in (run, again)]
     tolerance = job.expect.tolerance if job.expect else TOLERANCE
     outside = [
@@ -103,7 +116,8 @@ def compare(run: RunDir, again: RunDir, job: Job) -> Reproduction:
         for name in SCORES
         if not abs(scores[0][name] - scores[1][name]) <= tolerance
     ]
-    return Reproduction(run, again, environment, differing_results(run, again), outside)
+    exact = job.train.deterministic or _on_cpu(origin)
+    return Reproduction(run, again, environment, differing_results(run, again), outside, exact)
 
 
 def check_reproduction(found: Reproduction) -> None:
@@ -113,8 +127,14 @@ def check_reproduction(found: Reproduction) -> None:
         ExpectationError: if it did not.
     """
     if not found.holds:
-        what = "to the bit" if not found.environment else "within the tolerance"
+        what = "to the bit" if found.to_the_bit else "within the tolerance"
         raise ExpectationError(f"{found.run.path}: does not come out again {what}")
+
+
+def _on_cpu(origin: Mapping[str, Any]) -> bool:
+    """Whether a run's ranks computed on the processor itself."""
+    machine = origin.get("machine", {})
+    return all(device == machine.get("processor") for device in machine.get("devices", ()))
 
 
 def _number(run: RunDir, origin: dict[str, Any], key: str) -> int:

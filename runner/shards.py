@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from runner.errors import DataError
+from runner.errors import DataError, StorageError
+from runner.files import is_lasting
 from runner.rundir import storage_errors
 from runner.store import Manifest, Stage, Store
 
@@ -67,7 +68,8 @@ class ShardEngine:
         if self._manifest is None:
             raise AssertionError("nothing is being loaded")
         name = Path(path).name
-        self._store.check(self._manifest, [name])
+        with storage_errors():
+            self._store.check(self._manifest, [name])
         self.loaded[name] = load_plain(self._store.folder / self._manifest.name / name)
         return self.loaded[name]
 
@@ -161,10 +163,15 @@ def load_plain(path: Path) -> Any:
 
     Raises:
         DataError: if it holds anything else, or is no such file.
+        StorageError: if it cannot be read now.
     """
     try:
         with torch.serialization.safe_globals(_allowed()):
             return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        if is_lasting(error):
+            raise DataError(f"{path}: is refused: {error.strerror or error}") from None
+        raise StorageError(f"{path}: {error.strerror or error}") from None
     except Exception as error:  # torch has no kind of its own for files that it cannot read
         reason = " ".join(str(error).split())[:200]
         raise DataError(f"{path}: is refused: {reason}") from None

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from runner.errors import DataError
-from runner.files import Entry, Files, Writer, measure, read_whole, remove_tree
+from runner.files import Entry, Files, Writer, is_lasting, measure, read_whole, remove_tree
 from runner.rundir import checkpoint_place
 
 MANIFEST = "manifest.json"
@@ -108,6 +108,7 @@ class Store:
         """Make the stage of a checkpoint (rank 0)."""
         if not self.folder.exists():
             self._files.make_folder(self.folder)
+            self._files.sync_folder(self.folder.parent)  # or a power cut takes all that is in it
         stage = self.folder / f"{_STAGE}{name}"
         if stage.exists():  # of a save that failed
             remove_tree(self._files, stage)
@@ -118,13 +119,13 @@ class Store:
         return Stage(self._files, self.folder / f"{_STAGE}{name}", self._rank)
 
     def check_staged(self, stage: Stage) -> None:
-        """Read back what this rank has written.
+        """Read back what this rank has written, from the disk as far as the system lets us.
 
         Raises:
             OSError: if it is not what was written.
         """
         for name, entry in stage.entries.items():
-            if measure(self._files, stage.folder / name, self._rank) != entry:
+            if measure(self._files, stage.folder / name, self._rank, fresh=True) != entry:
                 raise OSError(f"{stage.folder / name}: reads back other than it was written")
 
     def commit(self, name: str, entries: Mapping[str, Entry], facts: Mapping[str, Any]) -> Manifest:
@@ -152,20 +153,22 @@ class Store:
     def names(self, sealed_by: int, counted: Iterable[str]) -> list[str]:
         """The checkpoints that count, newest first: those listed, and those of the attempts from
         `sealed_by` on."""
-        counted = set(counted)
-        places = {name: checkpoint_place(name) for name in self._files.names(self.folder)}
-        standing = {
-            name: place
-            for name, place in places.items()
-            if place is not None and (name in counted or (sealed_by and place[2] >= sealed_by))
-        }
-        return sorted(standing, key=lambda name: standing[name], reverse=True)
+        return _that_count(self._files.names(self.folder), sealed_by, counted)
+
+    def damaged(self, sealed_by: int, counted: Iterable[str]) -> list[str]:
+        """The checkpoints that would count, had they not been put aside."""
+        found = (
+            re.fullmatch(rf"{_DAMAGED}(step-.*?-a\d+)(-\d+)?", name, re.ASCII)
+            for name in self._files.names(self.folder)
+        )
+        return _that_count({match[1] for match in found if match}, sealed_by, counted)
 
     def manifest(self, name: str) -> Manifest:
         """Read a checkpoint's manifest.
 
         Raises:
             DamagedError: if it is not as it was committed.
+            OSError: if it cannot be read now, which says nothing about it.
         """
         path = self.folder / name / MANIFEST
         try:
@@ -178,9 +181,12 @@ class Store:
                 raise DamagedError(f"{path}: has format {body['format']!r}, not {FORMAT}")
             if _spell(found) != raw:
                 raise DamagedError(f"{path}: is not what was written (its sha256 differs)")
-        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            reason = getattr(error, "strerror", None) or "is damaged"
-            raise DamagedError(f"{path}: {reason}") from None
+        except OSError as error:
+            if not is_lasting(error):
+                raise
+            raise DamagedError(f"{path}: {error.strerror}") from None
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            raise DamagedError(f"{path}: is damaged") from None
         if found.name != name:
             raise DamagedError(f"{path}: belongs to {found.name}")
         for file in entries:
@@ -193,12 +199,15 @@ class Store:
 
         Raises:
             DamagedError: naming the first that is not as it was committed.
+            OSError: if one cannot be read now, which says nothing about it.
         """
         for name in files:
             path, entry = self.folder / manifest.name / name, manifest.files[name]
             try:
                 found = measure(self._files, path, entry.rank)
             except OSError as error:
+                if not is_lasting(error):
+                    raise
                 raise DamagedError(f"{path}: {error.strerror or error}") from None
             if found.bytes != entry.bytes:
                 raise DamagedError(f"{path}: has {found.bytes} bytes, not {entry.bytes}")
@@ -231,6 +240,19 @@ class Store:
         for name in self._files.names(self.folder):
             if name.startswith(prefixes or (_STAGE, _TRASH)):
                 remove_tree(self._files, self.folder / name)
+
+
+def _that_count(names: Iterable[str], sealed_by: int, counted: Iterable[str]) -> list[str]:
+    """Of these, the checkpoints that are listed or of the attempts from `sealed_by` on, newest
+    first."""
+    counted = set(counted)
+    places = {name: checkpoint_place(name) for name in names}
+    found = {
+        name: place
+        for name, place in places.items()
+        if place is not None and (name in counted or (sealed_by and place[2] >= sealed_by))
+    }
+    return sorted(found, key=lambda name: found[name], reverse=True)
 
 
 def _spell(manifest: Manifest) -> bytes:

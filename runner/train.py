@@ -22,7 +22,7 @@ from runner.engine import (
     start_distributed,
 )
 from runner.epoch import Course, train_epoch
-from runner.errors import ExpectationError, Interrupted
+from runner.errors import ExpectationError, Interrupted, StorageError
 from runner.evaluation import TunedThreshold, evaluate, in_use, tune
 from runner.expectation import missed_expectation
 from runner.export import gathered_state, own_logits, publish_model
@@ -136,8 +136,8 @@ def train_watched(
         watch.at(f"saving after step {progress.step}", bounded=False)
         with clock("saving"):
             health.check(have.engine.module)
-            checkpoints.save(memory, best, required=required)
-        meeting.saved()
+            whole = checkpoints.save(memory, best, required=required)
+        meeting.saved(whole=whole)
 
     def boundary(ahead: str | None = None) -> None:
         """Between two steps, or two batches of an evaluation: save or stop, if the ranks agree."""
@@ -151,6 +151,13 @@ def train_watched(
                 f" step {progress.step} of {have.total_steps} is saved, and the same command goes"
                 " on from there"
             )
+
+    def draw() -> None:
+        """The curves so far; a picture that cannot be written is drawn again later."""
+        try:
+            draw_curves(run, job.name)
+        except StorageError as error:
+            reporter.say(f"  no curves: {error}")
 
     def write_row(table: Path, row: dict[str, Value]) -> None:
         if attempt is not None:
@@ -248,6 +255,7 @@ def train_watched(
         watch.at(f"step {progress.step + 1} (epoch {epoch})")
         with (
             clock("training"),
+            health.naming_questions(),
             reporter.steps(
                 f"epoch {epoch}/{job.train.epochs}", progress.steps_per_epoch, job.train.log_every
             ) as follow,
@@ -260,7 +268,7 @@ def train_watched(
             ask_probes(epoch, tuned)
         if not is_scored:
             if rank.is_main:
-                draw_curves(run, job.name)
+                draw()
             save(required=False)
             progress.next_epoch()
             continue
@@ -288,7 +296,7 @@ def train_watched(
             )
             verdict = memory.stopper.judge(scores)
             write_row(run.eval_table, eval_row(epoch, progress.step, progress.totals, scores))
-            draw_curves(run, job.name)
+            draw()
             reporter.show(terminal("", epoch_rows(run), right=INTERVAL_COLUMNS))
         verdict = share(verdict)
         progress.scored, progress.over = True, verdict.stop or last

@@ -19,6 +19,7 @@ from runner.errors import MachineError, RunnerError
 
 TICK = 1.0  # seconds between two looks
 PATIENCE = 2 * BEAT + 2  # seconds in which a living rank surely shows itself
+WIDE = 12  # times as long as a step may take long work, such as reading the data or saving
 # Where a main thread stands that waits for other ranks.
 _WAITING = ("torch/distributed", "deepspeed/comm", "runner/control")
 
@@ -44,6 +45,7 @@ class Watch:
     ) -> None:
         self._crew, self._rank, self._seconds = crew, rank, seconds
         self._attempt, self._cut_off = attempt, cut_off
+        self.rank = rank
         self._launcher = signals.Launcher()
         self.place, self._since, self._bounded = "the start", time.monotonic(), False
         self._over = threading.Event()
@@ -55,8 +57,8 @@ class Watch:
 
         Args:
             place: completes "stopped at ..."
-            bounded: whether the next note has to come in time; False for work that takes as long as
-                it takes, or waits for a rank that does such work.
+            bounded: whether the next note has to come within the time of a step; False for work
+                that takes long, or waits for a rank that does such work: WIDE times as much.
         """
         self.place, self._since, self._bounded = place, time.monotonic(), bounded
 
@@ -92,7 +94,8 @@ class Watch:
         words, gone = find_fault(self._crew, self._rank, PATIENCE)
         said = next(((r, w) for r, w in sorted(words.items()) if not w.waits), None)
         if said is not None:
-            found = RunnerError(f"rank {said[0]}: {said[1].text}")
+            name = f"rank {said[0]}"
+            found = RunnerError(said[1].text if name in said[1].text else f"{name}: {said[1].text}")
             found.exit_code = said[1].code
         elif gone:
             names = ", ".join(self._crew.name(rank) for rank in gone)
@@ -121,11 +124,15 @@ class Watch:
             if self._launcher.is_gone():
                 signals.ask("the end of its launcher")
             quiet = time.monotonic() - self._since
-            if self._bounded and quiet > self._seconds:
+            if quiet > self._limit():
                 self._give_up(self._own_place())
             silent = {r for r in self._others() if (self._crew.silence(r) or 0) > self._seconds}
             if silent and not silent <= set(self._crew.words()):
                 self._give_up(Words(MachineError.exit_code, f"waited at {self.place}", waits=True))
+
+    def _limit(self) -> float:
+        """Seconds without a note that are too many here."""
+        return self._seconds * (1 if self._bounded else WIDE)
 
     def _follow_out(self) -> None:
         """End this rank after the run has ended elsewhere: its main thread does not notice, waiting
@@ -137,7 +144,8 @@ class Watch:
 
     def _leave(self, code: int) -> None:
         if self._attempt is not None:
-            self._attempt.end(code)
+            with suppress(RunnerError):  # the next start then waits for a silence
+                self._attempt.end(code)
         os._exit(code)
 
     def _others(self) -> list[int]:
@@ -155,7 +163,8 @@ class Watch:
 
     def _give_up(self, mine: Words) -> None:
         """End this rank: it or another one is stuck."""
-        place = self.place
+        place, limit = self.place, self._limit()
+        key = "train.timeout_minutes" if self._bounded else f"{WIDE} train.timeout_minutes"
         self._crew.leave(mine)
         words, gone = find_fault(self._crew, self._rank, PATIENCE)
         faults = [f"{self._crew.name(rank)} gives no sign of life" for rank in gone]
@@ -165,8 +174,7 @@ class Watch:
             hanging = hanging or words
         faults += [f"{self._crew.name(r)} {said.text}" for r, said in sorted(hanging.items())]
         error = MachineError(
-            f"no progress at {place} for {duration(self._seconds)} (train.timeout_minutes):"
-            f" {'; '.join(faults)}"
+            f"no progress at {place} for {duration(limit)} ({key}): {'; '.join(faults)}"
         )
         if self._over.is_set():
             return  # the main thread has come to an end meanwhile, and explains it

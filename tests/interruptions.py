@@ -6,8 +6,9 @@ import hashlib
 import json
 from pathlib import Path
 
-from runner.rundir import RunDir
+from runner.rundir import RunDir, checkpoint_place
 from runner.sameness import is_time
+from runner.store import Store
 from runner.tables import read_rows
 
 DATA = Path(__file__).resolve().parents[1] / "jobs" / "data"
@@ -38,6 +39,34 @@ context = "{context}"
 answer = "nine hours"
 {extra}
 """
+FAULT_JOB = """
+name = "tiny"
+[data]
+train = "{data}/product_qa_train.json[:16]"
+validation = "{data}/product_qa_validation.json[:8]"
+max_length = 96
+stride = 24
+[model]
+name = "{model}"
+precision = "fp32"
+[train]
+epochs = 3
+batch_size = 8
+learning_rate = 1e-2
+log_every = 3
+"""
+# Does something on a rank when it is about to take a step.
+AT_STEP = """
+import os, signal, sys, time
+import torch
+import runner.epoch
+step_taken = runner.epoch.take_step
+def take_step(engine, step):
+    if step == {step} and rank == {rank}:
+        {what}
+    step_taken(engine, step)
+runner.epoch.take_step = take_step
+"""
 # Stops a rank, as SIGUSR2 does, when it has done so many steps; the ranks agree one step later.
 STOP = """
 import runner.epoch, runner.signals
@@ -63,9 +92,10 @@ STOP_SCORED = """
 import runner.checkpoint, runner.signals
 save = runner.checkpoint.Checkpoints.save
 def save_and_stop(self, memory, best=None, *, required=False):
-    save(self, memory, best, required=required)
+    whole = save(self, memory, best, required=required)
     if memory.progress.scored:
         runner.signals.ask("SIGUSR1")
+    return whole
 runner.checkpoint.Checkpoints.save = save_and_stop
 """
 # Dropout from torch's generators, which go on from pass to pass; else it is a function of the place
@@ -122,3 +152,17 @@ def steps_of(folder: Path) -> int:
         return len((folder / "train.csv").read_text().splitlines()) - 1
     except FileNotFoundError:
         return 0
+
+
+def at_step(step: int, rank: int, what: str) -> str:
+    return AT_STEP.format(step=step, rank=rank, what=what)
+
+
+def intact(folder: Path) -> list[int]:
+    """Steps of the run's checkpoints, each of which must be whole."""
+    store = Store(RunDir(folder).checkpoints, 0)
+    names = [path.name for path in store.folder.iterdir() if checkpoint_place(path.name)]
+    for name in names:
+        manifest = store.manifest(name)
+        store.check(manifest, manifest.files)
+    return sorted(checkpoint_place(name)[0] for name in names)

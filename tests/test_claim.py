@@ -305,6 +305,8 @@ def test_of_starts_at_once_exactly_one_wins(tmp_path, run, stale):
         refused = [text for text in outcomes if isinstance(text, str)]
         assert len(refused) == count - 1
         assert all("nothing was started" in text for text in refused)
+        named = f"{socket.gethostname()} (process {os.getpid()}, started 0 s ago)"
+        assert all(named in text or "that just began (0 s ago)" in text for text in refused)
         assert numbers(folder) == ([1, 2] if stale else [1])
 
     at = time.time() + 2

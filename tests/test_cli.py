@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,18 @@ def test_a_wrong_job_is_a_line_a_problem_and_64(verb):
     code, out, err = spantune(*verb, "job.toml")
     assert (code, out) == (64, "")
     assert err.splitlines() == PROBLEMS
+
+
+def test_a_wrong_job_costs_less_than_two_seconds():
+    Path("job.toml").write_text(WRONG)
+    seconds = []
+    for _ in range(3):  # the machine may be busy with other tests
+        began = time.monotonic()
+        assert spantune("check", "job.toml")[0] == 64
+        seconds.append(time.monotonic() - began)
+        if seconds[-1] < 2:
+            return
+    assert min(seconds) < 2
 
 
 def test_deepspeed_starts_the_same_command(tmp_path):

@@ -5,6 +5,7 @@ tests/workers/store_sessions.py does the work in a process of its own, without t
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -14,8 +15,11 @@ from pathlib import Path
 
 import pytest
 
-from runner.errors import DataError
-from runner.files import Entry
+from runner.claim import Attempt
+from runner.commit import newest, take_over
+from runner.errors import DataError, StorageError
+from runner.files import Entry, Files
+from runner.rundir import RunDir
 from runner.store import DamagedError, Manifest, Store
 
 SESSIONS = Path(__file__).with_name("workers") / "store_sessions.py"
@@ -49,19 +53,21 @@ def test_kills_at_random_times():
 
 
 def test_a_failed_operation_costs_no_checkpoint():
-    """The Nth operation fails, N = 1, 2, ... to the last, on either rank: all ranks agree, say what
-    is needed, and what was committed stays whole."""
+    """The Nth operation of a new run and of a resume fails, N = 1, 2, ... to the last, on either
+    rank: all ranks agree, say what is needed, and what was committed stays whole where it is."""
     found = counts("fail")
+    scenarios = [found.pop(title) for title in ("new", "resume")]
     assert set(found) == {"ENOSPC", "EDQUOT", "EIO", "EACCES", "short write"}
     assert min(found.values()) >= 25
-    assert sum(found.values()) >= 600
+    assert min(scenarios) >= 150
+    assert sum(found.values()) >= 800
 
 
 def test_damage_is_never_loaded():
     found = counts("damage")
     assert (found["flips"], found["truncations"]) == (200, 50)
     assert found["deleted"] + found["emptied"] + found["linked"] + found["swapped"] >= 15
-    assert found["foreign"] == found["refused"] == 1
+    assert (found["foreign"], found["refused"]) == (1, 3)
 
 
 def test_what_a_thawed_start_commits_is_never_loaded():
@@ -162,3 +168,61 @@ def test_a_checkpoint_put_aside_twice_keeps_both(store):
     commit(store, "step-000010-a0001")
     assert store.quarantine("step-000010-a0001") == "damaged-step-000010-a0001-2"
     assert store.names(1, []) == []
+
+
+class Unreadable(Files):
+    """A disk on which one file cannot be read for a moment."""
+
+    def __init__(self, name: str, number: int) -> None:
+        self.name, self.number = name, number
+
+    def open(self, path: Path) -> int:
+        if path.name == self.name:
+            raise OSError(self.number, os.strerror(self.number))
+        return super().open(path)
+
+
+class Alone:
+    """One rank that talks to itself."""
+
+    index = 0
+
+    def everyone(self, value):
+        return [value]
+
+
+@pytest.mark.parametrize("file", ["manifest.json", "rank-0000.pt"])
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES, errno.EMFILE])
+def test_what_cannot_be_read_for_a_moment_is_not_damaged(store, file, number):
+    """It ends the start; the next one finds every checkpoint where it was."""
+    commit(store, "step-000020-a0001")
+    names, warnings = ["step-000020-a0001", "step-000010-a0001"], []
+    away = Store(store.folder, 0, Unreadable(file, number))
+    with pytest.raises(StorageError, match=rf"{file}: .*; no checkpoint was touched") as caught:
+        newest(away, Alone(), names, lambda _: None, warnings.append)
+    assert os.strerror(number) in str(caught.value)
+    assert store.names(1, []) == names
+    found = newest(store, Alone(), names, lambda _: None, warnings.append)
+    assert found is not None
+    assert (found.name, warnings) == (names[0], [])
+
+
+def test_a_run_folder_that_cannot_be_tidied_is_a_sentence(store, monkeypatch):
+    """What an earlier start left behind lies where nothing may be removed."""
+    attempt = Attempt.claim(RunDir(store.folder.parent))
+    (store.folder / ".stage-step-000020-a0001").mkdir()
+    monkeypatch.setattr(Files, "remove_folder", denied)
+    with pytest.raises(StorageError, match="stage-step-000020-a0001: Permission denied"):
+        take_over(store, Alone(), attempt)
+    attempt.end(74)
+
+
+def denied(_: Files, path: Path) -> None:
+    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+
+def test_the_folder_of_checkpoints_is_synced_into_its_parent(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(Files, "sync_folder", lambda _, path: synced.append(path))
+    commit(Store(tmp_path / "checkpoints", 0), "step-000010-a0001")
+    assert tmp_path in synced

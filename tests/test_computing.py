@@ -151,6 +151,9 @@ def test_frozen_layers_are_told_of_and_kept_on_demand(tmp_path):
     assert all(store.hidden_TD.abs().sum(1).all() for store in found.stores)
     assert "GiB in memory" in lines[0]
     assert keep_frozen(reader, None, (windows,), 2, tmp_path, alone) == (reader, [])
+    batches = []
+    keep_frozen(reader, computing.trunk, (windows,), 2, tmp_path, alone, lambda: batches.append(1))
+    assert len(batches) == 2
     endless = dataclasses.replace(windows, tokens_T=np.broadcast_to(np.int32(0), 10**15))
     with pytest.raises(StorageError, match="fit neither"):
         keep_frozen(reader, computing.trunk, (endless,), 2, tmp_path, alone)

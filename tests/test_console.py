@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 import sys
+from pathlib import Path
 
 import pytest
 from rich.table import Table
@@ -102,6 +103,17 @@ def test_a_terminal_has_a_bar_and_the_log_its_lines(tmp_path, capsys, monkeypatc
 def test_a_log_that_cannot_be_opened_is_named(tmp_path):
     with pytest.raises(StorageError, match=r"none/log\.txt: No such file or directory$"):
         Reporter(tmp_path / "none" / "log.txt", speaks=True)
+
+
+def test_a_full_disk_costs_lines_of_the_log_and_is_said_once(capsys):
+    reporter = Reporter(Path("/dev/full"), speaks=True)
+    reporter.say("one")
+    reporter.show(Table("a"))
+    reporter.say("two")
+    out = capsys.readouterr().out
+    assert out.count("/dev/full: No space left on device: not all that is said is in it") == 1
+    assert out.startswith("one\n")
+    assert out.endswith("two\n")
 
 
 def test_a_complaint_keeps_its_lines_and_steers_no_terminal(capsys):

@@ -29,6 +29,18 @@ def test_saving_is_due_after_a_time():
     assert not patient.agree().save
 
 
+def test_after_a_save_that_failed_the_next_is_due_sooner():
+    """Else a kill would cost up to twice the time that checkpoint_minutes promises."""
+    boundary = Boundary(MAIN, seconds=3600.0)
+    boundary.saved(whole=False)
+    assert not boundary.agree().save
+    boundary._saved -= 0.3 * 3600
+    assert boundary.agree().save
+    boundary.saved()
+    boundary._saved -= 0.3 * 3600
+    assert not boundary.agree().save
+
+
 def test_only_rank_0_looks_at_the_clock():
     assert not Boundary(OTHER, seconds=0.0).agree().save
 

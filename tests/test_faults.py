@@ -12,59 +12,15 @@ from pathlib import Path
 
 import pytest
 
-from runner.rundir import RunDir, checkpoint_place
-from runner.store import Store
-
-DATA = Path(__file__).resolve().parents[1] / "jobs" / "data"
-JOB = """
-name = "tiny"
-[data]
-train = "{data}/product_qa_train.json[:16]"
-validation = "{data}/product_qa_validation.json[:8]"
-max_length = 96
-stride = 24
-[model]
-name = "{model}"
-precision = "fp32"
-[train]
-epochs = 3
-batch_size = 8
-learning_rate = 1e-2
-log_every = 3
-"""
-# Does something on a rank when it is about to take a step.
-AT_STEP = """
-import os, signal, sys, time
-import torch
-import runner.epoch
-step_taken = runner.epoch.take_step
-def take_step(engine, step):
-    if step == {step} and rank == {rank}:
-        {what}
-    step_taken(engine, step)
-runner.epoch.take_step = take_step
-"""
+from runner.rundir import checkpoint_place
+from tests.interruptions import DATA, FAULT_JOB, at_step, intact
 
 
 @pytest.fixture
 def job_file(tmp_path: Path, tiny: Callable[[str], Path]) -> Path:
     path = tmp_path / "job.toml"
-    path.write_text(JOB.format(data=DATA, model=tiny("bert")))
+    path.write_text(FAULT_JOB.format(data=DATA, model=tiny("bert")))
     return path
-
-
-def at_step(step: int, rank: int, what: str) -> str:
-    return AT_STEP.format(step=step, rank=rank, what=what)
-
-
-def intact(folder: Path) -> list[int]:
-    """Steps of the run's checkpoints, each of which must be whole."""
-    store = Store(RunDir(folder).checkpoints, 0)
-    names = [path.name for path in store.folder.iterdir() if checkpoint_place(path.name)]
-    for name in names:
-        manifest = store.manifest(name)
-        store.check(manifest, manifest.files)
-    return sorted(checkpoint_place(name)[0] for name in names)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -75,7 +31,11 @@ def intact(folder: Path) -> list[int]:
         ("raise runner.errors.StorageError('train.csv: disk full')", "train.csv: disk full", 74),
         ("os.kill(os.getpid(), signal.SIGKILL)", "died without a word at step 3", 71),
         ("os._exit(0)", "died without a word at step 3", 71),
-        ("raise torch.OutOfMemoryError('CUDA out of memory. Tried to')", "out of memory at", 71),
+        (
+            "raise torch.OutOfMemoryError('CUDA out of memory. Tried to')",
+            "out of memory on rank",
+            71,
+        ),
     ],
 )
 def test_a_rank_that_fails_ends_all(zygote, job_file, tmp_path, rank, what, words, code):
@@ -92,6 +52,9 @@ def test_a_rank_that_fails_ends_all(zygote, job_file, tmp_path, rank, what, word
     assert text.count("Traceback") == (code == 70), text
     assert text.count("a mistake in spantune") == (code == 70), text
     assert "step 30" in text or code in (70, 74)
+    if "OutOfMemory" in what:
+        said = rf"out of memory on rank {rank} at step 30 \(epoch 2\), over the questions \S+"
+        assert re.search(said, text), text
     assert intact(tmp_path / "run") == [23]
     ended = tmp_path / "run" / "attempts" / "0001.end.json"
     if codes[0] == code:
@@ -127,6 +90,30 @@ def test_a_rank_that_is_stuck_ends_all(zygote, job_file, tmp_path, what, words):
     assert "no progress at step 30 (epoch 2) for 3 s (train.timeout_minutes)" in said[0]
     assert "Traceback" not in text
     assert intact(tmp_path / "run")
+
+
+HANGS = {
+    # The phase, and what never returns in it on rank 1.
+    "saving after step": "import runner.shards as m; m.ShardEngine.write = nap",
+    "loading the checkpoint": "import runner.commit as m; m.newest = nap",
+}
+
+
+@pytest.mark.parametrize("phase", HANGS)
+def test_a_rank_that_hangs_between_the_steps_ends_all(zygote, job_file, tmp_path, phase):
+    """Such work may take longer than a step, but not forever."""
+    code = (
+        "import time, runner.watch\n"
+        "def nap(*_):\n    runner.watch.WIDE = 1\n    time.sleep(600)\n"
+        f"if rank == 1:\n    {HANGS[phase]}\n"
+    )
+    options = ("--set", "train.timeout_minutes=0.05")
+    codes, text = zygote.run(job_file, "--run-dir", tmp_path / "run", *options, ranks=2, code=code)
+    assert codes == [71, 71], text
+    (said,) = [line for line in text.splitlines() if "no progress" in line]
+    assert said.startswith(f"no progress at {phase}")
+    assert re.search(r"rank 1 \(.* hangs in nap", said), text
+    assert "Traceback" not in text
 
 
 HEAD = "engine.module.qa_outputs.bias"
@@ -174,65 +161,6 @@ def test_lost_numbers_of_one_rank_end_both(zygote, job_file, tmp_path):
     assert said.startswith("the loss is nan at step 30 on rank 1, over the questions")
 
 
-FULL = """
-import errno, os
-import runner.files
-class Full(runner.files.Files):
-    def write(self, file, data):
-        if rank == {rank} and "a0001" in os.readlink(f"/proc/self/fd/{{file}}") and {when}:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return super().write(file, data)
-import runner.store
-runner.store.Files = Full
-"""
-
-
-# Notes where training is.
-NOW = """
-import runner.progress
-now = []
-init = runner.progress.Progress.__init__
-def noted(self, *arguments, **options):
-    init(self, *arguments, **options)
-    now.append(self)
-runner.progress.Progress.__init__ = noted
-"""
-
-
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_full_disk_ends_all_with_what_is_needed(zygote, job_file, tmp_path, rank):
-    folder = tmp_path / "run"
-    code = FULL.format(rank=rank, when="now and now[-1].step > 30") + NOW
-    codes, text = zygote.run(job_file, "--run-dir", folder, ranks=2, code=code)
-    assert codes == [74, 74], text
-    (said,) = [line for line in text.splitlines() if "a checkpoint needs" in line]
-    assert re.search(
-        rf"rank {rank}: \S+step-\d+\S*: No space left on device; a checkpoint needs [\d,]+ bytes;"
-        r" [\d,]+ are free; checkpoints from before are untouched; free some space",
-        said,
-    )
-    assert "Traceback" not in text
-    assert len(intact(folder)) == 1
-
-
-def test_a_checkpoint_that_fails_once_in_between_is_only_warned_of(zygote, job_file, tmp_path):
-    """checkpoint_minutes makes one every step; the third of them finds the disk full."""
-    code = FULL.format(rank=0, when="saves[0] == 3")
-    code += (
-        "\nimport runner.commit\nsaves = [0]\nsave = runner.commit.save\n"
-        "def counted(*arguments):\n    saves[0] += 1\n    return save(*arguments)\n"
-        "runner.commit.save = counted\n"
-    )
-    code += at_step(10, 0, "import runner.signals; runner.signals.ask('SIGUSR2')")
-    options = ("--set", "train.checkpoint_minutes=0.00001")
-    codes, text = zygote.run(job_file, "--run-dir", tmp_path / "run", *options, code=code)
-    assert codes == [75], text
-    assert text.count("no checkpoint after step") == 1
-    assert "No space left on device; a checkpoint needs" in text
-    assert "training goes on" in text
-    assert len(intact(tmp_path / "run")) == 2
-
-
 SIGNALS = {
     # Where the signal comes: before anything is read, in the model, and while scoring.
     "data": (
@@ -264,21 +192,24 @@ def test_a_signal_before_training_ends_all_ranks(zygote, job_file, tmp_path, pha
 
 
 def test_what_a_run_leaves_behind_is_refused_by_another_start(zygote, job_file, tmp_path):
-    """Another number of ranks, ZeRO stage or precision, changed data: said, and nothing is
-    touched."""
+    """Another number of ranks or ZeRO stage, data that changed while the run went on (it keeps to
+    what it has read): said, and nothing is touched. test_checkpoint has all that must be alike."""
     folder, data = tmp_path / "run", tmp_path / "train.json"
     data.write_bytes((DATA / "product_qa_train.json").read_bytes())
     options = ("--set", f"data.train={data}[:16]", "--set", "train.epochs=1")
-    stop = at_step(5, 0, "import runner.signals; runner.signals.ask('SIGUSR2')")
-    codes, text = zygote.run(job_file, "--run-dir", folder, *options, ranks=2, code=stop)
+    changed = data.read_text().replace("How long", "For how long", 1)
+    assert changed != data.read_text()
+    (tmp_path / "changed.json").write_text(changed)
+    swap = f"os.rename({str(tmp_path / 'changed.json')!r}, {str(data)!r})"
+    stop = f"{swap}; import runner.signals; runner.signals.ask('SIGUSR2')"
+    codes, text = zygote.run(
+        job_file, "--run-dir", folder, *options, ranks=2, code=at_step(5, 0, stop)
+    )
     assert codes == [75, 75], text
 
     codes, text = zygote.run(job_file, "--run-dir", folder, *options, ranks=1)
     assert codes == [65], text
     assert "was made by 2 ranks, this start has 1; start it with as many" in text
-    changed = data.read_text().replace("How long", "For how long", 1)
-    assert changed != data.read_text()
-    data.write_text(changed)
     codes, text = zygote.run(job_file, "--run-dir", folder, *options, ranks=2)
     assert codes == [65, 65], text
     assert text.count("the content of data.train has changed") == 1

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from runner import feature_cache, features
 from runner.dataset import Example
-from runner.errors import DataError
+from runner.errors import DataError, Interrupted
 from runner.feature_cache import cache_key, cached_windows
 from runner.features import Windows, build_windows, plain_backend, window_blocks
 
@@ -186,4 +186,19 @@ def test_a_question_without_room_leaves_no_cache(cache, tokenizer_of, monkeypatc
     monkeypatch.setattr(window_blocks, "__defaults__", (1,))
     with pytest.raises(DataError, match="question b"):
         cached_windows(asked, "content", tokenizer_of("bert"), 48, 8)
+    assert not [*cache.iterdir()]
+
+
+def test_a_signal_ends_it_between_two_blocks(cache, tokenizer_of, monkeypatch):
+    asked = [ask(f"{CONTEXT}{n}", name=str(n)) for n in range(40)]
+    monkeypatch.setattr(window_blocks, "__defaults__", (3,))
+    calls = []
+
+    def between() -> None:
+        calls.append(1)
+        if len(calls) == 4:
+            raise Interrupted("stopped")
+
+    with pytest.raises(Interrupted):
+        cached_windows(asked, "content", tokenizer_of("bert"), 48, 8, between)
     assert not [*cache.iterdir()]

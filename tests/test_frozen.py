@@ -4,13 +4,15 @@ reading the whole model."""
 from __future__ import annotations
 
 import dataclasses
+import errno
+import os
 
 import numpy as np
 import pytest
 import torch
 
 from runner.batches import Packing, epoch_batches
-from runner.errors import JobError
+from runner.errors import JobError, StorageError
 from runner.frozen import Trunk, check_cacheable, make_room
 from runner.model import freeze
 from runner.packing import choose_packing
@@ -77,7 +79,14 @@ def test_reading_above_the_bottom_is_reading_all_of_it(family, layout, tmp_path)
     assert trunk.depth == 1
     names = list(model.state_dict())
     store = make_room(
-        windows, 32, torch.float32, CPU, tmp_path, ALONE, agree=lambda x: x, wait=lambda: None
+        windows,
+        32,
+        torch.float32,
+        CPU,
+        tmp_path,
+        ALONE,
+        agree=lambda x: x,
+        everyone=lambda x: [x],
     )
     assert store is not None
     assert store.place == "memory"
@@ -115,7 +124,14 @@ def test_the_bottom_is_computed_without_dropout_and_left_in_training(tmp_path):
     for seed in range(2):
         torch.manual_seed(seed)
         store = make_room(
-            windows, 32, torch.float32, CPU, tmp_path, ALONE, agree=lambda x: x, wait=lambda: None
+            windows,
+            32,
+            torch.float32,
+            CPU,
+            tmp_path,
+            ALONE,
+            agree=lambda x: x,
+            everyone=lambda x: [x],
         )
         assert store is not None
         fill(Reader(model, CPU, 0, True, 1, packing, trunk), store, [np.arange(6)])
@@ -149,7 +165,7 @@ def test_ranks_of_one_machine_share_a_copy(tmp_path):
         tmp_path,
         rank,
         agree=lambda choice: ("disk", choice[1]),
-        wait=lambda: waits.append([*tmp_path.iterdir()]),
+        everyone=lambda value: waits.append([*tmp_path.iterdir()]) or [value],
     )
     assert store is not None
     assert store.place == "disk"
@@ -170,10 +186,51 @@ def test_without_room_there_is_no_store(tmp_path):
             tmp_path,
             ALONE,
             agree=lambda x: x,
-            wait=lambda: None,
+            everyone=lambda value: [value],
         )
         is None
     )
+
+
+@pytest.mark.parametrize("here", [True, False])
+def test_room_that_is_gone_is_a_sentence_on_every_rank(tmp_path, monkeypatch, here):
+    """On this machine or on another one: nothing is written into a hole."""
+
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    if here:
+        monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(StorageError, match="No space left") as caught:
+        make_room(
+            windows_of(LENGTHS),
+            4,
+            torch.float32,
+            CPU,
+            tmp_path,
+            Rank(0, 4, 0, 2),
+            agree=lambda choice: ("disk", choice[1]),
+            everyone=lambda text: [text, None] if here else [None, "there: No space left"],
+        )
+    assert caught.value.exit_code == 74
+    assert not [*tmp_path.iterdir()]
+
+
+def test_the_room_is_taken_at_once(tmp_path):
+    blocks = []
+    make_room(
+        windows_of(LENGTHS),
+        1024,
+        torch.float32,
+        CPU,
+        tmp_path,
+        Rank(0, 2, 0, 2),
+        agree=lambda choice: ("disk", choice[1]),
+        everyone=lambda value: (
+            blocks.extend(p.stat().st_blocks for p in tmp_path.iterdir()) or [value]
+        ),
+    )
+    assert blocks[0] * 512 >= sum(LENGTHS) * 1024 * 4
 
 
 def test_what_cannot_be_cached_is_refused():

@@ -61,7 +61,9 @@ def test_lost_gradients_are_named_by_their_step(norm):
     note(found, 7, math.nan, norm, first=8)
     with pytest.raises(DivergedError) as caught:
         found.look(math.nan)
-    assert f"norm is {norm} at step 6, over the questions q2, q3;" in str(caught.value)
+    assert f"norm is {norm} at step 6, all ranks together, over the questions q2, q3;" in str(
+        caught.value
+    )
 
 
 def test_a_loss_comes_before_the_gradients_it_leads_to():
@@ -112,3 +114,15 @@ def test_what_was_looked_at_is_forgotten():
     note(found, 2, 3.0)
     with pytest.raises(DivergedError, match="no longer numbers"):
         found.look(math.nan)  # a loss of another rank, which names its own step
+
+
+def test_what_fails_in_a_pass_is_noted_with_its_questions():
+    found = health()
+    with pytest.raises(MemoryError) as early, found.naming_questions():
+        raise MemoryError
+    assert not hasattr(early.value, "__notes__")
+    found.begins(np.arange(4))
+    found.begins(np.arange(6, 8))
+    with pytest.raises(MemoryError) as caught, found.naming_questions():
+        raise MemoryError
+    assert caught.value.__notes__ == ["over the questions q3"]

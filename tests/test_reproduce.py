@@ -114,6 +114,43 @@ def test_the_jobs_own_tolerance_counts(tmp_path, run):
     assert not compare(run, lost, job).holds
 
 
+@pytest.mark.parametrize(
+    ("device", "deterministic", "f1", "holds"),
+    [
+        ("H100", False, 50.0, True),
+        ("H100", False, 60.0, False),
+        ("H100", True, 50.0, False),
+        ("EPYC", False, 50.0, False),
+    ],
+)
+def test_bits_count_only_where_they_are_promised(tmp_path, device, deterministic, f1, holds):
+    """On a GPU they are not, unless the job asks for it."""
+    job = Job.model_validate(TABLE | {"train": TABLE["train"] | {"deterministic": deterministic}})
+    machine = {"machine": {"processor": "EPYC", "devices": [device]}}
+    run = finished(tmp_path / "run", provenance=machine, job=job)
+    again = finished(
+        tmp_path / "again",
+        provenance=machine,
+        job=job,
+        weights_sha256="ab",
+        metrics=METRICS | {"f1": f1},
+    )
+    found = compare(run, again, job)
+    assert found.holds is holds
+    told = "on a GPU, and without train.deterministic, so bits may differ" in found.lines()
+    assert told is (device == "H100" and not deterministic)
+    if not holds:
+        words = "within the tolerance" if told else "to the bit"
+        with pytest.raises(ExpectationError, match=words):
+            check_reproduction(found)
+
+
+def test_a_run_that_is_there_already_is_no_repetition(tmp_path, run):
+    other = finished(tmp_path / "other")
+    with pytest.raises(RunDirError, match="holds a run that is finished already"):
+        reproduce(run.path, into=other.path, ranks=None, start=lambda *_: 0)
+
+
 def test_missing_rows_and_fields_are_differences(tmp_path, run):
     again = finished(tmp_path / "again", metrics=METRICS | {"best_f1": 51.0})
     again.train_table.write_text("step,loss_nats,examples_per_second\n1,2.5,30.0\n")

@@ -79,6 +79,45 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     assert outcome(cut) == expected
 
 
+TUNING = """
+import runner.train, runner.signals
+read = runner.train.read_windows
+def read_windows(*arguments, **options):
+    if options.get("keep") == 1:
+        runner.signals.ask("SIGTERM")
+    return read(*arguments, **options)
+runner.train.read_windows = read_windows
+"""
+
+
+def test_what_a_job_may_ask_for_besides_is_resumed_too(zygote, job_file, tmp_path):
+    """Early stopping with a best evaluation that is older than the newest checkpoint, a tuned
+    threshold, evaluations every other epoch, kept frozen layers, strict determinism."""
+    job = job_file('[stop]\nmetric = "loss"\npatience = 3\n')
+    options = sets(
+        "train.epochs=4",
+        "train.eval_every=2",
+        "train.deterministic=true",
+        "model.cache_frozen=true",
+        'model.freeze=["embeddings", "encoder.layer.0"]',
+        "data.unanswerable=true",
+        f"data.tuning={DATA}/product_qa_validation.json[8:16]",
+    )
+    codes, text = zygote.run(job, "--run-dir", tmp_path / "full", *options)
+    assert codes == [0], text
+    expected = outcome(tmp_path / "full")
+    assert "outputs of frozen layers: " in text
+    steps = int(expected["train.csv"][-1]["step"])
+    for where, code in (("training", STOP.format(step=steps - 4, rank=0)), ("tuning", TUNING)):
+        cut = tmp_path / where
+        codes, text = zygote.run(job, "--run-dir", cut, *options, code=code)
+        assert codes == [75], text
+        codes, text = zygote.run(job, "--run-dir", cut, *options)
+        assert codes == [0], text
+        assert "goes on after step" in text
+        assert outcome(cut) == expected, where
+
+
 # Resumes that leave something out.
 BREACHES = {
     "generators": """

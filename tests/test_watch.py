@@ -98,16 +98,25 @@ w = watch.Watch(crew, 0, 0.5, None, lambda error: False)
 {before}
 def take_a_nap():
     time.sleep({nap})
+watch.WIDE = {wide}
 w.at("step 7 (epoch 1)", bounded={bounded})
 take_a_nap()
 w.close()
 """
 
 
-def stuck(tmp_path: Path, *, nap: float, bounded: bool, world: int = 1, before: str = ""):
+def stuck(
+    tmp_path: Path,
+    *,
+    nap: float,
+    bounded: bool,
+    world: int = 1,
+    before: str = "",
+    wide: float = 99,
+):
     (tmp_path / "attempts").mkdir(exist_ok=True)
     script = tmp_path / "stuck.py"
-    script.write_text(STUCK.format(world=world, nap=nap, bounded=bounded, before=before))
+    script.write_text(STUCK.format(world=world, nap=nap, bounded=bounded, before=before, wide=wide))
     return subprocess.run(
         [sys.executable, str(script), str(tmp_path)],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -128,9 +137,19 @@ def test_a_rank_that_makes_no_progress_ends_and_says_where_it_hangs(tmp_path):
     assert "hangs in take_a_nap (stuck.py:" in done.stderr
 
 
-def test_work_without_a_bound_takes_as_long_as_it_takes(tmp_path):
+def test_long_work_has_more_time_than_a_step(tmp_path):
     done = stuck(tmp_path, nap=2, bounded=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_long_work_that_never_ends_is_found_too(tmp_path):
+    done = stuck(tmp_path, nap=60, bounded=False, wide=4)
+    assert done.returncode == 71
+    assert done.stderr.count("\n") == 1
+    assert "no progress at step 7 (epoch 1) for 2 s (4 train.timeout_minutes): rank 0 (" in (
+        done.stderr
+    )
+    assert "hangs in take_a_nap (stuck.py:" in done.stderr
 
 
 def test_a_rank_that_gives_no_sign_of_life_is_named_even_so(tmp_path):

@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -57,8 +58,10 @@ GRID = [
 VICTIMS = (0, 1, "launcher", "all")
 KILLS = 60
 CHAIN = 10
+TRIES = 12  # starts that may end before a kill reaches them
 STORE = (20, 100)  # rounds, kills in each
 MUTATIONS = (20, 500)  # rounds, files in each
+PROBLEM = r"(:[1-9]\d*)?: \S.*"  # of a job file, after its name (tests/test_jobfile.py)
 
 
 class Soak:
@@ -68,11 +71,14 @@ class Soak:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.seed = folder, seed
         self._log = folder / "done.jsonl"
-        self.done: dict[str, dict] = {}
-        if self._log.exists():
-            for line in self._log.read_text().splitlines():
-                entry = json.loads(line)
-                self.done[entry["key"]] = entry
+        self.commit = commit_now()
+        self.done = read_done(self._log)
+        if others := {entry["commit"] for entry in self.done.values()} - {self.commit}:
+            print(
+                f"{self._log} holds trials of {', '.join(sorted(others))}, this is {self.commit};"
+                " another --folder begins anew",
+                file=sys.stderr,
+            )
         self._zygote: Zygote | None = None
         self._references: dict[tuple, dict] = {}
 
@@ -85,7 +91,7 @@ class Soak:
 
     def note(self, key: str, part: str, *, held: bool, count: int, seconds: float, what: str = ""):
         entry = {"key": key, "part": part, "held": held, "count": count, "seconds": seconds}
-        self.done[key] = entry | {"what": what}
+        self.done[key] = entry | {"what": what, "commit": self.commit}
         with self._log.open("a") as file:
             file.write(json.dumps(self.done[key]) + "\n")
         sign = "ok  " if held else "LOST"
@@ -116,6 +122,33 @@ class Soak:
         folder = self.folder / "run"
         shutil.rmtree(folder, ignore_errors=True)
         return folder
+
+
+def commit_now() -> str:
+    """The checkout's commit, and whether it was changed since."""
+    state = git_state()
+    changed = " with changes" if state["diff_sha256"] else ""
+    return f"{(state['commit'] or 'no commit')[:12]}{changed}"
+
+
+def read_done(log: Path) -> dict[str, dict]:
+    """What was done by earlier starts. A last line that was cut short is no trial: it is taken off,
+    so that the next one does not end up behind it."""
+    if not log.exists():
+        return {}
+    done, whole = {}, b""
+    for line in log.read_bytes().splitlines(keepends=True):
+        try:
+            entry = json.loads(line)
+            done[entry["key"]] = {"commit": "an unknown commit"} | entry
+            whole += line.rstrip(b"\n") + b"\n"
+        except (ValueError, TypeError, KeyError):
+            print(f"{log}: a line is no trial and is left out: {line[:80]!r}", file=sys.stderr)
+    if log.read_bytes() != whole:
+        aside = log.with_suffix(".new")
+        aside.write_bytes(whole)
+        aside.replace(log)
+    return done
 
 
 # ---- the parts: each yields after every piece of work
@@ -177,7 +210,8 @@ def chains(soak: Soak) -> Iterator[None]:
 
 def kills(soak: Soak) -> Iterator[None]:
     """Three kills in a row at random times, then a quiet end: each leaves the run where its last
-    commit was, and the end is the undisturbed one's."""
+    commit was, and the end is the undisturbed one's. A kill that comes after the result strikes
+    nothing: that run is thrown away with its kills, and another one is begun."""
     often = ("train.checkpoint_minutes=0.002", "train.epochs=3")
     for number in range(KILLS // 3):
         stage = 1 + number % 3
@@ -191,8 +225,10 @@ def kills(soak: Soak) -> Iterator[None]:
         rows = int(expected["step"]) // 3
         folder, what, struck = soak.fresh(), "", 0
         arguments = (soak.job(), "--run-dir", folder, *sets(*options))
-        for kill in range(3):
-            victim = VICTIMS[(number + kill) % len(VICTIMS)]
+        for _ in range(TRIES):
+            if struck == 3:
+                break
+            kill, victim = struck, VICTIMS[(number + struck) % len(VICTIMS)]
             started = soak.zygote.start(*arguments, ranks=2)
             # By a place in training, or by the time since the start: both reach all phases.
             target = draw.randint(0, rows * (kill + 1) // 4)
@@ -200,13 +236,16 @@ def kills(soak: Soak) -> Iterator[None]:
             while steps_of(folder) < target and time.monotonic() < deadline:
                 time.sleep(0.002)
             time.sleep(draw.uniform(0, 0.1))
-            struck += not (folder / "result.json").exists()
             started.kill(victim)
             codes = started.wait(60)
             if victim != "all" and not set(codes) <= {-9, 71, 75, 0}:
                 what = what or f"kill of {victim}: {codes}"
             if "Traceback" in started.text():
                 what = what or f"kill of {victim}: a traceback"
+            struck += 1
+            if (folder / "result.json").exists():
+                folder, struck = soak.fresh(), 0
+        what = what or ("" if struck == 3 else f"only {struck} of 3 kills in {TRIES} starts")
         codes, text = soak.zygote.run(*arguments, ranks=2)
         what = what or ("" if codes in ([0, 0],) else f"ended with {codes}: {text[-300:]}")
         same = not what and outcome(folder) == expected
@@ -237,6 +276,9 @@ def jobs(soak: Soak) -> Iterator[None]:
     """A job file with one to four edits is read, or refused in lines of the promised form."""
     originals = [path.read_bytes() for path in sorted((CHECKOUT / "jobs").glob("*.toml"))]
     path = soak.folder / "mutated.toml"
+    data = soak.folder / "data"
+    if not data.exists():  # or every job would be refused for the files that it names
+        data.symlink_to(CHECKOUT / "jobs" / "data")
     for number in range(MUTATIONS[0]):
         key = f"jobs {number}"
         if key in soak.done:
@@ -252,13 +294,18 @@ def jobs(soak: Soak) -> Iterator[None]:
             try:
                 load_job(path)
             except JobError as error:
-                if not all(line.isprintable() and line for line in error.problems):
-                    what = what or f"a line that does not print: {error.problems!r}"
+                if not error.problems or not all(is_promised(p, path) for p in error.problems):
+                    what = what or f"not in the promised form: {error.problems!r}"
             except Exception as error:
                 what = what or f"{type(error).__name__}: {error} for {bytes(content)!r}"
         seconds = time.monotonic() - began
         soak.note(key, "jobs", held=not what, count=MUTATIONS[1], seconds=seconds, what=what)
         yield
+
+
+def is_promised(line: str, path: Path) -> bool:
+    """Whether a problem is one printable line that begins with the file and the line in it."""
+    return line.isprintable() and bool(re.fullmatch(re.escape(str(path)) + PROBLEM, line))
 
 
 def mutate(content: bytearray, draw: random.Random) -> None:
@@ -298,16 +345,20 @@ def results(soak: Soak) -> str:
         row[1] += entry["count"] if entry["held"] else 0
         row[2] += entry["seconds"]
     found = versions()
-    state = git_state()
-    commit = (state["commit"] or "no commit")[:12] + (
-        " with changes" if state["diff_sha256"] else ""
-    )
+    made_by = defaultdict(int)
+    for entry in soak.done.values():
+        made_by[entry["commit"]] += 1
+    made_by = made_by or {soak.commit: 0}
+    commits = f"commit {next(iter(made_by))}"
+    if len(made_by) > 1:
+        parts = (f"{commit} ({count} entries)" for commit, count in made_by.items())
+        commits = f"MIXED commits: {', '.join(parts)}"
     lines = [
         "# What held",
         "",
         f"`make soak`, {datetime.now(UTC):%Y-%m-%d}, {os.cpu_count()} cores of {processor_name()},"
         f" {platform.system()} {platform.release()}, torch {found['torch']}, deepspeed"
-        f" {found['deepspeed']}, commit {commit}.",
+        f" {found['deepspeed']}, {commits}.",
         "Equal means: sha256 of weights and of predictions, scores, and every cell of the tables"
         " that does not tell of time.",
         "",

@@ -28,9 +28,9 @@ os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE"
 import deepspeed  # noqa: E402, F401
 import torch  # noqa: E402
 
-from runner.console import Reporter  # noqa: E402
+from runner.console import Reporter, complain  # noqa: E402
 from runner.dataset import load_dataset  # noqa: E402
-from runner.errors import RunnerError, printable  # noqa: E402
+from runner.errors import RunnerError  # noqa: E402
 from runner.job import Columns, Job, Model  # noqa: E402
 from runner.jobfile import load_job  # noqa: E402
 from runner.keeping import read_kept  # noqa: E402
@@ -473,7 +473,9 @@ def attempt(name: str, number: int) -> dict[str, object]:
             CASES[name](folder)
             found = {"code": 0, "text": ""}
         except RunnerError as error:
-            found = {"code": error.exit_code, "text": str(error)}
+            sys.stderr = io.StringIO()
+            complain(str(error))
+            found = {"code": error.exit_code, "text": sys.stderr.getvalue().rstrip("\n")}
         except BaseException as error:
             found = {"code": -1, "text": f"{type(error).__name__}: {error}"}
         grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
@@ -489,7 +491,7 @@ def attempt(name: str, number: int) -> dict[str, object]:
         "case": name,
         **found,
         "seconds": time.monotonic() - began,
-        "printable": all(printable(line) for line in lines),
+        "printable": all(line.isprintable() for line in lines),
         "lines": len(lines),
         "canary": CANARY.exists(),
         "victim": VICTIM.read_text() == "precious",

@@ -3,7 +3,7 @@ can fail or be their last.
 
     store_sessions.py kill            SIGKILL before and after every operation of either rank
     store_sessions.py random N SEED   SIGKILL of a rank, or of both, at a random time, N times
-    store_sessions.py fail            each operation in turn fails, with every kind of error
+    store_sessions.py fail            each operation in turn fails, a read too, in every way
     store_sessions.py damage          flipped bytes, truncations, deleted, swapped and foreign files
     store_sessions.py zombies         starts that freeze in the midst of saving and thaw too late
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -23,6 +24,7 @@ import struct
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -36,11 +38,13 @@ from runner.commit import newest, rotate, save, take_over  # noqa: E402
 from runner.errors import DataError, RunnerError, StorageError  # noqa: E402
 from runner.files import Files  # noqa: E402
 from runner.rundir import RunDir, checkpoint_name, checkpoint_place  # noqa: E402
-from runner.store import Store  # noqa: E402
+from runner.store import DamagedError, Manifest, Store  # noqa: E402
 
-STEPS, EVERY, BEST = 10, 2, 4  # steps of a session, steps between commits, the best of them
+STEPS, EVERY, BEST = 10, 2, 4  # steps of a session, steps between commits, the best until the last
 WRITING = ("make_folder", "create", "write", "sync", "close", "rename", "sync_folder")
 REMOVING = ("remove", "remove_folder")
+READING = ("open", "read", "names")
+SECONDS = 30  # in which a start whose disk fails has to be over
 RANKS = 2
 PADDING = b"x" * 999
 
@@ -115,14 +119,25 @@ def session(path: Path, talk: Pipes, files: Watched) -> dict:
     run, main = RunDir(path), talk.index == 0
     store = Store(run.checkpoints, talk.index, files)
     attempt = Attempt.claim(run) if main else None
-    names = []
-    if attempt:
+    if main:
         files.mark("claimed")
-        names = take_over(store, attempt)
+    names = take_over(store, talk, attempt)
+    if main:
         files.mark("sealed")
     number = talk.everyone(attempt.number if attempt else 0)[0]
     warnings: list[str] = []
-    manifest = newest(store, talk, names, lambda _: None, warnings.append)
+
+    def examine(manifest: Manifest) -> None:
+        """As early stopping needs it, with the weights that were the best by then."""
+        best = manifest.facts["best"]
+        if main and best not in (None, manifest.name):
+            try:
+                holder = store.manifest(best)
+                store.check(holder, [file for file in holder.files if file.startswith("model/")])
+            except DamagedError as error:
+                raise DataError(f"{error}; it was the best") from None
+
+    manifest = newest(store, talk, names, examine, warnings.append)
     step, state = 0, bytes(32)
     if manifest is not None:
         step = manifest.facts["step"]
@@ -136,8 +151,8 @@ def session(path: Path, talk: Pipes, files: Watched) -> dict:
     def tidied() -> None:
         if attempt:
             try:
-                rotate(store, attempt, best)
-            except OSError as error:
+                rotate(store, attempt, best, lambda manifest: manifest.facts["best"])
+            except (OSError, StorageError) as error:
                 failures.append(f"rotation: {error}")
 
     tidied()
@@ -146,7 +161,7 @@ def session(path: Path, talk: Pipes, files: Watched) -> dict:
         if step % EVERY:
             continue
         name = checkpoint_name(step, number, scored=False)
-        best = name if step == BEST else best
+        before, best = best, name if step in (BEST, STEPS) else best
 
         def write(stage, state=state):
             stage.put(
@@ -162,6 +177,7 @@ def session(path: Path, talk: Pipes, files: Watched) -> dict:
             save(store, talk, name, write, {"step": step, "best": best}, fence)
         except StorageError as error:
             failures.append(str(error))
+            best = before
             continue
         tidied()
     if attempt:
@@ -206,6 +222,9 @@ def start(path: Path, acts: dict[int, Callable] | None = None, after: Callable |
                 code = error.exit_code
             except (EOFError, BrokenPipeError):
                 pass
+            except Exception:
+                traceback.print_exc()
+                code = 70
             finally:
                 os._exit(code)
         children.append(child)
@@ -242,12 +261,14 @@ def standing(path: Path) -> list[str]:
     return sorted((n for n in names if checkpoint_place(n)), key=lambda n: checkpoint_place(n))
 
 
-def whole(path: Path) -> int:
-    """Step of the newest whole checkpoint; every one that stands must be whole."""
+def whole(path: Path, but: str = "") -> int:
+    """Step of the newest whole checkpoint; every one that stands must be whole, `but` one."""
     newest_step = 0
     for rank in range(RANKS):
         store = Store(path / "checkpoints", rank)
         for name in standing(path):
+            if name == but:
+                continue
             manifest = store.manifest(name)
             store.check(manifest, manifest.files)
             newest_step = max(newest_step, manifest.facts["step"])
@@ -383,38 +404,55 @@ ERRORS = {
 
 
 def fail_everywhere(root: Path) -> dict[str, int]:
-    """The Nth writing operation fails, N = 1, 2, ... until none is left; for each kind of error, on
-    each rank; once, and from then on."""
+    """The Nth operation fails, N = 1, 2, ... until none is left; for each kind of error, on each
+    rank; once, and, as a full disk stays full, from then on."""
     counts: Counter[str] = Counter()
-    path = root / "undisturbed"
-    path.mkdir()
-    found = start(path)
-    logs = [answer["log"] for _, answer in found]
-    for rank in range(RANKS):
-        for kind, code in ERRORS.items():
-            for lasting in (False, True)[: 1 + (kind == "ENOSPC")]:  # a full disk stays full
+    for title, prepare in scenarios(root).items():
+        path = root / f"{title}-undisturbed"
+        prepare(path)
+        logs = [answer["log"] for _, answer in start(path)]
+        for rank, (kind, code) in itertools.product(range(RANKS), ERRORS.items()):
+            for lasting in (False, True)[: 1 + (kind == "ENOSPC")]:
                 for number, name in enumerate(logs[rank], 1):
-                    if name not in (*WRITING, *REMOVING) or (code is None and name != "write"):
+                    if not may_fail(title, kind, name):
                         continue
 
                     def fail(n, name, operation, number=number, code=code, lasting=lasting):
                         due = n == number or (lasting and n > number)
-                        if not due or name not in (*WRITING, *REMOVING):
+                        if not due or (lasting and name not in (*WRITING, *REMOVING)):
                             return operation()
                         if code is None:
-                            return short(operation) if name == "write" else operation()
+                            return short(operation)
                         if name == "close":
                             operation()
                         raise OSError(code, os.strerror(code))
 
-                    path = root / f"{rank}-{number}"
-                    path.mkdir()
+                    path = root / f"{title}-{rank}-{number}"
+                    prepare(path)
+                    began = time.monotonic()
                     found = start(path, {rank: fail})
-                    check_failed(path, found, kind, lasting=lasting)
+                    assert time.monotonic() - began < SECONDS
+                    check_failed(path, found, kind, title, lasting=lasting)
                     finished(start(path))
                     shutil.rmtree(path)
                     counts[kind] += 1
+                    counts[title] += 1
     return counts
+
+
+# Which operations fail in which way: EIO all of them, of a resume too; the others where they occur.
+FAILS = {
+    "ENOSPC": (*WRITING, *REMOVING),
+    "EDQUOT": ("make_folder", "create", "write", "sync", "close"),
+    "EIO": (*WRITING, *REMOVING, *READING),
+    "EACCES": ("make_folder", "create", "open", "rename", *REMOVING),
+    "short write": ("write",),
+}
+
+
+def may_fail(title: str, kind: str, name: str) -> bool:
+    """Whether an operation of a scenario is to fail in this way."""
+    return name in FAILS[kind] and (title == "new" or kind == "EIO")
 
 
 def short(operation: Callable) -> int:
@@ -425,20 +463,26 @@ def short(operation: Callable) -> int:
     return operation(file, data[: max(1, len(data) // 2)])
 
 
-def check_failed(path: Path, found, kind: str, *, lasting: bool) -> None:
-    """Whatever failed: no rank hangs or dies, what stands is whole, the sentence says what is
-    needed."""
-    for code, _ in found:
-        assert code in (0, 71, 74), found
-    texts = [text for _, answer in found if answer for text in answer.get("failures", [])]
+def check_failed(path: Path, found, kind: str, title: str, *, lasting: bool) -> None:
+    """Whatever failed: no rank hangs or dies, both end alike, what stands is whole, nothing whole
+    is put aside, and a sentence says what happened and what is needed."""
+    codes = [code for code, _ in found]
+    assert codes in ([0, 0], [StorageError.exit_code] * 2), found
+    saving = [text for _, answer in found for text in answer.get("failures", [])]
+    ending = [answer["error"] for _, answer in found if "error" in answer]
     if kind == "short write":
-        assert not texts, texts  # the rest was written after it
-    for text in texts:
-        if not text.startswith("rotation"):
-            assert os.strerror(ERRORS[kind]) in text, text
-            assert "a checkpoint needs" in text, text
-    whole(path)
-    if not lasting and kind != "short write" and found[0][0] == 0:
+        assert not saving + ending, found  # the rest was written after it
+    else:
+        assert saving or ending, (found, "nobody said anything")
+    for text in saving + ending:
+        assert os.strerror(ERRORS[kind]) in text, text
+    for text in saving:
+        assert text.startswith("rotation") or "a checkpoint needs" in text, text
+    damaged = checkpoint_name(6, 1, scored=False) if title == "resume" else ""
+    whole(path, but=damaged)
+    aside = [name for name in Files().names(path / "checkpoints") if name.startswith("damaged-")]
+    assert set(aside) <= {f"damaged-{damaged}"}, aside
+    if not lasting and kind != "short write" and codes[0] == 0:
         assert standing(path), "one failure cost every checkpoint"
 
 
@@ -494,7 +538,15 @@ def damage_everywhere(root: Path) -> dict[str, int]:
     found = start(path)
     assert [code for code, _ in found] == [DataError.exit_code] * 2, found
     assert "none of its 3 checkpoints is whole" in found[0][1]["error"]
-    counts["refused"] += 1
+    # ... nor by the same command again, which finds them put aside; nor if they are gone.
+    for again in range(2):
+        found = start(path)
+        assert [code for code, _ in found] == [DataError.exit_code] * 2, found
+        assert "none of its 3 checkpoints is whole" in found[0][1]["error"]
+        if not again:
+            assert len(os.listdir(path / "checkpoints")) == 3
+            shutil.rmtree(path / "checkpoints")
+    counts["refused"] += 3
     return counts
 
 

@@ -1,0 +1,63 @@
+"""Which checkpoints a start takes for its own; saving and loading are in test_resume, test_faults
+and test_shards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from runner.checkpoint import _IDENTITY, Checkpoints
+from runner.errors import DataError
+from runner.progress import Memory
+from runner.ranks import Rank
+from runner.rundir import RunDir
+from runner.store import Manifest
+
+IDENTITY = dict.fromkeys(_IDENTITY, "then")
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Checkpoints:
+    """A start whose engine does nothing."""
+    run, rank = RunDir(tmp_path), Rank(0, 1, 0, 1)
+    cpu = torch.device("cpu")
+    return Checkpoints(run, 1, None, rank, SimpleNamespace(), cpu, IDENTITY, lambda _: None)
+
+
+def manifest(identity: dict[str, object]) -> Manifest:
+    facts = {"identity": identity, "memory": {"best": None}, "step": 10}
+    return Manifest("step-000010-a0001", {}, facts)
+
+
+def test_a_checkpoint_of_the_same_kind_is_taken(start):
+    start._examine(manifest(dict(IDENTITY)), True)
+
+
+@pytest.mark.parametrize("key", _IDENTITY)
+def test_whatever_a_checkpoint_belongs_to_has_to_be_the_same(start, key):
+    """Each is refused with its own sentence, before anything is loaded."""
+    with pytest.raises(DataError) as caught:
+        start._examine(manifest(IDENTITY | {key: "another"}), False)
+    assert type(caught.value) is DataError  # no damage: none before it will do better
+    sentence = _IDENTITY[key].format("another", "then")
+    assert str(caught.value).endswith(f"{sentence}, or begin anew with --restart")
+
+
+@pytest.mark.parametrize(
+    "identity",
+    [{k: v for k, v in IDENTITY.items() if k != "model"}, IDENTITY | {"optimizer": "x"}, {}],
+)
+def test_a_checkpoint_of_another_version_is_refused_as_such(start, identity):
+    with pytest.raises(DataError, match="was made by another version of spantune"):
+        start._examine(manifest(identity), False)
+
+
+def test_ranks_that_have_read_different_data_do_not_begin(start, monkeypatch):
+    other = IDENTITY | {"train": "read later"}
+    monkeypatch.setattr(start, "everyone", lambda mine: [mine, other])
+    memory: Memory = SimpleNamespace()  # type: ignore[assignment]  # not looked at
+    with pytest.raises(DataError, match="the files changed while they were read"):
+        start.load(memory, needs_best=False)

@@ -1,0 +1,72 @@
+"""Writing `model/`; what is in it is tested in test_train and test_predict."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from safetensors import SafetensorError
+
+from runner.answering import KEY
+from runner.errors import StorageError
+from runner.export import export_model, publish_model
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (Exception("No space left on device (os error 28)"), "No space left on device"),
+        (SafetensorError("Error while serializing: I/O error (os error 5)"), "Input/output error"),
+        (SafetensorError("no number"), "Input/output error"),
+    ],
+)
+def test_a_library_that_finds_no_room_is_an_oserror_of_the_folder(tmp_path, error, expected):
+    """tokenizers and safetensors raise kinds of their own, which no caller would know."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    model = SimpleNamespace(config=SimpleNamespace(), save_pretrained=lambda *_, **__: None)
+    answering = SimpleNamespace(model_dump=lambda **_: {})
+    with pytest.raises(OSError, match=expected) as caught:
+        export_model(tmp_path, model, {}, SimpleNamespace(save_pretrained=fail), "", answering)
+    assert caught.value.filename == str(tmp_path)
+    assert hasattr(model.config, KEY)
+
+
+def test_a_mistake_stays_one(tmp_path):
+    def fail(*_: object) -> None:
+        raise KeyError("os error")
+
+    model = SimpleNamespace(config=SimpleNamespace(), save_pretrained=lambda *_, **__: None)
+    answering = SimpleNamespace(model_dump=lambda **_: {})
+    with pytest.raises(KeyError):
+        export_model(tmp_path, model, {}, SimpleNamespace(save_pretrained=fail), "", answering)
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_model_that_cannot_be_published_leaves_the_one_before(tmp_path, monkeypatch, number):
+    """Whichever rename fails; the next call succeeds whatever it left behind."""
+    exported, folder, calls = tmp_path / "exported", tmp_path / "model", []
+    for place, text in ((exported, "new"), (folder, "old")):
+        place.mkdir()
+        (place / "model.safetensors").write_text(text)
+    rename = Path.rename
+
+    def failing(path: Path, target: Path) -> Path:
+        calls.append(path.name)
+        if len(calls) == number:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return rename(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", failing)
+        with pytest.raises(StorageError, match="Input/output error"):
+            publish_model(exported, folder)
+    assert (folder / "model.safetensors").read_text() == "old"
+    publish_model(exported, folder)
+    assert (folder / "model.safetensors").read_text() == "new"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["exported", "model"]
