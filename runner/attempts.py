@@ -19,10 +19,12 @@ from pathlib import Path
 import psutil
 
 from runner.console import duration
-from runner.errors import StorageError
+from runner.errors import Interrupted, StorageError
 from runner.rundir import RunDir, committed_steps, storage_errors
 
 SILENT = 120.0  # seconds without one after which an owner on another machine counts as dead
+MAX_IDLE = 3  # starts in a row without progress, after which a run is not requeued
+MAX_STARTS = 50  # starts after which it is not requeued in any case
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,22 @@ def attempts_without_progress(run: RunDir) -> int:
             break
         idle += 1
     return idle
+
+
+def check_budget(run: RunDir) -> None:
+    """Look whether a run that was interrupted, or lost its node, may be requeued.
+
+    Raises:
+        Interrupted: if its last starts have brought it no further, or there were too many.
+    """
+    starts, idle = len(numbers(run)), attempts_without_progress(run)
+    if idle >= MAX_IDLE:
+        raise Interrupted(
+            f"{run.path}: the last {idle} starts have saved nothing new, so it is not requeued; see"
+            f" {run.log.name}, and submit it again once the reason is gone"
+        )
+    if starts >= MAX_STARTS:
+        raise Interrupted(f"{run.path}: {starts} starts are too many; it is not requeued")
 
 
 def is_earlier_life(entry: Owner) -> bool:

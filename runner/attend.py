@@ -6,14 +6,14 @@ import codecs
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from runner.attempts import Owner, describe
-from runner.errors import RunDirError
+from runner.errors import RunDirError, RunnerError, SlurmError
 from runner.rundir import RunDir, storage_errors
 from runner.slurm_jobs import read_submission, scancel
-from runner.status import newest_start, standings
+from runner.status import newest_start, standings, started_elsewhere
 from runner.submit import queued
 
 LOOK = 0.5  # seconds between looks at a file that grows
@@ -21,9 +21,12 @@ ASK = 10.0  # seconds between questions to SLURM
 
 
 def log_file(run: RunDir) -> Path:
-    """Where a run's words are: the output of its newest SLURM job, or its own log."""
-    submission = read_submission(run.slurm)
-    return Path(submission.output) if submission else run.log
+    """Where a run's words are: the output of its newest SLURM job, or its own log if that is newer
+    or there is no such job."""
+    submission, start = read_submission(run.slurm), newest_start(run)
+    if submission is None or (start is not None and started_elsewhere(start, submission)):
+        return run.log
+    return Path(submission.output)
 
 
 def follow(run: RunDir, *, forever: bool) -> Iterator[str]:
@@ -61,18 +64,33 @@ def follow(run: RunDir, *, forever: bool) -> Iterator[str]:
         time.sleep(LOOK)
 
 
-def cancel(run: RunDir) -> str:
-    """Tell a run to save and end, whatever started it; return what was done, in a sentence.
+def cancel(runs: Sequence[RunDir]) -> Iterator[tuple[RunDir, str | RunnerError]]:
+    """Tell runs to save and end, whatever started them. Yields for each what was done, in a
+    sentence, or why it could not be (SlurmError; RunDirError, if it runs on another machine outside
+    of SLURM): one that cannot be told does not keep the others going. SLURM is asked once."""
+    unfinished = [run for run in runs if not run.finished()]
+    silence, waiting = None, {}
+    try:
+        waiting = queued(unfinished)
+    except SlurmError as error:
+        silence = error
+    for run in runs:
+        if silence is not None and run in unfinished and run.slurm.is_file():
+            yield run, silence
+            continue
+        try:
+            done = _cancel(run, in_queue=run.path in waiting)
+        except RunnerError as error:
+            yield run, error
+        else:
+            yield run, done
 
-    Raises:
-        SlurmError: if SLURM does not do it.
-        RunDirError: if it runs on another machine, outside of SLURM.
-    """
+
+def _cancel(run: RunDir, *, in_queue: bool) -> str:
     if run.finished():
         return "finished already"
-    if queued(run) is not None:
-        submission = read_submission(run.slurm)
-        assert submission is not None
+    submission = read_submission(run.slurm)
+    if submission is not None and in_queue:
         scancel(submission.name)
         return f"job {submission.name} is cancelled: it saves, ends, and is not requeued"
     start = newest_start(run)

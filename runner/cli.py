@@ -380,7 +380,7 @@ def _report(arguments: argparse.Namespace) -> int:
 
 def _run_sweep(arguments: argparse.Namespace, job: Job, trials: list[Trial]) -> int:
     from runner.launch import launch
-    from runner.local_sweep import run_trials
+    from runner.local_sweep import run_trials, sweep_code
 
     if arguments.resume or arguments.restart:
         raise JobError([f"{arguments.job}: a [sweep] goes on with --run-dir and its folder"])
@@ -403,7 +403,7 @@ def _run_sweep(arguments: argparse.Namespace, job: Job, trials: list[Trial]) -> 
             codes[name] = code
     for text in comparison(folder):
         _write(text)
-    return next((code for code in codes.values() if code), 0)
+    return sweep_code(codes.values())
 
 
 def _tell(arguments: argparse.Namespace) -> int:

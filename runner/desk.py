@@ -14,11 +14,13 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
+from runner.attempts import check_budget
 from runner.attend import cancel, follow
-from runner.errors import JobError
+from runner.errors import JobError, RunnerError
+from runner.order import Order, check_order
 from runner.rundir import RunDir, below_here
-from runner.status import check_budget, find_runs, standings, table_rows
-from runner.submit import Order, check_order, submit_run, submit_sweep
+from runner.status import find_runs, named_runs, standings, table_rows
+from runner.submit import draft, submit_run, submit_sweep
 from runner.sweep_table import NOTE, compare
 from runner.tables import terminal
 
@@ -68,7 +70,9 @@ def add_verbs(verbs: Any, act: Callable[[argparse.Namespace], int]) -> None:
     logs.set_defaults(act=act, words=_logs)
 
     stop = verbs.add_parser("cancel", help="tell runs to save and end")
-    stop.add_argument("named", metavar="RUN", nargs="+", type=Path, help="run folders")
+    stop.add_argument(
+        "named", metavar="RUN", nargs="+", type=Path, help="run folders, or those of sweeps"
+    )
     stop.set_defaults(act=act, words=_cancel)
 
     may_requeue = verbs.add_parser("may-requeue")  # asked by the batch script
@@ -95,7 +99,8 @@ def _submit(arguments: argparse.Namespace) -> Words:
     orders = [check_order(path, arguments.set, written_by) for path in arguments.jobs]
     for order in orders:
         if arguments.dry_run:
-            yield order.draft(arguments.runs, arguments.run_dir)
+            script = draft(order, arguments.runs, arguments.run_dir)
+            yield script or _finished(order, arguments.run_dir)
         else:
             yield from _submitted(order, arguments.runs, arguments.run_dir)
 
@@ -104,7 +109,7 @@ def _submitted(order: Order, root: Path, run_dir: Path | None) -> Words:
     name = order.job.name
     done = (submit_sweep if order.trials else submit_run)(order, root, run_dir)
     if done is None:
-        yield f"{name}: finished already, {run_dir}\n"
+        yield _finished(order, run_dir)
         return
     array = f", an array of {done.runs} trials" if order.trials else ""
     yield f"{name}: job {done.job_id}{array}, {order.where()}\n"
@@ -115,6 +120,10 @@ def _submitted(order: Order, root: Path, run_dir: Path | None) -> Words:
         yield f"  spantune {verb.format(shlex.quote(below_here(done.folder)))}\n"
     for note in order.notes():
         yield f"  {note}\n"
+
+
+def _finished(order: Order, run_dir: Path | None) -> str:
+    return f"{order.job.name}: finished already, {run_dir}\n"
 
 
 def _status(arguments: argparse.Namespace) -> Words:
@@ -139,8 +148,14 @@ def _logs(arguments: argparse.Namespace) -> Words:
 
 
 def _cancel(arguments: argparse.Namespace) -> Words:
-    for run in find_runs(arguments.named, Path()):
-        yield f"{below_here(run.path)}: {cancel(run)}\n"
+    failures: list[RunnerError] = []
+    for run, outcome in cancel(named_runs(arguments.named)):
+        if isinstance(outcome, RunnerError):
+            failures.append(outcome)
+        else:
+            yield f"{below_here(run.path)}: {outcome}\n"
+    if failures:
+        raise type(failures[0])("\n".join(dict.fromkeys(map(str, failures))))
 
 
 def _may_requeue(arguments: argparse.Namespace) -> Words:

@@ -69,6 +69,10 @@ class SlurmError(RunnerError):
     exit_code = 72
 
 
+class SlurmSilence(SlurmError):
+    """SLURM has not answered in time: what it was asked to do may have been done (72)."""
+
+
 class RunDirError(RunnerError):
     """The run folder is in use by another start (73)."""
 

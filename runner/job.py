@@ -411,7 +411,10 @@ class Slurm(Section):
     qos: Annotated[str, allowed.NAME] | None = Field(default=None, description="quality of service")
     nodes: Count = Field(default=1, description="nodes of a run")
     gpus_per_node: int | None = Field(
-        default=None, ge=1, le=64, description="GPUs on each node, one rank each; unset: CPU ranks"
+        default=None,
+        ge=0,
+        le=64,
+        description="GPUs on each node, one rank each; 0 or unset: CPU ranks",
     )
     gpu_type: Annotated[str, allowed.MODULE] | None = Field(
         default=None, description="type of the GPUs as the cluster names it, e.g. a100"
@@ -496,12 +499,12 @@ class Slurm(Section):
     @model_validator(mode="after")
     def _fits_together(self) -> Slurm:
         gpus, ranks = self.gpus_per_node, self.ranks_per_node
-        if gpus is not None and ranks is not None and ranks != gpus:
+        if gpus and ranks is not None and ranks != gpus:
             raise ValueError(
                 f"ranks_per_node {ranks} on {gpus} GPUs a node: each GPU has one rank; leave"
                 " ranks_per_node out"
             )
-        if gpus is None and self.gpu_type is not None:
+        if not gpus and self.gpu_type is not None:
             raise ValueError("gpu_type says which GPUs, gpus_per_node must say how many")
         limit = 0 if self.time is None else allowed.seconds(self.time)
         if limit and self.signal_seconds >= limit:

@@ -64,9 +64,15 @@ def short(text: str) -> str:
 def accepts_text(path: KeyPath) -> bool:
     """Whether the schema takes any string for this key."""
     section, key = _section_at(path[:-1]), str(path[-1])
-    if section is None or key not in section.model_fields:
+    if section is not None and key in section.model_fields:
+        return str in _flat(section.model_fields[key].annotation)
+    # A key of a table whose keys are free, such as slurm.environment.
+    section, table = _section_at(path[:-2]), str(path[-2]) if len(path) > 1 else ""
+    if section is None or table not in section.model_fields:
         return False
-    return str in _flat(section.model_fields[key].annotation)
+    annotation = section.model_fields[table].annotation
+    is_table = typing.get_origin(annotation) is dict
+    return is_table and str in _flat(typing.get_args(annotation)[1])
 
 
 def _problem(error: ErrorDetails) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from runner.errors import Interrupted
@@ -42,3 +42,10 @@ def run_trials(
         yield trial.name, code
         if code in _STOPPED:
             return
+
+
+def sweep_code(codes: Iterable[int]) -> int:
+    """The exit code of a whole sweep: that of its interruption, else of the first trial that
+    failed."""
+    failures = [code for code in codes if code]
+    return next((code for code in failures if code in _STOPPED), failures[0] if failures else 0)

@@ -80,7 +80,7 @@ def _options(
     section: Slurm, name: str, folder: Path, indices: Sequence[int], max_parallel: int | None
 ) -> Mapping[str, str | int | bool]:
     """Options of sbatch by name, in the order in which a reader looks for them."""
-    gpus = section.gpus_per_node
+    gpus = section.gpus_per_node or None
     if gpus is not None and section.gpu_type is not None:
         gpus = f"{section.gpu_type}:{gpus}"
     at_once = f"%{max_parallel}" if max_parallel else ""
@@ -136,7 +136,10 @@ def _environment(section: Slurm) -> str:
         lines += [
             "# `module` is a shell function of login shells; a batch shell may lack it.",
             "command -v module >/dev/null || . /etc/profile",
-            f"module load {names} || exit 69",
+            f"if ! module load {names}; then",
+            '  echo "slurm.modules: not to be had on $SLURMD_NODENAME" >&2',
+            "  exit 64",
+            "fi",
         ]
     if section.venv is not None:
         lines.append(f"export PATH={shlex.quote(f'{section.venv}/bin')}:$PATH")
@@ -156,7 +159,7 @@ _HEADER = """\
 #   spantune status RUN                  how far it is; RUN is {folder}
 #   spantune logs RUN -f                 what it says
 #   spantune cancel RUN                  saves and ends it
-#   spantune submit JOB --run-dir RUN    goes on where it was saved (so does sbatch submit.sh)
+#   spantune submit JOB --run-dir RUN    goes on where it was saved
 #
 # The job ends with the run's exit code: 0 done, 64 job file, 65 data or model refused, 69 asset
 # missing, 71 a rank died, 73 run folder in use, 74 reading or writing failed, 75 interrupted and
@@ -201,7 +204,7 @@ export MASTER_PORT MASTER_ADDR="${MASTER_ADDR:-$SLURMD_NODENAME}"
 
 _BUDGET = """
 # --- not for ever: SLURM itself requeues a job whose node has failed
-if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]; then "${spantune[@]}" may-requeue "$run" || exit 75; fi
+if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]; then "${spantune[@]}" may-requeue "$run" || exit $?; fi
 """
 
 _SIGNALS = """
@@ -224,8 +227,9 @@ _STEP = """
 # --- the run: one task is one rank
 # Ranks ignore the signals until they are ready for them (trap ''), so that none dies of one. Those
 # that are left a minute after the first has ended are killed (--wait); not at once, because all
-# ranks together end with the run's code.
-srun --kill-on-bad-exit=0 --wait=60{cpus} \\
+# ranks together end with the run's code. They get all variables (--export), whichever of them
+# SBATCH_EXPORT has let into this script.
+srun --export=ALL --kill-on-bad-exit=0 --wait=60{cpus} \\
   bash -c 'trap "" USR1 USR2 TERM; exec "$@"' rank \\
   "${{spantune[@]}}" rank "$run/job.toml" --run-dir "$run" &
 step=$!
@@ -241,12 +245,15 @@ fi
 """
 
 _REQUEUE = """
-if [ "$code" = 75 ] && [ -z "$ended" ] && "${spantune[@]}" may-requeue "$run"; then
+if [ "$code" = 75 ] && [ -z "$ended" ] && "${spantune[@]}" may-requeue "$run" &&
+  [ -z "$ended" ]; then # no scancel came meanwhile either
   trap - TERM # by which the requeue ends this script
   scontrol requeue "$job" && sleep 600
 fi
 """
 
 _NO_REQUEUE = """
-if [ "$code" = 75 ] && [ -z "$ended" ]; then echo "saved; to go on: sbatch submit.sh" >&2; fi
+if [ "$code" = 75 ] && [ -z "$ended" ]; then
+  printf 'saved; to go on: spantune submit %q --run-dir %q\\n' "$run/job.toml" "$run" >&2
+fi
 """

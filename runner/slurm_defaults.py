@@ -63,6 +63,8 @@ def resolve(section: Slurm | None, path: Path | None) -> Slurm:
     if path is None:
         return Slurm.model_validate(job)
     merged = load_defaults(path).model_dump(exclude_unset=True)
+    if job.get("gpus_per_node") == 0:  # a job on CPUs, where the defaults are for GPUs
+        merged.pop("gpu_type", None)
     for key, value in job.items():
         both = isinstance(value, dict) and key in merged
         merged[key] = {**merged[key], **value} if both else value

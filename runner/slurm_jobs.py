@@ -12,10 +12,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from runner.errors import SlurmError, printable
+from runner.errors import SlurmError, SlurmSilence, printable
 from runner.rundir import write_json
 
 PATIENCE = 20.0  # seconds for an answer; clients of a dead controller would try for minutes
+SUBMITTING = 60.0  # seconds for sbatch, after which nobody knows whether there is a job
 _ENDED = {
     *("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "DEADLINE"),
     *("OUT_OF_MEMORY", "BOOT_FAIL", "REVOKED", "FORGOTTEN"),
@@ -26,6 +27,10 @@ _KEPT = {"SLURM_CONF", "SLURM_CLUSTERS", "SLURM_CONF_SERVER", "SLURM_TIME_FORMAT
 _RANK = re.compile(r"RANK|WORLD_SIZE|LOCAL_\w+|MASTER_(ADDR|PORT)|OMP_NUM_THREADS")
 # Options whose variable has another name than SBATCH_ and the option's.
 _VARIABLES = {"time": "TIMELIMIT", "array": "ARRAY_INX", "mem": "MEM_PER_NODE"}
+# Options of which one undoes the others: no variable for any of them is passed on with one.
+_ONE_OF = ({"requeue", "no-requeue"}, {"mem", "mem-per-cpu", "mem-per-gpu"})
+# sbatch's own words when the controller did not answer it in time, and may have heard it.
+_UNSURE = re.compile(r"timed out|Zero Bytes were transmitted", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -82,7 +87,7 @@ class SlurmJob:
     @property
     def waits(self) -> bool:
         """Whether it has not begun, or not begun again."""
-        return self.state in {"PENDING", "REQUEUED", "CONFIGURING", "SUSPENDED", "REQUEUE_HOLD"}
+        return self.state in {"PENDING", "REQUEUED", "CONFIGURING", "REQUEUE_HOLD"}
 
 
 # A job of which neither the queue nor the accounting knows any more.
@@ -114,10 +119,14 @@ def sbatch(script: Path, options: Iterable[str]) -> str:
 
     Raises:
         SlurmError: with SLURM's own words, if it refuses.
+        SlurmSilence: if it does not answer, and may have taken the job.
     """
-    done = _ask(["sbatch", "--parsable", str(script)], 60, _environment(options))
+    done = _ask(["sbatch", "--parsable", str(script)], SUBMITTING, _environment(options))
     if done.returncode != 0:
-        raise SlurmError(f"SLURM refuses the job: {_words(done.stderr)}")
+        words = _words(done.stderr)
+        if _UNSURE.search(words):
+            raise SlurmSilence(f"sbatch: {words}; `squeue --me` shows whether the job is there")
+        raise SlurmError(f"SLURM refuses the job: {words}")
     return done.stdout.strip().partition(";")[0]  # a federation appends its cluster's name
 
 
@@ -179,9 +188,12 @@ def _accounted(names: Sequence[str]) -> dict[str, SlurmJob]:
 def _environment(options: Iterable[str]) -> Mapping[str, str]:
     """Our environment for a new job, without what would make it another one: variables of sbatch
     win over the lines of a script, and those of a job or a rank around us are not the new one's."""
+    names = set(options)
+    for group in _ONE_OF:
+        names |= group if names & group else set()
     ours = {
         f"SBATCH_{_VARIABLES[name] if name in _VARIABLES else name.upper().replace('-', '_')}"
-        for name in options
+        for name in names
     }
     return {
         key: value
@@ -212,7 +224,7 @@ def _ask(
             " `spantune run JOB.toml` trains on this machine"
         ) from None
     except subprocess.TimeoutExpired:
-        raise SlurmError(
+        raise SlurmSilence(
             f"{command[0]} has not answered for {seconds:.0f} s; SLURM's controller may be down:"
             " try again later, and see `squeue --me` for what it has done meanwhile"
         ) from None

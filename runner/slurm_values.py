@@ -86,6 +86,11 @@ EXTRA_OPTIONS = (
 )
 # Variables that say who a rank is; the ranks read them from SLURM.
 _RESERVED = re.compile(r"SLURM_\w*|SBATCH_\w*|RANK|WORLD_SIZE|LOCAL_(RANK|SIZE|WORLD_SIZE)")
+# Variables that the batch script itself goes by.
+_OF_THE_SCRIPT = {
+    *("run", "job", "spantune", "trials", "step", "warned", "ended", "code"),
+    *("MASTER_ADDR", "MASTER_PORT"),
+}
 
 
 def check_variables(names: Iterable[str]) -> None:
@@ -95,6 +100,8 @@ def check_variables(names: Iterable[str]) -> None:
             raise ValueError(f"{json.dumps(name)} is no name of an environment variable")
         if _RESERVED.fullmatch(name):
             raise ValueError(f"{name} is set by SLURM or by the ranks themselves")
+        if name in _OF_THE_SCRIPT:
+            raise ValueError(f"{name} is a variable of the batch script itself")
 
 
 def check_options(table: Mapping[str, Any]) -> None:

@@ -8,30 +8,21 @@ import socket
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import tomli
 
-from runner.attempts import (
-    SILENT,
-    Owner,
-    attempts_without_progress,
-    entry_file,
-    life,
-    numbers,
-    owners,
-)
+from runner.attempts import SILENT, Owner, entry_file, life, owners
 from runner.console import duration
-from runner.errors import Interrupted, RunDirError, SlurmError
+from runner.errors import RunDirError, SlurmError
 from runner.rundir import RunDir, below_here
 from runner.slurm_jobs import FORGOTTEN, SlurmJob, Submission, ask_jobs, read_submission
 from runner.sweep import MANIFEST, read_manifest
 from runner.tables import Value, read_rows
 
 SHOWN = 20  # runs that are listed if none is named
-MAX_IDLE = 3  # starts in a row without progress, after which a run is not requeued
-MAX_STARTS = 50  # starts after which it is not requeued in any case
 
 
 @dataclass(frozen=True)
@@ -93,17 +84,36 @@ class Standing:
 
 
 def find_runs(named: Sequence[Path], root: Path) -> list[RunDir]:
-    """The runs to tell of: those named, all trials of a sweep that is named, or the newest below
-    `root`, oldest first.
+    """The runs to tell of: those named, all trials of a sweep that is named, all below a folder
+    that is named, or the newest below `root`, oldest first.
 
     Raises:
         RunDirError: if a name is none of these.
     """
     if named:
-        return [run for path in named for run in _runs_at(path)]
+        found = ((path, _runs_at(path)) for path in named)
+        return [run for path, at in found for run in (_runs_below(path) if at is None else at)]
     runs = [RunDir(path.parent) for path in root.glob("*/*/job.toml")]
-    runs += [run for path in root.glob(f"*/*/{MANIFEST}") for run in _runs_at(path.parent)]
+    runs += [run for path in root.glob(f"*/*/{MANIFEST}") for run in _runs_at(path.parent) or ()]
     return sorted(runs, key=lambda run: _age(run.job))[-SHOWN:]
+
+
+def named_runs(named: Sequence[Path]) -> list[RunDir]:
+    """The runs that are meant by their own names, or by that of their sweep.
+
+    Raises:
+        RunDirError: if a name is neither; that runs lie below it is not enough.
+    """
+    found: list[RunDir] = []
+    for path in named:
+        runs = _runs_at(path)
+        if runs is None:
+            raise RunDirError(
+                f"{path} is no run folder: it has no job.toml; name those of the"
+                f" {len(_runs_below(path))} runs below it that are meant"
+            )
+        found += runs
+    return found
 
 
 def standings(runs: Iterable[RunDir]) -> tuple[list[Standing], str | None]:
@@ -146,20 +156,17 @@ def newest_start(run: RunDir) -> Start | None:
         )
 
 
-def check_budget(run: RunDir) -> None:
-    """Look whether a run that was interrupted, or lost its node, may be requeued.
-
-    Raises:
-        Interrupted: if its last starts have brought it no further, or there were too many.
-    """
-    starts, idle = len(numbers(run)), attempts_without_progress(run)
-    if idle >= MAX_IDLE:
-        raise Interrupted(
-            f"{run.path}: the last {idle} starts have saved nothing new, so it is not requeued; see"
-            f" {run.log.name}, and submit it again once the reason is gone"
-        )
-    if starts >= MAX_STARTS:
-        raise Interrupted(f"{run.path}: {starts} starts are too many; it is not requeued")
+def started_elsewhere(start: Start, submission: Submission) -> bool:
+    """Whether a start is no life of the job that was submitted last, and began later: what SLURM
+    says of that job, and what the job said, is then not about it. (A trial's SLURM_JOB_ID is not
+    its name in the array, so of an array every job counts.)"""
+    job, is_trial = start.owner.slurm_job_id, submission.index is not None
+    if job == submission.job_id or (is_trial and job is not None):
+        return False
+    try:
+        return start.owner.started > datetime.fromisoformat(submission.submitted).timestamp()
+    except ValueError:
+        return False
 
 
 def _standing(
@@ -168,6 +175,10 @@ def _standing(
     start, job = newest_start(run), None
     if submission is not None and answered and not run.finished():
         job = {submission.name: FORGOTTEN, **jobs}[submission.name]
+    if (start and submission and started_elsewhere(start, submission)) and (
+        start.alive or (job is not None and job.ended)
+    ):
+        submission = job = None
     state, over = _state(run, start, job)
     training, evaluations = _rows(run.train_table), _rows(run.eval_table)
     epoch = _number(training[-1], "epoch") if training else None
@@ -199,7 +210,7 @@ def _state(run: RunDir, start: Start | None, job: SlurmJob | None) -> tuple[str,
         return (f"{word} ({job.reason})" if job.reason not in ("", "None") else word), False
     if job is not None and not job.ended:
         if job.state != "RUNNING":
-            return "ending", False
+            return ("suspended" if job.state == "SUSPENDED" else "ending"), False
         return ("running" if alive else "starting"), False
     if alive:
         return "running", False
@@ -214,17 +225,18 @@ def _state(run: RunDir, start: Start | None, job: SlurmJob | None) -> tuple[str,
     return f"failed ({start.exit_code})", True
 
 
-def _runs_at(path: Path) -> list[RunDir]:
+def _runs_at(path: Path) -> list[RunDir] | None:
+    """The run in a folder, or those of the sweep in it; None if there is neither."""
     if (path / MANIFEST).is_file():
         trials = [RunDir(path / trial["name"]) for trial in read_manifest(path)["trials"]]
         return [run for run in trials if run.job.is_file()]
-    try:
-        return [RunDir.open(path)]
-    except RunDirError:
-        inner = sorted(path.glob("*/job.toml")) or sorted(path.glob("*/*/job.toml"))
-        if not inner:
-            raise
-        return [RunDir(job.parent) for job in inner]
+    run = RunDir(path)
+    return [run] if run.job.is_file() else None
+
+
+def _runs_below(path: Path) -> list[RunDir]:
+    inner = sorted(path.glob("*/job.toml")) or sorted(path.glob("*/*/job.toml"))
+    return [RunDir(job.parent) for job in inner] or [RunDir.open(path)]  # which says what it lacks
 
 
 def _where(start: Start) -> str:

@@ -1,28 +1,22 @@
-"""Gives jobs to SLURM: checks them, prepares their run folders with a batch script in each, and
-submits."""
+"""Gives jobs to SLURM: prepares their run folders with a batch script in each, and submits."""
 
 from __future__ import annotations
 
-import contextlib
+import fcntl
 import os
-import shutil
 import socket
-import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from runner.assets import not_cached
 from runner.attempts import life, numbers
-from runner.errors import DataError, JobError, RunDirError, SlurmError
-from runner.job import Job, Slurm
+from runner.errors import DataError, RunDirError, SlurmSilence, StorageError
 from runner.jobfile import dump_job, first_difference, recorded_job
-from runner.launch import MAIN
-from runner.layout import batch_layout
+from runner.order import Order
 from runner.rundir import RunDir, new_stamp, storage_errors, write_atomic
-from runner.slurm import sbatch_script, script_options
-from runner.slurm_defaults import defaults_file, resolve
+from runner.slurm import script_options
 from runner.slurm_jobs import (
     Submission,
     ask_jobs,
@@ -31,66 +25,8 @@ from runner.slurm_jobs import (
     sbatch,
     write_submission,
 )
-from runner.slurm_values import expanded
-from runner.sweep import Trial, load_trials, open_trials, write_manifest
-
-
-@dataclass(frozen=True)
-class Order:
-    """A checked job and what SLURM is to be asked for it.
-
-    Attributes:
-        job: the job; with trials, the one that they vary.
-        trials: of a sweep; none makes a plain job.
-        section: its [slurm] over the cluster's defaults, variables expanded.
-        defaults: the file of these; None without one.
-        written_by: the command line, for the script's header.
-    """
-
-    job: Job
-    trials: list[Trial]
-    section: Slurm
-    defaults: Path | None
-    written_by: str
-
-    def script(self, folder: Path, names: Sequence[str] = (), indices: Sequence[int] = ()) -> str:
-        """The batch script for a run in `folder`, or for these of the trials in it."""
-        sweep = self.job.sweep
-        return sbatch_script(
-            self.section,
-            name=self.job.name,
-            folder=folder,
-            command=node_command(self.section),
-            written_by=self.written_by,
-            trials=names,
-            indices=indices,
-            max_parallel=sweep.max_parallel if sweep else None,
-        )
-
-    def where(self) -> str:
-        """What is asked for, in a few words."""
-        section = self.section
-        gpus, ranks = section.gpus_per_node, section.tasks_per_node
-        kind = f" {section.gpu_type}" if section.gpu_type else ""
-        each = f"{gpus}{kind} GPU(s)" if gpus else f"{ranks} CPU rank(s)"
-        parts = [f"{section.nodes} node(s) with {each}"]
-        parts += [f"partition {section.partition}"] if section.partition else []
-        parts += [f"at most {section.time}"] if section.time else []
-        return ", ".join(parts)
-
-    def notes(self) -> list[str]:
-        """What may be missing where the nodes have no network."""
-        return [
-            f"{asset.name} is not in the cache of the hub; if the nodes have no network, first"
-            f" run: {asset.fetch}"
-            for asset in not_cached(self.job, self.section.environment)
-        ]
-
-    def draft(self, root: Path, run_dir: Path | None) -> str:
-        """The script as it would be submitted now; nothing is written."""
-        folder = (run_dir or root / self.job.name / new_stamp()).absolute()
-        names = [trial.name for trial in self.trials]
-        return self.script(folder, names, range(len(names)))
+from runner.sweep import JOB, MANIFEST, Trial, manifest_entries, open_trials, write_manifest
+from runner.undo import Undo
 
 
 @dataclass(frozen=True)
@@ -110,67 +46,6 @@ class Submitted:
     doubt: str | None
 
 
-def check_order(path: str, overrides: Sequence[str], written_by: str) -> Order:
-    """Check all of a job that can be checked without its data: the file, the cluster's defaults,
-    how the batch divides over the ranks, the environment.
-
-    Raises:
-        JobError: with one line a problem.
-    """
-    job, trials = load_trials(path, overrides)
-    defaults = defaults_file()
-    section = resolve(job.slurm, defaults)
-    problems: list[str] = []
-    for each in [trial.job for trial in trials] or [job]:
-        try:
-            batch_layout(each.train, section.nodes * section.tasks_per_node)
-        except JobError as error:
-            problems += error.problems
-    try:
-        section = expand(section)
-    except JobError as error:
-        problems += error.problems
-    if problems:
-        raise JobError([f"{path}: {problem}" for problem in dict.fromkeys(problems)])
-    return Order(job, trials, section, defaults, written_by)
-
-
-def expand(section: Slurm) -> Slurm:
-    """Put the values of `~` and `$NAME` in, as they are here, and look whether the environment is
-    there.
-
-    Raises:
-        JobError: with one line a problem.
-    """
-    problems: list[str] = []
-
-    def put(key: str, text: str) -> str:
-        try:
-            return expanded(text)
-        except ValueError as error:
-            problems.append(f"slurm.{key}: {error}")
-            return text
-
-    venv = None if section.venv is None else put("venv", section.venv)
-    container = tuple(put("container", word) for word in section.container)
-    environment = {k: put(f"environment.{k}", v) for k, v in section.environment.items()}
-    is_here = venv is None or container or problems or os.path.exists(f"{venv}/bin/python")
-    if not is_here:
-        problems.append(f"slurm.venv: {venv} is no environment: it has no bin/python")
-    if problems:
-        raise JobError(problems)
-    return section.model_copy(
-        update={"venv": venv, "container": container, "environment": environment}
-    )
-
-
-def node_command(section: Slurm) -> list[str]:
-    """What starts spantune on a node: the container's words, a python, this checkout's script."""
-    python = "python3" if section.container else sys.executable
-    python = f"{section.venv}/bin/python" if section.venv else python
-    return [*section.container, python, "-u", str(MAIN)]
-
-
 def submit_run(order: Order, root: Path, run_dir: Path | None) -> Submitted | None:
     """Submit one run: a new one below `root`, or the one in `run_dir`, which goes on. None if that
     is finished.
@@ -178,27 +53,32 @@ def submit_run(order: Order, root: Path, run_dir: Path | None) -> Submitted | No
     Raises:
         DataError: if `run_dir` holds a run of another job.
         RunDirError: if that run is under way, or in the queue already.
-        SlurmError: if SLURM does not take it; a new run folder is then removed again.
+        SlurmError: if SLURM does not take it; what was written for it is then taken back.
+        SlurmSilence: if SLURM may have taken it; all is left as it is.
+        StorageError: if a file or folder cannot be written.
     """
-    run = RunDir(run_dir) if run_dir is not None else None
-    if run is not None and run.job.is_file():
-        difference = first_difference(recorded_job(run.job), order.job)
-        if difference is not None:
-            raise DataError(f"{run.path}: holds a run of another job: {difference}")
-        if run.finished():
-            return None
-        check_idle(run)
-        return _submit(order, run.path, {0: run}, order.script(run.path))
-    if run is None:
-        run = RunDir.create(root, order.job.name)
-    try:
-        with storage_errors(run.path):
+    with Undo() as undo, storage_errors():
+        if run_dir is None:
+            undo.folder(root / order.job.name)
+            run = RunDir.create(root, order.job.name)
+            undo.made(run.path)
+        else:
+            run = RunDir(run_dir)
+            undo.folder(run.path)
             run.path.mkdir(parents=True, exist_ok=True)
-        write_atomic(run.job, dump_job(order.job))
-        return _submit(order, run.path, {0: run}, order.script(run.path))
-    except (SlurmError, JobError):
-        _remove(run.path)
-        raise
+        with _alone(run.path):
+            if run.job.is_file():
+                difference = first_difference(recorded_job(run.job), order.job)
+                if difference is not None:
+                    raise DataError(f"{run.path}: holds a run of another job: {difference}")
+                if run.finished():
+                    return None
+                for reason in busy([run]).values():
+                    raise RunDirError(reason)
+            undo.file(run.job)
+            # Also of a run that goes on: what two starts may differ in, the newest submission says.
+            write_atomic(run.job, dump_job(order.job))
+            return _submit(order, run.path, {0: run}, order.script(run.path), undo)
 
 
 def submit_sweep(order: Order, root: Path, folder: Path | None) -> Submitted | None:
@@ -208,87 +88,143 @@ def submit_sweep(order: Order, root: Path, folder: Path | None) -> Submitted | N
     Raises:
         DataError: if `folder` holds another sweep.
         RunDirError: if all that is left to do is in the queue already.
-        SlurmError: if SLURM does not take it; a new folder is then removed again.
+        SlurmError: if SLURM does not take it; what was written for it is then taken back.
+        SlurmSilence: if SLURM may have taken it; all is left as it is.
+        StorageError: if a file or folder cannot be written.
     """
-    new = folder is None or not folder.exists()
     folder = (folder or root / order.job.name / new_stamp()).absolute()
-    try:
-        names = write_manifest(folder, order.job, order.trials)
-        left = open_trials(folder, order.trials)
-        if not left:
-            return None
-        runs: dict[int, RunDir] = {}
-        for trial in left:
-            run = RunDir(folder / trial.name)
-            if is_idle(run):
-                runs[names.index(trial.name)] = run
+    with Undo() as undo, storage_errors():
+        for name in (JOB, MANIFEST):
+            undo.file(folder / name)
+        folder.mkdir(parents=True, exist_ok=True)
+        with _alone(folder):
+            names, left = _left(order, folder)
+            if not left:
+                return None
+            write_manifest(folder, order.job, order.trials)
+            runs = {index: RunDir(folder / trial.name) for index, trial in left.items()}
+            for index, run in runs.items():
+                undo.file(run.job)
                 run.path.mkdir(exist_ok=True)
-                write_atomic(run.job, dump_job(trial.job))
-        if not runs:
-            raise RunDirError(
-                f"{folder}: the {len(left)} trials without a result run or are in the queue"
-            )
-        indices = sorted(runs)
-        return _submit(order, folder, runs, order.script(folder, names, indices))
-    except (SlurmError, JobError):
-        if new:
-            _remove(folder)
-        raise
+                write_atomic(run.job, dump_job(left[index].job))
+            return _submit(order, folder, runs, order.script(folder, names, list(runs)), undo)
 
 
-def queued(run: RunDir) -> str | None:
-    """Say where a run stands in SLURM's queue; None if it is not there.
+def draft(order: Order, root: Path, run_dir: Path | None) -> str | None:
+    """The script as it would be submitted now, None if there is nothing left to run; nothing is
+    written.
 
     Raises:
-        SlurmError: if it was submitted, and SLURM cannot be asked.
+        DataError, RunDirError: as of `submit_sweep`.
     """
-    submission = read_submission(run.slurm)
-    if submission is None:
-        return None
-    jobs = ask_jobs([submission.name])
-    if submission.name not in jobs or jobs[submission.name].ended:
-        return None
-    return f"job {submission.name} is {jobs[submission.name].state}"
+    folder = (run_dir or root / order.job.name / new_stamp()).absolute()
+    if not order.trials:
+        return order.script(folder)
+    names, left = _left(order, folder)
+    return order.script(folder, names, list(left)) if left else None
 
 
-def check_idle(run: RunDir) -> None:
-    """Make sure that nobody runs a run, and that it is not in the queue.
+def queued(runs: Iterable[RunDir]) -> dict[Path, str]:
+    """Say where those of the runs that are in SLURM's queue stand there, by run folder. SLURM is
+    asked once for all, and not at all if none was submitted.
 
     Raises:
-        RunDirError: saying who, or which job.
         SlurmError: if SLURM cannot be asked.
     """
-    waiting = queued(run)
-    if waiting is not None:
-        raise RunDirError(f"{run.path} is submitted already: {waiting}")
-    newest = max(numbers(run), default=0)
-    alive = life(run, newest) if newest else None
-    if alive is not None:
-        raise RunDirError(f"{run.path} is being run by {alive}")
+    names: dict[Path, str] = {}
+    for run in runs:
+        submission = read_submission(run.slurm)
+        if submission is not None:
+            names[run.path] = submission.name
+    jobs = ask_jobs(list(names.values()))
+    return {
+        path: f"job {name} is {jobs[name].state}"
+        for path, name in names.items()
+        if name in jobs and not jobs[name].ended
+    }
 
 
-def is_idle(run: RunDir) -> bool:
-    """Whether nobody runs a run, and it is not in the queue."""
+def busy(runs: Iterable[RunDir]) -> dict[Path, str]:
+    """Say by whom, or by which job in the queue, those of the runs are taken that are.
+
+    Raises:
+        SlurmError: if SLURM cannot be asked.
+    """
+    runs = list(runs)
+    found = {path: f"{path} is submitted already: {where}" for path, where in queued(runs).items()}
+    for run in runs:
+        newest = max(numbers(run), default=0)
+        alive = life(run, newest) if newest and run.path not in found else None
+        if alive is not None:
+            found[run.path] = f"{run.path} is being run by {alive}"
+    return found
+
+
+def _left(order: Order, folder: Path) -> tuple[list[str], dict[int, Trial]]:
+    """The names of all trials of a sweep in the order of their array indices, and by index the
+    trials that are to run: those without a result that nobody runs.
+
+    Raises:
+        RunDirError: if there are trials without a result, and all of them are under way.
+    """
+    names = list(manifest_entries(folder, order.job, order.trials))
+    places = {name: index for index, name in enumerate(names)}
+    unfinished = open_trials(folder, order.trials)
+    taken = busy(RunDir(folder / trial.name) for trial in unfinished)
+    free = [trial for trial in unfinished if folder / trial.name not in taken]
+    if unfinished and not free:
+        raise RunDirError(
+            f"{folder}: the {len(unfinished)} trials without a result run or are in the queue"
+        )
+    return names, {places[t.name]: t for t in sorted(free, key=lambda t: places[t.name])}
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keep a second `submit` out of a folder meanwhile. Where the file system has no locks, both
+    jobs are queued, and the second to start finds the run in use (73).
+
+    Raises:
+        RunDirError: if another is at it.
+    """
+    opened = os.open(folder, os.O_RDONLY)
     try:
-        check_idle(run)
-    except RunDirError:
-        return False
-    return True
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunDirError(f"{folder} is being submitted by another spantune submit") from None
+        except OSError:
+            pass
+        yield
+    finally:
+        os.close(opened)
 
 
-def _remove(folder: Path) -> None:
-    """Remove the folder of a run that never was, and its job's if there is no other."""
-    shutil.rmtree(folder, ignore_errors=True)
-    with contextlib.suppress(OSError):
-        folder.parent.rmdir()
-
-
-def _submit(order: Order, folder: Path, runs: dict[int, RunDir], script: str) -> Submitted:
+def _submit(
+    order: Order, folder: Path, runs: dict[int, RunDir], script: str, undo: Undo
+) -> Submitted:
     at = RunDir(folder).submit_script
+    undo.file(at)
     write_atomic(at, script)
     options = script_options(script)
     doubt = never_starts(at, options)
-    job_id = sbatch(at, options)
+    try:
+        job_id = sbatch(at, options)
+    except SlurmSilence as error:
+        undo.forget()
+        raise SlurmSilence(
+            f"{error}; {folder} is kept for the job, and takes another one with --run-dir"
+        ) from None
+    undo.forget()
+    try:
+        _record(order, folder, runs, job_id)
+    except StorageError as error:
+        raise StorageError(f"{error}; job {job_id} is submitted all the same") from None
+    return Submitted(folder, job_id, len(runs), doubt)
+
+
+def _record(order: Order, folder: Path, runs: dict[int, RunDir], job_id: str) -> None:
+    """Write beside each run which job it is in."""
     is_array = bool(order.trials)
     pattern = "slurm-{}_{}.out" if is_array else "slurm-{}.out"
     for index, run in runs.items():
@@ -304,4 +240,3 @@ def _submit(order: Order, folder: Path, runs: dict[int, RunDir], script: str) ->
             earlier=[*before.earlier, before.name] if before else [],
         )
         write_submission(run.slurm, submission)
-    return Submitted(folder, job_id, len(runs), doubt)

@@ -14,7 +14,15 @@ from typing import Any
 
 from runner.errors import DataError, JobError
 from runner.job import Job, Sweep
-from runner.jobfile import Source, check_table, dump_job, in_order, load_job, read_source
+from runner.jobfile import (
+    NO_MATTER,
+    Source,
+    check_table,
+    dump_job,
+    in_order,
+    load_job,
+    read_source,
+)
 from runner.rundir import RunDir, write_atomic, write_json
 from runner.toml_lines import Path as KeyPath
 
@@ -23,6 +31,8 @@ Keys = tuple[str, ...]
 MANIFEST = "sweep.json"
 JOB = "sweep.toml"
 MAX_TRIALS = 1000  # SLURM's default limit of an array
+# Keys that may name a file.
+_FILES = (("data", "train"), ("data", "validation"), ("data", "tuning"), ("model", "name"))
 # A trial's place in an array, its folder and its script are not its own to choose.
 _FIXED = {
     "name": "names the folder of all trials",
@@ -68,13 +78,7 @@ def write_manifest(folder: Path, job: Job, trials: Sequence[Trial]) -> list[str]
     the manifest, because their results stay in the folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    known = read_manifest(folder) if (folder / MANIFEST).is_file() else {}
-    if known and known["name"] != job.name:
-        raise DataError(
-            f"{folder} holds the sweep of another job, {known['name']}; give another folder"
-        )
-    entries = {entry["name"]: entry["values"] for entry in known["trials"]} if known else {}
-    entries |= {trial.name: trial.values for trial in trials if trial.name not in entries}
+    entries = manifest_entries(folder, job, trials)
     write_atomic(folder / JOB, dump_job(job))
     write_json(
         folder / MANIFEST,
@@ -84,6 +88,22 @@ def write_manifest(folder: Path, job: Job, trials: Sequence[Trial]) -> list[str]
         },
     )
     return list(entries)
+
+
+def manifest_entries(folder: Path, job: Job, trials: Sequence[Trial]) -> dict[str, dict[str, Any]]:
+    """The values of all trials that a sweep has or had, by name, in the order of their array
+    indices: those of `folder`, if it holds the sweep already, then new ones.
+
+    Raises:
+        DataError: if it holds the sweep of another job.
+    """
+    known = read_manifest(folder) if (folder / MANIFEST).is_file() else {}
+    if known and known["name"] != job.name:
+        raise DataError(
+            f"{folder} holds the sweep of another job, {known['name']}; give another folder"
+        )
+    entries = {entry["name"]: entry["values"] for entry in known["trials"]} if known else {}
+    return entries | {trial.name: trial.values for trial in trials if trial.name not in entries}
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -191,14 +211,28 @@ def _at(loc: KeyPath, chosen: Mapping[Keys, int]) -> KeyPath:
 
 
 def _name(values: Mapping[str, Any], job: Job, table: Mapping[str, Any]) -> str:
-    """Name a trial: its values for people, then 8 digits of a hash over all that it is. Files are
-    hashed by the names that the job file has for them, which are the same in every checkout."""
-    whole = job.model_dump(mode="json", exclude={"slurm", "sweep", "track"})
-    for section, key in (("data", "train"), ("data", "validation"), ("model", "name")):
-        whole[section][key] = table[section][key]
+    """Name a trial: its values for people, then 8 digits of a hash over all that makes it another
+    run. Files are hashed by the names that the job file has for them, which are the same in every
+    checkout; keys at their defaults are left out, so that a new key of the schema renames none."""
+    whole = job.model_dump(mode="json", exclude_defaults=True)
+    for path in NO_MATTER:
+        _drop(whole, path)
+    for section, key in _FILES:
+        if key in whole[section]:
+            whole[section][key] = table[section][key]
     digest = hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:8]
     words = [f"{key.rpartition('.')[2]}-{_slug(value)}" for key, value in values.items()]
     return f"{'_'.join(words)[:80].strip('-_')}_{digest}"
+
+
+def _drop(table: dict[str, Any], path: KeyPath) -> None:
+    """Leave a key out, if it is there."""
+    *sections, key = map(str, path)
+    for section in sections:
+        if section not in table:
+            return
+        table = table[section]
+    table.pop(key, None)
 
 
 def _slug(value: Any) -> str:

@@ -9,15 +9,16 @@ import sys
 import threading
 import time
 from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
 from runner import attend
 from runner.attempts import Owner, entry_file
-from runner.attend import cancel, follow, log_file
+from runner.attend import follow, log_file
 from runner.cli import main
-from runner.errors import RunDirError, SlurmError
+from runner.errors import RunDirError, RunnerError, SlurmError
 from runner.rundir import RunDir
 from runner.slurm_jobs import Submission, write_submission
 
@@ -38,10 +39,17 @@ def start(run: RunDir, **changes) -> None:
     entry_file(run, 1, "alive").touch()
 
 
-def submit(run: RunDir) -> Path:
-    output = run.path / "slurm-17.out"
-    write_submission(run.slurm, Submission("17", None, str(output), "", "", {}, None, []))
+def submit(run: RunDir, job: str = "17", when: str = "") -> Path:
+    output = run.path / f"slurm-{job}.out"
+    write_submission(run.slurm, Submission(job, None, str(output), when, "", {}, None, []))
     return output
+
+
+def cancel(run: RunDir) -> str:
+    [(_, outcome)] = attend.cancel([run])
+    if isinstance(outcome, RunnerError):
+        raise outcome
+    return outcome
 
 
 def end(run: RunDir, code: int = 0) -> None:
@@ -63,6 +71,18 @@ def test_the_output_of_the_job_comes_first(run):
     assert log_file(run) == run.log
     output = submit(run)
     assert log_file(run) == output
+
+
+def test_a_newer_start_outside_of_the_job_speaks_for_itself(run):
+    run.log.write_text("log")
+    output = submit(run, when="2026-11-25T12:00:00+00:00")
+    at = datetime(2026, 11, 25, 12, tzinfo=UTC).timestamp()
+    start(run, started=at + 60, slurm_job_id="17")
+    assert log_file(run) == output
+    start(run, started=at - 60, slurm_job_id=None)
+    assert log_file(run) == output
+    start(run, started=at + 60, slurm_job_id=None)
+    assert log_file(run) == run.log
 
 
 def test_nothing_yet(run):
@@ -138,6 +158,60 @@ def test_a_job_in_the_queue(run, fake_slurm):
     fake_slurm(squeue="echo '17|RUNNING|None|1:00|n1'", scancel="echo no >&2; exit 1")
     with pytest.raises(SlurmError):
         cancel(run)
+
+
+@pytest.fixture
+def sweep(run, tmp_path, monkeypatch) -> list[RunDir]:
+    """Three trials, in the queue as jobs 17 to 19."""
+    monkeypatch.chdir(tmp_path)
+    trials = [RunDir(tmp_path / "s" / name) for name in ("a", "b", "c")]
+    for job, trial in enumerate(trials, 17):
+        trial.attempts.mkdir(parents=True)
+        trial.job.write_text("")
+        submit(trial, f"{job}")
+    table = {"name": "s", "trials": [{"name": t.path.name, "values": {}} for t in trials]}
+    (tmp_path / "s" / "sweep.json").write_text(json.dumps(table))
+    return trials
+
+
+QUEUE = 'for job in 17 18 19; do echo "$job|RUNNING|None|1:00|n1"; done'
+
+
+def test_slurm_is_asked_once_for_a_sweep(sweep, fake_slurm, capsys):
+    calls = fake_slurm(squeue=QUEUE, scancel="exit 0")
+    assert main(["cancel", "s"]) == 0
+    assert capsys.readouterr().out.count("is cancelled") == 3
+    verbs = [line.split()[0] for line in calls.read_text().splitlines()]
+    assert verbs == ["squeue", "scancel", "scancel", "scancel"]
+
+
+def test_one_that_cannot_be_cancelled_does_not_keep_the_others_going(sweep, fake_slurm, capsys):
+    fake_slurm(squeue=QUEUE, scancel='[ "$1" != 17 ] || { echo "Access denied" >&2; exit 1; }')
+    assert main(["cancel", "s"]) == 72
+    told = capsys.readouterr()
+    assert told.out.count("is cancelled") == 2
+    assert told.err == "SLURM does not cancel job 17: Access denied\n"
+
+
+def test_without_an_answer_of_slurm_other_runs_are_told_all_the_same(
+    sweep, run, fake_slurm, capsys
+):
+    fake_slurm(squeue="echo 'error: Unable to contact slurm controller' >&2; exit 1")
+    assert main(["cancel", "s", "run"]) == 72
+    told = capsys.readouterr()
+    assert told.out == "run: is not running\n"
+    assert told.err.count("Unable to contact") == 1  # once for all three
+
+
+def test_runs_that_were_not_named_are_not_cancelled(sweep, run, fake_slurm, capsys):
+    calls = fake_slurm(squeue=QUEUE, scancel="exit 0")
+    (run.path.parent / "s" / "sweep.json").unlink()
+    assert main(["cancel", "s"]) == 73
+    assert capsys.readouterr().err == (
+        "s is no run folder: it has no job.toml; name those of the 3 runs below it that are meant\n"
+    )
+    assert calls.read_text() == ""
+    assert main(["cancel", "nowhere"]) == 73
 
 
 def test_a_process_of_this_machine(run):

@@ -19,7 +19,7 @@ FLOORS = {
     1: [
         *("job", "jobfile", "job_problems", "sources", "toml_lines", "expectation"),
         *("rundir", "tables", "plots", "provenance", "console", "tracking", "assets"),
-        *("slurm_values", "slurm_defaults", "slurm_jobs", "slurm", "layout", "sweep"),
+        *("slurm_values", "slurm_defaults", "slurm_jobs", "slurm", "layout", "sweep", "undo"),
         *("text_match", "sweep_table"),
         *("attempts", "claim", "starting", "files", "store", "commit"),
         *("crew", "watch", "sameness", "trust"),
@@ -45,14 +45,14 @@ FLOORS = {
     4: [
         *("train", "check", "launch", "reproduce"),
         *("predict", "predict_verb", "qa_pipeline", "assess"),
-        *("submit", "status", "attend", "local_sweep", "desk"),
+        *("order", "submit", "status", "attend", "local_sweep", "desk"),
     ],
     5: ["cli", "main", "__main__", "__init__"],
 }
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules}
 # The desk: what a login node runs. The rest is the workshop.
 DESK = {*FLOORS[0], *FLOORS[1], *FLOORS[5], "launch", "reproduce"}
-DESK |= {"submit", "status", "attend", "local_sweep", "desk"}
+DESK |= {"order", "submit", "status", "attend", "local_sweep", "desk"}
 HEAVY = {"torch", "transformers", "datasets", "deepspeed", "evaluate", "numpy", "span_kernels"}
 HEAVY |= {"huggingface_hub", "wandb", "tensorboard", "mlflow"}
 TREES = {

@@ -500,6 +500,8 @@ def test_what_a_key_was_meant_to_be_is_not_missing_too(old, new, expected):
         ("model.revision='v1'", "model", "revision", "v1"),
         ("model.revision=v1=2#3", "model", "revision", "v1=2#3"),
         ("data.columns.id=7", "data", "columns.id", "7"),
+        ("slurm.environment.A=1", "slurm", "environment", {"A": "1"}),
+        ("slurm.sbatch.nice=100", "slurm", "sbatch", {"nice": 100}),
     ],
 )
 def test_overrides_are_typed_by_the_schema(override, section, key, expected):

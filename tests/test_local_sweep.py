@@ -102,6 +102,14 @@ def test_the_command(monkeypatch, capsys):
     assert "3/3" in capsys.readouterr().out
 
 
+def test_an_interrupted_sweep_ends_with_75_whatever_failed_before(monkeypatch):
+    machine = Machine(seed1=65, seed2=75)
+    monkeypatch.setattr("runner.launch.launch", lambda arguments, _: machine(RunDir(arguments[3])))
+    assert cli.main(["run", "job.toml", "--run-dir", "s"]) == 75
+    machine.codes = {"seed1": 65, "seed2": 70}
+    assert cli.main(["run", "job.toml", "--run-dir", "s"]) == 65
+
+
 def test_a_rank_cannot_be_a_sweep():
     done = subprocess.run(
         [sys.executable, "-m", "runner", "rank", "job.toml"],

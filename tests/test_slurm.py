@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import pytest
 
 from runner.errors import JobError
 from runner.job import Slurm
+from runner.order import node_command
 from runner.slurm import sbatch_script, script_options
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -81,11 +84,8 @@ def script(**changes) -> str:
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_script_is_the_recorded_one(name):
-    path = GOLDEN / name
-    found = script(**CASES[name])
-    if not path.exists():  # delete the file where a change is meant, run again, read the difference
-        path.write_text(found, encoding="utf-8")
-    assert found == path.read_text(encoding="utf-8")
+    """If a change of the script is meant, write the golden file anew and say why."""
+    assert script(**CASES[name]) == (GOLDEN / name).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -136,6 +136,22 @@ def test_the_array_names_what_is_left():
     assert "#SBATCH --array=0-2,5%2" in lines
 
 
+def test_a_job_cannot_set_the_scripts_own_variables():
+    assigned = set()
+    for case in CASES.values():
+        assigned |= set(re.findall(r"(?<![\w$-])([a-z_]+)=(?=[$'(\w\"/])", script(**case)))
+    assert assigned >= {"run", "job", "spantune", "trials", "step", "warned", "ended", "code"}
+    for name in (*assigned, "MASTER_ADDR", "MASTER_PORT"):
+        with pytest.raises(ValueError, match=f"{name} is a variable of the batch script itself"):
+            script(section={"environment": {name: "/x"}})
+
+
+def test_no_gpus_are_asked_for_where_there_are_to_be_none():
+    text = script(section={"gpus_per_node": 0, "ranks_per_node": 2})
+    assert "gpus" not in text
+    assert "#SBATCH --ntasks-per-node=2\n" in text
+
+
 def test_script_options():
     text = script(section={"partition": "gpu", "gpus_per_node": 2, "sbatch": {"nice": 1}})
     assert script_options(text) == {
@@ -155,6 +171,8 @@ def note(text):
         file.write(text + "\n")
 if sys.argv[1] == "may-requeue":
     note("may-requeue")
+    if os.path.exists("cancelled meanwhile"):
+        os.kill(os.getppid(), signal.SIGTERM)
     sys.exit(int(open("budget").read()))
 names = ("RANK", "MASTER_ADDR", "OMP_NUM_THREADS", "SECRET")
 note(" ".join([*sys.argv[1:], "|".join(os.environ.get(name, "") for name in names)]))
@@ -194,12 +212,13 @@ def program(tmp_path, monkeypatch):
         if name.startswith(("SLURM", "OMP")):
             monkeypatch.delenv(name)
 
-    def start(plan: str, *, budget: int = 0, section=None, **variables: str) -> subprocess.Popen:
+    def start(
+        plan: str, *, budget: int = 0, section=None, command=(), **variables: str
+    ) -> subprocess.Popen:
         (run / "plan").write_text(plan)
         (run / "budget").write_text(str(budget))
-        text = script(
-            folder=run, command=[str(commands / "spantune")], section=section or {}, trials=()
-        )
+        command = command or [str(commands / "spantune")]
+        text = script(folder=run, command=command, section=section or {}, trials=())
         (run / "submit.sh").write_text(text)
         environment = {
             **os.environ,
@@ -208,13 +227,20 @@ def program(tmp_path, monkeypatch):
             "SLURM_JOB_NODELIST": "n[1-2]",
             "SLURMD_NODENAME": "n1",
             "RANK": "7",
+            "SPANTUNE": str(commands / "spantune"),
             **variables,
         }
         return subprocess.Popen(
             ["bash", run / "submit.sh"], env=environment, stdout=-1, stderr=-1, text=True
         )
 
-    start.run = run  # type: ignore[attr-defined]
+    def install(path: Path, text: str) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"#!/bin/bash\n{text}\n")
+        path.chmod(0o755)
+
+    start.run, start.commands = run, commands  # type: ignore[attr-defined]
+    start.install = install  # type: ignore[attr-defined]
     return start
 
 
@@ -256,11 +282,61 @@ def test_what_a_rank_gets(program):
     run = program.run
     assert calls(run) == [
         "scontrol show node n1",
+        "srun --export=ALL",
         "srun --kill-on-bad-exit=0",
         "srun --wait=60",
         "srun --cpus-per-task=3",
         f"rank {run}/job.toml --run-dir {run} |10.0.0.7|3|a:b",
     ]
+
+
+# Stands in for a python, which is called with -u and main.py before what spantune is given.
+PYTHON = f'echo "python of the {{}}" >>calls; shift 2; exec {sys.executable} "$SPANTUNE" "$@"'
+
+
+def test_modules_and_a_virtual_environment(program, tmp_path):
+    venv, run = tmp_path / "venv", program.run
+    program.install(program.commands / "module", 'echo "module $*" >>calls')
+    program.install(venv / "bin" / "python", PYTHON.format("venv"))
+    program.install(venv / "bin" / "tool", "echo tool >>calls")
+    section = {"modules": ["cuda/12.4", "python/3.11"], "venv": str(venv)}
+    command = node_command(Slurm.model_validate(section))
+    process = program("os.system('tool'); success()", section=section, command=command)
+    assert process.communicate(timeout=20)[1] == ""
+    found = calls(run)
+    assert found[0] == "module load cuda/12.4 python/3.11"
+    assert found[-3:-1] == [
+        "python of the venv",
+        f"rank {run}/job.toml --run-dir {run} |127.0.0.1|1|",
+    ]
+    assert found[-1] == "tool"  # what the environment brings is on the path
+    assert process.returncode == 0
+
+
+def test_a_module_that_is_not_there_is_the_jobs_mistake(program):
+    program.install(program.commands / "module", 'echo "no $2" >&2; exit 1')
+    process = program("success()", section={"modules": ["cuda/99"]})
+    _, err = process.communicate(timeout=20)
+    assert err == "no cuda/99\nslurm.modules: not to be had on n1\n"
+    assert process.returncode == 64
+    assert calls(program.run) == []
+
+
+def test_a_container(program):
+    inside = program.commands.parent / "image"
+    program.install(inside / "python3", PYTHON.format("image"))
+    # Stands in for apptainer: the image is another path.
+    box = f'echo "box $1 $2 $3" >>calls; shift 3; PATH={inside}:$PATH; exec "$@"'
+    program.install(program.commands / "box", box)
+    section = {"container": ["box", "exec", "--bind=/scratch", "/images/qa.sif"]}
+    process = program(
+        "success()", section=section, command=node_command(Slurm.model_validate(section))
+    )
+    assert process.communicate(timeout=20)[1] == ""
+    found = [call for call in calls(program.run) if not call.startswith("srun")]
+    assert found[:2] == ["box exec --bind=/scratch /images/qa.sif", "python of the image"]
+    assert found[2].startswith("rank ")
+    assert process.returncode == 0
 
 
 def test_an_interrupted_run_is_requeued_within_its_budget(program):
@@ -281,7 +357,9 @@ def test_a_job_that_must_not_be_requeued_says_how_to_go_on(program):
     process = program("sys.exit(75)", section={"requeue": False})
     _, err = process.communicate(timeout=20)
     assert process.returncode == 75
-    assert "to go on: sbatch " in err
+    [line] = [line for line in err.splitlines() if "to go on: " in line]
+    words = shlex.split(line.partition("to go on: ")[2])
+    assert words == ["spantune", "submit", f"{program.run}/job.toml", "--run-dir", str(program.run)]
     assert not [call for call in calls(program.run) if "requeue" in call]
 
 
@@ -294,6 +372,13 @@ def test_a_requeued_run_without_progress_is_not_started(program):
     process = program("success()", SLURM_RESTART_COUNT="1")
     process.communicate(timeout=20)
     assert process.returncode == 0
+
+
+@pytest.mark.parametrize("code", [70, 127])
+def test_a_mistake_in_asking_for_the_budget_is_not_an_interruption(program, code):
+    process = program("success()", budget=code, SLURM_RESTART_COUNT="1")
+    process.communicate(timeout=20)
+    assert process.returncode == code
 
 
 @pytest.mark.parametrize("name", ["SIGUSR2", "SIGUSR1"])
@@ -315,6 +400,14 @@ def test_a_cancelled_run_is_not_requeued(program):
     process.communicate(timeout=30)
     assert process.returncode == 75
     assert not [call for call in calls(program.run) if "requeue" in call]
+
+
+def test_a_run_that_is_cancelled_while_the_budget_is_asked_for_is_not_requeued(program):
+    (program.run / "cancelled meanwhile").touch()
+    process = program("sys.exit(75)")
+    process.communicate(timeout=30)
+    assert process.returncode == 75
+    assert calls(program.run)[-1] == "may-requeue"
 
 
 def _child(pid: int) -> int:

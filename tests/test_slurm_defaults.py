@@ -48,6 +48,12 @@ def test_a_key_set_to_the_schemas_default_wins_too(tmp_path):
     assert resolve(section(), path).requeue is False
 
 
+def test_a_job_on_cpus_where_the_defaults_are_for_gpus(defaults):
+    defaults.write_text(f'{DEFAULTS}gpu_type = "a100"\n')
+    found = resolve(section(gpus_per_node=0, ranks_per_node=2), defaults)
+    assert (found.gpus_per_node, found.gpu_type, found.tasks_per_node) == (0, None, 2)
+
+
 @pytest.mark.parametrize("job", [None, Slurm()])
 def test_without_a_section_the_defaults_stand(defaults, job):
     assert resolve(job, defaults) == load_defaults(defaults)

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from runner import slurm_jobs
-from runner.errors import SlurmError
+from runner.errors import SlurmError, SlurmSilence
 from runner.slurm_jobs import (
     Submission,
     ask_jobs,
@@ -66,6 +66,45 @@ def test_variables_that_would_make_another_job_are_not_passed_on(fake_slurm, tmp
         assert f"{name}={value}" in str(caught.value)
     for name in dropped:
         assert f"{name}=" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("option", "variables"),
+    [
+        ("requeue", ["SBATCH_REQUEUE", "SBATCH_NO_REQUEUE"]),
+        ("no-requeue", ["SBATCH_REQUEUE", "SBATCH_NO_REQUEUE"]),
+        ("mem", ["SBATCH_MEM_PER_NODE", "SBATCH_MEM_PER_CPU", "SBATCH_MEM_PER_GPU"]),
+    ],
+)
+def test_the_opposite_of_an_option_is_not_passed_on(
+    fake_slurm, tmp_path, monkeypatch, option, variables
+):
+    for name in variables:
+        monkeypatch.setenv(name, "1")
+    fake_slurm(sbatch="env >&2; exit 1")
+    with pytest.raises(SlurmError) as caught:
+        sbatch(tmp_path, [option])
+    assert "SBATCH_" not in str(caught.value)
+    with pytest.raises(SlurmError) as caught:
+        sbatch(tmp_path, ["partition"])
+    assert all(f"{name}=1" in str(caught.value) for name in variables)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "echo 'sbatch: error: Batch job submission failed: Socket timed out on send/recv' >&2",
+        "exec sleep 5",
+    ],
+)
+def test_a_job_that_slurm_may_have_taken_is_not_called_refused(
+    fake_slurm, tmp_path, monkeypatch, answer
+):
+    monkeypatch.setattr(slurm_jobs, "SUBMITTING", 0.2)
+    fake_slurm(sbatch=f"{answer}; exit 1")
+    with pytest.raises(SlurmSilence, match="squeue --me") as caught:
+        sbatch(tmp_path, [])
+    assert caught.value.exit_code == 72
 
 
 def test_what_could_not_start_now(fake_slurm, tmp_path):

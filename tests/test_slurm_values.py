@@ -150,7 +150,8 @@ def test_variables_are_those_of_the_submitter(monkeypatch):
         ({"gpus_per_node": 2, "ranks_per_node": 4}, "ranks_per_node 4 on 2 GPUs a node"),
         ({"gpu_type": "a100"}, "gpus_per_node must say how many"),
         ({"time": "2", "signal_seconds": 120}, "must be less than the time limit of 120 s"),
-        ({"gpus_per_node": 0}, "greater than or equal to 1"),
+        ({"gpus_per_node": -1}, "greater than or equal to 0"),
+        ({"gpus_per_node": 0, "gpu_type": "a100"}, "gpus_per_node must say how many"),
         ({"mail_type": ["NEVER"]}, "BEGIN"),
     ],
 )
@@ -166,6 +167,8 @@ def test_what_does_not_fit_together(table, words):
         ({"gpus_per_node": 4}, 4),
         ({"ranks_per_node": 8}, 8),
         ({"gpus_per_node": 2, "ranks_per_node": 2}, 2),
+        ({"gpus_per_node": 0}, 1),
+        ({"gpus_per_node": 0, "ranks_per_node": 2}, 2),
     ],
 )
 def test_ranks_of_a_node(table, tasks):

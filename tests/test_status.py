@@ -6,16 +6,18 @@ import json
 import os
 import time
 from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
-from runner.attempts import Owner, entry_file
+from runner import desk
+from runner.attempts import Owner, check_budget, entry_file
 from runner.cli import main
 from runner.errors import Interrupted, RunDirError
 from runner.rundir import RunDir
 from runner.slurm_jobs import Submission, write_submission
-from runner.status import check_budget, find_runs, newest_start, standings
+from runner.status import find_runs, newest_start, standings
 from runner.tables import append_row
 
 UNKNOWN = {"squeue": "echo 'error: Invalid job id specified' >&2; exit 1", "sacct": "exit 1"}
@@ -33,9 +35,17 @@ def make_run(name: str = "n/1") -> RunDir:
     return run
 
 
-def start(run: RunDir, number: int = 1, *, code: int | None = None, step: int | None = 0, age=0.0):
+def start(
+    run: RunDir,
+    number: int = 1,
+    *,
+    code: int | None = None,
+    step: int | None = 0,
+    age=0.0,
+    job: str | None = None,
+):
     """Note a start in the ledger: of this process, or of another machine `age` seconds ago."""
-    owner = asdict(Owner.here(number, anew=False)) | {"from_step": step}
+    owner = asdict(Owner.here(number, anew=False)) | {"from_step": step, "slurm_job_id": job}
     if age:
         owner |= {"machine": "another", "host": "node7"}
     files = [entry_file(run, number, kind) for kind in ("json", "alive")]
@@ -47,10 +57,10 @@ def start(run: RunDir, number: int = 1, *, code: int | None = None, step: int | 
         entry_file(run, number, "end.json").write_text(json.dumps({"exit_code": code, "step": 8}))
 
 
-def submit(run: RunDir, job: str = "17") -> None:
-    write_submission(
-        run.slurm, Submission(job, None, f"{run.path}/slurm-{job}.out", "", "", {}, None, [])
-    )
+def submit(run: RunDir, job: str = "17", *, index: int | None = None, age: float = 0) -> None:
+    when = datetime.fromtimestamp(time.time() - age, UTC).isoformat(timespec="seconds")
+    output = f"{run.path}/slurm-{job}.out"
+    write_submission(run.slurm, Submission(job, index, output, when, "", {}, None, []))
 
 
 def state(run: RunDir) -> str:
@@ -129,6 +139,7 @@ def test_a_folder_that_may_only_be_read(monkeypatch):
         ("17|PENDING|None|1:00|", "pending", "requeued"),
         ("17|RUNNING|None|1:00|n1", "starting", "starting"),
         ("17|COMPLETING|None|1:00|n1", "ending", "ending"),
+        ("17|SUSPENDED|None|1:00|n1", "suspended", "suspended"),
         ("17|CANCELLED|None|1:00|n1", "cancelled", "cancelled"),
         ("17|TIMEOUT|TimeLimit|1:00|n1", "timeout", "timeout"),
         ("17|NODE_FAIL|None|1:00|n1", "node fail", "node fail"),
@@ -140,15 +151,42 @@ def test_from_the_queue(fake_slurm, line, before, after):
     run = make_run()
     submit(run)
     assert state(run) == before
-    start(run, code=75)
+    start(run, code=75, job="17")
     assert state(run) == after
+
+
+@pytest.mark.parametrize("ended", ["CANCELLED", "TIMEOUT"])
+def test_an_old_job_says_nothing_of_a_newer_start(fake_slurm, ended):
+    fake_slurm(squeue=f"echo '17|{ended}|None|0:00|n1'; echo '18_3|{ended}|None|0:00|n1'")
+    run = make_run()
+    submit(run, age=60)
+    start(run, 1, code=75, job="17")
+    assert state(run) == ended.lower()
+    start(run, 2, code=65)  # on this machine, later
+    [found], _ = standings([run])
+    assert (found.state, found.over, found.job) == ("failed (65)", True, None)
+    submit(run, age=-60)  # submitted again since
+    assert state(run) == ended.lower()
+    submit(run, "18", index=3, age=60)
+    start(run, 3, code=75, job="21")  # as SLURM_JOB_ID of a trial is
+    assert state(run) == ended.lower()
+
+
+def test_a_start_here_while_a_job_waits(fake_slurm):
+    fake_slurm(squeue="echo '17|PENDING|Priority|1:00|'")
+    run = make_run()
+    submit(run, age=60)
+    start(run)
+    assert state(run) == "running"
+    start(run, code=65)
+    assert state(run) == "requeued (Priority)"
 
 
 def test_a_running_job(fake_slurm):
     fake_slurm(squeue="echo '17|RUNNING|None|1:02:03|n[1-2]'")
     run = make_run()
     submit(run)
-    start(run)
+    start(run, job="17")
     for number in range(1, 9):
         # The clock begins anew at row 5, where the run was resumed.
         seconds = 100.0 * number if number < 5 else 10.0 * (number - 4)
@@ -301,6 +339,21 @@ def test_the_table(capsys, monkeypatch):
     assert "bert-squad/20261125-120000" in out
     assert "interrupted" in out
     assert max(map(len, out.splitlines())) <= 80
+
+
+def test_watching_goes_on_until_all_is_over(capsys, monkeypatch):
+    run, looks = make_run(), []
+    start(run)
+
+    def sleep(seconds: float) -> None:
+        looks.append(seconds)
+        if len(looks) == 2:
+            start(run, code=65)
+
+    monkeypatch.setattr(desk.time, "sleep", sleep)
+    assert main(["status", "--watch", "7"]) == 0
+    assert looks == [7, 7]
+    assert "failed (65)" in capsys.readouterr().out
 
 
 def test_watching_ends_when_all_is_over(capsys):

@@ -104,8 +104,12 @@ def test_names_tell_the_values_and_fit_a_file_system():
 
 def test_names_stay_whatever_does_not_change_the_trial():
     names = {trial.name for trial in trials(GRID)}
-    assert {trial.name for trial in trials(GRID, "slurm.partition=gpu")} == names
-    assert {trial.name for trial in trials(GRID, "sweep.max_parallel=1")} == names
+    for same in (
+        *("slurm.partition=gpu", "sweep.max_parallel=1", "track.wait=3", "expect.f1=50.0"),
+        *("train.checkpoint_minutes=3", "train.timeout_minutes=7"),
+        *("zero.stage=2", "score.n_best=20"),  # as they are if nothing is said of them
+    ):
+        assert {trial.name for trial in trials(GRID, same)} == names, same
     # Values that are already there do not become other trials when some are added.
     more = {trial.name for trial in trials(GRID.replace("[1e-5, 3e-5]", "[1e-5, 3e-5, 5e-5]"))}
     assert names < more
@@ -113,11 +117,15 @@ def test_names_stay_whatever_does_not_change_the_trial():
 
 
 def test_names_are_the_same_in_another_checkout(tmp_path, monkeypatch):
-    names = [trial.name for trial in trials(GRID)]
+    v2 = ("data.unanswerable=true", "data.tuning=tuning.json")
+    Path("tuning.json").write_text("[]")
+    names = [trial.name for trial in trials(GRID, *v2)]
     (tmp_path / "other").mkdir()
     monkeypatch.chdir(tmp_path / "other")
-    Path("questions.json").write_text("[]")
-    assert [trial.name for trial in trials(GRID)] == names
+    for name in ("questions.json", "tuning.json"):
+        Path(name).write_text("[]")
+    assert [trial.name for trial in trials(GRID, *v2)] == names
+    assert not {trial.name for trial in trials(GRID)} & set(names)
 
 
 # ---- problems

@@ -4,7 +4,7 @@
 #   spantune status RUN                  how far it is; RUN is /scratch/me/runs/bert-squad/20261125-120000
 #   spantune logs RUN -f                 what it says
 #   spantune cancel RUN                  saves and ends it
-#   spantune submit JOB --run-dir RUN    goes on where it was saved (so does sbatch submit.sh)
+#   spantune submit JOB --run-dir RUN    goes on where it was saved
 #
 # The job ends with the run's exit code: 0 done, 64 job file, 65 data or model refused, 69 asset
 # missing, 71 a rank died, 73 run folder in use, 74 reading or writing failed, 75 interrupted and
@@ -50,13 +50,14 @@ while (: <"/dev/tcp/127.0.0.1/$MASTER_PORT") 2>/dev/null; do MASTER_PORT=$((MAST
 export MASTER_PORT MASTER_ADDR=127.0.0.1
 
 # --- not for ever: SLURM itself requeues a job whose node has failed
-if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]; then "${spantune[@]}" may-requeue "$run" || exit 75; fi
+if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]; then "${spantune[@]}" may-requeue "$run" || exit $?; fi
 
 # --- the run: one task is one rank
 # Ranks ignore the signals until they are ready for them (trap ''), so that none dies of one. Those
 # that are left a minute after the first has ended are killed (--wait); not at once, because all
-# ranks together end with the run's code.
-srun --kill-on-bad-exit=0 --wait=60 \
+# ranks together end with the run's code. They get all variables (--export), whichever of them
+# SBATCH_EXPORT has let into this script.
+srun --export=ALL --kill-on-bad-exit=0 --wait=60 \
   bash -c 'trap "" USR1 USR2 TERM; exec "$@"' rank \
   "${spantune[@]}" rank "$run/job.toml" --run-dir "$run" &
 step=$!
@@ -70,7 +71,8 @@ if [ "$code" = 0 ] && [ ! -e "$run/result.json" ]; then
   code=70
 fi
 
-if [ "$code" = 75 ] && [ -z "$ended" ] && "${spantune[@]}" may-requeue "$run"; then
+if [ "$code" = 75 ] && [ -z "$ended" ] && "${spantune[@]}" may-requeue "$run" &&
+  [ -z "$ended" ]; then # no scancel came meanwhile either
   trap - TERM # by which the requeue ends this script
   scontrol requeue "$job" && sleep 600
 fi

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -48,8 +49,17 @@ class Cluster:
         given = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
         return self.do("sbatch", "--parsable", "--output=/dev/null", *given, "--wrap", script)
 
-    def processes(self, job: str) -> dict[int, str]:
-        """Living processes of a job by id, each with its command line."""
+    def processes(self, job: str, **variables: object) -> dict[int, str]:
+        """Living processes of a job, or of one trial of an array (17_1), by id, each with its
+        command line; with `variables` only those that have these values in their environment."""
+        # SLURM_JOB_ID of a trial is a number of its own.
+        array, is_trial, index = job.partition("_")
+        marks: dict[str, object] = {"SLURM_CONF": f"{self.folder}/slurm.conf", **variables}
+        if is_trial:
+            marks |= {"SLURM_ARRAY_JOB_ID": array, "SLURM_ARRAY_TASK_ID": index}
+        else:
+            marks["SLURM_JOB_ID"] = job
+        wanted = {f"{name}={value}".encode() for name, value in marks.items()}
         found = {}
         for path in Path("/proc").glob("[0-9]*"):
             try:
@@ -58,36 +68,56 @@ class Cluster:
                 command = (path / "cmdline").read_bytes().replace(b"\0", b" ").decode()
             except OSError:
                 continue
-            ours = f"SLURM_CONF={self.folder}/slurm.conf".encode() in environment
-            if ours and f"SLURM_JOB_ID={job}".encode() in environment and not dead:
+            if wanted <= set(environment) and not dead:
                 found[int(path.name)] = command
         return found
 
-    def kill(self, job: str, begins: str, *, last: bool = False) -> None:
-        """Send SIGKILL to the first (or last) process of a job whose command line begins so."""
+    def kill(self, job: str, begins: str) -> None:
+        """Send SIGKILL to the first process of a job whose command line begins so."""
         found = [pid for pid, line in self.processes(job).items() if line.startswith(begins)]
-        os.kill(max(found) if last else min(found), signal.SIGKILL)
+        os.kill(min(found), signal.SIGKILL)
 
-    def lose_node(self, node: str, job: str) -> list[int]:
-        """Let a node fall silent: its slurmd dies, the processes of a job there freeze. Returns
-        these."""
+    def ranks(self, job: str, *numbers: int) -> list[int]:
+        """Process ids of a job's ranks with these numbers, all of them without any."""
+        given = [{"SLURM_PROCID": number} for number in numbers] or [{}]
+        return [
+            pid
+            for variables in given
+            for pid, line in self.processes(job, **variables).items()
+            if line.startswith(f"{sys.executable} -u") and " rank " in line
+        ]
+
+    def lose_node(self, node: str) -> None:
+        """Let SLURM lose a node: its slurmd dies, and what runs there goes on."""
         os.kill(int((self.folder / "run" / f"slurmd.{node}.pid").read_text()), signal.SIGKILL)
-        frozen = list(self.processes(job))
-        for pid in frozen:
-            os.kill(pid, signal.SIGSTOP)
-        return frozen
 
-    def find_node(self, node: str, frozen: list[int]) -> None:
-        """Bring it back: the processes go on, and its slurmd starts again a little later."""
-        for pid in frozen:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGCONT)
-        time.sleep(3)
+    def find_node(self, node: str) -> None:
+        """Start a node's slurmd again."""
         subprocess.run(["bash", SCRIPT, "node", self.folder, node], check=True)
 
     def leaves_nothing(self, job: str) -> None:
         """Wait until no process of an ended job is left, which SLURM takes a moment for."""
         until(lambda: not self.processes(job), f"nothing is left of job {job}", 30)
+
+
+def freeze(pids: Iterable[int]) -> None:
+    """Stop processes where they are."""
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+
+
+def thaw(pids: Iterable[int]) -> None:
+    """Let frozen processes go on, those that there still are."""
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
+
+
+def is_pending(pid: int, number: signal.Signals) -> bool:
+    """Whether a signal has come to a frozen process, which will hear it when it goes on."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    pending = [int(mask, 16) for mask in re.findall(r"(?:Sig|Shd)Pnd:\s*(\w+)", status)]
+    return any(mask >> (number - 1) & 1 for mask in pending)
 
 
 def until(true: Callable[[], bool], what: str, seconds: float = PATIENCE) -> None:

@@ -10,6 +10,7 @@
 # every listening socket is on 127.0.0.1. Tested on Debian 12 with slurm-wlm 22.05.8, as root and not.
 set -euo pipefail
 NODES=2 CPUS=16 GPUS=2
+POLICY=${POLICY:-/usr/sbin/policy-rc.d}
 PATH=$PATH:/usr/sbin:/sbin # munged, slurmctld and slurmd live there
 
 die() { echo "cluster.sh: $*" >&2; exit 1; }
@@ -20,7 +21,7 @@ alive() { [ -r "/proc/$1/stat" ] && [[ $(sed 's/.*) //' "/proc/$1/stat" 2>/dev/n
 is_prog() { alive "$1" && [ "$(cat "/proc/$1/comm" 2>/dev/null)" = "$2" ]; }
 
 install_packages() {
-  local p missing=() mine=''
+  local p missing=()
   command -v apt-get >/dev/null || die "needs Debian's package manager"
   for p in slurmctld slurmd slurm-client munge; do
     [ "$(dpkg-query -Wf '${db:Status-Status}' "$p" 2>/dev/null)" = installed ] || missing+=("$p")
@@ -31,14 +32,13 @@ install_packages() {
     exec sudo -n bash "$0" install
   fi
   # Keep the packages' init scripts from starting daemons; many container images have this already.
-  if [ ! -e /usr/sbin/policy-rc.d ]; then
-    mine=1
-    printf '#!/bin/sh\nexit 101\n' >/usr/sbin/policy-rc.d
-    chmod 755 /usr/sbin/policy-rc.d
+  if [ ! -e "$POLICY" ]; then
+    trap 'rm -f "$POLICY"' EXIT # also where apt-get fails
+    printf '#!/bin/sh\nexit 101\n' >"$POLICY"
+    chmod 755 "$POLICY"
   fi
   apt-get update -qq
   DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
-  [ -z "$mine" ] || rm -f /usr/sbin/policy-rc.d
 }
 
 free_ports() { # so many distinct free ports, so that two clusters can share a machine

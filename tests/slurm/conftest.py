@@ -28,8 +28,8 @@ def cluster() -> Iterator[Cluster]:
         patch.setenv("SLURM_CONF", str(folder / "slurm.conf"))
         patch.setenv("SPANTUNE_SLURM", "")
         patch.setenv("PATH", f"{os.environ['PATH']}:/usr/sbin:/sbin")
-        subprocess.run(["bash", SCRIPT, "start", folder], check=True)
-        try:
+        try:  # what has started is stopped also where the rest does not start
+            subprocess.run(["bash", SCRIPT, "start", folder], check=True)
             yield Cluster(folder)
         finally:
             subprocess.run(["bash", SCRIPT, "stop", folder], check=False)

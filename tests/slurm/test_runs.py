@@ -5,8 +5,12 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
+import signal
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,7 +18,7 @@ import pytest
 from runner.rundir import RunDir
 from runner.slurm_jobs import read_submission
 
-from .cluster import CHECKOUT, Cluster, spantune, until
+from .cluster import CHECKOUT, Cluster, freeze, is_pending, spantune, thaw, until
 
 DATA = CHECKOUT / "jobs" / "data"
 JOB = """
@@ -84,6 +88,12 @@ class Run:
         until(lambda: len(self.ends()) > ends, "the life that is requeued ends")
         return self.ends()[ends:] == [75]
 
+    def stops(self, count: int) -> list[str]:
+        """What the job says its lives were stopped by, once it says so of `count` of them."""
+        words = r"stopped by (SIG\w+|a signal to another rank)"
+        until(lambda: len(re.findall(words, self.output())) == count, f"{count} stops are told")
+        return re.findall(words, self.output())
+
     def result(self) -> dict:
         return json.loads(self.folder.result.read_text())
 
@@ -95,6 +105,11 @@ class Run:
 
     def status(self) -> str:
         return " ".join(spantune("status", self.folder.path, COLUMNS="200").stdout.split())
+
+
+def of(name: str) -> set[str]:
+    """What a run can say of a stop by this signal: another rank may have heard it first."""
+    return {name, "a signal to another rank"}
 
 
 def rows(path: Path) -> list[dict[str, str]]:
@@ -157,7 +172,9 @@ def test_two_nodes_take_the_same_steps_as_one(calm, make, cluster):
     run = make("two-nodes", *TWO_NODES)
     run.submit()
     end = cluster.wait(run.job, "COMPLETED", "FAILED")
-    assert (end["JobState"], end["NumNodes"]) == ("COMPLETED", "2"), run.output()
+    assert (end["JobState"], end["ExitCode"], end["Restarts"]) == ("COMPLETED", "0:0", "0")
+    assert end["NumNodes"] == "2"
+    assert run.ends() == [0]
     losses = [(float(a[1]), float(b[1])) for a, b in zip(curve(run), curve(calm), strict=True)]
     assert all(abs(a - b) <= 1e-6 * abs(b) for a, b in losses)
     # Here, where both "nodes" have the same processor, it is even the same bits.
@@ -172,7 +189,9 @@ def test_plain_srun_needs_no_script_of_ours(calm, make, cluster, job_file):
     job = cluster.step(
         f"export SPANTUNE_CACHE={job_file.parent}/cache; {command}", ntasks=2, nodes=1
     )
-    assert cluster.wait(job, "COMPLETED", "FAILED")["JobState"] == "COMPLETED"
+    end = cluster.wait(job, "COMPLETED", "FAILED")
+    assert (end["JobState"], end["ExitCode"]) == ("COMPLETED", "0:0")
+    cluster.leaves_nothing(job)
     found = json.loads((folder / "result.json").read_text())
     assert found["weights_sha256"] == calm.result()["weights_sha256"]
 
@@ -193,28 +212,30 @@ def test_scancel_saves_ends_and_never_requeues(story, cluster):
     assert f"job {story.job} is cancelled: it saves, ends, and is not requeued" in said
     cluster.wait(story.job, "CANCELLED")
     cluster.leaves_nothing(story.job)
-    assert cluster.show(story.job)["Restarts"] == "0"
+    end = cluster.show(story.job)
+    assert (end["JobState"], end["ExitCode"], end["Restarts"]) == ("CANCELLED", "75:0", "0")
     assert story.ends() == [75]
     assert not story.folder.finished()
     assert "cancelled" in story.status()
-    assert "stopped by SIGTERM" in story.output()
+    assert story.stops(1)[-1] in of("SIGTERM")
 
 
 def test_a_killed_rank_ends_the_job(story, cluster):
     before = len(story.ends())
     story.submit()
     story.get_going()
-    cluster.kill(story.job, f"{sys.executable} -u", last=True)
+    [second] = cluster.ranks(story.job, 1)
+    os.kill(second, signal.SIGKILL)
     end = cluster.wait(story.job, "FAILED", "COMPLETED", "CANCELLED")
-    assert end["JobState"] == "FAILED"
-    assert end["Restarts"] == "0"
+    assert (end["JobState"], end["ExitCode"], end["Restarts"]) == ("FAILED", "137:0", "0")
     cluster.leaves_nothing(story.job)
     assert not story.folder.finished()
-    assert story.ends()[before:] in ([71], [])
-    assert re.search(r"failed \(71\)|lost: it was killed", story.status())
+    assert story.ends()[before:] == [71]  # by rank 0, which has noticed
+    assert "failed (71)" in story.status()
 
 
 def test_a_killed_launcher_leaves_no_rank(story, cluster):
+    before = len(story.ends())
     story.submit()
     story.get_going()
     cluster.kill(story.job, "srun ")
@@ -222,6 +243,8 @@ def test_a_killed_launcher_leaves_no_rank(story, cluster):
     assert (end["JobState"], end["ExitCode"], end["Restarts"]) == ("FAILED", "137:0", "0")
     cluster.leaves_nothing(story.job)
     assert not story.folder.finished()
+    assert story.ends()[before:] == []  # SLURM kills the ranks
+    assert "lost: it was killed" in story.status()
 
 
 def test_requeue_goes_on(story, cluster):
@@ -230,6 +253,7 @@ def test_requeue_goes_on(story, cluster):
     story.get_going()
     cluster.do("scontrol", "requeue", story.job)
     assert story.saved_and_requeued(1, before)
+    assert story.stops(1)[-1] in of("SIGTERM")
     cluster.wait(story.job, "RUNNING")
     story.get_going()
 
@@ -238,7 +262,7 @@ def test_a_warning_saves_and_goes_on(story, cluster):
     before = len(story.ends())
     cluster.do("scancel", "--batch", "--signal=USR2", story.job)  # as --signal=B:USR2@... does
     assert story.saved_and_requeued(2, before)
-    assert "stopped by SIGUSR2" in story.output()
+    assert story.stops(2)[-1] in of("SIGUSR2")
     cluster.wait(story.job, "RUNNING")
     story.get_going()
 
@@ -248,6 +272,8 @@ def test_preemption_goes_on(story, cluster):
     urgent = cluster.step("sleep 1", partition="high", nodes=2, ntasks_per_node=16)
     cluster.wait(urgent, "COMPLETED")
     assert story.saved_and_requeued(3, before)
+    assert story.stops(3)[-1] in of("SIGUSR2")
+    assert cluster.wait(story.job, "RUNNING")["Restarts"] == "3"
 
 
 def test_after_all_this_it_has_the_same_weights(story, calm, cluster):
@@ -269,47 +295,93 @@ def test_a_lost_node_gives_the_run_to_another(calm, make, cluster):
     run.submit()
     run.get_going()
     first = cluster.show(run.job)["BatchHost"]
-    ranks = cluster.lose_node(first, run.job)
+    frozen, ranks = list(cluster.processes(run.job)), cluster.ranks(run.job)
+    cluster.lose_node(first)
+    freeze(frozen)
     until(lambda: cluster.show(run.job)["Restarts"] == "1", "SLURM gives the node up")
     cluster.wait(run.job, "RUNNING")
     assert cluster.show(run.job)["BatchHost"] != first
     run.get_going()
-    cluster.find_node(first, ranks)  # it comes back, and its ranks want to go on
+    # It comes back, and its ranks want to go on. Their srun does not: it would have SLURM end the
+    # step that it began, and that of the new life has the same number.
+    thaw(ranks)
+    until(lambda: run.ends()[:1] == [73], "the first life notices that it was succeeded")
+    cluster.find_node(first)
     end = cluster.wait(run.job, "COMPLETED", "FAILED", "CANCELLED", "NODE_FAIL")
-    assert (end["JobState"], end["ExitCode"]) == ("COMPLETED", "0:0"), run.output()
+    thaw(frozen)
+    assert (end["JobState"], end["ExitCode"], end["Restarts"]) == ("COMPLETED", "0:0", "1")
+    assert run.ends() == [73, 0]
     assert run.result()["weights_sha256"] == calm.result()["weights_sha256"]
     assert curve(run) == curve(calm)
     cluster.leaves_nothing(run.job)
 
 
+# ---- the time limit
+
+
+@pytest.fixture(scope="module")
+def limited(make, cluster) -> Iterator[Run]:
+    """A run that SLURM's own timer warns in the midst of training, however fast the machine is: it
+    is frozen there until the warning has come, while the next tests run."""
+    run = make("limited", *ONE_NODE, "--set", "slurm.time=1", "--set", "slurm.signal_seconds=10")
+    run.submit()
+    run.get_going()
+    ranks = cluster.ranks(run.job)
+    assert len(ranks) == 2
+    freeze(ranks)
+
+    def go_on() -> None:
+        until(lambda: all(is_pending(pid, signal.SIGUSR2) for pid in ranks), "all are warned")
+        cluster.do("scontrol", "update", f"JobId={run.job}", "TimeLimit=30")  # once is enough
+        thaw(ranks)
+
+    thread = threading.Thread(target=go_on)
+    thread.start()
+    yield run
+    thread.join()
+
+
+def test_training_stands_still_before_its_time_limit(limited, cluster):
+    assert cluster.state(limited.job) == "RUNNING"
+    assert not limited.folder.finished()
+
+
 # ---- sweeps, refusals, nodes without a network
 
 
-def test_a_sweep_is_an_array_and_ends_in_a_table(cluster, job_file, tmp_path_factory):
+def test_a_sweep_is_an_array_and_ends_in_a_table(calm, cluster, job_file, tmp_path_factory):
     folder = tmp_path_factory.mktemp("sweeps") / "sweep"
     sweep = job_file.with_name("sweep.toml")
-    text = job_file.read_text().replace("epochs = 5", "epochs = 1")
-    sweep.write_text(f"{text}\n[sweep]\nseeds = [1, 2]\n")
-    said = spantune("submit", sweep, "--run-dir", folder).stdout
+    sweep.write_text(f"{job_file.read_text()}\n[sweep]\nseeds = [7, 8]\n")
+    said = spantune("submit", sweep, "--run-dir", folder, *ONE_NODE).stdout
     found = re.search(r"job (\d+), an array of 2 trials", said)
     assert found, said
-    for index in (0, 1):
-        end = cluster.wait(f"{found[1]}_{index}", "COMPLETED", "FAILED")
-        assert end["JobState"] == "COMPLETED"
+    names = [f"{found[1]}_{index}" for index in (0, 1)]
+    until(lambda: all(len(cluster.ranks(name)) == 2 for name in names), "all ranks are there")
+    for name in names:
+        end = cluster.wait(name, "COMPLETED", "FAILED")
+        assert (end["JobState"], end["ExitCode"], end["Restarts"]) == ("COMPLETED", "0:0", "0")
+        cluster.leaves_nothing(name)
+    results = {
+        path.parent.name: json.loads(path.read_text()) for path in folder.glob("*/result.json")
+    }
+    [seventh] = [result for name, result in results.items() if name.startswith("seed-7")]
+    assert seventh["weights_sha256"] == calm.result()["weights_sha256"]
     table = spantune("report", "--sweep", folder).stdout
     assert "2/2" in table
     assert spantune("status", folder, COLUMNS="200").stdout.count("finished") == 2
     # One trial is lost: it alone is run again.
     trials = sorted(path.parent for path in folder.glob("*/result.json"))
     (trials[1] / "result.json").unlink()
-    said = spantune("submit", sweep, "--run-dir", folder).stdout
+    said = spantune("submit", sweep, "--run-dir", folder, *ONE_NODE).stdout
     found = re.search(r"job (\d+), an array of 1 trials", said)
     assert found, said
     names = json.loads((folder / "sweep.json").read_text())["trials"]
     index = [entry["name"] for entry in names].index(trials[1].name)
     assert cluster.wait(f"{found[1]}_{index}", "COMPLETED", "FAILED")["JobState"] == "COMPLETED"
-    assert (trials[1] / "result.json").exists()
-    assert "finished already" in spantune("submit", sweep, "--run-dir", folder).stdout
+    again = json.loads((trials[1] / "result.json").read_text())
+    assert again["weights_sha256"] == results[trials[1].name]["weights_sha256"]
+    assert "finished already" in spantune("submit", sweep, "--run-dir", folder, *ONE_NODE).stdout
 
 
 def test_a_node_without_network_names_what_is_missing(cluster, job_file, make):
@@ -322,6 +394,7 @@ def test_a_node_without_network_names_what_is_missing(cluster, job_file, make):
     run.submit()
     end = cluster.wait(run.job, "COMPLETED", "FAILED")
     assert (end["JobState"], end["ExitCode"], end["Restarts"]) == ("FAILED", "69:0", "0")
+    assert end["RunTime"] < "00:00:15"  # without the libraries, which take longer to load
     assert "127.0.0.1 cannot be reached: o/nowhere; on a machine with network run:" in run.output()
     cluster.leaves_nothing(run.job)
 
@@ -355,3 +428,17 @@ def test_what_could_never_start_is_doubted(cluster, job_file):
         "SLURM says why it waits",
     )
     assert "is cancelled" in spantune("cancel", folder).stdout
+
+
+# ---- what has taken its time
+
+
+def test_the_warning_before_the_time_limit(limited, calm, cluster):
+    end = cluster.wait(limited.job, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
+    *warned, last = limited.ends()
+    assert (end["JobState"], end["ExitCode"]) == ("COMPLETED", "0:0"), limited.output()
+    assert (set(warned), last, end["Restarts"]) == ({75}, 0, f"{len(warned)}")
+    assert set(limited.stops(len(warned))) <= of("SIGUSR2")
+    assert limited.result()["weights_sha256"] == calm.result()["weights_sha256"]
+    assert curve(limited) == curve(calm)
+    cluster.leaves_nothing(limited.job)
