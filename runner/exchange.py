@@ -11,6 +11,7 @@ import mmap
 import os
 import secrets
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -50,7 +51,7 @@ class Messages:
 
     kind = "messages"
 
-    def __init__(self, weights: Sequence[Tensor], dtype: torch.dtype, process_group: object):
+    def __init__(self, weights: Sequence[Tensor], dtype: torch.dtype, process_group: Any):
         self.weights = weights
         self.process_group = process_group
         self.world = dist.get_world_size(process_group)
@@ -108,7 +109,7 @@ class SharedMemory(Messages):
     kind = "shared memory"
 
     def __init__(
-        self, weights: Sequence[Tensor], dtype: torch.dtype, process_group: object, memory: Tensor
+        self, weights: Sequence[Tensor], dtype: torch.dtype, process_group: Any, memory: Tensor
     ):
         """`memory` has room for every rank's gradients, and once for the weights; zeros."""
         world = dist.get_world_size(process_group)
