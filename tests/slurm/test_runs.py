@@ -423,9 +423,17 @@ def test_what_could_never_start_is_doubted(cluster, job_file):
     done = spantune("submit", job_file, "--runs", runs, "--set", "slurm.nodes=4")
     assert "SLURM could not start it on the nodes as they are now: Requested node" in done.stdout
     [folder] = runs.glob("*/*")
-    until(  # the scheduler gives its reason when it has looked at the job
-        lambda: "pending (PartitionConfig)" in spantune("status", folder, COLUMNS="200").stdout,
-        "SLURM says why it waits",
+    job = json.loads((folder / "slurm.json").read_text())["job_id"]
+
+    def words() -> str:
+        # The scheduler gives a reason when it has looked at the job: PartitionConfig alone, and
+        # another or none after other jobs (in one whole run it was not PartitionConfig for 180 s).
+        reason = cluster.do("squeue", "--noheader", "--format=%r", f"--jobs={job}")
+        return "pending" if reason == "None" else f"pending ({reason})"
+
+    until(
+        lambda: words() in spantune("status", folder, COLUMNS="200").stdout,
+        "status says what SLURM says",
     )
     assert "is cancelled" in spantune("cancel", folder).stdout
 
