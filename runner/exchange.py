@@ -1,7 +1,7 @@
 """How ranks exchange gradients and weights in a step over flat buffers: messages, or shared memory.
 
 On a GPU, NCCL's collectives do it. On a CPU gloo sends everything through sockets, also between
-ranks of one machine, which took a tenth of a step of two ranks (tests/bench/README.md); there a
+ranks of one machine: a twelfth of the training time of two ranks (tests/bench/README.md). There a
 gradient is laid into memory that all ranks see, and each sums the part that it needs.
 """
 
