@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 import os
+import threading
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
@@ -16,11 +17,12 @@ from torch import nn
 from torch.distributed.rendezvous import rendezvous
 
 from runner.control import PATIENCE, open_control
-from runner.errors import JobError
+from runner.errors import Interrupted, JobError
 from runner.flat_zero import flat_engine
 from runner.job import Train, Zero
 from runner.layout import Layout
 from runner.ranks import Rank, meeting_point
+from runner.signals import asked
 
 
 def deepspeed_config(
@@ -131,7 +133,7 @@ def start_distributed(
     if not dist.is_initialized():
         # Ranks meet soon or never; once they have met, they wait for each other's work.
         meeting = timedelta(minutes=meeting_minutes)
-        store, index, world = next(rendezvous("env://", timeout=meeting))
+        store, index, world = _meet(meeting)
         backend = "nccl" if on_cuda else "gloo"
         dist.init_process_group(
             backend, store=store, rank=index, world_size=world, timeout=PATIENCE
@@ -139,6 +141,28 @@ def start_distributed(
         deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
     open_control()
     return torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")
+
+
+def _meet(patience: timedelta) -> tuple[dist.Store, int, int]:
+    """Wait for the other ranks, in a thread of its own: a signal ends the waiting, for one that is
+    gone perhaps, which the store would not let this process hear."""
+    found: list[tuple[dist.Store, int, int] | Exception] = []
+
+    def wait() -> None:
+        try:
+            found.append(next(rendezvous("env://", timeout=patience)))
+        except Exception as error:
+            found.append(error)
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.05)
+        if reason := asked():
+            raise Interrupted(f"stopped by {reason} before training began")
+    if isinstance(found[0], Exception):
+        raise found[0]
+    return found[0]
 
 
 def _keep_freed_memory() -> None:

@@ -1,0 +1,40 @@
+"""A rank that waits for others who never come hears the signals meanwhile."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from runner.ranks import free_port
+
+ALONE = """
+from datetime import timedelta
+from runner import engine, signals
+signals.listen(signals.leave_early)
+print("waiting", flush=True)
+engine._meet(timedelta(minutes=10))
+"""
+
+
+def test_a_signal_ends_the_waiting_for_a_rank_that_never_comes():
+    environment = os.environ | {
+        **{"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"},
+        "MASTER_PORT": str(free_port()),
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+    }
+    process = subprocess.Popen(
+        [sys.executable, "-c", ALONE], env=environment, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout
+    assert process.stdout.readline() == "waiting\n"
+    try:
+        process.wait(1)  # it waits indeed
+    except subprocess.TimeoutExpired:
+        pass
+    else:
+        raise AssertionError("it did not wait")
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 75
