@@ -237,7 +237,7 @@ def kills(soak: Soak) -> Iterator[None]:
                 time.sleep(0.002)
             time.sleep(draw.uniform(0, 0.1))
             started.kill(victim)
-            codes = started.wait(60)
+            codes = started.wait(90)  # longer than a launcher's grace
             if victim != "all" and not set(codes) <= {-9, 71, 75, 0}:
                 what = what or f"kill of {victim}: {codes}"
             if "Traceback" in started.text():

@@ -7,6 +7,7 @@ process and its ranks, as `spantune run` has them, so that each of them can be k
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -172,6 +173,7 @@ def reap() -> None:
 
 def launch(request: dict, writes: int) -> None:
     """Be the launcher of one run."""
+    from runner.launch import GRACE
     from runner.ranks import free_port
 
     count = request["ranks"]
@@ -195,14 +197,22 @@ def launch(request: dict, writes: int) -> None:
         children.append(child)
     os.write(writes, json.dumps(children).encode() + b"\n")
     os.close(writes)
-    codes = {}
+    codes, deadline = {}, math.inf
     while len(codes) < count:
-        pid, status = os.wait()
-        codes[pid] = os.waitstatus_to_exitcode(status)
-        if codes[pid]:  # as `runner.launch` does
-            for child in children:
-                if child not in codes:
-                    os.kill(child, signal.SIGTERM)
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if pid:
+            codes[pid] = os.waitstatus_to_exitcode(status)
+        left = [child for child in children if child not in codes]
+        # As `runner.launch` does: who waits for a dead rank where no signal is heard is killed.
+        if pid and codes[pid] and left:
+            deadline = min(deadline, time.monotonic() + GRACE)
+            for child in left:
+                os.kill(child, signal.SIGTERM)
+        if time.monotonic() > deadline:
+            for child in left:
+                os.kill(child, signal.SIGKILL)
+        if not pid:
+            time.sleep(0.01)
     text = json.dumps([codes[child] for child in children])
     Path(request["codes"] + ".new").write_text(text)
     os.rename(request["codes"] + ".new", request["codes"])
