@@ -143,10 +143,10 @@ def start_distributed(
     return torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")
 
 
-def _meet(patience: timedelta) -> tuple[dist.Store, int, int]:
+def _meet(patience: timedelta) -> tuple[Any, int, int]:
     """Wait for the other ranks, in a thread of its own: a signal ends the waiting, for one that is
     gone perhaps, which the store would not let this process hear."""
-    found: list[tuple[dist.Store, int, int] | Exception] = []
+    found: list[tuple[Any, int, int] | Exception] = []
 
     def wait() -> None:
         try:
