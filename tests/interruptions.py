@@ -13,7 +13,7 @@ from runner.tables import read_rows
 
 DATA = Path(__file__).resolve().parents[1] / "jobs" / "data"
 CONTEXT = "The lantern folds flat; its battery lasts nine hours on the bright setting."
-JOB = """
+_HEAD = """
 name = "tiny"
 [data]
 train = "{data}/product_qa_train.json[:16]"
@@ -22,7 +22,10 @@ max_length = 96
 stride = 24
 [model]
 name = "{model}"
-freeze = ["embeddings"]
+"""
+JOB = (
+    _HEAD
+    + """freeze = ["embeddings"]
 precision = "fp32"
 [train]
 epochs = 2
@@ -39,21 +42,26 @@ context = "{context}"
 answer = "nine hours"
 {extra}
 """
-FAULT_JOB = """
-name = "tiny"
-[data]
-train = "{data}/product_qa_train.json[:16]"
-validation = "{data}/product_qa_validation.json[:8]"
-max_length = 96
-stride = 24
-[model]
-name = "{model}"
-precision = "fp32"
+)
+FAULT_JOB = (
+    _HEAD
+    + """precision = "fp32"
 [train]
 epochs = 3
 batch_size = 8
 learning_rate = 1e-2
 log_every = 3
+"""
+)
+# What follows the slices in a job that may answer nothing.
+MAY_ANSWER_NOTHING = """unanswerable = true
+max_length = 100
+stride = 16
+[score]
+max_answer_length = 6
+null_threshold = 3.0
+[model]
+name = "{model}"
 """
 # Does something on a rank when it is about to take a step.
 AT_STEP = """

@@ -7,23 +7,18 @@ from pathlib import Path
 
 from runner.rundir import RunDir
 from runner.tables import read_rows
-from tests.interruptions import CONTEXT, STOP
+from tests.interruptions import CONTEXT, MAY_ANSWER_NOTHING, STOP
 
-JOB = """
+JOB = (
+    """
 name = "ends"
 [data]
 train = "{data}[:24]"
 tuning = "{data}[24:36]"
 validation = "{data}[36:]"
-unanswerable = true
-max_length = 100
-stride = 16
-[score]
-max_answer_length = 6
-null_threshold = 3.0
-[model]
-name = "{model}"
-[train]
+"""
+    + MAY_ANSWER_NOTHING
+    + """[train]
 epochs = 4
 eval_every = 2
 batch_size = 8
@@ -32,6 +27,7 @@ learning_rate = 1e-3
 question = "How long does the battery last?"
 context = "{context}"
 """
+)
 # Tells of each question to the probes, each picture, and each row that trackers are reminded of.
 SPY = """
 import hashlib

@@ -32,6 +32,12 @@ def bottom(family: str, depth: str = "0") -> list[str]:
     return ["embeddings", *extra, f"{LAYERS.get(family, 'encoder.layer')}.{depth}"]
 
 
+def room(windows, width, folder):
+    """Where a process alone keeps outputs of this width."""
+    alone = {"agree": lambda value: value, "everyone": lambda value: [value]}
+    return make_room(windows, width, torch.float32, CPU, folder, ALONE, **alone)
+
+
 def frozen_model(family: str, **extra: object):
     model = model_of(family, layers=3, **extra)
     freeze(model, bottom(family))
@@ -78,16 +84,7 @@ def test_reading_above_the_bottom_is_reading_all_of_it(family, layout, tmp_path)
     assert trunk is not None
     assert trunk.depth == 1
     names = list(model.state_dict())
-    store = make_room(
-        windows,
-        32,
-        torch.float32,
-        CPU,
-        tmp_path,
-        ALONE,
-        agree=lambda x: x,
-        everyone=lambda x: [x],
-    )
+    store = room(windows, 32, tmp_path)
     assert store is not None
     assert store.place == "memory"
     batches = [np.array([4, 0, 2]), np.array([1, 5]), np.array([], dtype=np.int64), np.array([3])]
@@ -123,16 +120,7 @@ def test_the_bottom_is_computed_without_dropout_and_left_in_training(tmp_path):
     stores = []
     for seed in range(2):
         torch.manual_seed(seed)
-        store = make_room(
-            windows,
-            32,
-            torch.float32,
-            CPU,
-            tmp_path,
-            ALONE,
-            agree=lambda x: x,
-            everyone=lambda x: [x],
-        )
+        store = room(windows, 32, tmp_path)
         assert store is not None
         fill(Reader(model, CPU, 0, True, 1, packing, trunk), store, [np.arange(6)])
         stores.append(store.hidden_TD)
@@ -177,19 +165,7 @@ def test_ranks_of_one_machine_share_a_copy(tmp_path):
 
 
 def test_without_room_there_is_no_store(tmp_path):
-    assert (
-        make_room(
-            windows_of(LENGTHS),
-            10**12,
-            torch.float32,
-            CPU,
-            tmp_path,
-            ALONE,
-            agree=lambda x: x,
-            everyone=lambda value: [value],
-        )
-        is None
-    )
+    assert room(windows_of(LENGTHS), 10**12, tmp_path) is None
 
 
 @pytest.mark.parametrize("here", [True, False])

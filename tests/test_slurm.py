@@ -20,7 +20,7 @@ from runner.order import node_command
 from runner.slurm import sbatch_script, script_options
 
 GOLDEN = Path(__file__).parent / "golden"
-COMMAND = ["/envs/qa/bin/python", "-u", "/home/me/spantune/runner/main.py"]
+COMMAND = ["/envs/qa/bin/python", "-u", "/opt/spantune/runner/main.py"]
 CONTAINER = ["apptainer", "exec", "--nv", "--bind=/scratch:/scratch", "/images/qa.sif", "python3"]
 
 CASES = {
@@ -55,7 +55,7 @@ CASES = {
             "container": CONTAINER[:-1],
             "environment": {"NCCL_SOCKET_IFNAME": "ib0", "HF_HOME": "/scratch/me/hf"},
         },
-        "command": [*CONTAINER, "-u", "/home/me/spantune/runner/main.py"],
+        "command": [*CONTAINER, "-u", "/opt/spantune/runner/main.py"],
         "folder": Path("/scratch/me/the runs/bert-squad/20261125-120000"),
     },
     "submit_array.sh": {

@@ -132,11 +132,11 @@ def test_seconds(time, seconds):
 
 
 def test_variables_are_those_of_the_submitter(monkeypatch):
-    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("HOME", "/users/me")
     monkeypatch.setenv("WORK", "/scratch/me")
     monkeypatch.setenv("EVIL", "/x; id")
     monkeypatch.delenv("NOWHERE", raising=False)
-    assert values.expanded("~/envs") == "/home/me/envs"
+    assert values.expanded("~/envs") == "/users/me/envs"
     assert values.expanded("$WORK/a:${WORK}/b") == "/scratch/me/a:/scratch/me/b"
     with pytest.raises(ValueError, match="variable NOWHERE is not set"):
         values.expanded("/a/$NOWHERE/b")

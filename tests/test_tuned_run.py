@@ -12,25 +12,21 @@ from pathlib import Path
 import pytest
 
 from runner.rundir import RunDir
+from tests.interruptions import MAY_ANSWER_NOTHING
 from tests.plain_transformers import by_hand
 
 ROOT = Path(__file__).parents[1]
 CONTEXT = "The lantern folds flat; its battery lasts nine hours on the bright setting. "
-JOB = """
+JOB = (
+    """
 name = "tuned"
 [data]
 train = "{data}[:16]"
 tuning = "{data}[16:28]"
 validation = "{data}[28:]"
-unanswerable = true
-max_length = 100
-stride = 16
-[score]
-max_answer_length = 6
-null_threshold = 3.0
-[model]
-name = "{model}"
-dropout = 0.0
+"""
+    + MAY_ANSWER_NOTHING
+    + """dropout = 0.0
 [train]
 epochs = 1
 batch_size = 8
@@ -39,6 +35,7 @@ learning_rate = 1e-3
 question = "How long does the battery last?"
 context = "{context}"
 """
+)
 
 
 @pytest.fixture(scope="module")

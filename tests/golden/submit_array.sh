@@ -34,7 +34,7 @@ trials=(
 run=/scratch/me/runs/bert-squad/20261125-120000/${trials[SLURM_ARRAY_TASK_ID]}
 # By this name it is one trial; SLURM_JOB_ID of the last one would mean the whole array.
 job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
-spantune=(/envs/qa/bin/python -u /home/me/spantune/runner/main.py)
+spantune=(/envs/qa/bin/python -u /opt/spantune/runner/main.py)
 cd "$run" || exit 74
 echo "$(date '+%F %T') job $job, start $((${SLURM_RESTART_COUNT:-0} + 1)) on $SLURM_JOB_NODELIST"
 

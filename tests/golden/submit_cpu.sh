@@ -21,7 +21,7 @@
 
 run=/scratch/me/runs/bert-squad/20261125-120000
 job=$SLURM_JOB_ID
-spantune=(/envs/qa/bin/python -u /home/me/spantune/runner/main.py)
+spantune=(/envs/qa/bin/python -u /opt/spantune/runner/main.py)
 cd "$run" || exit 74
 echo "$(date '+%F %T') job $job, start $((${SLURM_RESTART_COUNT:-0} + 1)) on $SLURM_JOB_NODELIST"
 

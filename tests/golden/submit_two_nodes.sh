@@ -25,7 +25,7 @@
 
 run='/scratch/me/the runs/bert-squad/20261125-120000'
 job=$SLURM_JOB_ID
-spantune=(apptainer exec --nv --bind=/scratch:/scratch /images/qa.sif python3 -u /home/me/spantune/runner/main.py)
+spantune=(apptainer exec --nv --bind=/scratch:/scratch /images/qa.sif python3 -u /opt/spantune/runner/main.py)
 cd "$run" || exit 74
 echo "$(date '+%F %T') job $job, start $((${SLURM_RESTART_COUNT:-0} + 1)) on $SLURM_JOB_NODELIST"
 
