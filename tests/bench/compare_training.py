@@ -220,6 +220,9 @@ def read_result(pattern: str) -> dict[str, Any]:
     for name in ("exact_match", "f1"):
         if not isinstance(scores.get(name), int | float):
             raise RunFailedError(f"{paths[0]} has no number named {name}, at the top or in metrics")
+    beside = Path(paths[0]).with_name("provenance.json")  # where a spantune run names its versions
+    if "versions" not in result and beside.is_file():
+        result["versions"] = json.loads(beside.read_text(encoding="utf-8")).get("versions")
     return {**result, "exact_match": scores["exact_match"], "f1": scores["f1"]}
 
 

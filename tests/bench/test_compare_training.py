@@ -20,10 +20,14 @@ side, seed, out, journal = sys.argv[1:5]
 with open(journal, "a") as lines:
     lines.write(f"{side} {seed}\\n")
 scores = {"exact_match": 30.0 + int(seed), "f1": 40.0 + int(seed)}
-result = {"seconds": {"training": 1.5}, "versions": {"thing": "1.2"}}
-result |= scores if side == "peer" else {"metrics": scores}
 folder = pathlib.Path(out, "stamp")
 folder.mkdir(parents=True)
+result = {"seconds": {"training": 1.5}}
+if side == "peer":
+    result |= scores | {"versions": {"thing": "1.2"}}
+else:  # a spantune run keeps its versions in a file of their own
+    result["metrics"] = scores
+    folder.joinpath("provenance.json").write_text(json.dumps({"versions": {"thing": "3.4"}}))
 folder.joinpath("result.json").write_text(json.dumps(result))
 """
 
@@ -74,6 +78,7 @@ def test_table_holds_scores_medians_and_the_command_without_machine_paths(compar
     assert "32.00 (31.00 to 36.00) / 42.00 (41.00 to 46.00)" in table
     assert "training 1.5" in table
     assert "- Versions, peer: thing 1.2" in table
+    assert "- Versions, ours: thing 3.4" in table
     assert "$PYTHON $PROGRAM ours {seed} {out}" in table
     assert sys.executable not in table
 
