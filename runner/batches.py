@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from runner.features import Windows, ranges
+from runner.features import Windows
 
 BUCKET_BATCHES = (
     50  # windows are sorted by length inside chunks of this many batches, then batches are shuffled
@@ -223,12 +223,10 @@ def outline(windows: Windows, rows: np.ndarray) -> Outline:
 def collate(windows: Windows, rows: np.ndarray) -> Batch:
     """Gather windows into a batch; for no rows, the stand-in of `outline`."""
     found = outline(windows, rows)
-    lengths_B = found.segments_B2[:, 1].numpy()
-    # Slices of whole windows: an index of each token would cost more than its copy.
-    low, high = found.firsts_B, found.firsts_B + lengths_B
-    slices = list(map(slice, low.tolist(), high.tolist()))
-    tokens_T = np.concatenate([windows.tokens_T[part] for part in slices])
-    types_T = np.concatenate([windows.types_T[part] for part in slices], dtype=np.int32)
+    high_B = found.firsts_B + found.segments_B2.numpy()[:, 1]
+    slices = list(map(slice, found.firsts_B.tolist(), high_B.tolist()))
+    tokens_T = _joined(windows.tokens_T, slices)
+    types_T = _joined(windows.types_T, slices).astype(np.int32)
     return Batch(
         rows_B=found.rows_B,
         tokens_T=torch.from_numpy(tokens_T),
@@ -243,21 +241,22 @@ def collate(windows: Windows, rows: np.ndarray) -> Batch:
 def pad(batch: Batch, pad_id: int, multiple: int = 1) -> Padded:
     """Lay a batch out as [B, L], L its longest window rounded up to `multiple`; no mask where
     nothing was padded."""
-    lengths_B = batch.segments_B2[:, 1].numpy()
-    longest = -(-int(lengths_B.max()) // multiple) * multiple
+    lengths_B = batch.segments_B2.numpy()[:, 1]
     count = len(lengths_B)
-    slots_T = ranges(np.arange(count) * longest, lengths_B)
-    input_ids = np.full(count * longest, pad_id, dtype=np.int32)
-    input_ids[slots_T] = batch.tokens_T.numpy()
-    types, mask = np.zeros((2, count * longest), dtype=np.int32)
-    types[slots_T] = batch.types_T.numpy()
-    mask[slots_T] = 1
+    longest = -(-int(lengths_B.max()) // multiple) * multiple
     segments_B2 = np.stack([np.arange(count) * longest, lengths_B], axis=1)
-    input_ids_BL, types_BL, mask_BL = (
-        torch.from_numpy(values).view(count, longest) for values in (input_ids, types, mask)
-    )
+    filled_BL = np.arange(longest) < lengths_B[:, None]
+    input_ids_BL = np.full(filled_BL.shape, pad_id, dtype=np.int32)
+    input_ids_BL[filled_BL] = batch.tokens_T.numpy()
+    types_BL = np.zeros(filled_BL.shape, dtype=np.int32)
+    types_BL[filled_BL] = batch.types_T.numpy()
     full = count * longest == len(batch.tokens_T)
-    return Padded(input_ids_BL, types_BL, None if full else mask_BL, torch.from_numpy(segments_B2))
+    return Padded(
+        input_ids_BL=torch.from_numpy(input_ids_BL),
+        types_BL=torch.from_numpy(types_BL),
+        mask_BL=None if full else torch.from_numpy(filled_BL.astype(np.int32)),
+        segments_B2=torch.from_numpy(segments_B2),
+    )
 
 
 def pack(batch: Batch, pad_id: int, packing: Packing) -> Packed:
@@ -266,16 +265,21 @@ def pack(batch: Batch, pad_id: int, packing: Packing) -> Packed:
     lengths = batch.segments_B2.numpy()[:, 1].tolist()
     last = packing.first_position + max(lengths)
     ladder = np.arange(packing.first_position, last, dtype=np.int32)
-    steps = [ladder[:length] for length in lengths]
+    positions_T = torch.from_numpy(_joined(ladder, list(map(slice, lengths))))
     tokens_T, types_T = batch.tokens_T, batch.types_T
     if fill:  # it may be longer than the model has positions: it stays at the first
-        steps.append(ladder[:1].repeat(fill))
-        tokens_T = torch.cat([tokens_T, tokens_T.new_full((fill,), pad_id)])
-        types_T = torch.cat([types_T, types_T.new_zeros(fill)])
+        tokens_T, types_T, positions_T = (
+            torch.cat([values, values.new_full((fill,), value)])
+            for values, value in (
+                (tokens_T, pad_id),
+                (types_T, 0),
+                (positions_T, packing.first_position),
+            )
+        )
     return Packed(
         input_ids_1T=tokens_T.unsqueeze(0),
         types_1T=types_T.unsqueeze(0),
-        positions_1T=torch.from_numpy(np.concatenate(steps)).unsqueeze(0),
+        positions_1T=positions_T.unsqueeze(0),
         segments_B2=batch.segments_B2,
         bounds=bounds,
     )
@@ -292,6 +296,16 @@ def packed_bounds(segments_B2: Tensor, packing: Packing) -> tuple[Bounds, int]:
     longest = max(packing.longest, packing.multiple if on_gpu else 0, *lengths)
     bounds_S1 = torch.from_numpy(np.array(ends, dtype=np.int32))
     return Bounds(bounds_S1, longest, () if on_gpu else tuple(ends)), fill
+
+
+def _joined(values: np.ndarray, slices: list[slice]) -> np.ndarray:
+    """Copy slices of an array end to end.
+
+    Python cuts and joins the memory itself: numpy takes half as long again for slices of a few
+    hundred tokens, and an index of each token would cost more than its copy.
+    """
+    memory = memoryview(values)
+    return np.frombuffer(bytearray().join([memory[part] for part in slices]), dtype=values.dtype)
 
 
 def send(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
