@@ -16,7 +16,7 @@ WIDTH, HEIGHT = 460, 300
 LEFT, RIGHT, TOP, BOTTOM = 46, 14, 14, 44
 LEGEND = 20  # height of a line of the legend
 Place = Callable[[float, float], tuple[float, float]]
-DASHES = {"grey": "", "blue": "", "orange": "7 4", "green": "2 4"}
+DASHES = {"grey": "", "blue": "", "orange": "7 4", "green": "2 4", "purple": "9 3 2 3"}
 
 
 def line_chart(chart: Chart, identity: str) -> str:
@@ -141,6 +141,7 @@ def _mark(style: str, x: float, y: float) -> str:
         "orange": f'<rect class="mark orange" x="{x - 3.5:.1f}" y="{y - 3.5:.1f}" width="7"'
         ' height="7" />',
         "green": f'<path class="mark green" d="M{x:.1f} {y - 4.5:.1f}l4.5 8h-9z" />',
+        "purple": f'<path class="mark purple" d="M{x:.1f} {y - 5:.1f}l5 5-5 5-5-5z" />',
     }
     return shapes[style]
 

@@ -58,7 +58,7 @@ class Series:
 
     Attributes:
         name: for the legend.
-        style: "grey", "blue", "orange" or "green"; each has its own mark and dash too.
+        style: "grey", "blue", "orange", "green" or "purple"; each has its own mark and dash too.
         points: (x, y), ascending in x.
         band: (x, low, high) around the line; empty for none.
     """

@@ -192,6 +192,7 @@ LIGHT = {
     "blue": "#0b66a8",
     "orange": "#b8500b",
     "green": "#1a7a55",
+    "purple": "#8a3f73",
     "grey": "#9aa3ad",
     "answer": "#fde6d2",
     "right": "#d6f2e3",
@@ -205,6 +206,7 @@ DARK = {
     "blue": "#6cb6f0",
     "orange": "#f0a05a",
     "green": "#5cc79a",
+    "purple": "#d99ac2",
     "grey": "#66717d",
     "answer": "#553419",
     "right": "#174a35",
@@ -274,6 +276,7 @@ figcaption{margin-bottom:.45rem;font-size:.92rem;font-weight:600}
 .line{fill:none;stroke-width:2;stroke-linejoin:round}
 .line.grey{stroke:var(--grey);stroke-width:1}
 .line.blue{stroke:var(--blue)}.line.orange{stroke:var(--orange)}.line.green{stroke:var(--green)}
+.line.purple{stroke:var(--purple)}.mark.purple{fill:var(--purple)}
 .mark.blue{fill:var(--blue)}.mark.orange{fill:var(--orange)}.mark.green{fill:var(--green)}
 .band{opacity:.16}.band.blue{fill:var(--blue)}.band.orange{fill:var(--orange)}
 .band.green{fill:var(--green)}

@@ -29,6 +29,8 @@ MISSES = 15
 POINTS = 300  # of the loss per step
 SEED = 0  # of the bootstrap where a run names none
 
+_ACCURACY = "Accuracy: windows whose start and end are both right."
+
 NAMES = {
     "exact_match": "exact match",
     "f1": "F1",
@@ -118,7 +120,8 @@ def _sections(scored: Scored) -> Iterator[Section]:
         own = scored.job is not None
         yield Section("Scores", list(_scores(scored.result, own)))
     if scored.epochs:
-        yield Section("Training", [*_curves(scored), Table("Epochs", _epochs(scored.epochs))])
+        table = Table("Epochs", _epochs(scored.epochs))
+        yield Section("Training", [*_curves(scored), table, Paragraph(_ACCURACY)])
     if scored.probes:
         yield Section("Probes", list(_probes(scored.probes)))
     if scored.predictions:
@@ -231,18 +234,19 @@ def _curves(scored: Scored) -> Iterator[Block]:
         ],
     )
     scores = Chart(
-        title="Validation scores",
+        title="Scores",
         x_label="epoch",
         y_label="score (%)",
         series=[
-            Series("F1", "blue", _points(epochs, "f1_percent"), _band(epochs, "f1")),
+            Series("validation F1", "blue", _points(epochs, "f1_percent"), _band(epochs, "f1")),
             Series(
-                "exact match",
+                "validation exact match",
                 "orange",
                 _points(epochs, "exact_match_percent"),
                 _band(epochs, "exact_match"),
             ),
-            Series("span accuracy (windows)", "green", _points(epochs, "span_accuracy_percent")),
+            Series("validation accuracy", "green", _points(epochs, "span_accuracy_percent")),
+            Series("training accuracy", "purple", _points(epochs, "train_span_accuracy_percent")),
         ],
         top=100.0,
     )
@@ -271,11 +275,12 @@ def _epochs(rows: Rows) -> list[dict[str, Cell]]:
     return [
         {
             "epoch": int(row["epoch"]),
-            "training loss": float(row["train_loss_nats"]),
-            "validation loss": float(row["validation_loss_nats"]),
+            "train loss": float(row["train_loss_nats"]),
+            "valid. loss": float(row["validation_loss_nats"]),
             "exact match %": _between(row, "exact_match"),
             "F1 %": _between(row, "f1"),
-            "spans right %": float(row["span_accuracy_percent"]),
+            "train acc %": float(row["train_span_accuracy_percent"]),
+            "valid. acc %": float(row["span_accuracy_percent"]),
             "windows/s": float(row["examples_per_second"]),
         }
         for row in rows

@@ -106,6 +106,7 @@ def make_run(
                 "epoch": epoch,
                 "step": 10 * epoch,
                 "train_loss_nats": 4.0 - epoch,
+                "train_span_accuracy_percent": 55.0 * share,
                 "validation_loss_nats": 3.5 - epoch,
                 "exact_match_percent": share * exact,
                 "exact_match_low_percent": share * exact - 9,

@@ -138,7 +138,7 @@ def test_texts_and_lines_stand_out(palette):
             assert contrast(palette[text], ground) >= 4.5, (text, ground)
     for ground in (palette["answer"], palette["right"]):
         assert contrast(palette["text"], ground) >= 4.5
-    for line in ("blue", "orange", "green"):
+    for line in ("blue", "orange", "green", "purple"):
         assert contrast(palette[line], palette["ground"]) >= 3
     assert contrast("#000000", "#ffffff") == pytest.approx(21)
 
