@@ -107,17 +107,17 @@ def _table(block: Table, identity: str) -> Iterator[str]:
     yield f"<thead><tr>{''.join(heads)}</tr></thead><tbody>"
     for row in block.rows:
         first, *rest = keys
-        cells = [f'<th scope="row">{_cell(row[first])}</th>']
-        cells += [f"<td{align[key]}>{_cell(row[key])}</td>" for key in rest]
+        cells = [f'<th scope="row">{_cell(row[first], first)}</th>']
+        cells += [f"<td{align[key]}>{_cell(row[key], key)}</td>" for key in rest]
         yield f"<tr>{''.join(cells)}</tr>"
     yield "</tbody></table></div>"
 
 
-def _cell(cell: Cell) -> str:
+def _cell(cell: Cell, column: str) -> str:
     if isinstance(cell, Percent):
         ends = f' <span class="ends">{cell.interval()}</span>' if cell.interval() else ""
         return f"{cell.value:.1f}{ends}{_bar(cell)}"
-    return f"{cell:,}" if isinstance(cell, int) else text(spelled(cell))
+    return f"{cell:,}" if isinstance(cell, int) else text(spelled(cell, column))
 
 
 def _bar(score: Percent) -> str:

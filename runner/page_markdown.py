@@ -54,14 +54,14 @@ def table_markdown(rows: Sequence[Mapping[str, Cell]]) -> str:
     }
     lines = ["| " + " | ".join(map(inline, keys)) + " |"]
     lines.append("|" + "|".join("---:" if right[key] else "---" for key in keys) + "|")
-    lines += ["| " + " | ".join(_cell(row[key]) for key in keys) + " |" for row in rows]
+    lines += ["| " + " | ".join(_cell(row[key], key) for key in keys) + " |" for row in rows]
     return "\n".join(lines)
 
 
-def _cell(cell: Cell) -> str:
+def _cell(cell: Cell, column: str) -> str:
     if isinstance(cell, Percent):
         return f"{cell.value:.1f}" + (f" ({cell.interval()})" if cell.interval() else "")
-    return f"{cell:,}" if isinstance(cell, int) else inline(spelled(cell))
+    return f"{cell:,}" if isinstance(cell, int) else inline(spelled(cell, column))
 
 
 def _block(block: object) -> Iterator[str]:

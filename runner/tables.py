@@ -57,7 +57,7 @@ def markdown(rows: Sequence[Mapping[str, Value]]) -> str:
     out.write("| " + " | ".join(keys) + " |\n")
     out.write("|" + "|".join("---:" if right else "---" for right in numeric) + "|\n")
     for row in rows:
-        cells = (" ".join(spelled(row[key]).split()).replace("|", "\\|") for key in keys)
+        cells = (" ".join(spelled(row[key], key).split()).replace("|", "\\|") for key in keys)
         out.write("| " + " | ".join(cells) + " |\n")
     return out.getvalue()
 
@@ -90,7 +90,8 @@ def terminal(
             no_wrap=key in right,
         )
     for row in rows:
-        table.add_row(*(Text(spelled(value)) for value in row.values()))  # no markup: [CLS] stays
+        cells = (Text(spelled(value, key)) for key, value in row.items())  # no markup: [CLS] stays
+        table.add_row(*cells)
     return table
 
 
@@ -99,11 +100,13 @@ def _cell(value: Value) -> Value:
     return "" if value is None else repr(float(value)) if isinstance(value, float) else value
 
 
-def spelled(value: Value) -> str:
-    """A value as tables show it: three figures or one decimal."""
+def spelled(value: Value, column: str = "") -> str:
+    """A value as tables show it: three figures or one decimal, percent with one decimal always."""
     if value is None:
         return "-"
     if isinstance(value, float):
+        if "%" in column:
+            return f"{value:.1f}"
         if value and abs(value) < 1e-3:
             return f"{value:.2e}"
         return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"

@@ -140,3 +140,8 @@ def test_columns_of_a_table_are_csv_for_others(tmp_path):
     append_row(path, {"question": "a;b\tc", "n": 1})
     with path.open(newline="") as file:
         assert list(csv.reader(file)) == [["question", "n"], ["a;b\tc", "1"]]
+
+
+def test_percent_has_one_decimal_whatever_its_size():
+    rows = [{"accuracy %": 1.0112, "loss": 1.0112}, {"accuracy %": 0.0002, "loss": 41.58}]
+    assert markdown(rows).splitlines()[2:] == ["| 1.0 | 1.011 |", "| 0.0 | 41.6 |"]
