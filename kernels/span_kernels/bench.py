@@ -206,10 +206,10 @@ def sweep(case: Case, inputs: Inputs, rounds: int) -> str:
     """The pass over the hidden states with other plans: the ten fastest and the chosen one."""
     from triton.runtime.errors import OutOfResources
 
-    from span_kernels.pool_kernel import pool
+    from span_kernels.pool_kernel import THREAD_COLUMNS, pool
 
     hidden_TD, weight_2D, bias_2 = (x.detach() for x in inputs[:3])
-    chosen = head_plan(hidden_TD.shape[0], case.width, case.dtype)
+    chosen = head_plan(hidden_TD.shape[0], case.width, case.dtype, THREAD_COLUMNS)
 
     def contestant(plan: HeadPlan) -> Contestant:
         return lambda: pool(hidden_TD, weight_2D, bias_2, inputs.segments_B2, plan)

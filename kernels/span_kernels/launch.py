@@ -66,8 +66,11 @@ MAX_WIDTH = 8192
 """Hidden widths beyond this do not fit the registers of one program."""
 
 
-def head_plan(tokens: int, width: int, dtype: torch.dtype) -> HeadPlan:
+def head_plan(tokens: int, width: int, dtype: torch.dtype, thread_columns: int = 64) -> HeadPlan:
     """The plan for `tokens` hidden states of `width` columns; pure arithmetic, no autotuning.
+
+    `thread_columns` of the group's hidden states fit the registers of a thread; see
+    `pool_kernel.THREAD_COLUMNS`.
 
     A token's row is held by one warp (512 bytes a chunk, 16 bytes a thread) up to 1,024 columns,
     and by 2, 4 or 8 warps beyond, so that its two pooled vectors, the weight and the group's hidden
@@ -81,7 +84,7 @@ def head_plan(tokens: int, width: int, dtype: torch.dtype) -> HeadPlan:
     tile = min(max(power_of_two_below(tokens // 384), 16), 128)
     return HeadPlan(
         tile=tile,
-        group=min(power_of_two_below(64 // columns_per_thread), 8),
+        group=min(power_of_two_below(thread_columns // columns_per_thread), 8),
         lanes=max(4 // warps_per_row, 1),
         chunk=chunk,
         stages=3,

@@ -173,13 +173,13 @@ def _qa_head_loss_triton(
 ) -> tuple[Tensor, Tensor, Tensor]:
     from span_kernels.grad_kernels import weight_grad
     from span_kernels.loss_kernel import span_loss_forward
-    from span_kernels.pool_kernel import pool
+    from span_kernels.pool_kernel import THREAD_COLUMNS, pool
 
     tokens, width = hidden_TD.shape
     rows = (segments_B2.contiguous(), starts_B.contiguous(), ends_B.contiguous())
     if tokens == 0 or rows[0].shape[0] == 0 or width == 0 or width > MAX_WIDTH:
         return closed_form.qa_head_loss(hidden_TD, weight_2D, bias_2, *rows)
-    plan = head_plan(tokens, width, hidden_TD.dtype)
+    plan = head_plan(tokens, width, hidden_TD.dtype, THREAD_COLUMNS)
     logits_T2, tiles = pool(hidden_TD, weight_2D, bias_2, rows[0], plan)
     statistics, grad_T2 = span_loss_forward(logits_T2, *rows)
     loss, grad_2D = weight_grad(hidden_TD, *rows, tiles, statistics)

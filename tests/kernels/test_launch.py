@@ -12,16 +12,17 @@ from span_kernels.launch import (
 )
 
 
+@pytest.mark.parametrize(("columns", "budget"), [(64, 208), (32, 192)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("width", [1, 8, 24, 100, 384, 768, 1024, 1280, 2048, 5000, MAX_WIDTH])
-def test_plans_keep_within_the_registers(width, dtype):
-    plan = head_plan(12_288, width, dtype)
+def test_plans_keep_within_the_registers(width, dtype, columns, budget):
+    plan = head_plan(12_288, width, dtype, columns)
     for size in (plan.tile, plan.group, plan.lanes, plan.chunk, plan.warps):
         assert size == power_of_two(size) > 0
     # Two pooled vectors, two of the weight and the group's hidden states, spread over the threads
     # of one lane: the rest of 255 registers is for addresses and sums.
     threads = 32 * plan.warps // plan.lanes
-    assert (4 + plan.group) * max(width // threads, 1) <= 208
+    assert (4 + plan.group) * max(width // threads, 1) <= budget
 
 
 def test_sizes_of_bert_waste_no_column():
