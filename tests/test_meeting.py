@@ -10,6 +10,7 @@ from pathlib import Path
 
 from runner.ranks import free_port
 
+ROOT = Path(__file__).parents[1]
 ALONE = """
 from datetime import timedelta
 from runner import engine, signals
@@ -23,7 +24,7 @@ def test_a_signal_ends_the_waiting_for_a_rank_that_never_comes():
     environment = os.environ | {
         **{"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"},
         "MASTER_PORT": str(free_port()),
-        "PYTHONPATH": str(Path(__file__).parents[1]),
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}",
     }
     process = subprocess.Popen(
         [sys.executable, "-c", ALONE], env=environment, stdout=subprocess.PIPE, text=True
