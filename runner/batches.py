@@ -205,7 +205,7 @@ def outline(windows: Windows, rows: np.ndarray) -> Outline:
     firsts_B = windows.firsts_N1[rows]
     lengths_B = windows.firsts_N1[rows + 1] - firsts_B
     segments_B2 = np.empty((len(rows), 2), dtype=np.int64)
-    np.subtract(np.cumsum(lengths_B), lengths_B, out=segments_B2[:, 0])
+    np.subtract(lengths_B.cumsum(), lengths_B, out=segments_B2[:, 0])
     segments_B2[:, 1] = lengths_B
     starts_B, ends_B = windows.starts_N[rows], windows.ends_N[rows]
     if counted == 0:
