@@ -244,8 +244,10 @@ def pad(batch: Batch, pad_id: int, multiple: int = 1) -> Padded:
     lengths_B = batch.segments_B2.numpy()[:, 1]
     count = len(lengths_B)
     longest = -(-int(lengths_B.max()) // multiple) * multiple
-    segments_B2 = np.stack([np.arange(count) * longest, lengths_B], axis=1)
-    filled_BL = np.arange(longest) < lengths_B[:, None]
+    segments_B2 = np.empty((count, 2), dtype=np.int64)
+    segments_B2[:, 0] = np.arange(count) * longest
+    segments_B2[:, 1] = lengths_B
+    filled_BL = np.arange(longest, dtype=np.int32) < lengths_B.astype(np.int32)[:, None]
     input_ids_BL = np.full(filled_BL.shape, pad_id, dtype=np.int32)
     input_ids_BL[filled_BL] = batch.tokens_T.numpy()
     types_BL = np.zeros(filled_BL.shape, dtype=np.int32)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from runner.batches import (
+    Batch,
     Bounds,
+    Outline,
     Packed,
     Packing,
     Padded,
@@ -28,6 +31,11 @@ from runner.features import Windows
 from runner.frozen import Store, Trunk
 from runner.model import model_inputs, span_logits
 from runner.resident import Resident
+
+# Batches that are assembled in a row: after each training step the code and the data of assembling
+# have to come back from main memory, which takes several times as long as the work itself
+# (tests/bench/features.py). 32 batches of 16,384 tokens are 6 MB.
+TOGETHER = 32
 
 
 @dataclass(frozen=True)
@@ -63,20 +71,34 @@ class Reader:
 
     def prepare(self, windows: Windows, rows: np.ndarray) -> Prepared:
         """Assemble a batch and start its copy to the device, without waiting for it."""
-        here = outline(windows, rows)
-        laid_out: Padded | Packed
-        resident = next((held for held in self.residents if held.windows is windows), None)
-        if self.packing is not None and resident is not None:
+        return self._bring(windows, self._assemble(windows, rows))
+
+    def _resident(self, windows: Windows) -> Resident | None:
+        """Where the windows' tokens are on the device, if packed batches can be gathered there."""
+        held = (resident for resident in self.residents if resident.windows is windows)
+        return next(held, None) if self.packing is not None else None
+
+    def _assemble(self, windows: Windows, rows: np.ndarray) -> _Assembled:
+        """The host's share of a batch."""
+        if self._resident(windows) is not None:
+            return _Assembled(outline(windows, rows), None)
+        batch = collate(windows, rows)
+        if self.packing is None:
+            return _Assembled(batch, pad(batch, self.pad_id, self.multiple))
+        return _Assembled(batch, pack(batch, self.pad_id, self.packing))
+
+    def _bring(self, windows: Windows, assembled: _Assembled) -> Prepared:
+        """The device's share of a batch, started without waiting for it."""
+        here, laid_out = assembled.batch, assembled.laid_out
+        resident = self._resident(windows)
+        if laid_out is not None:
+            laid_out, starts_B, ends_B = to_device(
+                laid_out, here.starts_B, here.ends_B, self.device
+            )
+        elif self.packing is not None and resident is not None and isinstance(here, Outline):
             laid_out, starts_B, ends_B = resident.batch(here, self.pad_id, self.packing)
         else:
-            batch = collate(windows, rows)
-            if self.packing is None:
-                laid_out = pad(batch, self.pad_id, self.multiple)
-            else:
-                laid_out = pack(batch, self.pad_id, self.packing)
-            laid_out, starts_B, ends_B = to_device(
-                laid_out, batch.starts_B, batch.ends_B, self.device
-            )
+            raise AssertionError("a batch is laid out here, or its tokens are on the device")
         if isinstance(laid_out, Packed):
             longest = laid_out.bounds.longest
         else:
@@ -89,13 +111,15 @@ class Reader:
 
     def ahead(self, windows: Windows, passes: Iterable[np.ndarray]) -> Iterator[Prepared]:
         """Prepare batch after batch, each before the one ahead of it is asked for: its copy is on
-        the way while the device is at work."""
+        the way while the device is at work. The host assembles `TOGETHER` in a row."""
         waiting: Prepared | None = None
-        for rows in passes:
-            upcoming = self.prepare(windows, rows)
-            if waiting is not None:
-                yield waiting
-            waiting = upcoming
+        left = iter(passes)
+        while block := [self._assemble(windows, rows) for rows in islice(left, TOGETHER)]:
+            for assembled in block:
+                upcoming = self._bring(windows, assembled)
+                if waiting is not None:
+                    yield waiting
+                waiting = upcoming
         if waiting is not None:
             yield waiting
 
@@ -114,6 +138,14 @@ class Reader:
             prepared.counted,
             prepared.longest,
         )
+
+
+@dataclass(frozen=True)
+class _Assembled:
+    """A batch on the host: laid out, or no more than outlined where the device has its tokens."""
+
+    batch: Batch | Outline
+    laid_out: Padded | Packed | None
 
 
 @dataclass(frozen=True)

@@ -5,25 +5,35 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from runner import reading
 from runner.reading import Reader
 from tests.small_models import model_of, windows_of
 
 LENGTHS = (7, 1, 23, 12, 40)
 
 
-def test_one_batch_is_ahead_of_the_one_that_is_asked_for():
-    """Its copy is on the way while the device works; no more wait there, each takes memory."""
+def test_one_batch_is_ahead_of_the_one_that_is_asked_for(monkeypatch):
+    """Its copy is on the way while the device works; no more wait there, each takes memory. On the
+    host they are assembled several in a row."""
+    monkeypatch.setattr(reading, "TOGETHER", 3)
     reader = Reader(model_of("bert"), torch.device("cpu"), 0, True, 1)
-    windows, asked = windows_of(LENGTHS), []
+    windows, asked, sent = windows_of(LENGTHS), [], []
 
     def passes():
         for rows in ([3, 0], [4], [], [1, 2]):
             asked.append(rows)
             yield np.array(rows, dtype=np.int64)
 
+    def to_device(laid_out, *labels_and_device):
+        sent.append(laid_out)
+        return plain(laid_out, *labels_and_device)
+
+    plain = reading.to_device
+    monkeypatch.setattr(reading, "to_device", to_device)
     found = []
     for number, prepared in enumerate(reader.ahead(windows, passes()), 1):
-        assert len(asked) == min(number + 1, 4)
+        assert len(sent) == min(number + 1, 4)
+        assert len(asked) == (3 if number < 3 else 4)
         found.append(prepared)
     assert [prepared.counted for prepared in found] == [2, 1, 0, 2]
     for rows, prepared in zip(asked, found, strict=True):

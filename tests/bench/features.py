@@ -6,8 +6,8 @@ Each round prepares all questions of the file four times: the recipe's `datasets
 (peer_trainer.py's function, as run_qa has it: a context is tokenised again for each of its
 questions, labels in a Python loop), ours from nothing, ours from the cache (files mapped, their
 hashes checked), and the recipe's own cache. Then it assembles batches: the recipe's rows through
-its default collator, ours padded and packed: a whole epoch's in a row, and one at a time with cold
-caches, as between the steps of a training. Windows and labels are the same; a test of
+its default collator, ours padded and packed: a whole epoch's in a row, then with caches that are
+cold from other work, as between the steps of a training. Windows and labels are the same; a test of
 tests/test_features.py holds them against the recipe's. Wall time, all of the machine's cores.
 """
 
@@ -18,9 +18,9 @@ import os
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import cycle
+from itertools import cycle, islice
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -56,6 +56,7 @@ def measure(args: argparse.Namespace) -> None:
     from runner.features import build_windows
     from runner.job import Columns, Model
     from runner.model import load_tokenizer
+    from runner.reading import TOGETHER
 
     datasets.disable_progress_bars()
     tokenizer = load_tokenizer(Model(name=args.model))
@@ -120,40 +121,47 @@ def measure(args: argparse.Namespace) -> None:
         "ours, packed": lambda batch: pack(collate(windows, batch), 0, packing),
         "ours, collate alone": lambda batch: collate(windows, batch),
     }
-    # None is kept while the next is made, as in training.
-    epochs = {name: partial(each, make, batches) for name, make in assemble.items()}
-    alone = {
-        name: partial(following, make, iter(cycle(batches))) for name, make in assemble.items()
-    }
-    for title, cases, rounds, windows_each in (
-        ("an epoch's, one after another", epochs, 2 * args.rounds + 1, size * len(batches)),
-        ("one at a time, caches cold from other work", alone, 20 * args.rounds + 1, size),
+    recipe = next(iter(assemble))
+    epochs = {name: (make, len(batches)) for name, make in assemble.items()}
+    # The recipe's loader makes one at a time.
+    cold = {recipe: (assemble[recipe], 1)}
+    for count in (1, TOGETHER):
+        for name in ("ours, padded", "ours, packed"):
+            cold[f"{name}, {count} in a row"] = (assemble[name], count)
+    for title, cases, rounds in (
+        ("an epoch's, one after another", epochs, 2 * args.rounds + 1),
+        ("caches cold from other work", cold, 20 * args.rounds + 1),
     ):
-        times = measuring.interleaved(cases, rounds)
-        peer = times["recipe: rows, default collator"]
+        times = measuring.interleaved(
+            {
+                name: partial(following, make, iter(cycle(batches)), count)
+                for name, (make, count) in cases.items()
+            },
+            rounds,
+        )
+        seconds_N = {
+            name: [second / (size * cases[name][1]) for second in seconds]
+            for name, seconds in times.items()
+        }
         table = [
             {
                 "batches": name,
-                "us a window": 1e6 * statistics.median(seconds) / windows_each,
-                "times faster": measuring.ratio(peer, seconds),
+                "us a window": 1e6 * statistics.median(seconds),
+                "times faster": measuring.ratio(seconds_N[recipe], seconds),
             }
-            for name, seconds in times.items()
+            for name, seconds in seconds_N.items()
         ]
         about = [f"Medians of {rounds} interleaved rounds."]
         heading = f"Batches of {size} windows, {title}"
         measuring.show(measuring.report(heading, table, about), args.table)
 
 
-Assemble = Callable[[np.ndarray], object]
-
-
-def each(assemble: Assemble, batches: Sequence[np.ndarray]) -> None:
-    for batch in batches:
+def following(
+    assemble: Callable[[np.ndarray], object], batches: Iterator[np.ndarray], count: int
+) -> None:
+    """Assemble the next batches; none is kept while the next is made, as in training."""
+    for batch in islice(batches, count):
         assemble(batch)
-
-
-def following(assemble: Assemble, batches: Iterator[np.ndarray]) -> None:
-    assemble(next(batches))
 
 
 if __name__ == "__main__":

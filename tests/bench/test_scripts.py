@@ -45,6 +45,9 @@ def test_the_readme_lists_every_file():
     assert {path.name for path in BENCH.iterdir() if path.is_file()} - {"README.md"} == listed
 
 
+HOW = ("padded", "packed")
+
+
 def test_features_and_batches(tiny):
     rows = run(
         "features.py", "--data", DATA, "--model", tiny("bert"), "--sample", 40, "--rounds", 1
@@ -55,7 +58,14 @@ def test_features_and_batches(tiny):
         "ours, warm",
         "recipe, its cache",
     ]
-    assert len([row for row in rows if "batches" in row]) == 4
+    batches = [row["batches"] for row in rows if "batches" in row]
+    assert batches[:4] == [
+        "recipe: rows, default collator",
+        "ours, padded",
+        "ours, packed",
+        "ours, collate alone",
+    ]
+    assert batches[5:] == [f"ours, {how}, {n} in a row" for n in (1, 32) for how in HOW]
 
 
 def test_growth(tiny):
