@@ -306,7 +306,7 @@ def _joined(values: np.ndarray, slices: list[slice]) -> np.ndarray:
     Python cuts and joins the memory itself: numpy takes half as long again for slices of a few
     hundred tokens, and an index of each token would cost more than its copy.
     """
-    memory = memoryview(values)
+    memory = values.data
     return np.frombuffer(bytearray().join([memory[part] for part in slices]), dtype=values.dtype)
 
 

@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -341,9 +342,33 @@ def limited(make, cluster) -> Iterator[Run]:
     thread.join()
 
 
-def test_training_stands_still_before_its_time_limit(limited, cluster):
-    assert cluster.state(limited.job) == "RUNNING"
-    assert not limited.folder.finished()
+@pytest.fixture(scope="module")
+def overrun(make, cluster) -> Iterator[Run]:
+    """A run that has a checkpoint, and then stands still past its time limit, whatever it is sent:
+    SLURM has to kill it, while the next tests run."""
+    soon = ("--set", "train.checkpoint_minutes=0.01")
+    run = make("overrun", *ONE_NODE, *soon, "--set", "slurm.time=1")
+    run.submit()
+    until(lambda: any(run.folder.checkpoints.glob("step-*")) or run.is_over(), "it has saved")
+    run.get_going()
+    ranks = cluster.ranks(run.job)
+    assert len(ranks) == 2
+
+    def hold() -> None:
+        while cluster.state(run.job) == "RUNNING":
+            with suppress(ProcessLookupError):
+                freeze(ranks)  # again and again: SLURM lets go on what it is about to kill
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    yield run
+    thread.join()
+
+
+def test_training_stands_still_before_its_time_limit(limited, overrun, cluster):
+    for run in (limited, overrun):
+        assert cluster.state(run.job) == "RUNNING"
+        assert not run.folder.finished()
 
 
 # ---- sweeps, refusals, nodes without a network
@@ -450,3 +475,22 @@ def test_the_warning_before_the_time_limit(limited, calm, cluster):
     assert limited.result()["weights_sha256"] == calm.result()["weights_sha256"]
     assert curve(limited) == curve(calm)
     cluster.leaves_nothing(limited.job)
+
+
+def test_a_run_that_is_killed_at_its_time_limit_goes_on_when_asked(
+    overrun, calm, cluster, job_file
+):
+    end = cluster.wait(overrun.job, "TIMEOUT", "COMPLETED", "FAILED", "CANCELLED")
+    assert (end["JobState"], end["Restarts"]) == ("TIMEOUT", "0"), overrun.output()
+    assert overrun.ends() == []  # no life of it could tell its end
+    assert not overrun.folder.finished()
+    cluster.leaves_nothing(overrun.job)
+
+    again = Run(cluster, job_file, overrun.folder.path, *ONE_NODE)
+    again.submit()
+    end = cluster.wait(again.job, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
+    assert (end["JobState"], end["ExitCode"]) == ("COMPLETED", "0:0"), again.output()
+    assert re.search(r"goes on after step [1-9]", again.output())
+    assert again.result()["weights_sha256"] == calm.result()["weights_sha256"]
+    assert curve(again) == curve(calm)
+    cluster.leaves_nothing(again.job)
