@@ -113,6 +113,13 @@ def thaw(pids: Iterable[int]) -> None:
             os.kill(pid, signal.SIGCONT)
 
 
+def is_alive(pid: int) -> bool:
+    """Whether a process is there and no mere entry that waits for its parent."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes() != b""
+    return False
+
+
 def is_pending(pid: int, number: signal.Signals) -> bool:
     """Whether a signal has come to a frozen process, which will hear it when it goes on."""
     status = Path(f"/proc/{pid}/status").read_text()

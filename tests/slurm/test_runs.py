@@ -10,6 +10,7 @@ import re
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -19,7 +20,7 @@ import pytest
 from runner.rundir import RunDir
 from runner.slurm_jobs import read_submission
 
-from .cluster import CHECKOUT, Cluster, freeze, is_pending, spantune, thaw, until
+from .cluster import CHECKOUT, Cluster, freeze, is_alive, is_pending, spantune, thaw, until
 
 DATA = CHECKOUT / "jobs" / "data"
 JOB = """
@@ -159,7 +160,7 @@ def test_one_node(calm, cluster):
     assert calm.steps() == list(range(1, calm.result()["step"] + 1))
     assert "finished" in calm.status()
     said = spantune("logs", calm.folder.path).stdout
-    assert f"job {calm.job}, start 1 on n1" in said
+    assert f"job {calm.job}, start 1 on {end['BatchHost']}" in said
     assert "Exact match" in said
     cluster.leaves_nothing(calm.job)
     assert "slurm" not in (calm.folder.model / "README.md").read_text()
@@ -347,7 +348,8 @@ def overrun(make, cluster) -> Iterator[Run]:
     """A run that has a checkpoint, and then stands still past its time limit, whatever it is sent:
     SLURM has to kill it, while the next tests run."""
     soon = ("--set", "train.checkpoint_minutes=0.01")
-    run = make("overrun", *ONE_NODE, *soon, "--set", "slurm.time=1")
+    limits = ("--set", "slurm.time=1", "--set", "slurm.signal_seconds=10")
+    run = make("overrun", *ONE_NODE, *soon, *limits)
     run.submit()
     until(lambda: any(run.folder.checkpoints.glob("step-*")) or run.is_over(), "it has saved")
     run.get_going()
@@ -355,9 +357,10 @@ def overrun(make, cluster) -> Iterator[Run]:
     assert len(ranks) == 2
 
     def hold() -> None:
-        while cluster.state(run.job) == "RUNNING":
+        while alive := [pid for pid in ranks if is_alive(pid)]:
             with suppress(ProcessLookupError):
-                freeze(ranks)  # again and again: SLURM lets go on what it is about to kill
+                freeze(alive)  # again and again: SLURM lets go on what it is about to kill
+            time.sleep(0.001)
 
     thread = threading.Thread(target=hold)
     thread.start()
