@@ -245,8 +245,10 @@ def test_a_killed_launcher_leaves_no_rank(story, cluster):
     assert (end["JobState"], end["ExitCode"], end["Restarts"]) == ("FAILED", "137:0", "0")
     cluster.leaves_nothing(story.job)
     assert not story.folder.finished()
-    assert story.ends()[before:] == []  # SLURM kills the ranks
-    assert "lost: it was killed" in story.status()
+    # SLURM ends the ranks, at once or after a TERM that they have heard: then they have saved.
+    ends = story.ends()[before:]
+    assert ends in ([], [75])
+    assert ("interrupted" if ends else "lost: it was killed") in story.status()
 
 
 def test_requeue_goes_on(story, cluster):
