@@ -23,7 +23,7 @@ from span_kernels.launch import HeadPlan, Tiles, on_device, row_block, wide_dtyp
 from span_kernels.rows import find_tile, row_extent
 
 # Columns of hidden states that a thread holds at a time. Triton 3.6 needs more registers for the
-# same tile than 3.7 and would spill 150 to 530 bytes a thread with 64 of them (tests/kernels/aot).
+# same tile than 3.7 and would spill up to 530 bytes a thread with 64 of them (tests/kernels/aot).
 _TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
 THREAD_COLUMNS = 64 if _TRITON >= (3, 7) else 32
 
