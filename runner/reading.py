@@ -5,8 +5,9 @@ Legend: N windows of the data set, B windows of a batch, L longest of them, T ro
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -73,32 +74,24 @@ class Reader:
         """Assemble a batch and start its copy to the device, without waiting for it."""
         return self._bring(windows, self._assemble(windows, rows))
 
-    def _resident(self, windows: Windows) -> Resident | None:
-        """Where the windows' tokens are on the device, if packed batches can be gathered there."""
-        held = (resident for resident in self.residents if resident.windows is windows)
-        return next(held, None) if self.packing is not None else None
-
     def _assemble(self, windows: Windows, rows: np.ndarray) -> _Assembled:
         """The host's share of a batch."""
-        if self._resident(windows) is not None:
-            return _Assembled(outline(windows, rows), None)
+        resident = next((held for held in self.residents if held.windows is windows), None)
+        if self.packing is not None and resident is not None:
+            here = outline(windows, rows)
+            return _Assembled(here, partial(resident.batch, here, self.pad_id, self.packing))
         batch = collate(windows, rows)
         if self.packing is None:
-            return _Assembled(batch, pad(batch, self.pad_id, self.multiple))
-        return _Assembled(batch, pack(batch, self.pad_id, self.packing))
+            laid_out: Padded | Packed = pad(batch, self.pad_id, self.multiple)
+        else:
+            laid_out = pack(batch, self.pad_id, self.packing)
+        labels = (batch.starts_B, batch.ends_B)
+        return _Assembled(batch, partial(to_device, laid_out, *labels, self.device))
 
     def _bring(self, windows: Windows, assembled: _Assembled) -> Prepared:
         """The device's share of a batch, started without waiting for it."""
-        here, laid_out = assembled.batch, assembled.laid_out
-        resident = self._resident(windows)
-        if laid_out is not None:
-            laid_out, starts_B, ends_B = to_device(
-                laid_out, here.starts_B, here.ends_B, self.device
-            )
-        elif self.packing is not None and resident is not None and isinstance(here, Outline):
-            laid_out, starts_B, ends_B = resident.batch(here, self.pad_id, self.packing)
-        else:
-            raise AssertionError("a batch is laid out here, or its tokens are on the device")
+        here = assembled.batch
+        laid_out, starts_B, ends_B = assembled.bring()
         if isinstance(laid_out, Packed):
             longest = laid_out.bounds.longest
         else:
@@ -142,10 +135,11 @@ class Reader:
 
 @dataclass(frozen=True)
 class _Assembled:
-    """A batch on the host: laid out, or no more than outlined where the device has its tokens."""
+    """A batch on the host, no more than its outline where the device has its tokens; `bring` lays
+    it out on the device, labels beside it."""
 
     batch: Batch | Outline
-    laid_out: Padded | Packed | None
+    bring: Callable[[], tuple[Padded | Packed, Tensor, Tensor]]
 
 
 @dataclass(frozen=True)

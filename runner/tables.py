@@ -100,7 +100,7 @@ def _cell(value: Value) -> Value:
     return "" if value is None else repr(float(value)) if isinstance(value, float) else value
 
 
-def spelled(value: Value, column: str = "") -> str:
+def spelled(value: Value, column: str) -> str:
     """A value as tables show it: three figures or one decimal, percent with one decimal always."""
     if value is None:
         return "-"
