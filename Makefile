@@ -5,9 +5,13 @@ PYTHON ?= python3.11
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 RANKS  ?= 2
+WORKERS ?= 2
+# Tests side by side, those of one group (a shared fixture that costs something) on one worker.
+PYTEST := $(BIN)/python -m pytest
+BESIDE := -n $(WORKERS) --dist loadgroup
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-slurm soak lint format schema clean
+.PHONY: help setup quickstart test test-slow test-all test-slurm soak lint format schema clean
 
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
@@ -26,8 +30,15 @@ $(BIN)/.ready: pyproject.toml constraints.txt
 quickstart: setup      ## fine-tune a small model on the product questions (a few minutes, no GPU needed)
 	PATH="$(abspath $(BIN)):$$PATH" deepspeed --log_level error --num_gpus $(RANKS) runner/main.py jobs/quickstart.toml
 
-test: setup            ## the tests
-	$(BIN)/python -m pytest
+test: setup            ## the tests, in minutes
+	$(PYTEST) $(BESIDE) -m "not slow and not alone"
+	$(PYTEST) -m "alone and not slow"
+
+test-slow: setup       ## the second tier: rare faults, every variant, old instructions
+	$(PYTEST) $(BESIDE) -m "slow and not alone"
+	$(PYTEST) -m "slow and alone"
+
+test-all: test test-slow   ## both tiers
 
 soak: setup            ## an hour of kills, resumes and mutations; goes on where it was; writes .soak/RESULTS.md
 	$(BIN)/python tests/soak/soak.py
