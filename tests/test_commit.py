@@ -247,3 +247,69 @@ def test_the_folder_of_checkpoints_is_synced_into_its_parent(tmp_path, monkeypat
     monkeypatch.setattr(Files, "sync_folder", lambda _, path: synced.append(path))
     commit(Store(tmp_path / "checkpoints", 0), "step-000010-a0001")
     assert tmp_path in synced
+
+
+class Remembering(Files):
+    """Files that know what the disk does not have yet: what was written and not synced since, and
+    the folders whose names are newer than their last sync."""
+
+    def __init__(self) -> None:
+        self.unsynced: set[Path] = set()
+        self.paths: dict[int, Path] = {}
+        self.renamed: list[Path] = []
+
+    def make_folder(self, path: Path) -> None:
+        super().make_folder(path)
+        self.unsynced |= {path, path.parent}
+
+    def create(self, path: Path) -> int:
+        file = super().create(path)
+        self.paths[file] = path
+        self.unsynced |= {path, path.parent}
+        return file
+
+    def write(self, file: int, data: memoryview) -> int:
+        self.unsynced.add(self.paths[file])
+        return super().write(file, data)
+
+    def open(self, path: Path) -> int:
+        file = super().open(path)
+        self.paths[file] = path
+        return file
+
+    def sync(self, file: int) -> None:
+        super().sync(file)
+        self.unsynced.discard(self.paths[file])
+
+    def sync_folder(self, path: Path) -> None:
+        super().sync_folder(path)
+        self.unsynced.discard(path)
+
+    def rename(self, old: Path, new: Path) -> None:
+        inside = sorted(path for path in self.unsynced if path.is_relative_to(old))
+        assert not inside, "a power cut after the rename would take these"
+        super().rename(old, new)
+        self.renamed.append(new)
+        self.unsynced |= {old.parent, new.parent}
+
+
+def test_all_is_on_the_disk_before_it_gets_its_name(tmp_path):
+    """And the name itself, once the checkpoint counts."""
+    files = Remembering()
+    store = Store(tmp_path / "checkpoints", 0, files)
+    for name in ("step-000010-a0001", "step-000020-a0001"):
+        store.begin(name)
+        stage = store.stage(name)
+        stage.put("folder/rank-0000.pt", lambda file: file.write(b"weights") and None)
+        model = stage.folder / "model" / "weights"  # as a library writes it, which syncs nothing
+        model.parent.mkdir()
+        model.write_bytes(b"weights")
+        files.unsynced |= {model, model.parent, stage.folder}
+        stage.adopt("model")
+        store.commit(name, stage.entries, {})
+        assert files.renamed.pop() == store.folder / name
+        assert not files.unsynced
+    store.quarantine("step-000020-a0001")
+    store.remove(["step-000010-a0001"])
+    assert len(files.renamed) == 2
+    assert not files.unsynced
