@@ -572,7 +572,8 @@ def damage_everywhere(root: Path, part: str) -> dict[str, int]:
 
 def thaw_zombies(root: Path) -> dict[str, int]:
     """A start freezes (SIGSTOP of both ranks) in the midst of saving, is succeeded, and thaws when
-    its heir is half done or has finished: nothing of what it does then is ever loaded."""
+    its heir has just begun, when it has sealed what counts, or after it has finished: nothing of
+    what it does then is ever loaded, and once the heir has cleaned up, nothing is committed."""
     counts: Counter[str] = Counter()
     path = root / "undisturbed"
     path.mkdir()
@@ -580,46 +581,75 @@ def thaw_zombies(root: Path) -> dict[str, int]:
     renames = [n for n, name in enumerate(log, 1) if name == "rename"]
     # Right before a rename (after the fence was asked), and at operations all over the session.
     moments = [*renames[:5], *range(20, len(log), len(log) // 6)][:12]
-    for number in moments:
-        for early in (True, False):
-            path = root / f"zombie-{number}-{early}"
-            path.mkdir()
-
-            def freeze(n, _, operation, number=number):
-                if n == number:
-                    os.kill(os.getpid(), signal.SIGSTOP)
-                return operation()
-
-            heirs: list = []
-
-            def succeed(children, path=path, early=early, heirs=heirs):
-                os.waitpid(children[0], os.WUNTRACED)
-                os.kill(children[1], signal.SIGSTOP)
-                for kind in ("alive", "json"):
-                    os.utime(path / "attempts" / f"0001.{kind}", (1, 1))
-
-                def thaw(_):
-                    for child in children:
-                        os.kill(child, signal.SIGCONT)
-
-                heirs.append(start(path, after=thaw if early else None))
-                if not early:
-                    thaw(None)
-
-            found = start(path, {0: freeze}, after=succeed)
-            finished(heirs[0])
-            # The zombie has noticed, or had nothing left to write.
-            assert found[0][0] in (0, 71, 73), found
-            counts["noticed"] += found[0][0] == 73
-            attempt = len(numbers(RunDir(path)))
-            third = start(path)
-            finished(third, began=STEPS)
-            assert attempt == 2
-            late = [n for n in standing(path) if checkpoint_place(n)[2] == 1]
-            counts["late commits that nobody loads"] += len(late) > 0
-            shutil.rmtree(path)
-            counts["zombies"] += 1
+    trials = [(number, when) for number in moments for when in ("begun", "finished")]
+    # The one moment at which a commit comes too late for sure: its heir has yet to clean up.
+    for number, when in [*trials, (renames[1], "sealed")]:
+        path = root / f"zombie-{number}-{when}"
+        path.mkdir()
+        found, heir, earlier = succeed_frozen(path, number, when)
+        finished(heir)
+        # The zombie has noticed, or had nothing left to write.
+        assert found[0][0] in (0, 71, 73), found
+        assert len(numbers(RunDir(path))) == 2
+        finished(start(path), began=STEPS)
+        late = [n for n in standing(path) if checkpoint_place(n)[2] == 1 and n not in earlier]
+        assert when != "finished" or not late, late
+        assert when != "sealed" or late == [checkpoint_name(BEST, 1, scored=False)]
+        shutil.rmtree(path)
+        counts["noticed"] += found[0][0] == 73
+        counts["late commits that nobody loads"] += len(late) > 0
+        counts["zombies"] += when != "sealed"
     return counts
+
+
+def succeed_frozen(path: Path, number: int, when: str) -> tuple[list, list, list[str]]:
+    """Freeze a start before an operation of rank 0, begin another, and thaw the first when the
+    other has "begun", "sealed" what counts, or "finished"; returns what each of the two returned,
+    and the checkpoints that stood before the other began."""
+    heirs: list = []
+    earlier: list[str] = []
+    paused: list[bool] = []
+
+    def freeze(n, _, operation):
+        if n == number:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return operation()
+
+    def pause(_n, _name, operation):
+        if not paused and (path / "attempts" / "0002.sealed").exists():
+            paused.append(True)
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return operation()
+
+    def succeed(children):
+        os.waitpid(children[0], os.WUNTRACED)
+        os.kill(children[1], signal.SIGSTOP)
+        earlier.extend(standing(path))
+        for kind in ("alive", "json"):
+            os.utime(path / "attempts" / f"0001.{kind}", (1, 1))
+
+        def thaw(heir):
+            if when == "sealed":
+                os.waitpid(heir[0], os.WUNTRACED)
+            for child in children:
+                os.kill(child, signal.SIGCONT)
+            if when == "sealed":
+                for child in children:
+                    os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+                os.kill(heir[0], signal.SIGCONT)
+
+        heirs.append(
+            start(
+                path,
+                {0: pause} if when == "sealed" else None,
+                after=thaw if when != "finished" else None,
+            )
+        )
+        if when == "finished":
+            thaw(None)
+
+    found = start(path, {0: freeze}, after=succeed)
+    return found, heirs[0], earlier
 
 
 def flip(path: Path, place: int, bit: int) -> None:
