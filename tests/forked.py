@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,9 @@ from tests.workers.zygote import Running, Zygote
 
 _WORKER = """
 import os, runpy, sys
+os.dup2(os.open({errors!r}, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
 sys.argv = {words!r}
+{code}
 runpy.run_path({script!r}, run_name="__main__")
 sys.stdout.flush()
 os._exit(0)
@@ -38,13 +41,24 @@ except SystemExit as ended:
 """
 
 
-def forked(zygote: Zygote, script: Path, *arguments: object, ranks: int = 1) -> list[str]:
+def forked(
+    zygote: Zygote, script: Path, *arguments: object, ranks: int = 1, code: str = ""
+) -> list[str]:
     """Run a Python file on each rank of a new group, each with the environment that a launcher
-    gives it; returns the lines that they print. A worker must end well on every rank."""
-    words = [str(script), *map(str, arguments)]
-    code = _WORKER.format(words=words, script=str(script))
-    codes, text = zygote.run(code=code, ranks=ranks)
-    assert codes == [0] * ranks, text[-3000:]
+    gives it; returns the lines that they print. A worker must end well on every rank.
+
+    Args:
+        zygote: whose forks they are.
+        script: the file.
+        arguments: of its command line.
+        ranks: how many.
+        code: Python that each rank runs first.
+    """
+    with tempfile.NamedTemporaryFile(dir=zygote.folder) as errors:
+        words = [str(script), *map(str, arguments)]
+        code = _WORKER.format(words=words, script=str(script), errors=errors.name, code=code)
+        codes, text = zygote.run(code=code, ranks=ranks)
+        assert codes == [0] * ranks, (text + errors.read().decode())[-3000:]
     return text.splitlines()
 
 
