@@ -173,18 +173,21 @@ def test_a_line_is_handed_on_before_the_next_one_comes(pipe):
 
 
 def test_lines_that_wait_are_answered_together_and_not_too_many(pipe, monkeypatch):
+    """Each answer takes so long that all wait that may."""
+
+    class Slow(question_source._Waiting):
+        def take(self):
+            with self._changed:
+                self._changed.wait_for(lambda: len(self._lines) == 4 or self._ended)
+                return super().take()
+
     monkeypatch.setattr(question_source, "GROUP", 4)
+    monkeypatch.setattr(question_source, "_Waiting", Slow)
     reading, writing = pipe
     groups = live_questions(reading, "stdin", PLAIN)
     os.write(writing, b"".join(line(str(n)) for n in range(10)))
     os.close(writing)
-    sizes = []
-    for group in groups:
-        sizes.append(len(group))
-        time.sleep(0.05)  # an answer takes a moment
-    assert sum(sizes) == 10
-    assert max(sizes) <= 4
-    assert len(sizes) <= 5
+    assert [len(group) for group in groups] == [4, 4, 2]
 
 
 def test_reading_waits_when_nobody_takes(pipe, monkeypatch):
