@@ -20,7 +20,7 @@ def test_processes_of_a_job_and_of_a_trial_are_found(tmp_path):
     trial = begin(SLURM_JOB_ID="19", SLURM_ARRAY_JOB_ID="18", SLURM_ARRAY_TASK_ID="1")
     cluster = Cluster(tmp_path)
     try:
-        until(lambda: len(cluster.processes("17")) == 1, "the first is there", 10)
+        until(lambda: len(cluster.processes("17")) == 1, "the first is there")
         assert list(cluster.processes("17")) == [plain.pid]
         assert list(cluster.processes("18_1")) == [trial.pid]
         assert not cluster.processes("18_2")
