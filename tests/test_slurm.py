@@ -180,17 +180,21 @@ def success():
     open("result.json", "w").close()
 def listen():
     for number in (signal.SIGUSR2, signal.SIGTERM):
-        signal.signal(number, lambda *_: sys.exit(75))
+        signal.signal(number, lambda *_: os._exit(75))
     open("up", "a").write("up\n")
     time.sleep(60)
 exec(open("plan").read())
 """
 SRUN = r"""#!/bin/bash
-trap 'kill -USR2 $child' USR2
+trap 'echo USR2 >>warnings; kill -USR2 $child' USR2
 while [[ $1 == -* ]]; do echo "srun $1" >>calls; shift; done
 "$@" & child=$!
 while kill -0 $child 2>/dev/null; do wait $child; done
 wait $child
+"""
+# Stands in for sleep: two seconds between warnings are two tenths here.
+SLEEP = r"""#!/bin/bash
+exec {sleep} 0."$1"
 """
 SCONTROL = r"""#!/bin/bash
 echo "scontrol $*" >>calls
@@ -205,7 +209,9 @@ def program(tmp_path, monkeypatch):
     commands, run = tmp_path / "bin", tmp_path / "a run"
     commands.mkdir()
     run.mkdir()
-    for name, text in (("spantune", SPANTUNE), ("srun", SRUN), ("scontrol", SCONTROL)):
+    sleep = SLEEP.format(sleep=shutil.which("sleep"))
+    programs = {"spantune": SPANTUNE, "srun": SRUN, "scontrol": SCONTROL, "sleep": sleep}
+    for name, text in programs.items():
         (commands / name).write_text(text)
         (commands / name).chmod(0o755)
     for name in list(os.environ):
@@ -384,10 +390,16 @@ def test_a_mistake_in_asking_for_the_budget_is_not_an_interruption(program, code
 @pytest.mark.parametrize("name", ["SIGUSR2", "SIGUSR1"])
 def test_the_warning_reaches_a_rank_that_listens_late(program, name):
     # The rank ignores the first signals, as one does that is still loading its libraries.
-    process = program("open('up', 'a').write('early\\n'); time.sleep(3); listen()")
+    plan = """
+open("up", "a").write("early\\n")
+while not os.path.exists("warnings") or open("warnings").read().count("USR2") < 2:
+    time.sleep(0.01)
+listen()
+"""
+    process = program(plan)
     wait_for(program.run / "up", "early")
     process.send_signal(getattr(signal, name))
-    process.communicate(timeout=30)
+    process.communicate(timeout=60)
     assert (program.run / "up").read_text() == "early\nup\n"
     assert calls(program.run)[-2:] == ["may-requeue", "scontrol requeue 4711"]
 
