@@ -19,7 +19,7 @@ from typing import Any
 from runner.rundir import RunDir
 from runner.slurm_jobs import read_submission
 
-from .cluster import CHECKOUT, Cluster, freeze, is_alive, let_hear, thaw, until, waits
+from .cluster import CHECKOUT, ENDED, Cluster, freeze, is_alive, let_hear, thaw, until, waits
 
 DATA = CHECKOUT / "jobs" / "data"
 JOB = """
@@ -147,7 +147,7 @@ class Run:
         has begun to write by then is written."""
         # A life that goes on first drops rows behind its checkpoint, so count what is added.
         enough = max(self.steps(), default=0) + more
-        self.cluster.wait(self.job, "RUNNING", "COMPLETED", "FAILED")
+        self.cluster.wait(self.job, "RUNNING", *ENDED)
         restarts = self.cluster.show(self.job)["Restarts"]
         life = {"SLURM_RESTART_COUNT": restarts} if restarts != "0" else {}
 
