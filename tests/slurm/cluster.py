@@ -62,7 +62,7 @@ class Cluster:
     def wait(self, job: str, *states: str) -> dict[str, str]:
         """Wait until a job is in one of these states; without any, until it has ended."""
         states = states or ENDED
-        until(lambda: self.state(job) in states, f"job {job} is {', '.join(states)}", every=0.5)
+        until(lambda: self.state(job) in states, f"job {job} is {', '.join(states)}")
         return self.show(job)
 
     def step(self, script: str, **options: object) -> str:
@@ -173,7 +173,7 @@ def is_alive(pid: int) -> bool:
     return False
 
 
-def until(true: Callable[[], bool], what: str, *, every: float = 0.25) -> None:
+def until(true: Callable[[], bool], what: str, *, every: float = 0.5) -> None:
     """Wait until something is so, looking at it every so many seconds."""
     end = time.monotonic() + PATIENCE
     while not true():

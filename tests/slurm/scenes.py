@@ -46,7 +46,7 @@ class Jobs:
 
 def seen(run: Path, life: int, rank: int) -> dict[str, str]:
     path = run / f"life-{life}-{rank}"
-    until(lambda: path.exists() and path.read_text() != "", f"{path} is there")
+    until(lambda: path.exists() and path.read_text() != "", f"{path} is there", every=0.1)
     return json.loads(path.read_text())
 
 
