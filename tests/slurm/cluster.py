@@ -86,7 +86,7 @@ class Cluster:
             try:
                 environment = (path / "environ").read_bytes().split(b"\0")
                 dead = (path / "stat").read_text().rpartition(") ")[2].startswith("Z")
-                command = (path / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+                command = os.fsdecode((path / "cmdline").read_bytes().replace(b"\0", b" "))
             except OSError:
                 continue
             if wanted <= set(environment) and not dead:

@@ -13,7 +13,9 @@ def test_processes_of_a_job_and_of_a_trial_are_found(tmp_path):
     def begin(**variables: str) -> subprocess.Popen:
         conf = {"SLURM_CONF": f"{tmp_path}/slurm.conf"}
         return subprocess.Popen(
-            ["sleep", "60"], env={"PATH": os.environ["PATH"], **conf, **variables}
+            ["bash", "-c", "read", b"\xff"],  # any bytes may stand in a command line
+            stdin=subprocess.PIPE,
+            env={"PATH": os.environ["PATH"], **conf, **variables},
         )
 
     plain = begin(SLURM_JOB_ID="17")
