@@ -18,7 +18,7 @@ import pytest
 from runner.cli import main
 from runner.ranks import free_port
 from runner.rundir import RunDir
-from tests.interruptions import sets
+from tests.interruptions import outcome, sets
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 DATA = CHECKOUT / "jobs" / "data"
@@ -84,7 +84,7 @@ def rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_two_ranks_walk_a_whole_job(job_file, tmp_path, tiny, capsys):
+def test_two_ranks_walk_a_whole_job(zygote, job_file, tmp_path, tiny, capsys):
     job = job_file(model_extra='freeze = ["embeddings", "encoder.layer.0"]')
     done = deepspeed(job, "--run-dir", tmp_path / "run")
     assert done.returncode == 0, done.stderr[-3000:]
@@ -133,6 +133,11 @@ def test_two_ranks_walk_a_whole_job(job_file, tmp_path, tiny, capsys):
     # The key's bias shifts all scores of a query alike: its gradient is zero in theory, noise here.
     assert frozen <= unchanged
     assert not {n for n in unchanged - frozen if "key.bias" not in n}
+
+    # Ranks that are forks, as in the other tests, come to the same bits.
+    codes, text = zygote.run(job, "--run-dir", tmp_path / "forks", ranks=2)
+    assert codes == [0, 0], text
+    assert outcome(tmp_path / "forks") == outcome(run.path)
 
     # The record runs as it is; what is finished is told at once, what is another job refused.
     assert main(["check", str(run.job)]) == 0
