@@ -44,9 +44,14 @@ def run_pytest(
         pass: tests that are silently not collected must not look like success.
     """
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "TRITON_"))}
-    environment |= {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "TRITON_CACHE_DIR": str(folder)}
+    environment |= {
+        "OMP_NUM_THREADS": "1",  # other tests run beside it
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+        "TRITON_CACHE_DIR": str(folder),
+    }
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *options, *paths],
+        # The marker xdist_group is that plugin's.
+        [sys.executable, "-m", "pytest", "-p", "xdist", "-p", "no:cacheprovider", *options, *paths],
         cwd=CHECKOUT,
         env=environment | variables,
         capture_output=True,

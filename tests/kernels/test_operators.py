@@ -26,6 +26,7 @@ OF_RESULTS = ("test_schema", "test_faketensor")
 OF_REGISTRATION = ("test_autograd_registration", "test_aot_dispatch_dynamic")
 
 
+@pytest.mark.xdist_group("compiler")
 @pytest.mark.parametrize(
     "asked", [OF_RESULTS, pytest.param(OF_REGISTRATION, marks=SLOW_INTERPRETED)]
 )
@@ -54,6 +55,7 @@ def test_gradcheck(batch):
     assert torch.autograd.gradcheck(lambda x: span_loss(x, *batch.rows), [logits_T2])
 
 
+@pytest.mark.xdist_group("compiler")
 @pytest.mark.parametrize(
     "backend",
     [
