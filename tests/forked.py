@@ -4,6 +4,7 @@ and DeepSpeed: each then takes as long as what it does."""
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import tempfile
 from collections.abc import Iterator
@@ -22,16 +23,19 @@ runpy.run_path({script!r}, run_name="__main__")
 sys.stdout.flush()
 os._exit(0)
 """
-# A process that no launcher has started; it talks through two sockets where it is given their name.
+# A process that no launcher has started; where it is given a socket's name, its standard input and
+# output are two pipes that come through it.
 _COMMAND = """
 import os, runpy, socket, sys
 for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
     os.environ.pop(name, None)
 sys.argv = ["spantune", *{words!r}]
-for number in (0, 1) if {name!r} else ():
+if {name!r}:
     with socket.socket(socket.AF_UNIX) as end:
         end.connect({name!r})
-        os.dup2(end.fileno(), number)
+        for number, pipe in enumerate(socket.recv_fds(end, 1, 2)[1]):
+            os.dup2(pipe, number)
+            os.close(pipe)
 try:
     runpy.run_module("runner", run_name="__main__")
 except SystemExit as ended:
@@ -92,9 +96,11 @@ def talking(zygote: Zygote, *words: object) -> Iterator[Talking]:
         server.settimeout(120)
         code = _COMMAND.format(words=[*map(str, words)], name=server.getsockname())
         running = zygote.start(code=code)
-        (first, _), (second, _) = server.accept(), server.accept()
-    with first, second:
-        stdin, stdout = first.makefile("wb", 0), second.makefile("rb")
-    # The sockets are closed with these.
-    with stdin, stdout:
-        yield Talking(stdin, stdout, running)
+        end, _ = server.accept()
+    (its_stdin, stdin), (stdout, its_stdout) = os.pipe(), os.pipe()
+    with end:
+        socket.send_fds(end, [b"-"], [its_stdin, its_stdout])
+    os.close(its_stdin)
+    os.close(its_stdout)
+    with open(stdin, "wb", 0) as question, open(stdout, "rb") as answer:
+        yield Talking(question, answer, running)

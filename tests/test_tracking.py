@@ -329,8 +329,8 @@ def trouble(kind: str) -> Iterator[str]:
             yield server.url
 
 
-def family() -> set[int]:
-    return {process.pid for process in psutil.Process().children(recursive=True)}
+def family() -> set[psutil.Process]:
+    return set(psutil.Process().children(recursive=True))
 
 
 @pytest.mark.parametrize("kind", [slow("refused"), "silent", slow("broken"), slow("slow")])
@@ -339,15 +339,20 @@ def test_an_outage_neither_blocks_nor_outlives_a_run(start, kind, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     with trouble(kind) as url:
         monkeypatch.setenv("WANDB_BASE_URL", url)
-        trackers = start("wandb", "mlflow", mlflow_uri=url, wait=1.5, mode="online")
-        assert family() > before
+        trackers = start("wandb", "mlflow", mlflow_uri=url, wait=0.5, mode="online")
+        assert family() - before
         # More than pipe and buffer hold: were a row to wait for its reader, it would be for ever.
         row = {"step": 1, "text": "x" * 4000}
         for _ in range(500):
             trackers.log("train", row)
+        # W&B's library starts a process of its own, which is to end as well.
+        while len(begun := [process for process in family() if process not in before]) < 3:
+            assert len(begun) == 2, start.text
+            time.sleep(0.02)
         trackers.close()
-    left = family() - before
-    assert not left
+    assert not family() - before
+    # Killed, which of a grandchild nobody is told.
+    assert not psutil.wait_procs(begun, timeout=30)[1]
     assert "does not keep up" in start.text
     assert "rows are in the run's tables only" in start.text
     trackers.log("train", row)  # a late row does no harm
@@ -408,9 +413,9 @@ time.sleep(600)
 def test_a_tracker_that_is_killed_is_a_line(start):
     before = family()
     trackers = start("tensorboard")
-    (pid,) = family() - before
-    os.kill(pid, signal.SIGKILL)
-    psutil.wait_procs([psutil.Process(pid)], timeout=10)
+    (process,) = family() - before
+    process.kill()
+    psutil.wait_procs([process], timeout=10)
     for _ in range(3):
         log_all(trackers)
     trackers.close()
@@ -481,6 +486,6 @@ def test_nobody_is_told_unless_named(start):
     trackers = start()
     log_all(trackers)
     trackers.close()
-    assert family() == before
+    assert not family() - before
     assert not start.said
     assert not start.run.trackers.exists()
