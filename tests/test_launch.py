@@ -106,7 +106,7 @@ def test_every_rank_is_told_who_it_is(script):
         ("sys.exit(0 if rank else 74)", 74),
         ("sys.exit(76 if rank else 0)", 76),
         # One is killed; the other finds out, and says so.
-        (OTHER_IS_KILLED, 71),
+        pytest.param(OTHER_IS_KILLED, 71, id="one is killed and the other says so"),
     ],
 )
 def test_the_exit_code_is_the_ranks(script, code, expected):
