@@ -35,7 +35,7 @@ def batch_of(lengths, device, seed=0):
     [
         ((7,), 1),
         ((1, 1, 1), 0),
-        ((5, 130, 2, 64), 33),  # a window over a block's edge, and filling up from one to the next
+        ((5, 130, 2, 64), 55),  # a window over a block's edge, and filling up to the end of one
         ((3, 0, 4), 1),
         (tuple([2] * 70), 0),  # more windows than a program reads at once
         *(
