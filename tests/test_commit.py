@@ -38,36 +38,57 @@ def counts(*arguments: str) -> dict[str, int]:
     return json.loads(done.stdout)
 
 
-def test_a_kill_before_or_after_any_operation_costs_no_checkpoint():
+BOTH_PARTS = pytest.mark.parametrize("part", ["once", pytest.param("rest", marks=pytest.mark.slow)])
+
+
+@BOTH_PARTS
+def test_a_kill_before_or_after_any_operation_costs_no_checkpoint(part):
     """SIGKILL of either rank at each operation of save, rotate and resume; whatever was committed
-    by then is whole, is what the next start goes on from, and leads to the same end."""
-    found = counts("kill")
+    by then is whole, is what the next start goes on from, and leads to the same end. Once after
+    each of them; the rest is before each."""
+    found = counts("kill", part)
     operations = [value for name, value in found.items() if name.startswith("operations")]
     assert len(operations) == 4
     assert sum(operations) >= 60
-    assert found["kills"] == 2 * sum(operations)
+    assert found["kills"] == sum(operations)
 
 
-def test_kills_at_random_times():
-    assert counts("random", "100", "7")["kills"] >= 100
+@pytest.mark.parametrize(
+    ("times", "seed"), [("20", "7"), pytest.param("80", "8", marks=pytest.mark.slow)]
+)
+def test_kills_at_random_times(times, seed):
+    assert counts("random", times, seed)["kills"] >= int(times)
 
 
-def test_a_failed_operation_costs_no_checkpoint():
+@BOTH_PARTS
+def test_a_failed_operation_costs_no_checkpoint(part):
     """The Nth operation of a new run and of a resume fails, N = 1, 2, ... to the last, on either
-    rank: all ranks agree, say what is needed, and what was committed stays whole where it is."""
-    found = counts("fail")
-    scenarios = [found.pop(title) for title in ("new", "resume")]
+    rank: all ranks agree, say what is needed, and what was committed stays whole where it is. Once
+    each in one of its ways, in turn; the rest is in the others, of which a resume has none."""
+    found = counts("fail", part)
+    operations = {name: found.pop(name) for name in [*found] if name.startswith("operations")}
+    assert len(operations) == 4
+    new, resume = found.pop("new"), found.pop("resume", 0)
+    assert found.pop("lasting") >= 25
     assert set(found) == {"ENOSPC", "EDQUOT", "EIO", "EACCES", "short write"}
-    assert min(found.values()) >= 25
-    assert min(scenarios) >= 150
-    assert sum(found.values()) >= 800
+    assert sum(found.values()) == new + resume
+    if part == "once":
+        assert min(found.values()) >= 5
+        assert new + resume == sum(operations.values()) >= 400
+    else:
+        assert min(found.values()) >= 20
+        assert new >= 400
 
 
-def test_damage_is_never_loaded():
-    found = counts("damage")
-    assert (found["flips"], found["truncations"]) == (200, 50)
-    assert found["deleted"] + found["emptied"] + found["linked"] + found["swapped"] >= 15
-    assert (found["foreign"], found["refused"]) == (1, 3)
+@BOTH_PARTS
+def test_damage_is_never_loaded(part):
+    found = counts("damage", part)
+    others = [found.pop(how, 0) for how in ("deleted", "emptied", "linked", "swapped")]
+    if part == "once":
+        assert sum(others) >= 15
+        assert found == {"flips": 50, "truncations": 12, "foreign": 1, "refused": 3}
+    else:
+        assert found == {"flips": 150, "truncations": 38}
 
 
 def test_what_a_thawed_start_commits_is_never_loaded():
@@ -226,3 +247,69 @@ def test_the_folder_of_checkpoints_is_synced_into_its_parent(tmp_path, monkeypat
     monkeypatch.setattr(Files, "sync_folder", lambda _, path: synced.append(path))
     commit(Store(tmp_path / "checkpoints", 0), "step-000010-a0001")
     assert tmp_path in synced
+
+
+class Remembering(Files):
+    """Files that know what the disk does not have yet: what was written and not synced since, and
+    the folders whose names are newer than their last sync."""
+
+    def __init__(self) -> None:
+        self.unsynced: set[Path] = set()
+        self.paths: dict[int, Path] = {}
+        self.renamed: list[Path] = []
+
+    def make_folder(self, path: Path) -> None:
+        super().make_folder(path)
+        self.unsynced |= {path, path.parent}
+
+    def create(self, path: Path) -> int:
+        file = super().create(path)
+        self.paths[file] = path
+        self.unsynced |= {path, path.parent}
+        return file
+
+    def write(self, file: int, data: memoryview) -> int:
+        self.unsynced.add(self.paths[file])
+        return super().write(file, data)
+
+    def open(self, path: Path) -> int:
+        file = super().open(path)
+        self.paths[file] = path
+        return file
+
+    def sync(self, file: int) -> None:
+        super().sync(file)
+        self.unsynced.discard(self.paths[file])
+
+    def sync_folder(self, path: Path) -> None:
+        super().sync_folder(path)
+        self.unsynced.discard(path)
+
+    def rename(self, old: Path, new: Path) -> None:
+        inside = sorted(path for path in self.unsynced if path.is_relative_to(old))
+        assert not inside, "a power cut after the rename would take these"
+        super().rename(old, new)
+        self.renamed.append(new)
+        self.unsynced |= {old.parent, new.parent}
+
+
+def test_all_is_on_the_disk_before_it_gets_its_name(tmp_path):
+    """And the name itself, once the checkpoint counts."""
+    files = Remembering()
+    store = Store(tmp_path / "checkpoints", 0, files)
+    for name in ("step-000010-a0001", "step-000020-a0001"):
+        store.begin(name)
+        stage = store.stage(name)
+        stage.put("folder/rank-0000.pt", lambda file: file.write(b"weights") and None)
+        model = stage.folder / "model" / "weights"  # as a library writes it, which syncs nothing
+        model.parent.mkdir()
+        model.write_bytes(b"weights")
+        files.unsynced |= {model, model.parent, stage.folder}
+        stage.adopt("model")
+        store.commit(name, stage.entries, {})
+        assert files.renamed.pop() == store.folder / name
+        assert not files.unsynced
+    store.quarantine("step-000020-a0001")
+    store.remove(["step-000010-a0001"])
+    assert len(files.renamed) == 2
+    assert not files.unsynced

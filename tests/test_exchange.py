@@ -3,61 +3,57 @@ shared. Real ranks are processes of their own here."""
 
 from __future__ import annotations
 
+import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from runner.exchange import _mapped
-from runner.ranks import free_port
+from tests.forked import forked
 
 WORKER = Path(__file__).parent / "workers" / "exchange_ranks.py"
+pytestmark = pytest.mark.xdist_group("exchange")
 
 
-def ranks(world: int, *arguments: str) -> list[str]:
-    """What each rank of the worker says."""
-    environment = os.environ | {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        "WORLD_SIZE": str(world),
-        "PYTHONPATH": str(WORKER.parents[2]),
-    }
-    running = [
-        subprocess.Popen(
-            [sys.executable, WORKER, *arguments],
-            env=environment | {"RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(world)
-    ]
-    said = [process.communicate(timeout=120)[0] for process in running]
-    assert [process.returncode for process in running] == [0] * world
-    return said
+@pytest.fixture(scope="module")
+def said(zygote) -> list[dict[str, list[str]]]:
+    """What the ranks say of every exchange: its kind, a hash of the weights."""
+    lines = forked(zygote, WORKER, ranks=3)
+    found = [json.loads(line) for line in lines if line.startswith("{")]
+    assert len(found) == 3
+    return found
+
+
+def of(said: list[dict[str, list[str]]], key: str) -> tuple[set[str], set[str]]:
+    """Kinds and hashes of one exchange; as many ranks as it had."""
+    found = [rank[key] for rank in said if key in rank]
+    assert len(found) == int(key[0])
+    return {kind for kind, _ in found}, {hashed for _, hashed in found}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("world", [2, 3])
-def test_shared_memory_gives_what_messages_give(world, dtype):
+def test_shared_memory_gives_what_messages_give(said, world, dtype):
     """Twenty steps of random gradients, ranks out of pace: the same weights on all ranks, to the
     bit with two of them, since there a sum of gradients has one order only."""
-    by_memory = ranks(world, dtype, "shared")
-    by_messages = ranks(world, dtype, "messages")
-    assert {text.split()[0] for text in by_memory} == {"shared"}
-    assert {text.split()[0] for text in by_messages} == {"messages"}
-    assert len({text.split()[2] for text in by_memory}) == 1
-    assert len({text.split()[2] for text in by_messages}) == 1
+    kinds, by_memory = of(said, f"{world} {dtype} shared")
+    assert kinds == {"shared"}
+    kinds, by_messages = of(said, f"{world} {dtype} messages")
+    assert kinds == {"messages"}
+    assert len(by_memory) == len(by_messages) == 1
     if world == 2:
-        assert by_memory[0].split()[2] == by_messages[0].split()[2]
+        assert by_memory == by_messages
 
 
-def test_ranks_that_cannot_see_the_memory_send_messages():
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_that_cannot_see_the_memory_send_messages(said, world, dtype):
     """As on two machines: one rank alone fails to map it, and none uses it."""
-    said = ranks(2, "float32", "elsewhere")
-    assert {text.split()[0] for text in said} == {"messages"}
-    assert said[0] == said[1]
+    kinds, hashes = of(said, f"{world} {dtype} elsewhere")
+    assert kinds == {"messages"}
+    assert len(hashes) == 1
+    assert world != 2 or hashes == of(said, f"{world} {dtype} messages")[1]
 
 
 def test_another_file_behind_the_same_number_is_not_taken(tmp_path):

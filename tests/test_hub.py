@@ -18,6 +18,8 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
+from tests.forked import command
+
 CHECKOUT = Path(__file__).resolve().parents[1]
 MODEL, DATA = "tiny-owner/tiny-bert", "tiny-owner/product-qa"
 CARD = """---
@@ -193,57 +195,74 @@ def data_files() -> dict[str, bytes]:
     return files | {"README.md": CARD.format(**counts).encode()}
 
 
-def ask(environment: dict[str, str], code: str, **more: str) -> str:
-    """Run a few lines in a process of their own, with runner.hub there; returns what they print,
-    or the error's sentence."""
-    script = f"""
+ASK = """
+import json, sys
 from runner import hub
 from runner.errors import AssetError
-try:
-    {code}
-except AssetError as error:
-    print("AssetError:", error)
+questions, patience = json.loads(sys.argv[1])
+hub.PATIENCE = patience
+for question in questions:
+    try:
+        found = hub.snapshot(*question)
+        print(found.commit, *sorted(path.name for path in found.folder.rglob("*")))
+    except AssetError as error:
+        print("AssetError:", error)
 """
+
+
+def ask(
+    environment: dict[str, str],
+    *questions: tuple[str, str, str | None],
+    patience: float = 10,
+    **more: str,
+) -> list[str]:
+    """Ask runner.hub for snapshots (kind, name, revision) in a process of their own; returns the
+    commit and the names of the files of each, or the error's sentence."""
     done = subprocess.run(
-        [sys.executable, "-c", script],
+        [sys.executable, "-c", ASK, json.dumps([questions, patience])],
         cwd=CHECKOUT,
         env={**environment, **more},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout.strip()
+    answers = done.stdout.splitlines()
+    assert len(answers) == len(questions)
+    return answers
 
 
-def names(environment, kind: str, name: str, revision: str | None = None, **more: str) -> str:
-    code = f"hub.PATIENCE = 1; found = hub.snapshot({kind!r}, {name!r}, {revision!r})"
-    code += "; print(found.commit, *sorted(p.name for p in found.folder.rglob('*')))"
-    return ask(environment, code, **more)
+def model(revision: str | None = None) -> tuple[str, str, str | None]:
+    return "model", MODEL, revision
+
+
+def data(revision: str | None = None) -> tuple[str, str, str | None]:
+    return "dataset", DATA, revision
 
 
 def test_a_model_is_fetched_once_without_what_no_run_needs(hub, environment, model_files):
     old = hub.push("model", MODEL, model_files | {"config.json": b"{}"})
     commit = hub.push("model", MODEL, model_files)
     needed = sorted(set(model_files) - {"README.md", "tf_model.h5", "onnx/config.json"})
-    assert names(environment, "model", MODEL) == " ".join([commit, *needed])
-    assert names(environment, "model", MODEL, "main") == " ".join([commit, *needed])
-    assert names(environment, "model", MODEL, old) == " ".join([old, *needed])
+    newest, earlier = " ".join([commit, *needed]), " ".join([old, *needed])
+    assert ask(environment, model(), model("main"), model(old)) == [newest, newest, earlier]
     # A commit in the cache needs no hub, not even a look at it.
     hub.requests.clear()
-    assert names(environment, "model", MODEL, commit) == " ".join([commit, *needed])
+    assert ask(environment, model(commit)) == [newest]
     assert hub.requests == []
-    assert names(environment, "model", MODEL).startswith(commit)
+    assert ask(environment, model()) == [newest]
     assert hub.requests
 
 
 def test_a_branch_that_moved_is_fetched_anew_and_a_commit_stays(hub, environment, data_files):
     first = hub.push("dataset", DATA, data_files)
-    assert names(environment, "dataset", DATA).startswith(first)
+    (found,) = ask(environment, data())
+    assert found.startswith(first)
     second = hub.push("dataset", DATA, data_files | {"README.md": b"# other"})
-    assert names(environment, "dataset", DATA).startswith(second)
-    assert names(environment, "dataset", DATA, first).startswith(first)
+    moved, stayed = ask(environment, data(), data(first))
+    assert moved.startswith(second)
+    assert stayed.startswith(first)
 
 
 @pytest.mark.parametrize("network", ["offline", "refused", "silent", "broken"])
@@ -251,7 +270,7 @@ def test_the_cache_is_used_where_the_hub_gives_nothing(hub, environment, data_fi
     """And never another revision than the pinned one, as `datasets` would."""
     first = hub.push("dataset", DATA, data_files)
     second = hub.push("dataset", DATA, data_files | {"README.md": b"# other"})
-    assert names(environment, "dataset", DATA, "main").startswith(second)
+    assert ask(environment, data("main"))[0].startswith(second)
     with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections, says nothing
         more = {
             "offline": {"HF_HUB_OFFLINE": "1"},
@@ -259,122 +278,114 @@ def test_the_cache_is_used_where_the_hub_gives_nothing(hub, environment, data_fi
             "silent": {"HF_ENDPOINT": f"http://127.0.0.1:{silent.getsockname()[1]}"},
             "broken": {"HF_ENDPOINT": f"{hub.url}/elsewhere"},
         }[network]
-        for revision in (None, "main", second):
-            code = (
-                f"hub.PATIENCE = 1; print(hub.snapshot('dataset', {DATA!r}, {revision!r}).commit)"
-            )
-            assert ask(environment, code, **more) == second
-        code = f"hub.PATIENCE = 1; hub.snapshot('dataset', {DATA!r}, {first!r})"
-        told = ask(environment, code, **more)
+        questions = [data(revision) for revision in (None, "main", second, first)]
+        *found, told = ask(environment, *questions, patience=0.5, **more)
+    assert {text.split()[0] for text in found} == {second}
     assert told.startswith(f"AssetError: {DATA}: ")
     if network != "broken":  # a hub that answers says that there is no such data set
         assert told.endswith(f"hf download {DATA} --repo-type dataset --revision {first}")
         why = {"offline": "HF_HUB_OFFLINE keeps", "refused": "refused", "silent": "timed out"}
         assert why[network] in told
-    assert "\n" not in told
 
 
 def test_what_the_hub_does_not_have(hub, environment, model_files):
     hub.push("model", MODEL, model_files)
-    told = names(environment, "model", MODEL, "v9")
-    assert told == f"AssetError: {MODEL}: the hub has no revision v9 of this model"
-    told = names(environment, "model", "nobody/nothing")
-    assert told.startswith(
+    revision, name = ask(environment, model("v9"), ("model", "nobody/nothing", None))
+    assert revision == f"AssetError: {MODEL}: the hub has no revision v9 of this model"
+    assert name.startswith(
         "AssetError: nobody/nothing: the hub has no model of this name, or it is"
     )
-    assert told.endswith("run: hf auth login")
+    assert name.endswith("run: hf auth login")
 
 
 def test_a_download_that_was_cut_short_is_no_snapshot(hub, environment, model_files, tmp_path):
     commit = hub.push("model", MODEL, model_files)
-    names(environment, "model", MODEL, commit)
+    ask(environment, model(commit))
     (weights,) = (tmp_path / "huggingface").rglob("model.safetensors")
     weights.unlink()
-    told = names(environment, "model", MODEL, commit, HF_HUB_OFFLINE="1")
+    (told,) = ask(environment, model(commit), HF_HUB_OFFLINE="1")
     assert "1 file(s) are missing (model.safetensors) from the local cache" in told
     assert "hf download" in told
-    assert "model.safetensors" in names(environment, "model", MODEL, commit)  # the rest is fetched
+    assert "model.safetensors" in ask(environment, model(commit))[0]  # the rest is fetched
+
+
+def push_both(hub: Hub, owner: str, model_files: dict, data_files: dict) -> tuple[str, str, str]:
+    """The text of a job with a model and a data set of an owner, and the names of the two."""
+    model, data = f"{owner}/tiny-bert", f"{owner}/product-qa"
+    data_commit = hub.push("dataset", data, data_files)
+    model_commit = hub.push("model", model, model_files)
+    # Both have moved on since the job was written.
+    hub.push("dataset", data, {"README.md": b"# empty"})
+    hub.push("model", model, {"config.json": b"{}"})
+    text = JOB.format(data=data, data_commit=data_commit, model=model, model_commit=model_commit)
+    return text, model, data
 
 
 @pytest.fixture
-def job(hub, model_files, data_files, tmp_path) -> Path:
-    path = tmp_path / "job.toml"
-    data_commit = hub.push("dataset", DATA, data_files)
-    model_commit = hub.push("model", MODEL, model_files)
-    # Both have moved on since the job was written.
-    hub.push("dataset", DATA, {"README.md": b"# empty"})
-    hub.push("model", MODEL, {"config.json": b"{}"})
-    text = JOB.format(data=DATA, data_commit=data_commit, model=MODEL, model_commit=model_commit)
-    path.write_text(text, encoding="utf-8")
-    return path
+def login_node(environment) -> dict[str, str]:
+    """For a process that finds this hub, and fills the cache of the zygote, which has none."""
+    return environment | {"HF_HOME": os.environ["HF_HOME"]}
 
 
-def spantune(environment, *arguments: object, **more: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, CHECKOUT / "runner" / "main.py", *arguments]
-    return subprocess.run(
-        [str(word) for word in command],
-        env={**environment, **more},
+def test_check_on_the_login_node_brings_all_that_the_run_needs(
+    hub, login_node, zygote, model_files, data_files, tmp_path, tiny
+):
+    """The run is one without network, as HF_HUB_OFFLINE makes it."""
+    job = tmp_path / "job.toml"
+    text, model, _ = push_both(hub, "checked", model_files, data_files)
+    job.write_text(text)
+    checked = subprocess.run(
+        [sys.executable, CHECKOUT / "runner" / "main.py", "check", "--data", job],
+        env=login_node,
         capture_output=True,
         text=True,
         timeout=300,
         check=False,
     )
-
-
-def test_check_on_the_login_node_brings_all_that_the_run_needs(
-    hub, environment, job, tmp_path, tiny
-):
-    checked = spantune(environment, "check", "--data", job)
     assert checked.returncode == 0, checked.stderr[-3000:]
     assert re.search(r"train +\| +16 \|", checked.stdout)
     hub.close()
-    done = spantune(
-        environment,
-        "rank",
-        job,
-        "--run-dir",
-        tmp_path / "run",
-        "--threads",
-        "1",
-        HF_HUB_OFFLINE="1",
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    codes, said = zygote.run(job, "--run-dir", tmp_path / "run")
+    assert codes == [0], said
     record = json.loads((tmp_path / "run" / "provenance.json").read_text())
-    pinned = re.findall("[0-9a-f]{40}", job.read_text())
+    pinned = re.findall("[0-9a-f]{40}", text)
     weights = (tiny("bert") / "model.safetensors").read_bytes()
-    assert record["model"]["name"] == MODEL
+    assert record["model"]["name"] == model
     assert record["model"]["revision"] == pinned[2]
     assert record["model"]["sha256"] == hashlib.sha256(weights).hexdigest()
     assert {part["revision"] for part in record["data"].values()} == {pinned[0]}
     exported = (tmp_path / "run" / "model").iterdir()
-    text = "".join(p.read_text() for p in exported if p.suffix in (".json", ".md"))
-    assert f'base_model: "{MODEL}"' in text
-    assert str(tmp_path) not in text  # the cache's folder stays here
+    written = "".join(p.read_text() for p in exported if p.suffix in (".json", ".md"))
+    assert f'base_model: "{model}"' in written
+    assert os.environ["HF_HOME"] not in written  # the cache's folder stays here
+    assert str(tmp_path) not in written
 
 
 def test_what_is_missing_offline_ends_the_run_with_the_commands_that_fetch_it(
-    hub, environment, job, tmp_path
+    hub, login_node, zygote, model_files, data_files, tmp_path
 ):
     """And the commands, followed to the letter, are enough."""
-    runs = tmp_path / "runs"
-    done = spantune(environment, "rank", job, "--runs", runs, HF_HUB_OFFLINE="1")
-    assert done.returncode == 69, done.stderr[-3000:]
-    assert f"{MODEL} and {DATA}" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+    job = tmp_path / "job.toml"
+    text, *assets = push_both(hub, "missing", model_files, data_files)
+    job.write_text(text)
+    codes, said = zygote.run(job, "--runs", tmp_path / "runs")
+    assert codes == [69], said
+    assert " and ".join(assets) in said
+    assert "Traceback" not in said
+    assert len(said.strip().splitlines()) == 1
     hf = Path(sys.executable).with_name("hf")
     assert hf.is_file()
-    commands = done.stderr.partition("on a machine with network run: ")[2].strip().split(" && ")
-    for asset, command in zip((MODEL, DATA), map(shlex.split, commands), strict=True):
-        assert command[:3] == ["hf", "download", asset]
+    commands = said.partition("on a machine with network run: ")[2].strip().split(" && ")
+    for asset, words in zip(assets, map(shlex.split, commands), strict=True):
+        assert words[:3] == ["hf", "download", asset]
         fetched = subprocess.run(
-            [str(hf), *command[1:]],
-            env=environment,
+            [str(hf), *words[1:]],
+            env=login_node,
             capture_output=True,
             text=True,
             timeout=100,
             check=False,
         )
         assert fetched.returncode == 0, fetched.stderr[-2000:]
-    done = spantune(environment, "check", "--data", job, HF_HUB_OFFLINE="1")
-    assert done.returncode == 0, done.stderr[-3000:]
+    code, said = command(zygote, "check", "--data", job)
+    assert code == 0, said

@@ -25,6 +25,7 @@ from runner.metrics import (
     squad_v2_scores,
     tune_null_threshold,
 )
+from tests.forked import forked
 
 CHECKOUT = Path(__file__).parents[1]
 DATA = Path(os.environ.get("SPANTUNE_TEST_DATA", CHECKOUT / "../shared/data"))
@@ -474,23 +475,37 @@ print(json.dumps({
 """
 
 
-def test_metric_objects_speak_the_hubs_format_and_leave_nothing_behind(tmp_path):
+@pytest.mark.parametrize("fresh", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_metric_objects_speak_the_hubs_format_and_leave_nothing_behind(tmp_path, zygote, fresh):
+    """In a process that has imported torch, or nothing at all, before."""
+    home, script = tmp_path / "home", tmp_path / "script.py"
+    (home / "scratch").mkdir(parents=True)
+    script.write_text(HUB_STYLE)
     environment = {
-        **os.environ,
-        **dict.fromkeys(("HOME", "HF_HOME", "XDG_CACHE_HOME"), str(tmp_path)),
-        "TMPDIR": str(tmp_path / "scratch"),  # torch makes an empty folder there
+        **dict.fromkeys(("HOME", "HF_HOME", "XDG_CACHE_HOME"), str(home)),
+        "TMPDIR": str(home / "scratch"),  # torch makes an empty folder there
         "HF_HUB_OFFLINE": "1",
         "PYTHONPATH": str(CHECKOUT),
         "PYTHONDONTWRITEBYTECODE": "1",
     }
-    for name in ("HF_METRICS_CACHE", "HF_EVALUATE_CACHE", "HF_DATASETS_CACHE", "HF_MODULES_CACHE"):
-        environment.pop(name, None)
-    (tmp_path / "scratch").mkdir()
-    out = subprocess.run(
-        [sys.executable, "-c", HUB_STYLE],
-        cwd=tmp_path, env=environment, check=True, capture_output=True, text=True,
-    )  # fmt: skip
-    said = json.loads(out.stdout)
+    caches = ("HF_METRICS_CACHE", "HF_EVALUATE_CACHE", "HF_DATASETS_CACHE", "HF_MODULES_CACHE")
+    if fresh:
+        inherited = {name: value for name, value in os.environ.items() if name not in caches}
+        out = subprocess.run(
+            [sys.executable, script],
+            cwd=home, env=inherited | environment, check=True, capture_output=True, text=True,
+        )  # fmt: skip
+        (line,) = out.stdout.splitlines()
+    else:
+        code = f"""
+for name in {caches!r}:
+    os.environ.pop(name, None)
+os.environ |= {environment!r}
+os.chdir({str(home)!r})
+sys.dont_write_bytecode = True
+"""
+        (line,) = forked(zygote, script, code=code)
+    said = json.loads(line)
     assert said["first"] == said["again"] == said["combined"]
     assert said["first"] == {"exact_match": 50.0, "f1": 100.0 * (1.0 + 2 / 3) / 2}
     assert said["twice"]["exact_match"] == 100.0 * 2 / 3

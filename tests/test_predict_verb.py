@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+import signal
 
 import pytest
 import torch
@@ -17,8 +14,8 @@ from runner.errors import DataError, MachineError, StorageError
 from runner.job import Columns
 from runner.predict import Predictor
 from runner.predict_verb import lines_to, predict_lines, predict_questions
+from tests.forked import talking
 
-ROOT = Path(__file__).parents[1]
 CONTEXT = "The lantern folds flat; its battery lasts nine hours on the bright setting."
 
 
@@ -153,40 +150,24 @@ def test_one_question(opening):
 # ---- the command
 
 
-def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "runner", *arguments]
-
-
-def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
-
-
-def test_answers_come_out_while_questions_still_arrive(tiny):
-    with subprocess.Popen(
-        command("predict", str(tiny("bert")), "--device", "cpu", "--threads", "1"),
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        env=environment(), cwd=ROOT,
-    ) as process:  # fmt: skip
-        assert process.stdin is not None
-        assert process.stdout is not None
-        assert process.stderr is not None
+def test_answers_come_out_while_questions_still_arrive(zygote, tiny):
+    with talking(zygote, "predict", tiny("bert"), "--device", "cpu", "--threads", 1) as process:
         for number in range(3):  # each answer is there before the next question is asked
             row = {"id": number, "question": "How long?", "context": CONTEXT}
             process.stdin.write(json.dumps(row).encode() + b"\n")
-            process.stdin.flush()
             assert json.loads(process.stdout.readline())["id"] == str(number)
         process.stdin.write(b"{}\n")
-        process.stdin.close()
-        assert process.wait(60) == 65
-        assert b"stdin:4: " in process.stderr.read()
+        code, said = process.end()
+    assert code == 65
+    assert "stdin:4: " in said
 
 
-def test_a_reader_who_has_seen_enough_ends_the_command(tiny, tmp_path):
+def test_a_reader_who_has_seen_enough_ends_the_command(zygote, tiny, tmp_path):
     path = tmp_path / "q.jsonl"
     path.write_text(rows(*["How long?"] * 300))
-    done = subprocess.run(
-        f'"{sys.executable}" -m runner predict "{tiny("bert")}" "{path}" --device cpu | head -n 1',
-        shell=True, capture_output=True, timeout=120, env=environment(), cwd=ROOT, check=False,
-    )  # fmt: skip
-    assert json.loads(done.stdout)["id"] == "1"
-    assert b"Traceback" not in done.stderr
+    with talking(zygote, "predict", tiny("bert"), path, "--device", "cpu") as process:
+        assert json.loads(process.stdout.readline())["id"] == "1"
+        process.stdout.close()
+        code, said = process.end()
+    assert code == 128 + signal.SIGPIPE
+    assert "Traceback" not in said

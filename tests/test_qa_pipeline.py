@@ -24,14 +24,26 @@ CONTEXT = (
 QUESTION = "How long does the paint need to dry?"
 
 
+@functools.cache
+def loaded(folder):
+    """Tokenizer and model by plain transformers."""
+    model = AutoModelForQuestionAnswering.from_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder), model.eval()
+
+
+@functools.cache
+def opened(folder):
+    """The drop-in, for all calls."""
+    return pipeline(model=str(folder), device="cpu")
+
+
 def old_pipeline(
     folder, question, context, *, top_k=1, handle_impossible_answer=False, max_answer_len=15,
     max_seq_len=64, doc_stride=16, align_to_words=True,
 ):  # fmt: skip
     """What transformers 4 answered, by the steps of its documentation: probabilities of start and
     end over context and [CLS], their products, the best of each window, words, sums, order."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForQuestionAnswering.from_pretrained(folder).eval()
+    tokenizer, model = loaded(folder)
     encoded = tokenizer(
         question, context, truncation="only_second", max_length=max_seq_len, stride=doc_stride,
         return_overflowing_tokens=True, return_offsets_mapping=True,
@@ -95,9 +107,7 @@ def ask(tiny):
 )
 def test_numbers_and_texts_are_the_old_ones(tiny, kind, options):
     options = {"max_seq_len": 64, "doc_stride": 16} | options
-    found = pipeline(model=str(tiny(kind)), device="cpu")(
-        question=QUESTION, context=CONTEXT, **options
-    )
+    found = opened(tiny(kind))(question=QUESTION, context=CONTEXT, **options)
     wanted = old_pipeline(tiny(kind), QUESTION, CONTEXT, **options)
     found = [found] if isinstance(found, dict) else found
     assert len(found) == len(wanted)

@@ -8,7 +8,10 @@ from runner.report import write_comparison, write_report
 from tests.browser import find_browser, start_browser
 from tests.sample_runs import HOSTILE, make_run, predictions
 
-pytestmark = pytest.mark.skipif(find_browser() is None, reason="no Chromium on the path")
+pytestmark = [
+    pytest.mark.skipif(find_browser() is None, reason="no Chromium on the path"),
+    pytest.mark.xdist_group("browser"),  # one for all pages
+]
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,25 +12,19 @@ import torch
 
 from runner.errors import DataError
 from runner.shards import _differences, load_plain
+from tests.forked import forked
 
 WORKER = Path(__file__).with_name("workers") / "shard_cells.py"
 CELLS = [f"{s}-{p}-{n}" for s in range(4) for p in ("fp32", "bf16") for n in (1, 2)]
 
 
 @pytest.fixture(scope="module")
-def cells(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, object]]:
-    done = subprocess.run(
-        [sys.executable, str(WORKER), str(tmp_path_factory.mktemp("shards"))],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        env={n: v for n, v in os.environ.items() if n not in ("RANK", "WORLD_SIZE", "MASTER_PORT")},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+def cells(tmp_path_factory: pytest.TempPathFactory, zygote) -> dict[str, dict[str, object]]:
+    *_, last = forked(zygote, WORKER, tmp_path_factory.mktemp("shards"))
+    return json.loads(last)
 
 
+@pytest.mark.xdist_group("shards")
 @pytest.mark.parametrize("cell", CELLS)
 def test_an_engine_comes_back_to_the_bit(cells, cell):
     """Frozen parameters and buffers too, whatever the other engine had; and goes on alike."""
@@ -46,6 +38,7 @@ def test_an_engine_comes_back_to_the_bit(cells, cell):
     assert found["strange"] == []
 
 
+@pytest.mark.xdist_group("shards")
 @pytest.mark.parametrize("cell", CELLS)
 def test_a_state_that_is_loaded_wrong_is_found_out(cells, cell):
     assert "DeepSpeed loads another state than it saved: " in str(cells[cell]["caught"])

@@ -6,7 +6,7 @@ import string
 
 import pytest
 import tomli
-from hypothesis import given, reject, settings
+from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
 
 from runner.toml_lines import key_lines, line_of
@@ -153,18 +153,26 @@ def paths(value, path=()):
         yield from paths(inner, (*path, key))
 
 
-def holds(line: str, key: str) -> bool:
+def holds_key(line: str, key: str) -> bool:
     """Whether a line holds a key in one of its spellings."""
     return key in line or basic(key)[1:-1] in line
 
 
-@settings(max_examples=400, deadline=None)
-@given(documents())
-def test_every_key_of_a_random_document_is_found(text):
-    try:
-        table = tomli.loads(text)
-    except tomli.TOMLDecodeError:
-        reject()  # a key given twice
+@pytest.mark.parametrize("examples", [100, pytest.param(400, marks=pytest.mark.slow)])
+def test_every_key_of_a_random_document_is_found(examples):
+    @settings(max_examples=examples, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    @given(documents())
+    def holds(text):
+        try:
+            table = tomli.loads(text)
+        except tomli.TOMLDecodeError:
+            reject()  # a key given twice
+        check_lines(text, table)
+
+    holds()
+
+
+def check_lines(text: str, table: dict) -> None:
     found, written = key_lines(text), text.split("\n")
     for path in paths(table):
         line = line_of(found, path)
@@ -172,5 +180,5 @@ def test_every_key_of_a_random_document_is_found(text):
         names = [part for part in path if isinstance(part, str) and not part.startswith(INLINE)]
         if path[-1] == names[-1]:
             assert path in found
-            assert holds(written[line - 1], names[-1])
+            assert holds_key(written[line - 1], names[-1])
     assert set(found) <= set(paths(table))

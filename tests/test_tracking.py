@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -40,42 +41,50 @@ ROWS = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def nobody(monkeypatch, tmp_path) -> None:
+def isolate(patch: pytest.MonkeyPatch, home: Path) -> None:
     """No account, no server, no home of the user: nothing can be sent anywhere."""
     for name in [name for name in os.environ if name.startswith(("WANDB_", "MLFLOW_", "SLURM_"))]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+        patch.delenv(name)
+    patch.setenv("HOME", str(home))
+    patch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+
+
+@pytest.fixture(autouse=True)
+def nobody(monkeypatch, tmp_path) -> None:
+    isolate(monkeypatch, tmp_path)
+
+
+class Started:
+    """`start(tool, ...)` starts trackers on a run folder; `.said` holds what the user is told."""
+
+    def __init__(self, folder: Path) -> None:
+        self.run = RunDir(folder / "run")
+        self.said: list[str] = []
+        self.started: list[Trackers] = []
+
+    def __call__(self, *tools: str, **section: object) -> Trackers:
+        for tool in tools:
+            pytest.importorskip(tool)
+        self.run.path.mkdir(exist_ok=True)
+        section = Track.model_validate({"tools": tools} | section)
+        trackers = start_trackers(section, self.run, "job", CONFIG, self.said.append)
+        self.started.append(trackers)
+        return trackers
+
+    @property
+    def text(self) -> str:
+        return "\n".join(self.said)
+
+    def close(self) -> None:
+        for trackers in self.started:
+            trackers.close()
 
 
 @pytest.fixture
-def start(tmp_path):
-    """`start(tool, ...)` starts trackers on a run folder; `.said` holds what the user is told."""
-    started: list[Trackers] = []
-
-    class Started:
-        run = RunDir(tmp_path / "run")
-
-        def __init__(self) -> None:
-            self.said: list[str] = []
-
-        def __call__(self, *tools: str, **section: object) -> Trackers:
-            for tool in tools:
-                pytest.importorskip(tool)
-            self.run.path.mkdir(exist_ok=True)
-            section = Track.model_validate({"tools": tools} | section)
-            trackers = start_trackers(section, self.run, "job", CONFIG, self.said.append)
-            started.append(trackers)
-            return trackers
-
-        @property
-        def text(self) -> str:
-            return "\n".join(self.said)
-
-    yield Started()
-    for trackers in started:
-        trackers.close()
+def start(tmp_path) -> Iterator[Started]:
+    started = Started(tmp_path)
+    yield started
+    started.close()
 
 
 def log_all(trackers: Trackers) -> None:
@@ -113,13 +122,45 @@ def wandb_history(folder: Path, name: str) -> list[tuple[int, float]]:
     return [(row["step"], row[name]) for row in rows if name in row]
 
 
-def test_wandb_records_offline(start):
-    trackers = start("wandb", mode="offline", project="products")
-    trackers.resume([EARLIER])
-    log_all(trackers)
-    trackers.close()
+@pytest.fixture(scope="module")
+def offline(tmp_path_factory) -> Iterator[tuple[Started, int]]:
+    """A whole run with all trackers as a SLURM job has it, and how often a server was asked."""
+    folder = tmp_path_factory.mktemp("tracked")
+    started = Started(folder)
+    with pytest.MonkeyPatch.context() as patch, loopback("answers") as server:
+        isolate(patch, folder)
+        patch.setenv("SLURM_JOB_ID", "17")
+        patch.setenv("WANDB_API_KEY", "0" * 40)
+        patch.setenv("WANDB_BASE_URL", server.url)
+        # More settings than MLflow takes in one call.
+        patch.setitem(CONFIG, "many", {f"key{n}": n for n in range(230)})
+        tools = ("wandb", "tensorboard", "mlflow")
+        trackers = started(*tools, project="products", mlflow_uri=server.url)
+        trackers.resume([EARLIER])
+        log_all(trackers)
+        trackers.close()
+        asked = server.requests
+    yield started, asked
+    started.close()
+
+
+together = pytest.mark.xdist_group("tracking")  # one such run for all
+
+
+@together
+def test_in_a_slurm_job_nothing_is_sent_unless_asked_for(offline):
+    """What is sent where it is asked for: test_after_an_outage_the_run_folder_has_it_all."""
+    start, asked = offline
+    assert asked == 0
+    assert "wandb: offline" in start.text
+    assert "mlflow: to look at it: " in start.text
+
+
+@together
+def test_wandb_records_offline(offline):
+    start, _ = offline
     assert "wandb: offline; to send it: wandb sync " in start.text
-    folder = Path(start.text.split("wandb sync ")[1])
+    folder = Path(start.text.split("wandb sync ")[1].splitlines()[0])
     assert folder.is_dir()
     assert folder.is_relative_to(start.run.trackers)
     history = wandb_history(start.run.trackers, "train/loss_nats")
@@ -141,10 +182,9 @@ def test_wandb_records_offline(start):
     assert [r.exit.exit_code for r in records if r.HasField("exit")] == [0]
 
 
-def test_tensorboard_records(start):
-    trackers = start("tensorboard")
-    log_all(trackers)
-    trackers.close()
+@together
+def test_tensorboard_records(offline):
+    start, _ = offline
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(start.run.trackers / "tensorboard"))
@@ -157,12 +197,9 @@ def test_tensorboard_records(start):
     assert b'"learning_rate": 2e-05' in events.Tensors("job")[0].tensor_proto.string_val[0]
 
 
-def test_mlflow_records_in_the_run_folder(start, monkeypatch):
-    # More settings than MLflow takes in one call.
-    monkeypatch.setitem(CONFIG, "many", {f"key{n}": n for n in range(230)})
-    trackers = start("mlflow", project="products")
-    log_all(trackers)
-    trackers.close()
+@together
+def test_mlflow_records_in_the_run_folder(offline, monkeypatch):
+    start, _ = offline
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     from mlflow import MlflowClient
 
@@ -175,34 +212,36 @@ def test_mlflow_records_in_the_run_folder(start, monkeypatch):
     assert run.data.metrics["result/f1"] == 51.0
     history = client.get_metric_history(run.info.run_id, "train/loss_nats")
     assert [(m.step, m.value) for m in history] == [(1, 2.0), (2, 1.0)]
-    # Another attempt of the same run goes on in the same place; it is cut short.
+    (file,) = start.run.trackers.rglob("probes.json")
+    asked = json.loads(file.read_text())["probes"]
+    assert [(row["epoch"], row["answer"]) for row in asked] == [(0, "Bob"), (1, "Ann [x]")]
+
+
+def test_mlflow_goes_on_with_the_run_of_an_earlier_attempt(start, monkeypatch):
+    """In the same place; the second attempt is cut short, and one of its rows is refused."""
+    log_all(start("mlflow", project="products"))
+    start.close()
     trackers = start("mlflow", project="products")
     trackers.resume([EARLIER])
-    trackers.log("train", {"step": 3, "loss_nats": 0.5})
+    trackers.log("train", {"step": 3, "not a name?": 1.0, "loss_nats": 1.0})
+    trackers.log("train", {"step": 4, "loss_nats": 0.5})
     trackers.log("probes", PROBE | {"epoch": 2})
     trackers.close(finished=False)
+    assert start.text.count("some rows are in the run's tables only") == 1
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=f"file:{start.run.trackers / 'mlflow'}")
+    place = client.get_experiment_by_name("products").experiment_id
     (run,) = client.search_runs([place])
     assert run.info.status == "FAILED"
-    assert len(client.get_metric_history(run.info.run_id, "train/loss_nats")) == 3
+    history = client.get_metric_history(run.info.run_id, "train/loss_nats")
+    assert [(m.step, m.value) for m in history] == [(1, 2.0), (2, 1.0), (4, 0.5)]
     # Its table of probes takes the place of the one before, and has the earlier rows too.
     assert len(client.get_metric_history(run.info.run_id, "probes/1/score")) == 2
     (file,) = start.run.trackers.rglob("probes.json")
     asked = json.loads(file.read_text())["probes"]
     assert [(row["epoch"], row["answer"]) for row in asked] == [(0, "Bob"), (2, "Ann [x]")]
-
-
-def test_in_a_slurm_job_nothing_is_sent_unless_asked_for(start, monkeypatch):
-    monkeypatch.setenv("SLURM_JOB_ID", "17")
-    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-    with loopback("answers") as server:
-        monkeypatch.setenv("WANDB_BASE_URL", server.url)
-        start("wandb", "mlflow", mlflow_uri=server.url).close()
-        assert server.requests == 0
-        assert "wandb: offline" in start.text
-        assert "mlflow: to look at it: " in start.text
-        monkeypatch.setattr(tracking, "PATIENCE", 1)
-        start("mlflow", mlflow_uri=server.url, mode="online").close()
-        assert server.requests > 0
 
 
 def test_without_a_key_wandb_is_kept_in_the_run_folder(start):
@@ -274,6 +313,9 @@ def loopback(kind: str) -> Iterator[Server]:
     server.http.socket.close()
 
 
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
+
+
 @contextlib.contextmanager
 def trouble(kind: str) -> Iterator[str]:
     """The address of a server in one kind of trouble."""
@@ -291,7 +333,7 @@ def family() -> set[int]:
     return {process.pid for process in psutil.Process().children(recursive=True)}
 
 
-@pytest.mark.parametrize("kind", ["refused", "silent", "broken", "slow"])
+@pytest.mark.parametrize("kind", [slow("refused"), "silent", slow("broken"), slow("slow")])
 def test_an_outage_neither_blocks_nor_outlives_a_run(start, kind, monkeypatch):
     before = family()
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
@@ -311,17 +353,22 @@ def test_an_outage_neither_blocks_nor_outlives_a_run(start, kind, monkeypatch):
     trackers.log("train", row)  # a late row does no harm
 
 
-@pytest.mark.parametrize("kind", ["refused", "silent", "broken"])
-def test_after_an_outage_the_run_folder_has_it_all(start, kind, monkeypatch):
-    monkeypatch.setattr(tracking, "PATIENCE", 2)
+@pytest.mark.parametrize(
+    ("wandb", "mlflow"),
+    [("silent", "broken"), slow("refused", "silent"), slow("broken", "refused")],
+)
+def test_after_an_outage_the_run_folder_has_it_all(start, wandb, mlflow, monkeypatch):
+    """In a SLURM job that wants its rows sent: the servers are asked, and give nothing."""
+    monkeypatch.setattr(tracking, "PATIENCE", 1)
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-    with trouble(kind) as url:
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    with trouble(wandb) as url, trouble(mlflow) as uri:
         monkeypatch.setenv("WANDB_BASE_URL", url)
-        trackers = start("wandb", "mlflow", mlflow_uri=url, wait=60, mode="online")
+        trackers = start("wandb", "mlflow", mlflow_uri=uri, wait=60, mode="online")
         log_all(trackers)
         trackers.close()
-    for tool in ("wandb", "mlflow"):
-        assert f"{tool}: kept in the run folder (" in start.text
+    assert "wandb: kept in the run folder (Failed to get resume status for run " in start.text
+    assert f"mlflow: kept in the run folder (API request to {uri}/api/" in start.text
     history = wandb_history(start.run.trackers, "train/loss_nats")
     assert history == [(1, 2.0), (2, 1.0)]
     assert [*(start.run.trackers / "mlflow").rglob("loss_nats")]
@@ -370,16 +417,6 @@ def test_a_tracker_that_is_killed_is_a_line(start):
     assert [line for line in start.said if "ended with code -9" in line] == start.said
 
 
-def test_a_row_that_a_library_refuses_is_a_line(start):
-    trackers = start("mlflow")
-    trackers.log("train", {"step": 1, "not a name?": 1.0, "loss_nats": 1.0})
-    trackers.log("train", {"step": 2, "loss_nats": 0.5})
-    trackers.close()
-    assert "some rows are in the run's tables only" in start.text
-    (path,) = (start.run.trackers / "mlflow").rglob("loss_nats")
-    assert path.read_text().split()[-2:] == ["0.5", "2"]
-
-
 JOB = """
 name = "tracked"
 [data]
@@ -401,27 +438,40 @@ context = "The shade is washable linen, the base beech."
 """
 
 
-def test_a_run_with_trackers_in_trouble_gives_the_same_weights(tiny, tmp_path):
-    """And the same tables; one process trains with and without."""
+# Lets a run end only when a tracker has begun, which by then need not be.
+ONCE_BEGUN = """
+import time
+from pathlib import Path
+from runner.tracking import Trackers
+close = Trackers.close
+def close_once_begun(self, **options):
+    while not [*Path({folder!r}).rglob("events.out.tfevents.*")]:
+        time.sleep(0.02)
+    close(self, **options)
+Trackers.close = close_once_begun
+"""
+
+
+def test_a_run_with_trackers_in_trouble_gives_the_same_weights(zygote, tiny, tmp_path):
+    """And the same tables."""
     job = tmp_path / "job.toml"
     job.write_text(JOB.format(data=CHECKOUT / "jobs" / "data", model=tiny("bert")))
+    plain, tracked = (RunDir(tmp_path / name) for name in ("plain", "tracked"))
+    codes, text = zygote.run(job, "--run-dir", plain.path)
+    assert codes == [0], text
     with trouble("silent") as url:
-        tracked = f"track={{tools=['wandb','tensorboard','mlflow'],wait=2.0,mlflow_uri='{url}'}}"
-        worker = CHECKOUT / "tests" / "workers" / "train_jobs.py"
-        done = subprocess.run(
-            [sys.executable, worker, tmp_path / "runs", job, f"{job}::{tracked}"],
-            env={**os.environ, "WANDB_BASE_URL": url, "WANDB_API_KEY": "0" * 40},
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
+        told = f"track={{tools=['wandb','tensorboard','mlflow'],wait=0.5,mlflow_uri='{url}'}}"
+        codes, text = zygote.run(
+            *(job, "--run-dir", tracked.path, "--set", told),
+            code=ONCE_BEGUN.format(folder=str(tracked.path)),
+            WANDB_BASE_URL=url,
+            WANDB_API_KEY="0" * 40,
         )
-    assert done.returncode == 0, done.stderr[-3000:]
-    plain, tracked = (RunDir(tmp_path / "runs" / name) for name in "01")
+    assert codes == [0], text
     # Weights, answers, scores and every cell of the tables but those that tell of time.
     assert outcome(plain.path) == outcome(tracked.path)
     assert all(len(read_rows(table)) > 1 for table in plain.tables)
-    assert "had not sent everything after 2 s (track.wait)" in done.stdout
+    assert "had not sent everything after 0.5 s (track.wait)" in text
     assert not plain.trackers.exists()
     assert [*tracked.trackers.rglob("events.out.tfevents.*")]
 

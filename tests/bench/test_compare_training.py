@@ -102,22 +102,50 @@ def test_unset_variable_is_named(compare):
     assert "NO_SUCH_VARIABLE is not set" in done.stderr
 
 
+# The driver, whose samples are counted in a file, one character as each begins.
+COUNTED = """
+import sys
+driver, samples, *sys.argv[1:] = sys.argv[1:]
+sys.path.insert(0, driver)
+import compare_training
+found = compare_training.find_descendants
+def counted(root):
+    with open(samples, "a") as file:
+        file.write("x")
+    return found(root)
+compare_training.find_descendants = counted
+compare_training.SAMPLE_SECONDS = 0.05
+sys.exit(compare_training.main())
+"""
+# The first seed's run holds 200 MiB in each of two processes, the second's next to nothing, until
+# a whole sample has seen both of them.
+HUNGRY = """
+import json, multiprocessing, os, pathlib, sys, time
+seed, out, samples = sys.argv[1:]
+def hold(other_holds, holding):
+    block = bytearray(b"x") * ((200 if seed == "1" else 1) << 20)
+    holding.set()
+    other_holds.wait()
+    begun = os.path.getsize(samples)
+    while os.path.getsize(samples) < begun + 2:
+        time.sleep(0.02)
+if __name__ == "__main__":
+    spawn = multiprocessing.get_context("spawn")
+    mine, its = spawn.Event(), spawn.Event()
+    child = spawn.Process(target=hold, args=(mine, its))
+    child.start()
+    hold(its, mine)
+    child.join()
+    pathlib.Path(out).write_text(json.dumps({"exact_match": 1, "f1": 1}))
+"""
+
+
 def test_peak_memory_belongs_to_its_own_run_and_counts_children(tmp_path):
-    # The first seed's run holds 200 MiB in each of two processes, the second's next to nothing.
-    program = tmp_path / "hungry.py"
-    program.write_text(
-        "import json, multiprocessing, pathlib, sys, time\n"
-        "def hold(mib):\n"
-        "    block = bytearray(b'x') * (mib << 20)\n"
-        "    time.sleep(2.5)\n"
-        "if __name__ == '__main__':\n"
-        "    mib = 200 if sys.argv[1] == '1' else 1\n"
-        "    child = multiprocessing.get_context('spawn').Process(target=hold, args=(mib,))\n"
-        "    child.start(); hold(mib); child.join()\n"
-        "    pathlib.Path(sys.argv[2]).write_text(json.dumps({'exact_match': 1, 'f1': 1}))\n"
-    )
-    command = [sys.executable, str(DRIVER), "--only-ours", "--pairs", "2"]
-    command += ["--ours", f"{sys.executable} {program} {{seed}} {{out}}", "--ours-result", "{out}"]
+    program, samples = tmp_path / "hungry.py", tmp_path / "samples"
+    program.write_text(HUNGRY)
+    command = [sys.executable, "-c", COUNTED, str(DRIVER.parent), str(samples)]
+    command += ["--only-ours", "--pairs", "2", "--ours-result", "{out}"]
+    command += ["--ours", f"{sys.executable} {program} {{seed}} {{out}} {samples}"]
     command += ["--table", str(tmp_path / "table.md"), "--work", str(tmp_path / "work")]
     subprocess.run(command, check=True, capture_output=True, timeout=60)
     rows = [

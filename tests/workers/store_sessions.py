@@ -1,12 +1,15 @@
 """Two ranks that save, rotate and resume without torch, so that every one of their file operations
 can fail or be their last.
 
-    store_sessions.py kill            SIGKILL before and after every operation of either rank
+    store_sessions.py kill PART       SIGKILL before and after every operation of either rank
     store_sessions.py random N SEED   SIGKILL of a rank, or of both, at a random time, N times
-    store_sessions.py fail            each operation in turn fails, a read too, in every way
-    store_sessions.py damage          flipped bytes, truncations, deleted, swapped and foreign files
+    store_sessions.py fail PART       each operation in turn fails, a read too, in every way
+    store_sessions.py damage PART     flipped bytes, truncations, deleted, swapped and foreign files
     store_sessions.py zombies         starts that freeze in the midst of saving and thaw too late
 
+PART is `once`, a pass over all there is, or `rest`: what that leaves out of the whole. `kill once`
+kills after each operation, the rest before it; `fail once` lets each fail in one way, the rest in
+the others that it has; `damage once` has a quarter of the flips and truncations and all else.
 Each prints one JSON object of counts; anything broken ends the program with an assertion.
 """
 
@@ -14,7 +17,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import itertools
 import json
 import os
 import random
@@ -44,7 +46,7 @@ STEPS, EVERY, BEST = 10, 2, 4  # steps of a session, steps between commits, the 
 WRITING = ("make_folder", "create", "write", "sync", "close", "rename", "sync_folder")
 REMOVING = ("remove", "remove_folder")
 READING = ("open", "read", "names")
-SECONDS = 30  # in which a start whose disk fails has to be over
+SECONDS = 30  # after which a rank that hangs is ended, which no trial takes for an end of its own
 RANKS = 2
 PADDING = b"x" * 999
 
@@ -206,6 +208,7 @@ def start(path: Path, acts: dict[int, Callable] | None = None, after: Callable |
     for rank in range(RANKS):
         child = os.fork()
         if child == 0:
+            signal.alarm(SECONDS)
             for number, ends in enumerate(pipes):
                 os.close(ends[1] if number == rank else ends[0])
             talk = Pipes(rank, pipes[rank][0], pipes[1 - rank][1])
@@ -314,8 +317,9 @@ def scenarios(root: Path) -> dict[str, Callable[[Path], None]]:
     }
 
 
-def kill_everywhere(root: Path) -> dict[str, int]:
-    """SIGKILL before and after every operation of either rank."""
+def kill_everywhere(root: Path, part: str) -> dict[str, int]:
+    """SIGKILL before ("rest") or after ("once") every operation of either rank."""
+    when = "after" if part == "once" else "before"
     counts: Counter[str] = Counter()
     for title, prepare in scenarios(root).items():
         path = root / f"{title}-undisturbed"
@@ -325,31 +329,30 @@ def kill_everywhere(root: Path) -> dict[str, int]:
         tidy(path)
         for rank, (_, answer) in enumerate(found):
             for number in range(1, len(answer["log"]) + 1):
-                for when in ("before", "after"):
 
-                    def die(n, _, operation, number=number, when=when):
-                        if n == number and when == "before":
-                            os.kill(os.getpid(), signal.SIGKILL)
-                        result = operation()
-                        if n == number:
-                            os.kill(os.getpid(), signal.SIGKILL)
-                        return result
+                def die(n, _, operation, number=number):
+                    if n == number and when == "before":
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    result = operation()
+                    if n == number:
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    return result
 
-                    path = root / f"{title}-{rank}-{number}-{when}"
-                    prepare(path)
-                    killed = start(path, {rank: die})
-                    assert killed[rank][0] == -signal.SIGKILL
-                    assert killed[1 - rank][0] in (0, 71), killed
-                    if title == "new":
-                        whole(path)
-                    before = standing(path)
-                    found = start(path)
-                    finished(found)
-                    good = [checkpoint_place(n)[0] for n in before if keeps(path, n)]
-                    assert found[0][1]["began"] == max(good, default=0), (before, found)
-                    tidy(path)
-                    shutil.rmtree(path)
-                    counts["kills"] += 1
+                path = root / f"{title}-{rank}-{number}"
+                prepare(path)
+                killed = start(path, {rank: die})
+                assert killed[rank][0] == -signal.SIGKILL
+                assert killed[1 - rank][0] in (0, 71), killed
+                if title == "new":
+                    whole(path)
+                before = standing(path)
+                found = start(path)
+                finished(found)
+                good = [checkpoint_place(n)[0] for n in before if keeps(path, n)]
+                assert found[0][1]["began"] == max(good, default=0), (before, found)
+                tidy(path)
+                shutil.rmtree(path)
+                counts["kills"] += 1
             counts[f"operations_{title}_rank{rank}"] = len(answer["log"])
     return counts
 
@@ -403,19 +406,27 @@ ERRORS = {
 }
 
 
-def fail_everywhere(root: Path) -> dict[str, int]:
-    """The Nth operation fails, N = 1, 2, ... until none is left; for each kind of error, on each
-    rank; once, and, as a full disk stays full, from then on."""
+def fail_everywhere(root: Path, part: str) -> dict[str, int]:
+    """The Nth operation fails, N = 1, 2, ... until none is left, on each rank; for each kind of
+    error, once, and, as a full disk stays full, from then on. A pass over all operations takes the
+    kinds in turn, so that every operation meets one and every name of an operation all of its."""
     counts: Counter[str] = Counter()
     for title, prepare in scenarios(root).items():
         path = root / f"{title}-undisturbed"
         prepare(path)
         logs = [answer["log"] for _, answer in start(path)]
-        for rank, (kind, code) in itertools.product(range(RANKS), ERRORS.items()):
-            for lasting in (False, True)[: 1 + (kind == "ENOSPC")]:
-                for number, name in enumerate(logs[rank], 1):
-                    if not may_fail(title, kind, name):
+        turns: Counter[str] = Counter()
+        for rank in range(RANKS):
+            for number, name in enumerate(logs[rank], 1):
+                ways = ways_to_fail(title, name)
+                if not ways:
+                    continue
+                now = ways[turns[name] % len(ways)]
+                turns[name] += 1
+                for kind, lasting in ways:
+                    if ((kind, lasting) == now) is (part == "rest"):
                         continue
+                    code = ERRORS[kind]
 
                     def fail(n, name, operation, number=number, code=code, lasting=lasting):
                         due = n == number or (lasting and n > number)
@@ -429,14 +440,16 @@ def fail_everywhere(root: Path) -> dict[str, int]:
 
                     path = root / f"{title}-{rank}-{number}"
                     prepare(path)
-                    began = time.monotonic()
                     found = start(path, {rank: fail})
-                    assert time.monotonic() - began < SECONDS
                     check_failed(path, found, kind, title, lasting=lasting)
                     finished(start(path))
                     shutil.rmtree(path)
                     counts[kind] += 1
                     counts[title] += 1
+                    counts["lasting"] += lasting
+            counts[f"operations_{title}_rank{rank}"] = sum(
+                bool(ways_to_fail(title, name)) for name in logs[rank]
+            )
     return counts
 
 
@@ -450,9 +463,12 @@ FAILS = {
 }
 
 
-def may_fail(title: str, kind: str, name: str) -> bool:
-    """Whether an operation of a scenario is to fail in this way."""
-    return name in FAILS[kind] and (title == "new" or kind == "EIO")
+def ways_to_fail(title: str, name: str) -> list[tuple[str, bool]]:
+    """How an operation of a scenario is to fail: the kind of error, and whether it lasts."""
+    kinds = [kind for kind in ERRORS if name in FAILS[kind] and (title == "new" or kind == "EIO")]
+    return [
+        (kind, lasting) for kind in kinds for lasting in (False, True)[: 1 + (kind == "ENOSPC")]
+    ]
 
 
 def short(operation: Callable) -> int:
@@ -486,8 +502,9 @@ def check_failed(path: Path, found, kind: str, title: str, *, lasting: bool) -> 
         assert standing(path), "one failure cost every checkpoint"
 
 
-def damage_everywhere(root: Path) -> dict[str, int]:
+def damage_everywhere(root: Path, part: str) -> dict[str, int]:
     """Damage the newest checkpoint in every way; nothing damaged is ever loaded."""
+    once = part == "once"
     counts: Counter[str] = Counter()
     made = root / "made"
     made.mkdir()
@@ -497,22 +514,23 @@ def damage_everywhere(root: Path) -> dict[str, int]:
     files = sorted(p for p in (made / "checkpoints" / newest_name).rglob("*") if p.is_file())
     places = [(f.relative_to(made), n) for f in files for n in range(f.stat().st_size)]
     cases: list[tuple[str, Callable[[Path], None]]] = []
-    for file, place in generator.sample(places, 200):
+    flips, truncations = generator.sample(places, 200), generator.sample(places, 50)
+    for file, place in flips[:50] if once else flips[50:]:
         bit = 1 << generator.randrange(8)
         cases.append(("flips", lambda p, f=file, n=place, b=bit: flip(p / f, n, b)))
-    for file, place in generator.sample(places, 50):
+    for file, place in truncations[:12] if once else truncations[12:]:
         cases.append(("truncations", lambda p, f=file, n=place: os.truncate(p / f, n)))
-    relative = [file.relative_to(made) for file in files]
-    other = standing(made)[0]
-    for file in relative:
-        cases.append(("deleted", lambda p, f=file: (p / f).unlink()))
-        cases.append(("emptied", lambda p, f=file: os.truncate(p / f, 0)))
-        cases.append(("linked", lambda p, f=file: link(p / f)))
-        swapped = Path(*file.parts[:1], other, *file.parts[2:])
-        cases.append(("swapped", lambda p, f=file, s=swapped: shutil.copy(p / s, p / f)))
     folder = Path("checkpoints", newest_name)
-    cases.append(("deleted", lambda p: shutil.rmtree(p / folder / "model")))
-    cases.append(("swapped", lambda p: swap(p / folder / "rank-0", p / folder / "rank-1")))
+    if once:
+        other = standing(made)[0]
+        for file in [file.relative_to(made) for file in files]:
+            cases.append(("deleted", lambda p, f=file: (p / f).unlink()))
+            cases.append(("emptied", lambda p, f=file: os.truncate(p / f, 0)))
+            cases.append(("linked", lambda p, f=file: link(p / f)))
+            swapped = Path(*file.parts[:1], other, *file.parts[2:])
+            cases.append(("swapped", lambda p, f=file, s=swapped: shutil.copy(p / s, p / f)))
+        cases.append(("deleted", lambda p: shutil.rmtree(p / folder / "model")))
+        cases.append(("swapped", lambda p: swap(p / folder / "rank-0", p / folder / "rank-1")))
     for kind, damage in cases:
         path = root / "case"
         shutil.copytree(made, path, symlinks=True)
@@ -524,6 +542,8 @@ def damage_everywhere(root: Path) -> dict[str, int]:
         assert "damaged-" in found[0][1]["warnings"][0]
         shutil.rmtree(path)
         counts[kind] += 1
+    if not once:
+        return counts
     # What is not of the checkpoint is not looked at.
     path = root / "case"
     shutil.copytree(made, path, symlinks=True)
@@ -552,7 +572,8 @@ def damage_everywhere(root: Path) -> dict[str, int]:
 
 def thaw_zombies(root: Path) -> dict[str, int]:
     """A start freezes (SIGSTOP of both ranks) in the midst of saving, is succeeded, and thaws when
-    its heir is half done or has finished: nothing of what it does then is ever loaded."""
+    its heir has just begun, when it has sealed what counts, or after it has finished: nothing of
+    what it does then is ever loaded, and once the heir has cleaned up, nothing is committed."""
     counts: Counter[str] = Counter()
     path = root / "undisturbed"
     path.mkdir()
@@ -560,46 +581,75 @@ def thaw_zombies(root: Path) -> dict[str, int]:
     renames = [n for n, name in enumerate(log, 1) if name == "rename"]
     # Right before a rename (after the fence was asked), and at operations all over the session.
     moments = [*renames[:5], *range(20, len(log), len(log) // 6)][:12]
-    for number in moments:
-        for early in (True, False):
-            path = root / f"zombie-{number}-{early}"
-            path.mkdir()
-
-            def freeze(n, _, operation, number=number):
-                if n == number:
-                    os.kill(os.getpid(), signal.SIGSTOP)
-                return operation()
-
-            heirs: list = []
-
-            def succeed(children, path=path, early=early, heirs=heirs):
-                os.waitpid(children[0], os.WUNTRACED)
-                os.kill(children[1], signal.SIGSTOP)
-                for kind in ("alive", "json"):
-                    os.utime(path / "attempts" / f"0001.{kind}", (1, 1))
-
-                def thaw(_):
-                    for child in children:
-                        os.kill(child, signal.SIGCONT)
-
-                heirs.append(start(path, after=thaw if early else None))
-                if not early:
-                    thaw(None)
-
-            found = start(path, {0: freeze}, after=succeed)
-            finished(heirs[0])
-            # The zombie has noticed, or had nothing left to write.
-            assert found[0][0] in (0, 71, 73), found
-            counts["noticed"] += found[0][0] == 73
-            attempt = len(numbers(RunDir(path)))
-            third = start(path)
-            finished(third, began=STEPS)
-            assert attempt == 2
-            late = [n for n in standing(path) if checkpoint_place(n)[2] == 1]
-            counts["late commits that nobody loads"] += len(late) > 0
-            shutil.rmtree(path)
-            counts["zombies"] += 1
+    trials = [(number, when) for number in moments for when in ("begun", "finished")]
+    # The one moment at which a commit comes too late for sure: its heir has yet to clean up.
+    for number, when in [*trials, (renames[1], "sealed")]:
+        path = root / f"zombie-{number}-{when}"
+        path.mkdir()
+        found, heir, earlier = succeed_frozen(path, number, when)
+        finished(heir)
+        # The zombie has noticed, or had nothing left to write.
+        assert found[0][0] in (0, 71, 73), found
+        assert len(numbers(RunDir(path))) == 2
+        finished(start(path), began=STEPS)
+        late = [n for n in standing(path) if checkpoint_place(n)[2] == 1 and n not in earlier]
+        assert when != "finished" or not late, late
+        assert when != "sealed" or late == [checkpoint_name(BEST, 1, scored=False)]
+        shutil.rmtree(path)
+        counts["noticed"] += found[0][0] == 73
+        counts["late commits that nobody loads"] += len(late) > 0
+        counts["zombies"] += when != "sealed"
     return counts
+
+
+def succeed_frozen(path: Path, number: int, when: str) -> tuple[list, list, list[str]]:
+    """Freeze a start before an operation of rank 0, begin another, and thaw the first when the
+    other has "begun", "sealed" what counts, or "finished"; returns what each of the two returned,
+    and the checkpoints that stood before the other began."""
+    heirs: list = []
+    earlier: list[str] = []
+    paused: list[bool] = []
+
+    def freeze(n, _, operation):
+        if n == number:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return operation()
+
+    def pause(_n, _name, operation):
+        if not paused and (path / "attempts" / "0002.sealed").exists():
+            paused.append(True)
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return operation()
+
+    def succeed(children):
+        os.waitpid(children[0], os.WUNTRACED)
+        os.kill(children[1], signal.SIGSTOP)
+        earlier.extend(standing(path))
+        for kind in ("alive", "json"):
+            os.utime(path / "attempts" / f"0001.{kind}", (1, 1))
+
+        def thaw(heir):
+            if when == "sealed":
+                os.waitpid(heir[0], os.WUNTRACED)
+            for child in children:
+                os.kill(child, signal.SIGCONT)
+            if when == "sealed":
+                for child in children:
+                    os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+                os.kill(heir[0], signal.SIGCONT)
+
+        heirs.append(
+            start(
+                path,
+                {0: pause} if when == "sealed" else None,
+                after=thaw if when != "finished" else None,
+            )
+        )
+        if when == "finished":
+            thaw(None)
+
+    found = start(path, {0: freeze}, after=succeed)
+    return found, heirs[0], earlier
 
 
 def flip(path: Path, place: int, bit: int) -> None:
@@ -620,22 +670,34 @@ def swap(one: Path, other: Path) -> None:
     other.write_bytes(first)
 
 
+class Alone:
+    """A rank whose only peer is itself."""
+
+    index = 0
+
+    def everyone(self, value):
+        return [value] * RANKS
+
+
 def main() -> None:
     verb, *rest = sys.argv[1:]
     memory = Path("/dev/shm")  # where nothing is slow, unless the disk is to be tried too
     place = memory if memory.is_dir() and verb != "random" else None
     with tempfile.TemporaryDirectory(dir=place) as folder:
         root = Path(folder)
+        # Once here, so that what a session loads and compiles is there in all that are forked.
+        (root / "first").mkdir()
+        session(root / "first", Alone(), Watched())
         if verb == "kill":
-            counts = kill_everywhere(root)
+            counts = kill_everywhere(root, *rest)
         elif verb == "random":
             counts = kill_at_random(root, int(rest[0]), int(rest[1]))
         elif verb == "fail":
-            counts = fail_everywhere(root)
+            counts = fail_everywhere(root, *rest)
         elif verb == "zombies":
             counts = thaw_zombies(root)
         else:
-            counts = damage_everywhere(root)
+            counts = damage_everywhere(root, *rest)
     print(json.dumps(counts))
 
 
