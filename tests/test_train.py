@@ -259,6 +259,31 @@ def test_every_family_trains(zygote, job_file, tmp_path, family):
     assert json.loads(run.result.read_text())["export_difference"] < 1e-4
 
 
+# Leaves another model in model/ than the one that was scored.
+SPOILT = """
+import runner.train
+publish = runner.train.publish_model
+def spoil(exported, folder):
+    from safetensors.torch import load_file, save_file
+    publish(exported, folder)
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    path.unlink()
+    weights["qa_outputs.bias"] += 1
+    save_file(weights, path, {"format": "pt"})
+runner.train.publish_model = spoil
+"""
+
+
+@pytest.mark.xdist_group("verified")
+def test_a_model_that_is_not_the_scored_one_is_no_result(zygote, job_file, tmp_path):
+    run, options = RunDir(tmp_path / "run"), sets("train.epochs=1")
+    codes, text = zygote.run(job_file(), "--run-dir", run.path, *options, whole=True, code=SPOILT)
+    assert codes == [70], text
+    assert "the export is not the model that was scored" in text
+    assert not run.result.exists()
+
+
 def test_training_stops_when_the_metric_does_not_improve(zygote, job_file, tmp_path):
     job = job_file(extra='[stop]\nmetric = "loss"\npatience = 1\n[expect]\nf1 = 100.0\n')
     # So small a learning rate changes nothing: epoch 1 stays the best, 2 is tolerated, 3 ends it.

@@ -95,7 +95,7 @@ class Zygote:
             env=environment,
             text=True,
         )
-        assert self._answer() == "ready"
+        self._is_ready = False  # others may import meanwhile
 
     def start(
         self,
@@ -125,6 +125,8 @@ class Zygote:
             "log": str(log),
             "codes": str(codes),
         }
+        assert self._is_ready or self._answer() == "ready"
+        self._is_ready = True
         assert self._process.stdin
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
@@ -318,3 +320,4 @@ def be_rank(rank: int, request: dict) -> None:
 
 if __name__ == "__main__":
     serve()
+    os._exit(0)  # nothing is left to be put away
