@@ -30,6 +30,18 @@ os.environ |= {
     "HF_HUB_DISABLE_TELEMETRY": "1",
 }
 
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Let pytest-xdist's groups count: 3.8 appends a group to `_nodeid`, which pytest 9.2 no longer
+    reads, and deals the tests of a group to all workers without a word."""
+    if getattr(config.option, "loadgroup", False):
+        for item in items:
+            grouped = getattr(item, "_nodeid", item.nodeid)
+            if item.nodeid != grouped:
+                item._id = type(item._id).parse(grouped)  # type: ignore[attr-defined]
+
+
 SENTENCES = (
     "The lantern folds flat; its battery lasts nine hours on the bright setting.",
     "Who wrote the old guide to the river, and when was it printed in Paris?",

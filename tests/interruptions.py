@@ -43,12 +43,22 @@ answer = "nine hours"
 {extra}
 """
 )
+# The same with as few steps as have all places in them: 6 an epoch, the last a short one, and rows
+# of train.csv after the 5th and 6th.
+SMALL_JOB = (
+    JOB.replace("train.json[:16]", "train.json[:4]")
+    .replace("validation.json[:8]", "validation.json[:4]")
+    .replace("log_every = 3", "log_every = 5")
+)
+# Three epochs of 4 steps, the last of each a short one; rows of train.csv after the 3rd and 4th. A
+# fault at FAULT, in epoch 2, has the checkpoint after SCORED behind it and no row at its own step.
+SCORED, FAULT, STEPS = 4, 6, 12
 FAULT_JOB = (
-    _HEAD
+    _HEAD.replace("train.json[:16]", "train.json[:2]").replace("[:8]", "[:1]")
     + """precision = "fp32"
 [train]
 epochs = 3
-batch_size = 8
+batch_size = 6
 learning_rate = 1e-2
 log_every = 3
 """
@@ -114,21 +124,27 @@ runner.computing.install = lambda model, noise: 0
 restart = runner.noise.Noise.restart
 runner.noise.Noise.restart = lambda self, *place: None if place else restart(self)
 """
-# Where a run is stopped, and by what; of 2 epochs with some 18 steps each, 10 of them warm-up.
-PLACES = {
-    "mid-epoch": STOP.format(step=13, rank=0),
-    "epoch edge": STOP.format(step=-1, rank=-1),  # the last step of an epoch; see `place`
-    "warm-up": STOP.format(step=2, rank=-1),
-    "last step": STOP.format(step=-2, rank=-1),
-    "scoring": STOP_SCORING,
-    "scored": STOP_SCORED,
-}
+PLACES = ("mid-epoch", "epoch edge", "warm-up", "last step", "scoring", "scored")
 
 
 def place(name: str, steps: int) -> str:
     """Code that stops a run of `steps` steps in 2 epochs at a place."""
-    code = PLACES[name]
-    return code.replace("== -1", f"== {steps // 2 - 1}").replace("== -2", f"== {steps - 1}")
+    if name in ("scoring", "scored"):
+        return STOP_SCORING if name == "scoring" else STOP_SCORED
+    return STOP.format(step=_asked_at(name, steps), rank=0 if name == "mid-epoch" else -1)
+
+
+def saved_at(name: str, steps: int, ranks: int) -> int:
+    """The step of the checkpoint that a run leaves which was stopped there. Several ranks agree one
+    step after they were asked; what comes with an evaluation is agreed on at the next step."""
+    if name in ("scoring", "scored"):
+        return steps // 2 + (ranks if name == "scored" else 0)
+    return _asked_at(name, steps) + (ranks > 1)
+
+
+def _asked_at(name: str, steps: int) -> int:
+    by_name = {"mid-epoch": 2 * steps // 7, "epoch edge": steps // 2 - 1, "warm-up": 2}
+    return by_name.get(name, steps - 1)
 
 
 def outcome(folder: Path) -> dict[str, object]:

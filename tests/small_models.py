@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForQuestionAnswering
@@ -57,3 +59,34 @@ def windows_of(lengths, seed=0) -> Windows:
 
 def takes_types(family: str) -> bool:
     return family in ("bert", "electra")
+
+
+def gradients_of(model) -> dict[str, torch.Tensor]:
+    """Each parameter's gradient by its name; a parameter that has none is left out."""
+    return {
+        name: parameter.grad.clone()
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
+
+
+def assert_same_gradients(
+    mine: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor], rtol: float = 1e-4
+) -> None:
+    """Two ways to compute one model's gradients agree, up to the rounding of their sums.
+
+    A gradient is a sum over tokens, and what is rounded has the size of its terms, not of the sum.
+    Some sums are zero in theory: of a key's bias, which softmax does not see, and of what moves
+    all logits alike, the head's bias and that of the last norm. A weight of the same module sums
+    the same terms, each times an input of size one, so the largest gradient of the module tells
+    the size of the terms.
+    """
+    assert mine.keys() == theirs.keys()
+    terms: dict[str, float] = {}
+    for name, gradient in theirs.items():
+        module = name.rpartition(".")[0]
+        terms[module] = max(terms.get(module, 0.0), float(gradient.abs().max()))
+    for name, gradient in theirs.items():
+        apart = float((mine[name] - gradient).abs().max())
+        allowed = rtol * terms[name.rpartition(".")[0]]
+        assert apart <= allowed, f"{name}: {apart:.3g} apart, {allowed:.3g} is allowed"

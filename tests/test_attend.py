@@ -6,11 +6,11 @@ import json
 import os
 import subprocess
 import sys
-import threading
 import time
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -25,12 +25,23 @@ from runner.slurm_jobs import Submission, write_submission
 
 @pytest.fixture
 def run(tmp_path, monkeypatch) -> RunDir:
-    monkeypatch.setattr(attend, "LOOK", 0.02)
-    monkeypatch.setattr(attend, "ASK", 0.05)
     found = RunDir(tmp_path / "run")
     found.attempts.mkdir(parents=True)
     found.job.write_text("")
     return found
+
+
+@pytest.fixture
+def meanwhile(monkeypatch):
+    """`meanwhile(first, second, ...)`: what happens while `follow` naps, something at each nap."""
+
+    def arrange(*events) -> None:
+        left = list(events)
+        clock = SimpleNamespace(monotonic=time.monotonic, sleep=lambda _: left.pop(0)())
+        monkeypatch.setattr(attend, "time", clock)
+        monkeypatch.setattr(attend, "ASK", -1.0)  # asks SLURM at each look
+
+    return arrange
 
 
 def start(run: RunDir, **changes) -> None:
@@ -95,56 +106,44 @@ def test_bytes_that_are_no_text(run):
     assert "".join(follow(run, forever=False)) == "a\\xff\n"
 
 
-def test_a_letter_in_two_parts(run):
+def test_a_letter_in_two_parts(run, meanwhile):
     first, second = "café\n".encode()[:4], "café\n".encode()[4:]
     run.log.write_bytes(first)
     start(run)
 
-    def live() -> None:
-        time.sleep(0.2)
+    def go_on() -> None:
         with run.log.open("ab") as file:
             file.write(second)
         end(run)
 
-    thread = threading.Thread(target=live)
-    thread.start()
+    meanwhile(go_on)
     assert "".join(follow(run, forever=True)) == "café\n"
-    thread.join()
 
 
-def test_following_to_the_end(run):
+def test_following_to_the_end(run, meanwhile):
     run.log.write_text("one\n")
     start(run)
 
-    def live() -> None:
-        for word in ("two", "three"):
-            time.sleep(0.15)
-            with run.log.open("a") as file:
-                file.write(f"{word}\n")
-        end(run, 75)
+    def say(word: str) -> None:
+        with run.log.open("a") as file:
+            file.write(f"{word}\n")
 
-    thread = threading.Thread(target=live)
-    thread.start()
+    meanwhile(lambda: say("two"), lambda: None, lambda: say("three"), lambda: end(run, 75))
     assert "".join(follow(run, forever=True)) == "one\ntwo\nthree\n"
-    thread.join()
 
 
-def test_waiting_for_a_job_to_begin(run, fake_slurm):
+def test_waiting_for_a_job_to_begin(run, fake_slurm, meanwhile):
     output = submit(run)
     state = run.path / "state"
     state.write_text("17|PENDING|Resources|1:00|")
     fake_slurm(squeue=f"cat {state}", sacct="exit 1")
 
-    def live() -> None:
-        time.sleep(0.2)
-        output.write_text("it begins\n")
-        time.sleep(0.2)
-        state.write_text("17|FAILED|NonZeroExitCode|1:00|n1")
-
-    thread = threading.Thread(target=live)
-    thread.start()
+    meanwhile(
+        lambda: None,  # what is told once is not told again
+        lambda: output.write_text("it begins\n"),
+        lambda: state.write_text("17|FAILED|NonZeroExitCode|1:00|n1"),
+    )
     assert "".join(follow(run, forever=True)) == "pending (Resources)\nit begins\n"
-    thread.join()
 
 
 # ---- cancel

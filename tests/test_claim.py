@@ -33,12 +33,12 @@ from runner.rundir import RunDir
 
 ROOT = Path(__file__).parents[1]
 CLAIMER = """
-import sys, time
+import os, sys
 from runner.claim import Attempt
 from runner.errors import RunDirError
 from runner.rundir import RunDir
-while time.time() < float(sys.argv[2]):
-    pass
+print("ready", flush=True)
+os.read(int(sys.argv[2]), 1)  # until its other end is closed, for all who wait at once
 try:
     attempt = Attempt.claim(RunDir(sys.argv[1]))
 except RunDirError as error:
@@ -57,16 +57,28 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
     return RunDir(tmp_path)
 
 
-def claimer(run: RunDir, at: float = 0.0) -> subprocess.Popen[str]:
-    """A process that claims the folder at a moment and holds it until its stdin ends."""
-    return subprocess.Popen(
-        [sys.executable, "-c", CLAIMER, str(run.path), str(at)],
-        cwd=ROOT,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def claimers(run: RunDir, count: int) -> list[subprocess.Popen[str]]:
+    """Processes that claim the folder at the same moment; who has it holds it until its stdin
+    ends."""
+    gate, opens = os.pipe()
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", CLAIMER, str(run.path), str(gate)],
+            cwd=ROOT,
+            pass_fds=[gate],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(count)
+    ]
+    os.close(gate)
+    for process in processes:
+        assert process.stdout
+        assert process.stdout.readline() == "ready\n"
+    os.close(opens)
+    return processes
 
 
 def elsewhere(run: RunDir, number: int = 1, *, silent: float = 0.0, **changes) -> None:
@@ -175,7 +187,7 @@ def test_an_ended_owner_is_succeeded_at_once(run):
 
 
 def test_an_owner_whose_process_is_gone_is_succeeded_at_once(run):
-    process = claimer(run)
+    [process] = claimers(run, 1)
     assert process.stdout
     assert process.stdout.readline() == "1\n"
     with pytest.raises(RunDirError):
@@ -285,7 +297,7 @@ def test_starts_without_progress_are_counted(run, from_steps, committed, idle):
 @pytest.mark.parametrize("stale", [False, True])
 def test_of_starts_at_once_exactly_one_wins(tmp_path, run, stale):
     """50 races (25 for a new folder, 25 for a dead owner's) of 2 to 8 starts on threads, and one of
-    processes."""
+    4 processes for each."""
     for number in range(25):
         folder = RunDir(tmp_path / f"{number}")
         folder.path.mkdir()
@@ -309,10 +321,9 @@ def test_of_starts_at_once_exactly_one_wins(tmp_path, run, stale):
         assert all(named in text or "that just began (0 s ago)" in text for text in refused)
         assert numbers(folder) == ([1, 2] if stale else [1])
 
-    at = time.time() + 2
-    starters = [claimer(run, at) for _ in range(4)]
-    for process in starters:
-        assert process.stdin
+    if stale:
+        elsewhere(run, silent=3600)
+    starters = claimers(run, 4)
     winner = next(p for p in starters if p.stdout and p.stdout.readline())
     losers = [p for p in starters if p is not winner]
     for process in losers:
@@ -326,7 +337,7 @@ def test_of_starts_at_once_exactly_one_wins(tmp_path, run, stale):
 
 def test_a_frozen_start_that_thaws_is_fenced(run):
     """SIGSTOP, takeover, SIGCONT: the thawed one gives signs of life again, to nobody's harm."""
-    process = claimer(run)
+    [process] = claimers(run, 1)
     assert process.stdout
     assert process.stdout.readline() == "1\n"
     process.send_signal(signal.SIGSTOP)

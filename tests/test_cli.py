@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -65,6 +64,16 @@ def spantune(*arguments: str, script: str = "-m runner", **variables: str):
     return done.returncode, done.stdout.decode(), done.stderr.decode()
 
 
+def called(capsys, *arguments: str) -> tuple[int, str, str]:
+    """The same of a call in this process, which takes no time to start."""
+    try:
+        code = cli.main(arguments)
+    except SystemExit as end:  # by argparse
+        code = end.code
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
 # ---- processes
 
 
@@ -74,13 +83,13 @@ def test_a_good_job():
     assert out == "job.toml: no problems (n: o/n on o/n)\n"
 
 
-def test_every_trial_of_a_sweep_is_checked():
+def test_every_trial_of_a_sweep_is_checked(capsys):
     Path("job.toml").write_text(f"{JOB}[sweep]\nover = {{train.epochs = [1, 2]}}\n")
-    code, out, err = spantune("check", "job.toml")
+    code, out, err = called(capsys, "check", "job.toml")
     assert (code, err) == (0, "")
     assert out == "job.toml: no problems (n: o/n on o/n, 2 trials)\n"
     Path("job.toml").write_text(f"{JOB}[sweep]\nover = {{train.epochs = [1, 0]}}\n")
-    code, out, err = spantune("check", "job.toml")
+    code, out, err = called(capsys, "check", "job.toml")
     assert (code, out) == (64, "")
     assert err == "job.toml:6: sweep.over.train.epochs.2: must be at least 1, found 0\n"
 
@@ -91,18 +100,6 @@ def test_a_wrong_job_is_a_line_a_problem_and_64(verb):
     code, out, err = spantune(*verb, "job.toml")
     assert (code, out) == (64, "")
     assert err.splitlines() == PROBLEMS
-
-
-def test_a_wrong_job_costs_less_than_two_seconds():
-    Path("job.toml").write_text(WRONG)
-    seconds = []
-    for _ in range(3):  # the machine may be busy with other tests
-        began = time.monotonic()
-        assert spantune("check", "job.toml")[0] == 64
-        seconds.append(time.monotonic() - began)
-        if seconds[-1] < 2:
-            return
-    assert min(seconds) < 2
 
 
 def test_deepspeed_starts_the_same_command(tmp_path):
@@ -135,24 +132,25 @@ def test_rank_0_speaks_for_all(rank, lines, verb):
         (["--set", "seed"], 64, "--set seed: write it as section.key=value"),
     ],
 )
-def test_overrides(arguments, code, problem):
-    found, out, err = spantune("check", "job.toml", *arguments)
+def test_overrides(capsys, arguments, code, problem):
+    found, out, err = called(capsys, "check", "job.toml", *arguments)
     assert found == code
     assert err.startswith(problem)
     assert bool(err) is bool(problem)
     assert ("no problems (7: " in out) is not bool(problem)
 
 
-def test_line_100_is_a_line():
+def test_line_100_is_a_line(capsys):
     Path("job.toml").write_text(JOB + "\n" * 95 + "nmae = 1\n")
-    assert spantune("check", "job.toml")[2] == (
+    assert called(capsys, "check", "job.toml")[2] == (
         "job.toml:100: nmae: unknown key; did you mean name?\n"
     )
 
 
 @pytest.mark.parametrize("verb", [[], *([v] for v in VERBS)])
-def test_help_fits_80_columns(verb):
-    code, out, err = spantune(*verb, "--help", COLUMNS="80")
+def test_help_fits_80_columns(capsys, monkeypatch, verb):
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, err = called(capsys, *verb, "--help")
     assert (code, err) == (0, "")
     assert max(map(len, out.splitlines())) <= 80
     assert out.startswith("usage: spantune ")
@@ -180,8 +178,8 @@ def test_the_schema_is_written_as_it_is_committed():
         (["check", "job.toml", "--gpu"], "unrecognized arguments: --gpu"),
     ],
 )
-def test_a_wrong_command_line_is_2(arguments, words):
-    code, out, err = spantune(*arguments)
+def test_a_wrong_command_line_is_2(capsys, arguments, words):
+    code, out, err = called(capsys, *arguments)
     assert (code, out) == (2, "")
     assert words in err
     assert "Traceback" not in err
@@ -217,15 +215,34 @@ def test_a_closed_pipe_is_no_traceback():
     assert (done.returncode, done.stderr) == (141, b"")
 
 
-def test_a_rank_that_cannot_be_told_is_said():
-    code, out, err = spantune("check", "job.toml", RANK="x", WORLD_SIZE="2")
+def test_a_rank_that_cannot_be_told_is_said(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "x")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, out, err = called(capsys, "check", "job.toml")
     assert (code, out) == (70, "")
     assert err.startswith("the launcher's variables")
     assert err.count("\n") == 1
 
 
-@pytest.mark.parametrize("verb", ["check", "schema", "run", "--help"])
-def test_the_desk_loads_no_heavy_library(verb):
+def test_a_wrong_command_line_is_the_code_of_the_process():
+    code, out, err = spantune("chekc", "job.toml")
+    assert (code, out) == (2, "")
+    assert "invalid choice" in err
+
+
+@pytest.mark.parametrize(
+    ("verb", "text", "code"),
+    [
+        ("check", JOB, 0),
+        ("check", WRONG, 64),
+        ("schema", JOB, 0),
+        ("run", JOB, 0),
+        ("--help", JOB, 0),
+    ],
+)
+def test_the_desk_loads_no_heavy_library(verb, text, code):
+    """It answers within a third of a second, since it does with a few hundred modules."""
+    Path("job.toml").write_text(text)
     script = (
         "import sys, runner.launch\n"
         "runner.launch.launch = lambda *_: 0\n"
@@ -233,13 +250,16 @@ def test_the_desk_loads_no_heavy_library(verb):
         "try: code = main(sys.argv[1:])\n"
         "except SystemExit as end: code = end.code\n"
         "heavy = {'torch', 'transformers', 'datasets', 'deepspeed', 'evaluate', 'numpy'}\n"
-        "sys.exit(str(heavy & set(sys.modules)) if heavy & set(sys.modules) else code)\n"
+        "print(heavy & set(sys.modules) or len(sys.modules))\n"
+        "sys.exit(code)\n"
     )
     arguments = [verb] if verb in ("--help", "schema") else [verb, "job.toml"]
     done = subprocess.run(
         [sys.executable, "-c", script, *arguments], capture_output=True, timeout=60, check=False
     )
-    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.returncode == code
+    assert len(done.stderr.splitlines()) == (2 if code else 0)
+    assert 100 < int(done.stdout.splitlines()[-1]) < 600
 
 
 # ---- in this process

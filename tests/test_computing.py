@@ -82,7 +82,8 @@ def test_a_gpu_compiles_long_jobs(tokens, monkeypatch):
     assert "operations" in reason
 
 
-@pytest.mark.parametrize("family", ["bert", "distilbert"])
+@pytest.mark.xdist_group("compiler")  # which is imported for seconds
+@pytest.mark.parametrize("family", ["bert", pytest.param("distilbert", marks=pytest.mark.slow)])
 def test_compiled_layers_say_the_same_of_any_batch(family):
     model = model_of(family)
     computing = chosen(model)
@@ -99,6 +100,7 @@ def test_compiled_layers_say_the_same_of_any_batch(family):
     assert all(layer._compiled_call_impl is not None for layer in encoder_layers(model))
 
 
+@pytest.mark.xdist_group("compiler")
 @pytest.mark.parametrize(
     ("family", "dropout"),
     [("bert", 0.0), ("bert", 0.1), ("distilbert", 0.1), ("roberta", 0.1), ("electra", 0.1)],

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -120,46 +120,63 @@ def test_one_rank_speaks(crews, monkeypatch):
     assert [crew.speaks_first() for crew in (crews[1], crews[0], crews[2])] == [True, False, False]
 
 
-def test_rank_0_is_let_speak_first(crews):
+def test_rank_0_is_let_speak_first(crews, monkeypatch):
+    """It speaks while the others nap, though they have begun before it."""
     found = {}
-    threads = [
-        threading.Thread(target=lambda n=n: found.update({n: crews[n].speaks_first()}))
-        for n in (1, 2, 0)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+
+    def nap(_: float) -> None:
+        if not found:
+            found[0] = crews[0].speaks_first()
+
+    monkeypatch.setattr(module, "time", SimpleNamespace(sleep=nap))
+    for rank in (1, 2):
+        found[rank] = crews[rank].speaks_first()
     assert found == {0: True, 1: False, 2: False}
 
 
-def test_who_said_why_is_found_at_once(crews):
+@pytest.fixture
+def clock(monkeypatch):
+    """Seconds that have been slept: no other pass. `clock.meanwhile` happens at each nap."""
+    found = SimpleNamespace(slept=0.0, meanwhile=lambda: None)
+
+    def sleep(seconds: float) -> None:
+        found.slept += seconds
+        found.meanwhile()
+
+    monkeypatch.setattr(module, "time", SimpleNamespace(sleep=sleep, monotonic=lambda: found.slept))
+    return found
+
+
+def test_who_said_why_is_found_at_once(crews, clock):
     crews[0].leave(Words(71, "cut off", waits=True))
     crews[2].leave(Words(74, "disk full", waits=False))
-    began = time.monotonic()
     words, gone = find_fault(crews[0], 0, patience=30)
-    assert time.monotonic() - began < 5
+    assert clock.slept == 0
     assert words[2].code == 74
     assert gone == [1]  # not known yet, and not asked for
 
 
-def test_a_dead_rank_is_found_at_once(crews, other):
+def test_a_dead_rank_is_found_at_once(crews, other, clock):
     crews[0].leave(Words(71, "cut off", waits=True))
     crews[1].leave(Words(71, "cut off", waits=True))
-    other.kill()
-    began = time.monotonic()
+
+    def kill() -> None:
+        other.kill()
+        os.waitid(os.P_PID, other.pid, os.WEXITED | os.WNOWAIT)  # it stays, as one not asked for
+
+    clock.meanwhile = kill
     words, gone = find_fault(crews[0], 0, patience=30)
-    assert time.monotonic() - began < 10
+    assert clock.slept < 30
     assert gone == [2]
     assert all(said.waits for said in words.values())
 
 
-def test_a_rank_elsewhere_that_shows_no_life_counts_as_dead(crews, monkeypatch):
+def test_a_rank_elsewhere_that_shows_no_life_counts_as_dead(crews, monkeypatch, clock):
     monkeypatch.setattr(module, "machine", lambda: "another")
     crews[0].leave(Words(71, "cut off", waits=True))
-    timer = threading.Timer(0.3, crews[1].beat)
-    timer.start()
     time.sleep(0.05)  # file times are not finer than that everywhere
+    clock.meanwhile = crews[1].beat
     words, gone = find_fault(crews[0], 0, patience=1.5)
     assert gone == [2]
+    assert clock.slept >= 1.5
     assert set(words) == {0}

@@ -31,10 +31,10 @@ context = "{context}"
 # Tells of each question to the probes, each picture, and each row that trackers are reminded of.
 SPY = """
 import hashlib
-import runner.train, runner.tracking
+import runner.plots, runner.train, runner.tracking
 from runner.tables import read_rows
 read, draw, log = (
-    runner.train.read_windows, runner.train.draw_curves, runner.tracking.Trackers.log
+    runner.train.read_windows, runner.plots.draw_curves, runner.tracking.Trackers.log
 )
 def read_windows(*arguments, **options):
     if "step" not in options:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.interruptions import DATA, FAULT_JOB, at_step, intact
+from tests.interruptions import DATA, FAULT, FAULT_JOB, SCORED, at_step, intact
 
 
 @pytest.fixture
@@ -41,10 +41,10 @@ runner.progress.Progress.__init__ = noted
 """
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_full_disk_ends_all_with_what_is_needed(zygote, job_file, tmp_path, rank):
     folder = tmp_path / "run"
-    code = FULL.format(rank=rank, when="now and now[-1].step > 30") + NOW
+    code = FULL.format(rank=rank, when=f"now and now[-1].step > {FAULT}") + NOW
     codes, text = zygote.run(job_file, "--run-dir", folder, ranks=2, code=code)
     assert codes == [74, 74], text
     (said,) = [line for line in text.splitlines() if "a checkpoint needs" in line]
@@ -54,7 +54,7 @@ def test_a_full_disk_ends_all_with_what_is_needed(zygote, job_file, tmp_path, ra
         said,
     )
     assert "Traceback" not in text
-    assert len(intact(folder)) == 1
+    assert intact(folder) == [SCORED]
 
 
 # From a step on, rank 0 finds no room for anything below the run folder: in what is open already,
@@ -86,12 +86,12 @@ def fill_up():
 def test_a_disk_that_is_full_for_everything_ends_in_one_line(zygote, job_file, tmp_path):
     """The log has gaps; the next row of train.csv, which cannot be made up for, ends it."""
     folder = tmp_path / "run"
-    code = ALL_FULL.format(folder=str(folder)) + at_step(29, 0, "fill_up()")
+    code = ALL_FULL.format(folder=str(folder)) + at_step(FAULT, 0, "fill_up()")
     codes, text = zygote.run(job_file, "--run-dir", folder, ranks=2, code=code)
     assert codes == [74, 74], text
     assert text.count("train.csv: No space left on device") == 1, text
     assert "Traceback" not in text
-    assert intact(folder) == [23]
+    assert intact(folder) == [SCORED]
 
 
 def test_a_checkpoint_that_fails_once_in_between_is_only_warned_of(zygote, job_file, tmp_path):
@@ -102,11 +102,11 @@ def test_a_checkpoint_that_fails_once_in_between_is_only_warned_of(zygote, job_f
         "def counted(*arguments):\n    saves[0] += 1\n    return save(*arguments)\n"
         "runner.commit.save = counted\n"
     )
-    code += at_step(10, 0, "import runner.signals; runner.signals.ask('SIGUSR2')")
+    code += at_step(4, 0, "import runner.signals; runner.signals.ask('SIGUSR2')")
     options = ("--set", "train.checkpoint_minutes=0.00001")
     codes, text = zygote.run(job_file, "--run-dir", tmp_path / "run", *options, code=code)
     assert codes == [75], text
     assert text.count("no checkpoint after step") == 1
     assert "No space left on device; a checkpoint needs" in text
     assert "training goes on" in text
-    assert len(intact(tmp_path / "run")) == 2
+    assert intact(tmp_path / "run") == [2, 4]

@@ -6,8 +6,6 @@ import csv
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +14,7 @@ from runner.cli import main
 from runner.jobfile import load_job
 from runner.provenance import file_sha256
 from runner.rundir import RunDir
+from tests.interruptions import sets
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 JOBS = sorted((CHECKOUT / "jobs").glob("*.toml"))
@@ -82,8 +81,8 @@ def weights(path: Path, tiny) -> dict[str, str]:
     return overrides
 
 
-def small(path: Path, tiny, questions: Path | None) -> str:
-    """The job and its overrides, as the worker takes them."""
+def small(path: Path, tiny, questions: Path | None) -> list[str]:
+    """Options that make the job small."""
     given = weights(path, tiny)
     job = load_job(path, [f"{key}={value}" for key, value in given.items()])
     overrides = {**given, **SMALL}
@@ -104,12 +103,13 @@ def small(path: Path, tiny, questions: Path | None) -> str:
         # Probes are asked after every epoch, also where the second and third alone are evaluated.
         overrides |= {"train.epochs": "3", "train.eval_every": "2"}
     declared = job.model_dump(exclude_unset=True)
-    settings = [
-        f"{key}={value}"
-        for key, value in overrides.items()
-        if key.split(".")[0] in declared or key.split(".")[0] not in ONLY_WHERE_DECLARED
-    ]
-    return "::".join([str(path), *settings])
+    return sets(
+        *(
+            f"{key}={value}"
+            for key, value in overrides.items()
+            if key.split(".")[0] in declared or key.split(".")[0] not in ONLY_WHERE_DECLARED
+        )
+    )
 
 
 def rows(path: Path) -> list[dict[str, str]]:
@@ -117,28 +117,30 @@ def rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+# One process looks at all that these runs export, and those of test_train's families.
+together = pytest.mark.xdist_group("verified")
+
+
 @pytest.fixture(scope="module")
-def runs(tiny, tmp_path_factory) -> dict[str, RunDir]:
+def runs(zygote, tiny, tmp_path_factory) -> dict[str, RunDir]:
     """All jobs, made small, run one after another; on real questions where there are some."""
     beside = CHECKOUT.parent / "shared" / "data"
     questions: Path | None = Path(os.environ.get("SPANTUNE_TEST_DATA", beside))
     if not questions.is_dir():
         questions = None
     folder = tmp_path_factory.mktemp("jobs")
-    worker = CHECKOUT / "tests" / "workers" / "train_jobs.py"
-    done = subprocess.run(
-        [sys.executable, worker, folder, *(small(path, tiny, questions) for path in JOBS)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HOME": str(folder)},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    (folder / "said.txt").write_text(done.stdout, encoding="utf-8")
-    return {path.stem: RunDir(folder / str(number)) for number, path in enumerate(JOBS)}
+    found = {path.stem: RunDir(folder / path.stem) for path in JOBS}
+    said = []
+    for path in JOBS:
+        options = ("--run-dir", found[path.stem].path, *small(path, tiny, questions))
+        codes, text = zygote.run(path, *options, whole=True, HOME=str(folder))
+        assert codes == [0], text
+        said.append(text)
+    (folder / "said.txt").write_text("".join(said), encoding="utf-8")
+    return found
 
 
+@together
 @pytest.mark.parametrize("path", JOBS, ids=lambda path: path.stem)
 def test_a_job_made_small_runs_from_end_to_end(runs, path, tiny):
     run = runs[path.stem]
@@ -172,6 +174,7 @@ def test_a_job_made_small_runs_from_end_to_end(runs, path, tiny):
     assert record["precision"] == wanted
 
 
+@together
 def test_frozen_parts_of_the_product_job_do_not_move(runs, tiny):
     from safetensors.torch import load_file
 
@@ -181,6 +184,7 @@ def test_frozen_parts_of_the_product_job_do_not_move(runs, tiny):
     assert moved == {"qa_outputs.weight", "qa_outputs.bias"}  # of 2 layers, 0-5 are all
 
 
+@together
 def test_the_squad_job_is_followed_by_wandb_as_it_says(runs):
     pytest.importorskip("wandb")
     assert [*runs["distilbert_squad"].trackers.rglob("*.wandb")]
@@ -189,6 +193,7 @@ def test_the_squad_job_is_followed_by_wandb_as_it_says(runs):
     ]
 
 
+@together
 def test_the_v2_job_trains_on_the_questions_that_the_seed_draws(runs):
     record = json.loads(runs["distilbert_squad_v2"].provenance.read_text())
     assert len({part["sha256"] for part in record["data"].values()}) == 2
@@ -207,6 +212,7 @@ def test_the_job_for_two_nodes_is_a_batch_script_for_two_nodes(capsys, fake_slur
     assert not calls.read_text()
 
 
+@together
 def test_every_table_of_a_run_fits_a_terminal(runs):
     said = (runs["bert_squad"].path.parent / "said.txt").read_text(encoding="utf-8")
     tables = [line for line in said.splitlines() if "─" in line or re.match(r" +\d+ +\d", line)]

@@ -15,7 +15,13 @@ from runner.errors import JobError
 from runner.features import Windows
 from runner.model import span_logits
 from runner.packing import FAMILIES, choose_packing
-from tests.small_models import model_of, takes_types, windows_of
+from tests.small_models import (
+    assert_same_gradients,
+    gradients_of,
+    model_of,
+    takes_types,
+    windows_of,
+)
 
 CPU = torch.device("cpu")
 LENGTHS = (7, 1, 23, 12, 40)
@@ -69,15 +75,7 @@ def test_packed_windows_are_the_same_windows_one_by_one(family, multiple):
     reference_span_loss(
         torch.cat(alone), packed.segments_B2, batch.starts_B, batch.ends_B
     ).backward()
-    pairs = zip(packed_model.named_parameters(), plain.parameters(), strict=True)
-    used = [(name, mine.grad, theirs.grad) for (name, mine), theirs in pairs if mine.requires_grad]
-    largest = max(theirs.abs().max() for _, _, theirs in used if theirs is not None)
-    for name, mine, theirs in used:
-        assert (mine is None) == (theirs is None), name
-        if mine is not None and theirs is not None:
-            # Some gradients are zero in theory and rounding noise of the others in practice.
-            scale = torch.maximum(theirs.abs().max(), largest / 1000)
-            assert (mine - theirs).abs().max() <= 1e-4 * scale, name
+    assert_same_gradients(gradients_of(packed_model), gradients_of(plain))
 
 
 @pytest.mark.parametrize("dropout", ["hidden_dropout_prob", "attention_probs_dropout_prob"])

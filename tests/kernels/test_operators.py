@@ -6,6 +6,8 @@ import pytest
 import torch
 from span_kernels import ops, qa_head_loss, span_loss
 
+from tests.apart import SLOW_INTERPRETED, slow_interpreted
+
 
 @pytest.fixture
 def batch(make_batch, device):
@@ -19,19 +21,30 @@ def batch(make_batch, device):
     )
 
 
-def test_opcheck(batch):
+# What opcheck asks of an implementation, and what of the registration that all of them share.
+OF_RESULTS = ("test_schema", "test_faketensor")
+OF_REGISTRATION = ("test_autograd_registration", "test_aot_dispatch_dynamic")
+
+
+@pytest.mark.xdist_group("compiler")
+@pytest.mark.parametrize(
+    "asked", [OF_RESULTS, pytest.param(OF_REGISTRATION, marks=SLOW_INTERPRETED)]
+)
+def test_opcheck(batch, asked):
+    def check(operator, arguments):
+        torch.library.opcheck(operator, arguments, test_utils=asked)
+
     head = [x.requires_grad_() for x in batch.head]
-    torch.library.opcheck(ops._qa_head_loss, (*head, *batch.rows))
-    torch.library.opcheck(ops._span_loss, (batch.logits_T2.requires_grad_(), *batch.rows))
-    torch.library.opcheck(ops._norm_and_finite, (batch.bias_2.detach(),))
+    check(ops._qa_head_loss, (*head, *batch.rows))
+    check(ops._span_loss, (batch.logits_T2.requires_grad_(), *batch.rows))
+    check(ops._norm_and_finite, (batch.bias_2.detach(),))
     grad_output = torch.ones((), dtype=torch.float64, device=batch.hidden_TD.device)
     saved = (grad_output, batch.logits_T2.detach(), batch.weight_2D.detach())
-    torch.library.opcheck(
-        ops._qa_head_grad, (*saved, batch.weight_2D.detach().float(), torch.bfloat16)
-    )
-    torch.library.opcheck(ops._scaled, (saved[1], grad_output, torch.bfloat16))
+    check(ops._qa_head_grad, (*saved, batch.weight_2D.detach().float(), torch.bfloat16))
+    check(ops._scaled, (saved[1], grad_output, torch.bfloat16))
 
 
+@slow_interpreted
 def test_gradcheck(batch):
     head = [x.requires_grad_() for x in batch.head]
     # The bias's gradient is zero by decree, and a difference quotient finds 1e-10.
@@ -42,10 +55,11 @@ def test_gradcheck(batch):
     assert torch.autograd.gradcheck(lambda x: span_loss(x, *batch.rows), [logits_T2])
 
 
+@pytest.mark.xdist_group("compiler")
 @pytest.mark.parametrize(
     "backend",
     [
-        "aot_eager",
+        pytest.param("aot_eager", marks=SLOW_INTERPRETED),
         pytest.param(
             "inductor",
             marks=[

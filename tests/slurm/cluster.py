@@ -14,22 +14,42 @@ from pathlib import Path
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 SCRIPT = Path(__file__).with_name("cluster.sh")
-PATIENCE = 180  # seconds; the machine may be busy
+PATIENCE = 600  # seconds; the machine may be busy with other tests
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 
 
 class Cluster:
-    """The running cluster; its clients find it through SLURM_CONF."""
+    """The running cluster; its clients find it through SLURM_CONF.
+
+    Several threads do things to it at once, so each command gets the environment as it was at the
+    beginning, whatever a test does to that of the process.
+    """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder, self._environment = folder, dict(os.environ)
 
-    def do(self, *command: object, check: bool = True) -> str:
+    def do(self, *command: object) -> str:
         """Run a command of SLURM's and return what it says."""
-        done = subprocess.run(
-            list(map(str, command)), capture_output=True, text=True, timeout=60, check=False
-        )
-        assert done.returncode == 0 or not check, f"{command}: {done.stderr}"
+        done = self._run(command, {})
+        assert done.returncode == 0, f"{command}: {done.stderr}"
         return done.stdout.strip()
+
+    def spantune(self, *arguments: object, check: bool = True, **variables: str):
+        """Run our own command; return what it did."""
+        variables = {"PYTHONPATH": str(CHECKOUT), **variables}
+        done = self._run((sys.executable, "-m", "runner", *arguments), variables)
+        assert done.returncode == 0 or not check, done.stderr
+        return done
+
+    def _run(self, command: Iterable[object], variables: dict[str, str]):
+        return subprocess.run(
+            list(map(str, command)),
+            env={**self._environment, **variables},
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+            check=False,
+        )
 
     def show(self, job: str) -> dict[str, str]:
         """All that SLURM tells of a job: JobState, ExitCode, Restarts, Reason, BatchHost, ..."""
@@ -40,7 +60,8 @@ class Cluster:
         return self.show(job)["JobState"]
 
     def wait(self, job: str, *states: str) -> dict[str, str]:
-        """Wait until a job is in one of these states."""
+        """Wait until a job is in one of these states; without any, until it has ended."""
+        states = states or ENDED
         until(lambda: self.state(job) in states, f"job {job} is {', '.join(states)}")
         return self.show(job)
 
@@ -65,7 +86,7 @@ class Cluster:
             try:
                 environment = (path / "environ").read_bytes().split(b"\0")
                 dead = (path / "stat").read_text().rpartition(") ")[2].startswith("Z")
-                command = (path / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+                command = os.fsdecode((path / "cmdline").read_bytes().replace(b"\0", b" "))
             except OSError:
                 continue
             if wanted <= set(environment) and not dead:
@@ -77,12 +98,10 @@ class Cluster:
         found = [pid for pid, line in self.processes(job).items() if line.startswith(begins)]
         os.kill(min(found), signal.SIGKILL)
 
-    def ranks(self, job: str, *numbers: int) -> list[int]:
-        """Process ids of a job's ranks with these numbers, all of them without any."""
-        given = [{"SLURM_PROCID": number} for number in numbers] or [{}]
+    def ranks(self, job: str, **variables: object) -> list[int]:
+        """Process ids of a job's ranks, in no order; with `variables` as `processes`."""
         return [
             pid
-            for variables in given
             for pid, line in self.processes(job, **variables).items()
             if line.startswith(f"{sys.executable} -u") and " rank " in line
         ]
@@ -97,13 +116,14 @@ class Cluster:
 
     def leaves_nothing(self, job: str) -> None:
         """Wait until no process of an ended job is left, which SLURM takes a moment for."""
-        until(lambda: not self.processes(job), f"nothing is left of job {job}", 30)
+        until(lambda: not self.processes(job), f"nothing is left of job {job}")
 
 
 def freeze(pids: Iterable[int]) -> None:
-    """Stop processes where they are."""
+    """Stop processes where they are, those that there still are."""
     for pid in pids:
-        os.kill(pid, signal.SIGSTOP)
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGSTOP)
 
 
 def thaw(pids: Iterable[int]) -> None:
@@ -113,6 +133,39 @@ def thaw(pids: Iterable[int]) -> None:
             os.kill(pid, signal.SIGCONT)
 
 
+def let_hear(pids: Iterable[int], number: signal.Signals) -> None:
+    """Let frozen processes go on once a signal has come to each of them, or SLURM has let it go on,
+    as it does with what it sends a TERM."""
+
+    def has_come(pid: int) -> bool:
+        try:
+            status = Path(f"/proc/{pid}/status").read_text()
+        except OSError:
+            return True
+        if not re.search(r"^State:\s*T", status, re.MULTILINE):
+            return True
+        pending = [int(mask, 16) for mask in re.findall(r"(?:Sig|Shd)Pnd:\s*(\w+)", status)]
+        return any(mask >> (number - 1) & 1 for mask in pending)
+
+    until(lambda: all(map(has_come, pids)), f"{number.name} has come to {pids}", every=0.05)
+    thaw(pids)
+
+
+def waits(pid: int) -> bool:
+    """Look for a moment whether a process's main thread sleeps, all the time, for something that
+    does not come."""
+
+    def looks() -> list[str]:
+        with suppress(OSError):
+            status = Path(f"/proc/{pid}/task/{pid}/status").read_text()
+            return re.findall(r"^(?:State|\w+ctxt_switches):\s*(\w+)", status, re.MULTILINE)
+        return []
+
+    before = looks()
+    time.sleep(0.2)
+    return before[:1] == ["S"] and before == looks()
+
+
 def is_alive(pid: int) -> bool:
     """Whether a process is there and no mere entry that waits for its parent."""
     with suppress(OSError):
@@ -120,30 +173,9 @@ def is_alive(pid: int) -> bool:
     return False
 
 
-def is_pending(pid: int, number: signal.Signals) -> bool:
-    """Whether a signal has come to a frozen process, which will hear it when it goes on."""
-    status = Path(f"/proc/{pid}/status").read_text()
-    pending = [int(mask, 16) for mask in re.findall(r"(?:Sig|Shd)Pnd:\s*(\w+)", status)]
-    return any(mask >> (number - 1) & 1 for mask in pending)
-
-
-def until(true: Callable[[], bool], what: str, seconds: float = PATIENCE) -> None:
-    """Wait until something is so."""
-    end = time.monotonic() + seconds
+def until(true: Callable[[], bool], what: str, *, every: float = 0.5) -> None:
+    """Wait until something is so, looking at it every so many seconds."""
+    end = time.monotonic() + PATIENCE
     while not true():
-        assert time.monotonic() < end, f"after {seconds} s still not so: {what}"
-        time.sleep(0.1)
-
-
-def spantune(*arguments: object, check: bool = True, **variables: str):
-    """Run the command; return what it did."""
-    done = subprocess.run(
-        [sys.executable, "-m", "runner", *map(str, arguments)],
-        env={**os.environ, "PYTHONPATH": str(CHECKOUT), **variables},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0 or not check, done.stderr
-    return done
+        assert time.monotonic() < end, f"after {PATIENCE} s still not so: {what}"
+        time.sleep(every)

@@ -1,5 +1,7 @@
 #!/bin/bash
-# A real SLURM cluster of two virtual nodes on one machine, from Debian's packages, for tests.
+# A real SLURM cluster of virtual nodes on one machine, from Debian's packages, for tests. Nodes come in
+# pairs, n1 and n2, n3 and n4, ...: partition pN has the Nth pair, and a job in urgentN preempts those in
+# pN. What happens to a job there, to a node even, disturbs no job of another pair: all runs at once.
 #
 #   cluster.sh install        apt packages (needs root; nothing else does)
 #   cluster.sh start DIR      starts munged, slurmctld and a slurmd for each node in DIR, until all idle
@@ -9,7 +11,8 @@
 # Clients need SLURM_CONF=DIR/slurm.conf. Nothing under /etc or /var is read or written at run time, and
 # every listening socket is on 127.0.0.1. Tested on Debian 12 with slurm-wlm 22.05.8, as root and not.
 set -euo pipefail
-NODES=2 CPUS=16 GPUS=2
+PAIRS=5 CPUS=32 GPUS=2
+NODES=$((2 * PAIRS))
 POLICY=${POLICY:-/usr/sbin/policy-rc.d}
 PATH=$PATH:/usr/sbin:/sbin # munged, slurmctld and slurmd live there
 
@@ -102,8 +105,13 @@ GresTypes=gpu
 $(for ((i = 1; i <= NODES; i++)); do
     echo "NodeName=n$i NodeHostname=n$i NodeAddr=127.0.0.1 Port=${ports[i]} CPUs=$CPUS RealMemory=4000 Gres=gpu:$GPUS State=UNKNOWN"
   done)
-PartitionName=low Nodes=n[1-$NODES] Default=YES MaxTime=60 PriorityTier=1 GraceTime=25 State=UP
-PartitionName=high Nodes=n[1-$NODES] MaxTime=60 PriorityTier=10 PreemptMode=OFF State=UP
+$(for ((i = 1; i <= PAIRS; i++)); do
+    nodes="Nodes=n[$((2 * i - 1))-$((2 * i))] MaxTime=60 State=UP"
+    # In the second pair whole runs queue up: side by side they would take too much memory.
+    echo "PartitionName=p$i $nodes PriorityTier=1 GraceTime=25" \
+      "$([ $i != 1 ] || echo Default=YES) $([ $i != 2 ] || echo MaxCPUsPerNode=2)"
+    echo "PartitionName=urgent$i $nodes PriorityTier=10 PreemptMode=OFF"
+  done)
 CONF
   # slurmd loads a cgroup plugin even when nothing uses cgroups, and the default (autodetect) makes it
   # exit where /sys/fs/cgroup is not mounted.
@@ -130,9 +138,9 @@ start() {
   slurmctld
   for ((i = 1; i <= NODES; i++)); do slurmd -N "n$i"; done
   # Daemons return 0 before their last checks, and a client of a dead controller retries for long.
-  for ((i = 0; i < 300; i++)); do
-    [ "$(timeout 3 sinfo -h -p low -t idle -o %D 2>/dev/null || true)" != "$NODES" ] || return 0
-    sleep 0.1
+  for ((i = 0; i < 600; i++)); do
+    [ "$(timeout 10 sinfo -h -N -t idle -o %N 2>/dev/null | sort -u | wc -l)" != "$NODES" ] || return 0
+    sleep 0.2
   done
   for f in "$d"/log/*.log; do
     echo "== $f"
@@ -149,7 +157,7 @@ stop_one() { # PIDFILE, named for its program: slurmd.n1.pid
   e=$(basename "$1")
   e=${e%%.*}
   is_prog "$p" "$e" || return 0
-  kill "$p"
+  kill "$p" 2>/dev/null || return 0
   for ((i = 0; i < 100; i++)); do
     is_prog "$p" "$e" || return 0
     sleep 0.1
@@ -160,7 +168,7 @@ stop_one() { # PIDFILE, named for its program: slurmd.n1.pid
 stop() {
   local d=$1 p f i e
   export SLURM_CONF=$d/slurm.conf
-  if timeout 5 scontrol ping 2>/dev/null | grep -q UP; then
+  if timeout 20 scontrol ping 2>/dev/null | grep -q UP; then
     timeout 10 scancel --user="$(id -un)" || true
     for ((i = 0; i < 150; i++)); do
       [ -n "$(timeout 5 squeue -h 2>/dev/null)" ] || break

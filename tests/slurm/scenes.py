@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from runner.job import Slurm
@@ -21,7 +22,7 @@ class Jobs:
     def __init__(self, cluster: Cluster, folder: Path) -> None:
         self.cluster, self.folder, self.count = cluster, folder, 0
 
-    def submit(self, plan: str, *, lives: int = 3, trials: int = 0, **section) -> tuple[str, Path]:
+    def submit(self, plan: str, *, lives: int = 3, trials: int = 0, **section) -> Scene:
         """Return the job's number and its run folder."""
         self.count += 1
         run = self.folder / f"the run {self.count}"  # spaces are quoted on the way
@@ -45,22 +46,25 @@ class Jobs:
 
 def seen(run: Path, life: int, rank: int) -> dict[str, str]:
     path = run / f"life-{life}-{rank}"
-    until(lambda: path.exists() and path.read_text() != "", f"{path} is there")
+    until(lambda: path.exists() and path.read_text() != "", f"{path} is there", every=0.1)
     return json.loads(path.read_text())
 
 
+Scene = tuple[str, Path]  # a job's number, and its run folder
 CODES = (64, 65, 69, 70, 71, 73, 76, 78)
 PAIR = {"ranks_per_node": 2}
 LIMIT = {"time": "1", "signal_seconds": 30}  # SLURM's shortest
 
 
-def begin(cluster: Cluster, jobs: Jobs) -> dict[str | int, tuple[str, Path]]:
-    """Start jobs that something happens to. SLURM takes its time over each, so all of them begin at
-    once; `test_batch` looks at how they end, `test_waits` at those that take minutes."""
-    made: dict[str | int, tuple[str, Path]] = {
+def submit_all(jobs: Jobs) -> dict[str | int, Scene]:
+    """Submit the jobs that something happens to. SLURM takes its time over each, so all of them are
+    submitted at once; `test_batch` looks at how they end, `test_waits` at those that take
+    minutes."""
+    return {
         "busy at the limit": jobs.submit("deaf", **LIMIT),
         "warned of the limit": jobs.submit("listens", **LIMIT),
         "killed rank": jobs.submit("listens", nodes=2, **PAIR),
+        "preempted": jobs.submit("listens", nodes=2, partition="p5", **PAIR),
         "warned": jobs.submit("listens", nodes=2),
         "warned early": jobs.submit("late", nodes=2),
         "requeued": jobs.submit("listens", **PAIR),
@@ -73,6 +77,10 @@ def begin(cluster: Cluster, jobs: Jobs) -> dict[str | int, tuple[str, Path]]:
         "array": jobs.submit("listens", trials=2),
         **{code: jobs.submit(str(code), **PAIR) for code in CODES},
     }
+
+
+def disturb(cluster: Cluster, made: dict[str | int, Scene]) -> Iterator[tuple[str | int, Scene]]:
+    """Let it happen; tells of each scene that its end can be waited for."""
 
     def warn(name: str) -> None:
         cluster.do("scancel", "--batch", "--signal=USR2", name)  # as --signal=B:USR2@... does
@@ -89,16 +97,18 @@ def begin(cluster: Cluster, jobs: Jobs) -> dict[str | int, tuple[str, Path]]:
     cluster.do("scontrol", "requeue", up("requeued", 2))
     cluster.do("scancel", up("cancelled", 2))
     warn(up("warned, then cancelled", 1))
+    up("preempted", 4)
+    cluster.step("sleep 1", partition="urgent5", nodes=2, ntasks_per_node=32)
     job, run = made["array"]
     for index in (0, 1):
         seen(run / f"trial-{index}", 0, 0)
     warn(f"{job}_1")
-    return made
+    yield from made.items()
 
 
 def outcome(cluster: Cluster, job: str) -> tuple[str, str, str]:
     """State, exit code and number of requeues of a job, once it has ended."""
-    end = cluster.wait(job, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+    end = cluster.wait(job)
     cluster.leaves_nothing(job)
     return end["JobState"], end["ExitCode"], end["Restarts"]
 

@@ -40,7 +40,7 @@ if plan == "finish" or (life != "0" and plan != "idle"):
 if plan.isdecimal():
     time.sleep(1 if rank == "0" else 0)
     sys.exit(int(plan))
-for _ in range(3000):
+for _ in range(12000):
     stops = {"SIGTERM"} if plan == "deaf" else {"SIGTERM", "SIGUSR2"}
     if plan == "idle" or stops & set(got):
         sys.exit(75)

@@ -13,14 +13,16 @@ def test_processes_of_a_job_and_of_a_trial_are_found(tmp_path):
     def begin(**variables: str) -> subprocess.Popen:
         conf = {"SLURM_CONF": f"{tmp_path}/slurm.conf"}
         return subprocess.Popen(
-            ["sleep", "60"], env={"PATH": os.environ["PATH"], **conf, **variables}
+            ["bash", "-c", "read", b"\xff"],  # any bytes may stand in a command line
+            stdin=subprocess.PIPE,
+            env={"PATH": os.environ["PATH"], **conf, **variables},
         )
 
     plain = begin(SLURM_JOB_ID="17")
     trial = begin(SLURM_JOB_ID="19", SLURM_ARRAY_JOB_ID="18", SLURM_ARRAY_TASK_ID="1")
     cluster = Cluster(tmp_path)
     try:
-        until(lambda: len(cluster.processes("17")) == 1, "the first is there", 10)
+        until(lambda: len(cluster.processes("17")) == 1, "the first is there")
         assert list(cluster.processes("17")) == [plain.pid]
         assert list(cluster.processes("18_1")) == [trial.pid]
         assert not cluster.processes("18_2")

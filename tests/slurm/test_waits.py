@@ -1,8 +1,8 @@
-"""What SLURM takes minutes for, with the stand-in: begun in `scenes`, looked at last."""
+"""What SLURM takes minutes for, with the stand-in: begun with all other scenes, looked at last."""
 
 from __future__ import annotations
 
-from .scenes import PAIR, first_signal, outcome, seen
+from .scenes import first_signal, outcome
 
 
 def test_a_killed_rank_takes_the_others_with_it(cluster, scenes):
@@ -24,12 +24,8 @@ def test_the_warning_before_the_time_limit(cluster, scenes):
     assert first_signal(run, 0) == "SIGUSR2"
 
 
-def test_preemption_saves_requeues_and_goes_on(cluster, jobs, scenes):
-    job, run = jobs.submit("listens", nodes=2, **PAIR)
-    for rank in range(4):
-        seen(run, 0, rank)
-    urgent = cluster.step("sleep 1", partition="high", nodes=2, ntasks_per_node=16)
-    assert outcome(cluster, urgent)[0] == "COMPLETED"
+def test_preemption_saves_requeues_and_goes_on(cluster, scenes):
+    job, run = scenes["preempted"]
     assert outcome(cluster, job) == ("COMPLETED", "0:0", "1")
     for rank in range(4):
         assert first_signal(run, rank) == "SIGUSR2"

@@ -6,18 +6,34 @@ process and its ranks, as `spantune run` has them, so that each of them can be k
 
 from __future__ import annotations
 
+import gc
+import importlib
 import json
 import math
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 CHECKOUT = Path(__file__).resolve().parents[2]
-UNVERIFIED = "import runner.conclusion; runner.conclusion.verify_export = lambda *_: 0.0"
+FRESH = Path(__file__).with_name("fresh_models.py")
+# Left out where a test is about neither: together they take longer than all else of a tiny run.
+WITHOUT = """
+import runner.conclusion, runner.train
+runner.conclusion.verify_export = lambda *_: 0.0
+runner.train.draw_curves = lambda *_: None
+"""
+# The exported model is opened by a process that has opened others before.
+VERIFIED = """
+import functools, types, runner.export
+from tests.workers.fresh_models import ask
+runner.export.subprocess = types.SimpleNamespace(run=functools.partial(ask, {port}))
+"""
 
 
 @dataclass
@@ -70,6 +86,7 @@ class Zygote:
 
     def __init__(self, folder: Path, threads: int = 1) -> None:
         self.folder, self._number = folder, 0
+        self._fresh: subprocess.Popen[str] | None = None
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "DS_ACCELERATOR": "cpu"}
         self._process = subprocess.Popen(
             [sys.executable, __file__],
@@ -78,18 +95,23 @@ class Zygote:
             env=environment,
             text=True,
         )
-        assert self._answer() == "ready"
+        self._is_ready = False  # others may import meanwhile
 
     def start(
-        self, *arguments: object, ranks: int = 1, code: str = "", **variables: str
+        self,
+        *arguments: object,
+        ranks: int = 1,
+        code: str = "",
+        whole: bool = False,
+        **variables: str,
     ) -> Running:
-        """Start `spantune rank ARGUMENTS` on each rank. The exported model is not verified, which
-        would take a fresh process longer than all else.
+        """Start `spantune rank ARGUMENTS` on each rank.
 
         Args:
             arguments: of the command.
             ranks: how many.
             code: Python that each rank runs first, to break something.
+            whole: whether curves are drawn and the exported model is verified.
             variables: of the environment.
         """
         self._number += 1
@@ -98,26 +120,44 @@ class Zygote:
         request = {
             "arguments": ["rank", *map(str, arguments)],
             "ranks": ranks,
-            "code": f"{UNVERIFIED}\n{code}",
+            "code": (VERIFIED.format(port=self._verifier()) if whole else WITHOUT) + code,
             "variables": variables,
             "log": str(log),
             "codes": str(codes),
         }
+        assert self._is_ready or self._answer() == "ready"
+        self._is_ready = True
         assert self._process.stdin
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
         return Running(*self._answer(), log, codes)
 
-    def run(self, *arguments: object, ranks: int = 1, **options: str) -> tuple[list[int], str]:
+    def run(self, *arguments: object, ranks: int = 1, **options: Any) -> tuple[list[int], str]:
         """Start a run and wait for its end; returns the ranks' codes and what they said."""
         started = self.start(*arguments, ranks=ranks, **options)
         return started.wait(), started.text()
 
     def close(self) -> None:
         """End the zygote."""
+        if self._fresh:
+            self._fresh.communicate()
         assert self._process.stdin
         self._process.stdin.close()
         self._process.wait()
+
+    def _verifier(self) -> int:
+        """The port of the process that opens exported models, started when it is first needed."""
+        if self._fresh is None:
+            self._fresh = subprocess.Popen(
+                [sys.executable, str(FRESH)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+                text=True,
+            )
+            assert self._fresh.stdout
+            self._port = int(self._fresh.stdout.readline())
+        return self._port
 
     def _answer(self):
         assert self._process.stdout
@@ -147,6 +187,7 @@ def serve() -> None:
 
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
+    prepare()
     signal.signal(signal.SIGCHLD, lambda *_: reap())
     print(json.dumps("ready"), file=answers, flush=True)
     for line in sys.stdin:
@@ -161,6 +202,46 @@ def serve() -> None:
         with os.fdopen(reads) as file:
             ranks = json.loads(file.readline())
         print(json.dumps([launcher, ranks]), file=answers, flush=True)
+
+
+def prepare() -> None:
+    """Do once what each run would do anew: imports that come late, patterns that are compiled at
+    their first use, fonts that are looked for. A run finds nothing else than without it."""
+    import deepspeed.module_inject.auto_ep_config
+    import deepspeed.runtime.zero.muon.muon_optimizer
+    import numpy as np
+    import torch
+    import transformers
+
+    from runner import plots
+    from runner.report import write_report
+    from runner.rundir import RunDir
+    from runner.tables import append_row
+    from tests.sample_runs import make_run, predictions
+
+    numbers, torch_numbers = np.random.get_state(), torch.get_rng_state()
+    for family in ("bert", "distilbert", "roberta", "electra", "albert"):
+        importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+    _ = deepspeed.ops.__compatible_ops__  # asks a compiler
+    with tempfile.TemporaryDirectory() as folder:
+        shape = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+        config = transformers.BertConfig(vocab_size=8, intermediate_size=8, **shape)
+        transformers.logging.disable_progress_bar()
+        transformers.BertForQuestionAnswering(config).save_pretrained(folder)
+        transformers.BertForQuestionAnswering.from_pretrained(folder)
+        transformers.logging.enable_progress_bar()
+        drawn, curves = RunDir(Path(folder)), (*plots.LOSSES, *plots.SCORES)
+        append_row(
+            drawn.train_table, {"step": 1, "epoch": 1, "loss_nats": 1, "span_accuracy_percent": 1}
+        )
+        append_row(drawn.eval_table, {"epoch": 1, **{curve.name: 1 for curve in curves}})
+        plots.draw_curves(drawn, "x")
+        write_report(make_run(Path(folder) / "run", predictions()))
+    np.random.set_state(numbers)
+    torch.set_rng_state(torch_numbers)
+    # What is here now stays: a collection in a fork need not look through it, nor write to it.
+    gc.collect()
+    gc.freeze()
 
 
 def reap() -> None:
@@ -199,7 +280,7 @@ def launch(request: dict, writes: int) -> None:
     os.close(writes)
     codes, deadline = {}, math.inf
     while len(codes) < count:
-        pid, status = os.waitpid(-1, os.WNOHANG)
+        pid, status = os.waitpid(-1, 0 if deadline == math.inf else os.WNOHANG)
         if pid:
             codes[pid] = os.waitstatus_to_exitcode(status)
         left = [child for child in children if child not in codes]
@@ -220,11 +301,14 @@ def launch(request: dict, writes: int) -> None:
 
 
 def be_rank(rank: int, request: dict) -> None:
+    import numpy as np
+
     import runner.cli
 
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     os.setpgid(0, 0)
     code = 70
+    np.random.seed()  # each process has numbers of its own, which no run may use
     try:
         exec(request["code"], {"rank": rank})
         code = runner.cli.main(request["arguments"])
@@ -236,3 +320,4 @@ def be_rank(rank: int, request: dict) -> None:
 
 if __name__ == "__main__":
     serve()
+    os._exit(0)  # nothing is left to be put away

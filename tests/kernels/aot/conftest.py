@@ -74,7 +74,11 @@ def _usage(kernel) -> tuple[int, int]:
     return int(registers), int(stack)
 
 
-@pytest.fixture(params=TARGETS)
+@pytest.fixture(
+    params=[
+        pytest.param(name, marks=[] if name == "sm_90" else [pytest.mark.slow]) for name in TARGETS
+    ]
+)
 def target(request):
     target = TARGETS[request.param]
     driver.set_active(Offline(target.gpu))

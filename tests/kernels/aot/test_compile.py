@@ -13,7 +13,7 @@ from span_kernels.gather import _gather_triton
 
 SHAPES = [
     (32, 384, 768, torch.bfloat16),
-    (256, 384, 1024, torch.bfloat16),
+    pytest.param((256, 384, 1024, torch.bfloat16), marks=pytest.mark.slow),
     (3, 100, 100, torch.float32),
 ]
 MORE_SHAPES = [
@@ -57,6 +57,7 @@ def test_the_head_compiles_without_spills_in_four_launches(shape, launches, targ
     _check(compiled, target)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", MORE_SHAPES, ids=str)
 @pytest.mark.parametrize("target", ["sm_90"], indirect=True)
 def test_further_shapes_on_hopper(shape, launches, target):
@@ -75,7 +76,9 @@ def test_loss_from_logits_and_norm(dtype, launches, target):
     _check(compiled, target)
 
 
-@pytest.mark.parametrize("windows", [1, 32, 300])
+@pytest.mark.parametrize(
+    "windows", [32, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 300))]
+)
 def test_gathering_a_batch(windows, launches, target):
     def meta(size, dtype):
         return torch.empty(size, dtype=dtype, device="meta")
@@ -89,13 +92,21 @@ def test_gathering_a_batch(windows, launches, target):
 
 
 @pytest.mark.parametrize("target", ["sm_90"], indirect=True)
-def test_sizes_of_one_which_triton_turns_into_constants(launches, target):
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (1, 1, 1, torch.float32),
+        pytest.param((1, 5, 8, torch.bfloat16), marks=pytest.mark.slow),
+        pytest.param((3, 1, 8, torch.float32), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_sizes_of_one_which_triton_turns_into_constants(shape, launches, target):
     """An int argument equal to 1 becomes a Python int, on which .to() and the like fail."""
-    for shape in ((1, 1, 1, torch.float32), (1, 5, 8, torch.bfloat16), (3, 1, 8, torch.float32)):
-        (hidden_TD, *_), table = inputs = _inputs(*shape)
-        _check(launches(lambda inputs=inputs: _train(*inputs)), target)
-        logits_T2 = hidden_TD[:, :1].expand(-1, 2)
-        _check(launches(lambda x=logits_T2, table=table: ops._span_loss_triton(x, *table)), target)
+    (hidden_TD, *_), table = inputs = _inputs(*shape)
+    _check(launches(lambda: _train(*inputs)), target)
+    logits_T2 = hidden_TD[:, :1].expand(-1, 2)
+    _check(launches(lambda: ops._span_loss_triton(logits_T2, *table)), target)
     flat = torch.empty(1, device="meta")
     _check(launches(lambda: ops._norm_and_finite_triton(flat)), target)
 

@@ -129,6 +129,7 @@ gather._gather.register_kernel("cpu")(gather._gather_triton)
 @pytest.fixture(autouse=True)
 def _unwritten_memory_is_nan():
     """PyTorch fills torch.empty with NaN while deterministic algorithms are asked for."""
-    torch.use_deterministic_algorithms(True)
+    # Not by use_deterministic_algorithms, which imports the compiler of torch.compile for a second.
+    torch.set_deterministic_debug_mode("error")
     yield
-    torch.use_deterministic_algorithms(False)
+    torch.set_deterministic_debug_mode("default")

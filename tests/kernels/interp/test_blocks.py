@@ -24,15 +24,17 @@ from span_kernels import (
 from span_kernels.launch import HeadPlan
 from triton.runtime.interpreter import InterpreterBuilder as Builder
 
-LENGTHS = (37, 1, 0, 50, 16)
+LENGTHS = (21, 1, 0, 34, 16)
 
 
 def _close(got, want):
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize("block", [1, 16, 64])
-@pytest.mark.parametrize("table", [1, 2, 8])
+@pytest.mark.parametrize(
+    ("block", "table"),
+    [(4, 2), (16, 1), (16, 8), (64, 2), pytest.param(1, 1, marks=pytest.mark.slow)],
+)
 def test_window_blocks_and_row_tables_of_any_size(
     block, table, make_batch, differentiate, monkeypatch
 ):
@@ -48,9 +50,9 @@ def test_window_blocks_and_row_tables_of_any_size(
 @pytest.mark.parametrize(
     "plan",
     [
-        HeadPlan(tile=16, group=1, lanes=1, chunk=8, stages=1, warps=4),
-        HeadPlan(tile=16, group=2, lanes=4, chunk=16, stages=3, warps=4),
-        HeadPlan(tile=64, group=8, lanes=2, chunk=32, stages=2, warps=8),
+        HeadPlan(tile=16, group=1, lanes=1, chunk=32, stages=1, warps=4),
+        HeadPlan(tile=16, group=2, lanes=4, chunk=8, stages=3, warps=4),
+        HeadPlan(tile=64, group=8, lanes=2, chunk=16, stages=2, warps=8),
         HeadPlan(tile=5, group=2, lanes=4, chunk=32, stages=2, warps=4),
     ],
     ids=str,

@@ -1,0 +1,64 @@
+"""Opens exported models in a process that knows only transformers, one request after another: as
+`runner/fresh_logits.py` does for one, which takes longer to import than a tiny run to train.
+
+As a program it prints the port at which it answers, until its stdin ends. `ask` stands for
+`subprocess.run` in `runner.export`.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import runpy
+import select
+import socket
+import subprocess
+import sys
+import traceback
+from contextlib import redirect_stdout, suppress
+from pathlib import Path
+from typing import Any
+
+FRESH = Path(__file__).resolve().parents[2] / "runner" / "fresh_logits.py"
+
+
+def ask(port: int, command: list[str], *, input: str, **_: Any) -> subprocess.CompletedProcess[str]:
+    """What `subprocess.run` of fresh_logits.py would return for this input."""
+    assert command[1:] == [str(FRESH)]
+    with socket.create_connection(("127.0.0.1", port)) as asking:
+        asking.sendall(input.encode())
+        asking.shutdown(socket.SHUT_WR)
+        answer = json.loads(asking.makefile("rb").read())
+    return subprocess.CompletedProcess(command, **answer)
+
+
+def serve() -> None:
+    import transformers
+
+    transformers.logging.set_verbosity_error()  # as the variable asks that the other one gets
+    transformers.logging.disable_progress_bar()
+    main, end = runpy.run_path(str(FRESH))["main"], sys.stdin
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        print(listening.getsockname()[1], flush=True)
+        while end not in select.select([listening, end], [], [])[0]:
+            asking, _ = listening.accept()
+            with asking, suppress(OSError):  # a rank that was killed waits for no answer
+                asking.sendall(json.dumps(answer(main, asking.makefile("rb").read())).encode())
+
+
+def answer(main: Any, request: bytes) -> dict[str, Any]:
+    written, code, said = io.StringIO(), 0, ""
+    sys.stdin = io.StringIO(request.decode())
+    try:
+        os.chdir(json.loads(request)["model"])
+        with redirect_stdout(written):
+            main()
+    except Exception:
+        code, said = 1, traceback.format_exc()
+    return {"returncode": code, "stdout": written.getvalue(), "stderr": said}
+
+
+if __name__ == "__main__":
+    serve()
+    os._exit(0)
