@@ -119,7 +119,8 @@ runner.train.read_windows = read_windows
 def test_what_a_job_may_ask_for_besides_is_resumed_too(zygote, job_file, tmp_path):
     """Early stopping with a best evaluation that is older than the newest checkpoint, a tuned
     threshold, evaluations every other epoch, kept frozen layers, strict determinism."""
-    job = job_file('[stop]\nmetric = "loss"\npatience = 3\n')
+    # No gain is large enough: the first evaluation stays the best one.
+    job = job_file('[stop]\nmetric = "loss"\npatience = 3\nmin_delta = 100.0\n')
     options = sets(
         "train.epochs=4",
         "train.eval_every=2",
@@ -134,6 +135,7 @@ def test_what_a_job_may_ask_for_besides_is_resumed_too(zygote, job_file, tmp_pat
     expected = outcome(tmp_path / "full")
     assert "outputs of frozen layers: " in text
     steps = int(expected["train.csv"][-1]["step"])
+    assert int(expected["step"]) == steps // 2
     for where, code in (("training", STOP.format(step=steps - 4, rank=0)), ("tuning", TUNING)):
         cut = tmp_path / where
         codes, text = zygote.run(job, "--run-dir", cut, *options, code=code)
