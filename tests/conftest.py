@@ -30,6 +30,10 @@ os.environ |= {
     "HF_HUB_DISABLE_TELEMETRY": "1",
 }
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Two workers with a thread for each core in each would spend most of their time on waiting.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
