@@ -31,12 +31,10 @@ quickstart: setup      ## fine-tune a small model on the product questions (a fe
 	PATH="$(abspath $(BIN)):$$PATH" deepspeed --log_level error --num_gpus $(RANKS) runner/main.py jobs/quickstart.toml
 
 test: setup            ## the tests, in minutes
-	$(PYTEST) $(BESIDE) -m "not slow and not alone"
-	$(PYTEST) -m "alone and not slow"
+	$(PYTEST) $(BESIDE) -m "not slow"
 
 test-slow: setup       ## the second tier: rare faults, every variant, old instructions
-	$(PYTEST) $(BESIDE) -m "slow and not alone"
-	$(PYTEST) -m "slow and alone"
+	$(PYTEST) $(BESIDE) -m slow
 
 test-all: test test-slow   ## both tiers
 
