@@ -2,6 +2,6 @@
 
 import sys
 
-from runner.cli import main
+from runner.cli.command import main
 
 sys.exit(main(sys.argv[1:]))

@@ -9,12 +9,15 @@ from pathlib import Path
 CHECKOUT = Path(__file__).resolve().parent.parent
 sys.path[:1] = [str(CHECKOUT), str(CHECKOUT / "kernels")]
 
-from runner import ranks, signals  # noqa: E402
+from runner.utils import (
+    ranks,
+    signals,
+)
 
 if ranks.is_launched():
     signals.listen(signals.leave_early)  # even reading the command takes a third of a second
 
-from runner.cli import main  # noqa: E402
+from runner.cli.command import main
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

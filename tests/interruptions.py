@@ -6,10 +6,10 @@ import hashlib
 import json
 from pathlib import Path
 
-from runner.rundir import RunDir, checkpoint_place
-from runner.sameness import is_time
-from runner.store import Store
-from runner.tables import read_rows
+from runner.checkpoint.store import Store
+from runner.run.folder import RunDir, checkpoint_place
+from runner.run.sameness import is_time
+from runner.utils.tables import read_rows
 
 DATA = Path(__file__).resolve().parents[1] / "jobs" / "data"
 CONTEXT = "The lantern folds flat; its battery lasts nine hours on the bright setting."
@@ -77,52 +77,52 @@ name = "{model}"
 AT_STEP = """
 import os, signal, sys, time
 import torch
-import runner.epoch
-step_taken = runner.epoch.take_step
+import runner.train.epoch
+step_taken = runner.train.epoch.take_step
 def take_step(engine, step):
     if step == {step} and rank == {rank}:
         {what}
     step_taken(engine, step)
-runner.epoch.take_step = take_step
+runner.train.epoch.take_step = take_step
 """
 # Stops a rank, as SIGUSR2 does, when it has done so many steps; the ranks agree one step later.
 STOP = """
-import runner.epoch, runner.signals
-step_taken = runner.epoch.take_step
+import runner.train.epoch, runner.utils.signals
+step_taken = runner.train.epoch.take_step
 def take_step(engine, step):
     step_taken(engine, step)
     if step == {step} and {rank} in (rank, -1):
-        runner.signals.ask("SIGUSR2")
-runner.epoch.take_step = take_step
+        runner.utils.signals.ask("SIGUSR2")
+runner.train.epoch.take_step = take_step
 """
 # Stops every rank in its evaluation after epoch 1.
 STOP_SCORING = """
-import runner.train, runner.signals
-read = runner.train.read_windows
+import runner.train.trainer, runner.utils.signals
+read = runner.train.trainer.read_windows
 def read_windows(*arguments, **options):
     if options.get("step"):
-        runner.signals.ask("SIGTERM")
+        runner.utils.signals.ask("SIGTERM")
     return read(*arguments, **options)
-runner.train.read_windows = read_windows
+runner.train.trainer.read_windows = read_windows
 """
 # Stops every rank right after its first evaluation was committed.
 STOP_SCORED = """
-import runner.checkpoint, runner.signals
-save = runner.checkpoint.Checkpoints.save
+import runner.checkpoint.manager, runner.utils.signals
+save = runner.checkpoint.manager.Checkpoints.save
 def save_and_stop(self, memory, best=None, *, required=False):
     whole = save(self, memory, best, required=required)
     if memory.progress.scored:
-        runner.signals.ask("SIGUSR1")
+        runner.utils.signals.ask("SIGUSR1")
     return whole
-runner.checkpoint.Checkpoints.save = save_and_stop
+runner.checkpoint.manager.Checkpoints.save = save_and_stop
 """
 # Dropout from torch's generators, which go on from pass to pass; else it is a function of the place
 # in training, and a resumed run would repeat it without any state.
 TORCH_DROPOUT = """
-import runner.computing, runner.noise
-runner.computing.install = lambda model, noise: 0
-restart = runner.noise.Noise.restart
-runner.noise.Noise.restart = lambda self, *place: None if place else restart(self)
+import runner.train.plan, runner.model.dropout
+runner.train.plan.install = lambda model, noise: 0
+restart = runner.model.dropout.Noise.restart
+runner.model.dropout.Noise.restart = lambda self, *place: None if place else restart(self)
 """
 PLACES = ("mid-epoch", "epoch edge", "warm-up", "last step", "scoring", "scored")
 

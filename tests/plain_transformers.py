@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 
-from runner.predict import Question
+from runner.predict.predictor import Question
 
 Place = tuple[int, int]
 

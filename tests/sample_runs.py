@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from runner.rundir import RunDir
-from runner.tables import append_row
+from runner.run.folder import RunDir
+from runner.utils.tables import append_row
 
 HOSTILE = (
     "<script>alert(1)</script> & \"quotes\" 'single' ]]> <!-- | `code` * _x_ [l](javascript:0) "

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForQuestionAnswering
 
-from runner.features import Windows
+from runner.data.windows import Windows
 
 VOCABULARY = 60
 

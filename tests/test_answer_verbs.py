@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from runner import cli
+from runner.cli import command as cli
 from tests.sample_runs import make_run, predictions
 
 ROOT = Path(__file__).parents[1]

@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from runner.answering import (
+from runner.errors import DataError
+from runner.job.inference import (
     KEY,
     Answering,
     Tuned,
@@ -14,8 +15,7 @@ from runner.answering import (
     read_answering,
     usual_answering,
 )
-from runner.errors import DataError
-from runner.job import Data, Score
+from runner.job.schema import Data, Score
 
 TUNED = Tuned(source="dev.json[:9]", sha256="a" * 64, questions=9, metric="f1", percent=71.5)
 

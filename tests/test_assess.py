@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from runner.answer_arguments import Opening, UsageError
-from runner.answering import KEY, Tuned, job_answering
-from runner.assess import assess, evaluate_model, evaluation_lines, folder_name
-from runner.dataset import load_dataset
+from runner.cli.predict import Opening, UsageError
+from runner.data.dataset import load_dataset
 from runner.errors import DataError, MachineError, StorageError
-from runner.job import Columns, Data, Score
-from runner.metrics import squad_scores, squad_v2_scores
-from runner.predict import Predictor
+from runner.job.inference import KEY, Tuned, job_answering
+from runner.job.schema import Columns, Data, Score
+from runner.metrics.squad import squad_scores, squad_v2_scores
+from runner.predict.evaluate import assess, evaluate_model, evaluation_lines, folder_name
+from runner.predict.predictor import Predictor
 
 PRODUCTS = Path(__file__).parents[1] / "jobs" / "data" / "product_qa_validation.json"
 CONTEXT = "The lantern folds flat; its battery lasts nine hours on the bright setting."
@@ -201,7 +201,7 @@ def test_an_old_result_does_not_outlive_its_predictions(run, mixed, monkeypatch)
     def full(*_):
         raise StorageError("disk full")
 
-    monkeypatch.setattr("runner.assess.write_report", full)
+    monkeypatch.setattr("runner.predict.evaluate.write_report", full)
     with pytest.raises(StorageError):
         evaluate_model(opening(folder), mixed, v2=False, seed=1, output=None)
     assert not (where / "result.json").exists()
@@ -224,7 +224,7 @@ def test_the_bar_knows_how_many_batches_there_are(tiny, products, monkeypatch):
         totals.append(total)
         yield lambda number, note="": done.append(number)
 
-    monkeypatch.setattr("runner.assess.progress", bar)
+    monkeypatch.setattr("runner.predict.evaluate.progress", bar)
     predictor = Predictor.load(str(tiny("bert")), device="cpu", batch_size=5)
     assess(predictor, products, v2=False, seed=1)
     assert totals == [done[-1]]
@@ -235,7 +235,7 @@ def test_full_memory_is_a_sentence(run, mixed, monkeypatch):
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
-    monkeypatch.setattr("runner.assess.read_windows", full)
+    monkeypatch.setattr("runner.predict.evaluate.read_windows", full)
     with pytest.raises(MachineError, match=r"out of memory: CUDA .*; lower --batch-size"):
         evaluate_model(opening(run()), mixed, v2=False, seed=1, output=None)
 

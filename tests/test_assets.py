@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from runner import assets
-from runner.assets import check_assets, hub_assets, not_cached
 from runner.errors import AssetError
-from runner.job import Job
-from runner.jobfile import dump_job
+from runner.job import assets
+from runner.job.assets import check_assets, hub_assets, not_cached
+from runner.job.load import dump_job
+from runner.job.schema import Job
 
 ROOT = Path(__file__).parents[1]
 # Of a model only what is loaded, not the weights of four frameworks.

@@ -14,13 +14,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from runner import attend
-from runner.attempts import Owner, entry_file
-from runner.attend import follow, log_file
-from runner.cli import main
+from runner.cli.command import main
 from runner.errors import RunDirError, RunnerError, SlurmError
-from runner.rundir import RunDir
-from runner.slurm_jobs import Submission, write_submission
+from runner.run.attempts import Owner, entry_file
+from runner.run.folder import RunDir
+from runner.slurm import control as attend
+from runner.slurm.client import Submission, write_submission
+from runner.slurm.control import follow, log_file
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from runner.attention import _flash, packed_attention
-from runner.batches import Bounds
-from runner.noise import CpuDropout, Noise, keep_scale
+from runner.data.collate import Bounds
+from runner.model.attention import _flash, packed_attention
+from runner.model.dropout import CpuDropout, Noise, keep_scale
 
 ENDS = (0, 5, 6, 29, 41)
 

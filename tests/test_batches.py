@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runner.batches import (
+from runner.data.collate import (
     Packing,
     collate,
     epoch_batches,
@@ -17,7 +17,7 @@ from runner.batches import (
     rank_share,
     score_batches,
 )
-from runner.features import Windows
+from runner.data.windows import Windows
 
 sizes = st.integers(1, 40)
 lengths = st.lists(st.integers(1, 60), max_size=300).map(np.array)
@@ -133,10 +133,10 @@ def padding(lengths_N, groups):
 
 @pytest.fixture(scope="module")
 def real_lengths(real_data, minilm):
-    from runner.dataset import load_dataset
-    from runner.features import build_windows
-    from runner.job import Columns, Model
-    from runner.model import load_tokenizer
+    from runner.data.dataset import load_dataset
+    from runner.data.windows import build_windows
+    from runner.job.schema import Columns, Model
+    from runner.model.load import load_tokenizer
 
     data = load_dataset(
         f"{real_data}/xquad_en_v1.1.json",

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from runner.answering import Tuned, job_answering
-from runner.card import model_card
-from runner.job import Card, Job
+from runner.export.model_card import model_card
+from runner.job.inference import Tuned, job_answering
+from runner.job.schema import Card, Job
 
 GOLDEN = Path(__file__).with_name("golden") / "model_card.md"
 INTERVALS = {"exact_match": (78.25, 84.0), "f1": (86.0, 90.125)}
@@ -121,7 +121,7 @@ def test_a_model_that_is_not_on_the_hub_is_no_base_model(model):
 
 
 def test_folders_of_the_machine_are_left_out():
-    from runner.jobfile import dump_job
+    from runner.job.load import dump_job
 
     private = job("/somewhere/m", train="/somewhere/a.json[:5]", validation="/somewhere/b.csv")
     text = card(private, dump_job(private))
@@ -146,7 +146,7 @@ def test_the_card_says_whether_the_model_may_answer_nothing():
 
 
 def test_the_tuning_data_are_no_folder_of_the_machine_either():
-    from runner.jobfile import dump_job
+    from runner.job.load import dump_job
 
     private = job(unanswerable=True, tuning="/somewhere/t.json[:5]")
     assert "/somewhere" not in card(private, dump_job(private))

@@ -9,9 +9,9 @@ import shutil
 import pytest
 from transformers import AutoConfig
 
-from runner.check import check_data
 from runner.errors import AssetError, DataError, JobError
-from runner.job import Job
+from runner.job.schema import Job
+from runner.train.preflight import check_data
 
 WORDS = "river folds battery before beech"  # each one token of the tiny vocabulary
 

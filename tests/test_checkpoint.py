@@ -9,12 +9,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from runner.checkpoint import _IDENTITY, Checkpoints
+from runner.checkpoint.manager import _IDENTITY, Checkpoints
+from runner.checkpoint.store import Manifest
 from runner.errors import DataError
-from runner.progress import Memory
-from runner.ranks import Rank
-from runner.rundir import RunDir
-from runner.store import Manifest
+from runner.run.folder import RunDir
+from runner.train.state import Memory
+from runner.utils.ranks import Rank
 
 IDENTITY = dict.fromkeys(_IDENTITY, "then")
 

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from runner import claim
-from runner.attempts import (
+from runner.errors import RunDirError
+from runner.run import lease as claim
+from runner.run.attempts import (
     SILENT,
     attempts_without_progress,
     entry_file,
@@ -27,16 +28,15 @@ from runner.attempts import (
     read_owner,
     sealed,
 )
-from runner.claim import Attempt
-from runner.errors import RunDirError
-from runner.rundir import RunDir
+from runner.run.folder import RunDir
+from runner.run.lease import Attempt
 
 ROOT = Path(__file__).parents[1]
 CLAIMER = """
 import os, sys
-from runner.claim import Attempt
+from runner.run.lease import Attempt
 from runner.errors import RunDirError
-from runner.rundir import RunDir
+from runner.run.folder import RunDir
 print("ready", flush=True)
 os.read(int(sys.argv[2]), 1)  # until its other end is closed, for all who wait at once
 try:

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from runner import __version__, cli, errors, launch
+from runner import __version__, errors
+from runner.cli import command as cli
 from runner.errors import JobError, RunnerError
+from runner.run import launch
 
 ROOT = Path(__file__).parents[1]
 JOB = """\
@@ -244,9 +246,9 @@ def test_the_desk_loads_no_heavy_library(verb, text, code):
     """It answers within a third of a second, since it does with a few hundred modules."""
     Path("job.toml").write_text(text)
     script = (
-        "import sys, runner.launch\n"
-        "runner.launch.launch = lambda *_: 0\n"
-        "from runner.cli import main\n"
+        "import sys, runner.run.launch\n"
+        "runner.run.launch.launch = lambda *_: 0\n"
+        "from runner.cli.command import main\n"
         "try: code = main(sys.argv[1:])\n"
         "except SystemExit as end: code = end.code\n"
         "heavy = {'torch', 'transformers', 'datasets', 'deepspeed', 'evaluate', 'numpy'}\n"

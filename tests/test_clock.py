@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-import runner.clock
-from runner.clock import Clock
+import runner.utils.timing
+from runner.utils.timing import Clock
 
 
 @pytest.fixture
@@ -96,14 +96,14 @@ def process(*cmdline: str, created: float = 0.0) -> SimpleNamespace:
     ],
 )
 def test_launchers_are_told_from_what_only_names_them(cmdline, launches):
-    assert runner.clock._launches(process(*cmdline)) is launches
+    assert runner.utils.timing._launches(process(*cmdline)) is launches
 
 
 def test_a_process_that_is_gone_launches_nothing():
     def gone():
         raise psutil.NoSuchProcess(1)
 
-    assert runner.clock._launches(SimpleNamespace(cmdline=gone)) is False
+    assert runner.utils.timing._launches(SimpleNamespace(cmdline=gone)) is False
 
 
 def test_the_first_step_is_told_once_with_what_came_before(monkeypatch):
@@ -119,7 +119,7 @@ def test_the_first_step_is_told_once_with_what_came_before(monkeypatch):
 
     stub = SimpleNamespace(Process=Mine, Error=psutil.Error)
     real = psutil.Process
-    monkeypatch.setattr(runner.clock, "psutil", stub)
+    monkeypatch.setattr(runner.utils.timing, "psutil", stub)
     Mine.create_time = lambda self: real().create_time()
     times = Clock()
     with times("data"):

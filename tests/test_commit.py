@@ -15,12 +15,12 @@ from pathlib import Path
 
 import pytest
 
-from runner.claim import Attempt
-from runner.commit import newest, take_over
+from runner.checkpoint.commit import newest, take_over
+from runner.checkpoint.files import Entry, Files
+from runner.checkpoint.store import DamagedError, Manifest, Store
 from runner.errors import DataError, StorageError
-from runner.files import Entry, Files
-from runner.rundir import RunDir
-from runner.store import DamagedError, Manifest, Store
+from runner.run.folder import RunDir
+from runner.run.lease import Attempt
 
 SESSIONS = Path(__file__).with_name("workers") / "store_sessions.py"
 

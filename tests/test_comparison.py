@@ -10,7 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runner.comparison import (
+from runner.errors import DataError
+from runner.metrics.squad import bootstrap_interval
+from runner.metrics.statistics import (
     Gap,
     adjusted,
     judge,
@@ -20,8 +22,6 @@ from runner.comparison import (
     sign_flip,
     spell_p,
 )
-from runner.errors import DataError
-from runner.metrics import bootstrap_interval
 from tests.sample_runs import predictions
 
 

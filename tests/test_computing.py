@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from runner.attention import NAME
-from runner.batches import Bounds
-from runner.computing import choose_computing, compile_layers, encoder_layers, keep_frozen
+from runner.data.collate import Bounds
+from runner.data.loader import Reader
 from runner.errors import JobError, StorageError
-from runner.job import Model, Zero
-from runner.model import freeze
-from runner.noise import CpuDropout, Noise
-from runner.ranks import Rank
-from runner.reading import Reader
+from runner.job.schema import Model, Zero
+from runner.model.attention import NAME
+from runner.model.dropout import CpuDropout, Noise
+from runner.model.load import freeze
+from runner.train.plan import choose_computing, compile_layers, encoder_layers, keep_frozen
+from runner.utils.ranks import Rank
 from tests.small_models import model_of, windows_of
 
 CPU = torch.device("cpu")
@@ -65,7 +65,7 @@ def test_a_cpu_packs_and_draws_its_own_dropout():
 )
 def test_compiling_is_decided_by_device_and_work(wanted, device, tokens, compiled, monkeypatch):
     seen = []
-    monkeypatch.setattr("runner.computing.compile_layers", seen.append)
+    monkeypatch.setattr("runner.train.plan.compile_layers", seen.append)
     section = Model(name="x", compile=wanted, packing="off")
     computing = chosen(model_of("bert"), section, device=torch.device(device), tokens=tokens)
     assert (computing.choices["compile"][0] == "each layer") is compiled
@@ -74,7 +74,7 @@ def test_compiling_is_decided_by_device_and_work(wanted, device, tokens, compile
 
 @pytest.mark.parametrize("tokens", [10**9, 10**14])
 def test_a_gpu_compiles_long_jobs(tokens, monkeypatch):
-    monkeypatch.setattr("runner.computing.compile_layers", lambda model: None)
+    monkeypatch.setattr("runner.train.plan.compile_layers", lambda model: None)
     cuda = torch.device("cuda")
     computing = chosen(model_of("bert"), Model(name="x", packing="off"), None, cuda, "bf16", tokens)
     choice, reason = computing.choices["compile"]

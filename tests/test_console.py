@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from rich.table import Table
 
-from runner.console import LOG_WIDTH, Reporter, complain, duration, progress
 from runner.errors import StorageError
+from runner.utils.console import LOG_WIDTH, Reporter, complain, duration, progress
 
 ODD = "job.toml:100: [bold]x[/y] [CLS] :smile: \u4e2d " + "long " * 60 + "end"
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch.distributed as dist
 
-from runner import signals
-from runner.control import Boundary, everyone, gather, is_cut_off, main_first, share
+from runner.distributed.collectives import Boundary, everyone, gather, is_cut_off, main_first, share
 from runner.errors import DataError
-from runner.ranks import Rank
+from runner.utils import signals
+from runner.utils.ranks import Rank
 
 MAIN, OTHER = Rank(0, 2, 0, 2), Rank(1, 2, 1, 2)
 

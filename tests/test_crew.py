@@ -11,16 +11,16 @@ from types import SimpleNamespace
 
 import pytest
 
-from runner import crew as module
-from runner.crew import Crew, Member, Words, find_fault
+from runner.distributed import heartbeat as module
+from runner.distributed.heartbeat import Crew, Member, Words, find_fault
 from runner.errors import StorageError
-from runner.rundir import RunDir
+from runner.run.folder import RunDir
 
 ROOT = Path(__file__).parents[1]
 OTHER = """
 import sys, time
-from runner.crew import Crew
-from runner.rundir import RunDir
+from runner.distributed.heartbeat import Crew
+from runner.run.folder import RunDir
 Crew(RunDir(sys.argv[1]), 1, int(sys.argv[2]), 3).appear()
 print("ready", flush=True)
 sys.stdin.read()

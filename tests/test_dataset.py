@@ -17,11 +17,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from runner import rows as row_reader
-from runner.dataset import Example, content_sha256, load_dataset
+from runner.data import readers as row_reader
+from runner.data.dataset import Example, content_sha256, load_dataset
+from runner.data.hub import Snapshot
 from runner.errors import AssetError, DataError
-from runner.hub import Snapshot
-from runner.job import Columns
+from runner.job.schema import Columns
 
 EXAMPLES = (
     Example(

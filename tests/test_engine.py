@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from runner.engine import deepspeed_config, learning_rate_factor
+from runner.distributed.engine import deepspeed_config, learning_rate_factor
 from runner.errors import JobError
-from runner.job import Train, Zero
-from runner.layout import Layout, batch_layout
+from runner.job.layout import Layout, batch_layout
+from runner.job.schema import Train, Zero
 
 GOLDEN = Path(__file__).with_name("golden")
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
-from runner.rundir import RunDir
-from runner.tables import read_rows
+from runner.run.folder import RunDir
+from runner.utils.tables import read_rows
 from tests.interruptions import CONTEXT, MAY_ANSWER_NOTHING, STOP
 
 JOB = (
@@ -31,10 +31,10 @@ context = "{context}"
 # Tells of each question to the probes, each picture, and each row that trackers are reminded of.
 SPY = """
 import hashlib
-import runner.plots, runner.train, runner.tracking
-from runner.tables import read_rows
+import runner.report.plots, runner.train.trainer, runner.tracking.client
+from runner.utils.tables import read_rows
 read, draw, log = (
-    runner.train.read_windows, runner.plots.draw_curves, runner.tracking.Trackers.log
+    runner.train.trainer.read_windows, runner.report.plots.draw_curves, runner.tracking.client.Trackers.log
 )
 def read_windows(*arguments, **options):
     if "step" not in options:
@@ -48,8 +48,8 @@ def tell(self, table, row):
     if table == "earlier_probes":
         print("SPY earlier", row["epoch"])
     log(self, table, row)
-runner.train.read_windows, runner.train.draw_curves = read_windows, draw_curves
-runner.tracking.Trackers.log = tell
+runner.train.trainer.read_windows, runner.train.trainer.draw_curves = read_windows, draw_curves
+runner.tracking.client.Trackers.log = tell
 """
 
 

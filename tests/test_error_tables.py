@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from runner.error_tables import (
+from runner.metrics.squad import bootstrap_interval
+from runner.report.error_analysis import (
     ANSWER_WORDS,
     CONTEXT_TOKENS,
     bucket,
@@ -15,8 +16,7 @@ from runner.error_tables import (
     question_word,
     worst,
 )
-from runner.metrics import bootstrap_interval
-from runner.page import Percent, Span
+from runner.report.page import Percent, Span
 from tests.sample_runs import CONTEXT, predictions, record
 
 

@@ -8,13 +8,13 @@ from dataclasses import asdict, fields
 import numpy as np
 import pytest
 
-from runner.dataset import Dataset, Example
-from runner.evaluation import Evaluation, TunedThreshold, evaluate, in_use, tune
-from runner.job import Score
-from runner.metrics import bootstrap_interval
-from runner.plain import from_plain, to_plain
-from runner.scoring import Readings
-from runner.spans import Answer, Candidate
+from runner.checkpoint.best import from_plain, to_plain
+from runner.data.dataset import Dataset, Example
+from runner.eval.answers import Answer, Candidate
+from runner.eval.evaluation import Evaluation, TunedThreshold, evaluate, in_use, tune
+from runner.eval.inference import Readings
+from runner.job.schema import Score
+from runner.metrics.squad import bootstrap_interval
 
 SCORE = Score()
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from runner.exchange import _mapped
+from runner.distributed.gradient_exchange import _mapped
 from tests.forked import forked
 
 WORKER = Path(__file__).parent / "workers" / "exchange_ranks.py"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from runner.expectation import missed_expectation
-from runner.job import Expect
+from runner.job.expectation import missed_expectation
+from runner.job.schema import Expect
 
 METRICS = {"exact_match": 50.0, "f1": 60.25, "span_accuracy": 40.0, "loss": 1.5}
 

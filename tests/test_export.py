@@ -10,9 +10,9 @@ from types import SimpleNamespace
 import pytest
 from safetensors import SafetensorError
 
-from runner.answering import KEY
 from runner.errors import StorageError
-from runner.export import export_model, publish_model
+from runner.export.save import export_model, publish_model
+from runner.job.inference import KEY
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from runner.rundir import checkpoint_place
+from runner.run.folder import checkpoint_place
 from tests.interruptions import DATA, FAULT, FAULT_JOB, SCORED, STEPS, at_step, intact
 from tests.workers.zygote import lives
 
@@ -68,7 +68,7 @@ def test_a_rank_that_fails_ends_all(zygote, job_file, tmp_path, rank, what, word
 
 
 # A rank that gives no sign of life is given less time to give one.
-IMPATIENT = "import runner.watch; runner.watch.PATIENCE = 2.0\n"
+IMPATIENT = "import runner.distributed.watchdog; runner.distributed.watchdog.PATIENCE = 2.0\n"
 
 
 @pytest.mark.parametrize(
@@ -100,8 +100,8 @@ def test_a_rank_that_is_stuck_ends_all(zygote, job_file, tmp_path, what, words):
 
 HANGS = {
     # The phase, and what never returns in it on rank 1.
-    "saving after step": "import runner.shards as m; m.ShardEngine.write = nap",
-    "loading the checkpoint": "import runner.commit as m; m.newest = nap",
+    "saving after step": "import runner.checkpoint.deepspeed_io as m; m.ShardEngine.write = nap",
+    "loading the checkpoint": "import runner.checkpoint.commit as m; m.newest = nap",
 }
 
 
@@ -109,8 +109,8 @@ HANGS = {
 def test_a_rank_that_hangs_between_the_steps_ends_all(zygote, job_file, tmp_path, phase):
     """Such work may take longer than a step, but not forever."""
     code = (
-        "import time, runner.watch\n"
-        "def nap(*_):\n    runner.watch.WIDE = 1\n    time.sleep(600)\n"
+        "import time, runner.distributed.watchdog\n"
+        "def nap(*_):\n    runner.distributed.watchdog.WIDE = 1\n    time.sleep(600)\n"
         f"if rank == 1:\n    {HANGS[phase]}\n"
     )
     options = ("--set", "train.timeout_minutes=0.05")
@@ -153,14 +153,14 @@ def test_lost_numbers_end_training_by_step_and_questions(zygote, job_file, tmp_p
 
 def test_lost_numbers_of_one_rank_end_both(zygote, job_file, tmp_path):
     code = (
-        "import runner.epoch, runner.span_loss\n"
-        "call = runner.span_loss.SpanLoss.__call__\n"
+        "import runner.train.epoch, runner.model.loss\n"
+        "call = runner.model.loss.SpanLoss.__call__\n"
         "calls = []\n"
         "def lost_once(self, read):\n"
         "    calls.append(1)\n"
         f"    lost = len(calls) == {FAULT} and rank == 1\n"
         "    return call(self, read) * (float('nan') if lost else 1)\n"
-        "runner.span_loss.SpanLoss.__call__ = lost_once\n"
+        "runner.model.loss.SpanLoss.__call__ = lost_once\n"
     )
     codes, text = zygote.run(job_file, "--run-dir", tmp_path / "run", ranks=2, code=code)
     assert codes == [76, 76], text
@@ -171,19 +171,19 @@ def test_lost_numbers_of_one_rank_end_both(zygote, job_file, tmp_path):
 SIGNALS = {
     # Where the signal comes: before anything is read, in the model, and while scoring.
     "data": (
-        "import runner.material, runner.signals\n"
-        "load = runner.material.load_questions\n"
-        "def asked(*a):\n    runner.signals.ask('SIGUSR1')\n    return load(*a)\n"
-        "runner.material.load_questions = asked\n",
+        "import runner.train.setup, runner.utils.signals\n"
+        "load = runner.train.setup.load_questions\n"
+        "def asked(*a):\n    runner.utils.signals.ask('SIGUSR1')\n    return load(*a)\n"
+        "runner.train.setup.load_questions = asked\n",
         "stopped by SIGUSR1 before training began; nothing was lost",
     ),
     "model": (
-        "import runner.material, runner.signals\n"
-        "load = runner.material.load_pretrained\n"
+        "import runner.train.setup, runner.utils.signals\n"
+        "load = runner.train.setup.load_pretrained\n"
         "def asked(*a):\n"
-        "    if rank == 1:\n        runner.signals.ask('SIGTERM')\n"
+        "    if rank == 1:\n        runner.utils.signals.ask('SIGTERM')\n"
         "    return load(*a)\n"
-        "runner.material.load_pretrained = asked\n",
+        "runner.train.setup.load_pretrained = asked\n",
         "stopped by SIGTERM before training began; nothing was lost",
     ),
 }
@@ -208,7 +208,7 @@ def test_what_a_run_leaves_behind_is_refused_by_another_start(zygote, job_file, 
     assert changed != data.read_text()
     (tmp_path / "changed.json").write_text(changed)
     swap = f"os.rename({str(tmp_path / 'changed.json')!r}, {str(data)!r})"
-    stop = f"{swap}; import runner.signals; runner.signals.ask('SIGUSR2')"
+    stop = f"{swap}; import runner.utils.signals; runner.utils.signals.ask('SIGUSR2')"
     codes, text = zygote.run(
         job_file, "--run-dir", folder, *options, ranks=2, code=at_step(2, 0, stop)
     )
@@ -230,7 +230,7 @@ def test_what_a_run_leaves_behind_is_refused_by_another_start(zygote, job_file, 
 
 def test_a_damaged_checkpoint_is_put_aside_for_the_one_before(zygote, job_file, tmp_path):
     folder = tmp_path / "run"
-    stop = at_step(FAULT, 0, "import runner.signals; runner.signals.ask('SIGUSR2')")
+    stop = at_step(FAULT, 0, "import runner.utils.signals; runner.utils.signals.ask('SIGUSR2')")
     codes, text = zygote.run(job_file, "--run-dir", folder, ranks=2, code=stop)
     assert codes == [75, 75], text
     newest = max((folder / "checkpoints").iterdir(), key=lambda p: checkpoint_place(p.name))
@@ -255,12 +255,12 @@ def test_damaged_best_weights_are_refused_where_they_are_needed(
     if stops_early:
         job_file.write_text(job_file.read_text() + '[stop]\nmetric = "loss"\n')
     folder = tmp_path / "run"
-    stop = at_step(FAULT, 0, "import runner.signals; runner.signals.ask('SIGUSR2')")
+    stop = at_step(FAULT, 0, "import runner.utils.signals; runner.utils.signals.ask('SIGUSR2')")
     codes, text = zygote.run(job_file, "--run-dir", folder, code=stop)
     assert codes == [75], text
     (weights,) = folder.glob("checkpoints/step-*-scored-*/best/model/model.safetensors")
     weights.unlink()  # model/ has the same file, under another name
-    stop = at_step(FAULT + 1, 0, "import runner.signals; runner.signals.ask('SIGUSR2')")
+    stop = at_step(FAULT + 1, 0, "import runner.utils.signals; runner.utils.signals.ask('SIGUSR2')")
     codes, text = zygote.run(job_file, "--run-dir", folder, code=stop)
     if stops_early:
         assert codes == [65], text

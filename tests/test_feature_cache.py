@@ -13,11 +13,12 @@ import pytest
 from tokenizers.normalizers import NFC
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from runner import feature_cache, features
-from runner.dataset import Example
+from runner.data import window_cache as feature_cache
+from runner.data import windows as features
+from runner.data.dataset import Example
+from runner.data.window_cache import cache_key, cached_windows
+from runner.data.windows import Windows, build_windows, plain_backend, window_blocks
 from runner.errors import DataError, Interrupted
-from runner.feature_cache import cache_key, cached_windows
-from runner.features import Windows, build_windows, plain_backend, window_blocks
 
 FIELDS = dataclasses.fields(Windows)
 CONTEXT = "The lantern folds flat; its battery lasts nine hours on the bright setting. " * 3

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from tokenizers import processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, RobertaTokenizer
 
-from runner.dataset import Example, load_dataset
+from runner.data.dataset import Example, load_dataset
+from runner.data.windows import Windows, build_windows, plain_backend, window_blocks
 from runner.errors import DataError
-from runner.features import Windows, build_windows, plain_backend, window_blocks
-from runner.job import Columns, Model
-from runner.model import load_tokenizer
+from runner.job.schema import Columns, Model
+from runner.model.load import load_tokenizer
 
 TOKENIZERS = (
     "bert",
@@ -332,7 +332,7 @@ def test_no_questions_make_one_empty_block(tokenizer_of):
 def test_many_blocks_are_joined(tokenizer_of, monkeypatch):
     asked = [ask(f"{CONTEXT}{n}", answer=(4, 11), name=str(n)) for n in range(9)]
     whole = build_windows(asked, tokenizer_of("bert"), 48, 8)
-    monkeypatch.setattr("runner.features.BLOCK", 2)
+    monkeypatch.setattr("runner.data.windows.BLOCK", 2)
     monkeypatch.setattr(window_blocks, "__defaults__", (2,))
     joined = build_windows(asked, tokenizer_of("bert"), 48, 8)
     for field in FIELDS:

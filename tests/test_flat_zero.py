@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from runner.distributed.flat_zero import FlatStep, Group, choose_optimiser
 from runner.errors import JobError
-from runner.flat_zero import FlatStep, Group, choose_optimiser
-from runner.ranks import free_port
+from runner.utils.ranks import free_port
 
 
 @pytest.fixture(scope="module")

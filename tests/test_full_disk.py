@@ -20,24 +20,24 @@ def job_file(tmp_path: Path, tiny: Callable[[str], Path]) -> Path:
 
 FULL = """
 import errno, os
-import runner.files
-class Full(runner.files.Files):
+import runner.checkpoint.files
+class Full(runner.checkpoint.files.Files):
     def write(self, file, data):
         if rank == {rank} and "a0001" in os.readlink(f"/proc/self/fd/{{file}}") and {when}:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return super().write(file, data)
-import runner.store
-runner.store.Files = Full
+import runner.checkpoint.store
+runner.checkpoint.store.Files = Full
 """
 # Notes where training is.
 NOW = """
-import runner.progress
+import runner.train.state
 now = []
-init = runner.progress.Progress.__init__
+init = runner.train.state.Progress.__init__
 def noted(self, *arguments, **options):
     init(self, *arguments, **options)
     now.append(self)
-runner.progress.Progress.__init__ = noted
+runner.train.state.Progress.__init__ = noted
 """
 
 
@@ -98,11 +98,11 @@ def test_a_checkpoint_that_fails_once_in_between_is_only_warned_of(zygote, job_f
     """checkpoint_minutes makes one every step; the third of them finds the disk full."""
     code = FULL.format(rank=0, when="saves[0] == 3")
     code += (
-        "\nimport runner.commit\nsaves = [0]\nsave = runner.commit.save\n"
+        "\nimport runner.checkpoint.commit\nsaves = [0]\nsave = runner.checkpoint.commit.save\n"
         "def counted(*arguments):\n    saves[0] += 1\n    return save(*arguments)\n"
-        "runner.commit.save = counted\n"
+        "runner.checkpoint.commit.save = counted\n"
     )
-    code += at_step(4, 0, "import runner.signals; runner.signals.ask('SIGUSR2')")
+    code += at_step(4, 0, "import runner.utils.signals; runner.utils.signals.ask('SIGUSR2')")
     options = ("--set", "train.checkpoint_minutes=0.00001")
     codes, text = zygote.run(job_file, "--run-dir", tmp_path / "run", *options, code=code)
     assert codes == [75], text

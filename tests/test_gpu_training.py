@@ -8,22 +8,22 @@ import pytest
 import torch
 from span_kernels import reference_span_loss
 
-from runner.batches import collate, pack, pad
-from runner.clock import Clock
-from runner.computing import choose_computing
-from runner.engine import deepspeed_config, start_distributed, start_engine
-from runner.epoch import Course, train_steps
-from runner.health import Health
-from runner.job import Model, Train, Zero
-from runner.layout import batch_layout
-from runner.model import optimiser_groups, span_logits
-from runner.noise import Noise
-from runner.packing import choose_packing
-from runner.progress import Progress
-from runner.ranks import Rank
-from runner.reading import Reader, to_device, token_accuracy
-from runner.resident import make_resident
-from runner.span_loss import choose_span_loss
+from runner.data.collate import collate, pack, pad
+from runner.data.loader import Reader, to_device, token_accuracy
+from runner.data.resident import make_resident
+from runner.distributed.engine import deepspeed_config, start_distributed, start_engine
+from runner.job.layout import batch_layout
+from runner.job.schema import Model, Train, Zero
+from runner.model.dropout import Noise
+from runner.model.load import optimiser_groups, span_logits
+from runner.model.loss import choose_span_loss
+from runner.model.packing import choose_packing
+from runner.train.epoch import Course, train_steps
+from runner.train.nan_monitor import Health
+from runner.train.plan import choose_computing
+from runner.train.state import Progress
+from runner.utils.ranks import Rank
+from runner.utils.timing import Clock
 from tests.small_models import model_of, takes_types, windows_of
 
 pytestmark = [

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from runner.errors import DivergedError
-from runner.health import Health
-from runner.ranks import Rank
+from runner.train.nan_monitor import Health
+from runner.utils.ranks import Rank
 
 IDS = [f"q{number}" for number in range(20)]
 MODEL = torch.nn.Linear(2, 2)

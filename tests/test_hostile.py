@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from runner.errors import DataError, StorageError
-from runner.rundir import open_own
-from runner.tables import append_row
-from runner.trust import refuse_code
+from runner.model.trust import refuse_code
+from runner.run.folder import open_own
+from runner.utils.tables import append_row
 from tests.forked import forked
 
 WORKER = Path(__file__).with_name("workers") / "hostile_inputs.py"

@@ -197,7 +197,7 @@ def data_files() -> dict[str, bytes]:
 
 ASK = """
 import json, sys
-from runner import hub
+from runner.data import hub
 from runner.errors import AssetError
 questions, patience = json.loads(sys.argv[1])
 hub.PATIENCE = patience
@@ -216,7 +216,7 @@ def ask(
     patience: float = 10,
     **more: str,
 ) -> list[str]:
-    """Ask runner.hub for snapshots (kind, name, revision) in a process of their own; returns the
+    """Ask runner.data.hub for snapshots (kind, name, revision) in a process of their own; returns the
     commit and the names of the files of each, or the error's sentence."""
     done = subprocess.run(
         [sys.executable, "-c", ASK, json.dumps([questions, patience])],

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from runner.job import METRICS, Job, Stop, Train, divisors, one_of
-from runner.jobfile import job_schema, load_job
+from runner.job.load import job_schema, load_job
+from runner.job.schema import METRICS, Job, Stop, Train, divisors, one_of
 
 JOBS = Path(__file__).parents[1] / "jobs"
 SCHEMA = json.loads(job_schema())
@@ -85,7 +85,7 @@ def test_every_shipped_job_names_the_schema(path):
 @pytest.mark.parametrize("path", SHIPPED, ids=[path.stem for path in SHIPPED])
 def test_every_shipped_job_fits_the_schema(path, monkeypatch):
     # The weights of a job may live in a package that is not installed where the tests run.
-    monkeypatch.setattr("runner.jobfile.package_folder", lambda name: Path("/somewhere"))
+    monkeypatch.setattr("runner.job.load.package_folder", lambda name: Path("/somewhere"))
     assert load_job(path).name == path.stem
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from runner.cli import main
-from runner.jobfile import load_job
-from runner.provenance import file_sha256
-from runner.rundir import RunDir
+from runner.cli.command import main
+from runner.job.load import load_job
+from runner.run.folder import RunDir
+from runner.run.provenance import file_sha256
 from tests.interruptions import sets
 
 CHECKOUT = Path(__file__).resolve().parents[1]
@@ -32,7 +32,7 @@ EVAL = (
 @pytest.mark.parametrize("path", JOBS, ids=lambda path: path.stem)
 def test_check_finds_no_problem(path, capsys, monkeypatch):
     # The weights of the quickstart live in a package that is not installed everywhere.
-    monkeypatch.setattr("runner.jobfile.package_folder", lambda name: Path("/somewhere"))
+    monkeypatch.setattr("runner.job.load.package_folder", lambda name: Path("/somewhere"))
     assert main(["check", str(path)]) == 0
     assert f"no problems ({path.stem}: " in capsys.readouterr().out
 

@@ -8,17 +8,17 @@ import json
 import numpy as np
 import pytest
 
-from runner.answering import job_answering
-from runner.dataset import Example
+from runner.checkpoint.keeping import MODEL, Kept, read_kept, write_kept
+from runner.data.dataset import Example
 from runner.errors import DataError
-from runner.evaluation import evaluate
-from runner.job import Data, Model, Score
-from runner.keeping import MODEL, Kept, read_kept, write_kept
-from runner.model import load_pretrained, load_tokenizer
-from runner.rundir import RunDir
-from runner.scoring import Readings
-from runner.spans import Answer, Candidate
-from runner.tables import read_rows
+from runner.eval.answers import Answer, Candidate
+from runner.eval.evaluation import evaluate
+from runner.eval.inference import Readings
+from runner.job.inference import job_answering
+from runner.job.schema import Data, Model, Score
+from runner.model.load import load_pretrained, load_tokenizer
+from runner.run.folder import RunDir
+from runner.utils.tables import read_rows
 from tests.interruptions import CONTEXT, DATA, JOB, outcome, sets
 
 
@@ -81,9 +81,9 @@ def test_a_record_that_is_none_is_refused(folder, damage):
 
 # The metric of [stop] says what it is told: the first evaluation is the best one.
 FIRST_IS_BEST = """
-import runner.evaluation
+import runner.eval.evaluation
 values = iter([90.0, 10.0])
-runner.evaluation.Evaluation.metric = lambda self, name: next(values)
+runner.eval.evaluation.Evaluation.metric = lambda self, name: next(values)
 """
 
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from runner import launch as module
 from runner.errors import MachineError
-from runner.launch import MAIN, launch, visible_gpus
+from runner.run import launch as module
+from runner.run.launch import MAIN, launch, visible_gpus
 
 ROOT = Path(__file__).parents[1]
 # A rank that says who it is, then does what its argument says.
@@ -42,7 +42,7 @@ sys.exit(71)
 LAUNCHER = """
 import sys
 from pathlib import Path
-from runner import launch
+from runner.run import launch
 launch.GRACE = 1.0
 sys.exit(launch.launch(sys.argv[2:], int(sys.argv[1]), Path({script!r})))
 """

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from runner.ranks import free_port
+from runner.utils.ranks import free_port
 from tests.interruptions import outcome
 
 CHECKOUT = Path(__file__).resolve().parents[1]

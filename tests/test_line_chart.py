@@ -10,8 +10,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runner.line_chart import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, line_chart, number, ticks
-from runner.page import Chart, Series
+from runner.report.line_chart import (
+    BOTTOM,
+    HEIGHT,
+    LEFT,
+    RIGHT,
+    TOP,
+    WIDTH,
+    line_chart,
+    number,
+    ticks,
+)
+from runner.report.page import Chart, Series
 
 SVG = "{http://www.w3.org/2000/svg}"
 

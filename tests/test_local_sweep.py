@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from runner import cli
+from runner.cli import command as cli
 from runner.errors import MachineError
-from runner.jobfile import load_job
-from runner.local_sweep import run_trials
-from runner.rundir import RunDir
-from runner.sweep import load_trials
+from runner.job.load import load_job
+from runner.job.sweep import load_trials
+from runner.run.folder import RunDir
+from runner.run.sweep import run_trials
 
 ROOT = Path(__file__).parents[1]
 JOB = """\
@@ -85,7 +85,7 @@ def test_the_command(monkeypatch, capsys):
         assert Path(job) == Path(folder) / "job.toml"
         return machine(RunDir(folder))
 
-    monkeypatch.setattr("runner.launch.launch", launch)
+    monkeypatch.setattr("runner.run.launch.launch", launch)
     options = ["--run-dir", "s", "--ranks", "2", "--threads", "1"]
     assert cli.main(["run", "job.toml", *options]) == 65
     out = capsys.readouterr().out
@@ -104,7 +104,9 @@ def test_the_command(monkeypatch, capsys):
 
 def test_an_interrupted_sweep_ends_with_75_whatever_failed_before(monkeypatch):
     machine = Machine(seed1=65, seed2=75)
-    monkeypatch.setattr("runner.launch.launch", lambda arguments, _: machine(RunDir(arguments[3])))
+    monkeypatch.setattr(
+        "runner.run.launch.launch", lambda arguments, _: machine(RunDir(arguments[3]))
+    )
     assert cli.main(["run", "job.toml", "--run-dir", "s"]) == 75
     machine.codes = {"seed1": 65, "seed2": 70}
     assert cli.main(["run", "job.toml", "--run-dir", "s"]) == 65
@@ -131,7 +133,7 @@ def test_a_killed_trial_is_told_and_the_next_one_runs(monkeypatch, capsys):
             raise MachineError("the run was killed by SIGKILL")
         return machine(run)
 
-    monkeypatch.setattr("runner.launch.launch", launch)
+    monkeypatch.setattr("runner.run.launch.launch", launch)
     assert cli.main(["run", "job.toml", "--run-dir", "s"]) == 71
     told = capsys.readouterr()
     assert told.err == "the run was killed by SIGKILL\n"

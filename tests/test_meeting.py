@@ -7,13 +7,15 @@ import time
 
 import pytest
 
-from runner.ranks import free_port
+from runner.utils.ranks import free_port
 
 # Be the second of two ranks, and say when it waits.
 ALONE = """
 import os
 from datetime import timedelta
-from runner import engine, errors, signals
+from runner import errors
+from runner.distributed import engine
+from runner.utils import signals
 os.environ |= {{"RANK": "1", "WORLD_SIZE": "2", "MASTER_PORT": "{port}"}}
 signals.listen({leave})
 rendezvous = engine.rendezvous

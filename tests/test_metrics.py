@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runner.errors import DataError
-from runner.metrics import (
+from runner.metrics.squad import (
     bootstrap_interval,
     exact_match,
     f1,
@@ -446,7 +446,7 @@ def test_intervals_of_all_parts():
 
 HUB_STYLE = """
 import json, os, pathlib
-import runner.metric_objects as objects
+import runner.eval.hf_metrics as objects
 import evaluate
 predictions = [{"id": "a", "prediction_text": "1976"}, {"id": "b", "prediction_text": "x"}]
 references = [
@@ -518,9 +518,7 @@ sys.dont_write_bytecode = True
 
 
 def test_importing_metrics_stays_light():
-    code = (
-        "import sys, runner.metrics; print(*{'torch', 'evaluate', 'datasets'} & set(sys.modules))"
-    )
+    code = "import sys, runner.metrics.squad; print(*{'torch', 'evaluate', 'datasets'} & set(sys.modules))"
     out = subprocess.run(
         [sys.executable, "-c", code],
         cwd=CHECKOUT, check=True, capture_output=True, text=True, timeout=60,

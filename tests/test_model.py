@@ -14,13 +14,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForQuestionAnswering, AutoTokenizer
 
-import runner.model
-from runner.batches import collate, pad
-from runner.dataset import Example
+import runner.model.load
+from runner.data.collate import collate, pad
+from runner.data.dataset import Example
+from runner.data.windows import build_windows
 from runner.errors import AssetError, DataError, JobError
-from runner.features import build_windows
-from runner.job import Model
-from runner.model import (
+from runner.job.schema import Model
+from runner.model.load import (
     choose_precision,
     empty_model,
     freeze,
@@ -502,7 +502,7 @@ def test_a_group_without_parameters_is_left_out(model_of):
 def test_precision_is_bf16_where_the_device_has_it(monkeypatch, has):
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has)
-    monkeypatch.setattr(runner.model, "cpu_features", lambda: ["avx512_bf16"] * has + ["avx2"])
+    monkeypatch.setattr(runner.model.load, "cpu_features", lambda: ["avx512_bf16"] * has + ["avx2"])
     for device in (cpu, cuda):
         assert choose_precision("auto", device) == ("bf16" if has else "fp32")
         assert [choose_precision(p, device) for p in ("fp32", "fp16")] == ["fp32", "fp16"]

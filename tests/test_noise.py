@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from runner.noise import CpuDropout, Noise, install, keep_scale
+from runner.model.dropout import CpuDropout, Noise, install, keep_scale
 
 
 @pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 0.9, 0.99999])

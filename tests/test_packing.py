@@ -9,12 +9,12 @@ import pytest
 import torch
 from span_kernels import reference_span_loss
 
-from runner.attention import NAME
-from runner.batches import Packing, collate, pack
+from runner.data.collate import Packing, collate, pack
+from runner.data.windows import Windows
 from runner.errors import JobError
-from runner.features import Windows
-from runner.model import span_logits
-from runner.packing import FAMILIES, choose_packing
+from runner.model.attention import NAME
+from runner.model.load import span_logits
+from runner.model.packing import FAMILIES, choose_packing
 from tests.small_models import (
     assert_same_gradients,
     gradients_of,

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runner.page import (
+from runner.report.page import (
     Chart,
     Charts,
     Code,
@@ -26,8 +26,8 @@ from runner.page import (
     Table,
     plain,
 )
-from runner.page_html import DARK, LIGHT, page_html
-from runner.page_markdown import inline, page_markdown, table_markdown
+from runner.report.page_markdown import inline, page_markdown, table_markdown
+from runner.report.render import DARK, LIGHT, page_html
 from tests.sample_runs import HOSTILE
 
 GOLDEN = Path(__file__).with_name("golden")

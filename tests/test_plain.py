@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runner.plain import from_plain, to_plain
+from runner.checkpoint.best import from_plain, to_plain
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from runner.errors import StorageError
-from runner.plots import GREY, LOSSES, SCORES, draw_curves
-from runner.rundir import RunDir
-from runner.tables import append_row
+from runner.report.plots import GREY, LOSSES, SCORES, draw_curves
+from runner.run.folder import RunDir
+from runner.utils.tables import append_row
 
 PNG = b"\x89PNG\r\n"
 

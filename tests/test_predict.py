@@ -11,12 +11,12 @@ import pytest
 import torch
 from transformers import AutoModelForQuestionAnswering
 
-from runner.answer_arguments import Opening, UsageError
-from runner.answering import KEY, Tuned, job_answering
+from runner.cli.predict import Opening, UsageError
 from runner.errors import AssetError, DataError, MachineError
-from runner.job import Data, Model, Score
-from runner.model import load_tokenizer
-from runner.predict import Predictor, Question, locate_model, open_model
+from runner.job.inference import KEY, Tuned, job_answering
+from runner.job.schema import Data, Model, Score
+from runner.model.load import load_tokenizer
+from runner.predict.predictor import Predictor, Question, locate_model, open_model
 from tests.plain_transformers import by_hand
 
 CONTEXT = (
@@ -197,7 +197,7 @@ def test_half_precision_that_the_processor_lacks_becomes_float32(exported, monke
         (frozenset(), torch.float32),
         (frozenset({"avx512_bf16"}), torch.bfloat16),
     ):
-        monkeypatch.setattr("runner.model.cpu_features", lambda features=features: features)
+        monkeypatch.setattr("runner.model.load.cpu_features", lambda features=features: features)
         assert Predictor.load(str(folder), device="cpu").reader.model.dtype == dtype
 
 
@@ -218,7 +218,7 @@ def test_a_model_that_fits_no_memory_is_the_machines_fault(exported, monkeypatch
     def full(*_, **__):
         raise error
 
-    monkeypatch.setattr("runner.predict.Predictor.__init__", full)
+    monkeypatch.setattr("runner.predict.predictor.Predictor.__init__", full)
     with pytest.raises(MachineError, match=r"out of memory: .*; lower --batch-size, or take"):
         opened_with(exported())
 

@@ -8,12 +8,12 @@ import signal
 import pytest
 import torch
 
-from runner.answer_arguments import Opening
-from runner.asked import Asked
+from runner.cli.predict import Opening
 from runner.errors import DataError, MachineError, StorageError
-from runner.job import Columns
-from runner.predict import Predictor
-from runner.predict_verb import lines_to, predict_lines, predict_questions
+from runner.job.schema import Columns
+from runner.predict.asked import Asked
+from runner.predict.predictor import Predictor
+from runner.predict.stream import lines_to, predict_lines, predict_questions
 from tests.forked import talking
 
 CONTEXT = "The lantern folds flat; its battery lasts nine hours on the bright setting."
@@ -69,7 +69,7 @@ def test_only_a_question_without_room_is_called_too_long(predictor, monkeypatch)
     def no_tokenizer(*_, **__):
         raise DataError("no fast tokenizer")
 
-    monkeypatch.setattr("runner.predict.build_windows", no_tokenizer)
+    monkeypatch.setattr("runner.predict.predictor.build_windows", no_tokenizer)
     with pytest.raises(DataError, match=r"^no fast tokenizer$"):
         predict_lines(
             predictor, [[asked("1")]], print, name="f", on_bad_row="drop", step=lambda *_: None
@@ -80,7 +80,7 @@ def test_full_memory_is_a_sentence(opening, monkeypatch):
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
-    monkeypatch.setattr("runner.predict.read_windows", full)
+    monkeypatch.setattr("runner.predict.predictor.read_windows", full)
     with pytest.raises(MachineError, match=r"out of memory: CUDA .*; lower --batch-size"):
         predict_questions(
             opening, ("Who?", CONTEXT), Columns(), on_bad_row="fail", listed=1, output=None,
@@ -89,7 +89,7 @@ def test_full_memory_is_a_sentence(opening, monkeypatch):
 
 
 def test_a_file_is_looked_through_before_the_model_is_opened(tmp_path, opening, monkeypatch):
-    monkeypatch.setattr("runner.predict_verb.open_model", None)
+    monkeypatch.setattr("runner.predict.stream.open_model", None)
     path = tmp_path / "q.jsonl"
     path.write_text(rows("Who?", "", "Where?", " "))
     with pytest.raises(DataError, match=r"2 questions cannot be asked(.|\n)*q\.jsonl:2"):

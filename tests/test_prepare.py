@@ -6,11 +6,11 @@ import json
 
 import pytest
 
-from runner import prepare
+from runner.data import splits as prepare
+from runner.data.splits import load_questions, probe_examples
 from runner.errors import DataError, JobError
-from runner.job import Data, Model, Probe
-from runner.model import load_tokenizer
-from runner.prepare import load_questions, probe_examples
+from runner.job.schema import Data, Model, Probe
+from runner.model.load import load_tokenizer
 
 CONTEXT = "The river folds battery before beech. "
 

@@ -8,9 +8,8 @@ import random
 import numpy as np
 import torch
 
-from runner.clock import Clock
-from runner.job import Stop
-from runner.progress import (
+from runner.job.schema import Stop
+from runner.train.state import (
     Memory,
     Progress,
     Totals,
@@ -18,7 +17,8 @@ from runner.progress import (
     restore_random_state,
     seed_everything,
 )
-from runner.stopping import Stopper
+from runner.train.stopping import Stopper
+from runner.utils.timing import Clock
 
 CPU = torch.device("cpu")
 

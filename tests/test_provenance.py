@@ -10,7 +10,7 @@ from importlib import metadata
 
 import pytest
 
-from runner import provenance
+from runner.run import provenance
 
 AS_SOMEONE = ("-c", "user.name=n", "-c", "user.email=e", "-c", "core.hooksPath=/dev/null")
 

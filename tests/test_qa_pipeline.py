@@ -11,10 +11,10 @@ import pytest
 import torch
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 
+from runner.data.windows import window_blocks
 from runner.errors import AssetError
-from runner.features import window_blocks
-from runner.model import load_tokenizer
-from runner.qa_pipeline import pipeline
+from runner.model.load import load_tokenizer
+from runner.predict.pipeline import pipeline
 
 CONTEXT = (
     "The lantern folds flat; its battery lasts nine hours on the bright setting. In 1912 the café "
@@ -197,7 +197,7 @@ def test_how_a_model_is_loaded(tiny, monkeypatch):
         asked.append((section.name, section.revision))
         return load_tokenizer(section)
 
-    monkeypatch.setattr("runner.predict.load_tokenizer", load)
+    monkeypatch.setattr("runner.predict.predictor.load_tokenizer", load)
     pipeline(model=name, revision="v1", framework="pt", device=-1)
     assert asked == [(name, "v1")]
     for keyword in ("torch_dtype", "model_kwargs", "device_map"):
@@ -214,8 +214,10 @@ def test_many_questions_are_answered_as_each_alone(ask, monkeypatch):
     contexts = [CONTEXT, "The cable is two metres long, serving 30 guests."] * 3
     asked = [{"question": f"Who is {n}?", "context": text} for n, text in enumerate(contexts)]
     alone = [ask(one, top_k=3) for one in asked]
-    monkeypatch.setattr("runner.features.window_blocks", functools.partial(window_blocks, block=2))
-    monkeypatch.setattr("runner.qa_pipeline.GROUP", 2)
+    monkeypatch.setattr(
+        "runner.data.windows.window_blocks", functools.partial(window_blocks, block=2)
+    )
+    monkeypatch.setattr("runner.predict.pipeline.GROUP", 2)
     for mine, theirs in zip(ask(asked, top_k=3), alone, strict=True):
         assert [a["answer"] for a in mine] == [a["answer"] for a in theirs]
         assert [a["score"] for a in mine] == pytest.approx([a["score"] for a in theirs], rel=1e-4)

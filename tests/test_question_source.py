@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from runner import question_source
 from runner.errors import AssetError, DataError
-from runner.job import Columns
-from runner.question_source import file_questions, live_questions, refused, survey
+from runner.job.schema import Columns
+from runner.predict import questions as question_source
+from runner.predict.questions import file_questions, live_questions, refused, survey
 
 PLAIN = Columns()
 ROWS = [

@@ -7,7 +7,7 @@ import os
 import pytest
 
 from runner.errors import RunnerError
-from runner.ranks import Rank, current_rank, first_host, meeting_point
+from runner.utils.ranks import Rank, current_rank, first_host, meeting_point
 
 SRUN = {
     "SLURM_STEP_ID": "0",

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from runner import reading
-from runner.reading import Reader
+from runner.data import loader as reading
+from runner.data.loader import Reader
 from tests.small_models import model_of, windows_of
 
 LENGTHS = (7, 1, 23, 12, 40)

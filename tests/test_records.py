@@ -9,11 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runner.dataset import Example
-from runner.features import build_windows
-from runner.job import Model
-from runner.model import load_tokenizer
-from runner.records import (
+from runner.data.dataset import Example
+from runner.data.windows import build_windows
+from runner.eval.answers import Answer, Candidate
+from runner.eval.predictions import (
     AROUND,
     LISTED,
     LONGEST,
@@ -22,7 +21,8 @@ from runner.records import (
     prediction_records,
     window_counts,
 )
-from runner.spans import Answer, Candidate
+from runner.job.schema import Model
+from runner.model.load import load_tokenizer
 
 CONTEXT = "The lantern folds flat; its battery lasts nine hours on the bright setting. "
 

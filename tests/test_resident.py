@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from runner.batches import Packing, outline
-from runner.packing import choose_packing
-from runner.reading import Reader
-from runner.resident import copied, make_resident
+from runner.data.collate import Packing, outline
+from runner.data.loader import Reader
+from runner.data.resident import copied, make_resident
+from runner.model.packing import choose_packing
 from tests.small_models import model_of, windows_of
 
 CPU = torch.device("cpu")

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from runner.cli import main
-from runner.reproduce import check_reproduction, reproduce
-from runner.rundir import RunDir, committed_steps
+from runner.cli.command import main
+from runner.run.folder import RunDir, committed_steps
+from runner.run.reproduce import check_reproduction, reproduce
 from tests.interruptions import (
     CONTEXT,
     DATA,
@@ -106,13 +106,13 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
 
 
 TUNING = """
-import runner.train, runner.signals
-read = runner.train.read_windows
+import runner.train.trainer, runner.utils.signals
+read = runner.train.trainer.read_windows
 def read_windows(*arguments, **options):
     if options.get("keep") == 1:
-        runner.signals.ask("SIGTERM")
+        runner.utils.signals.ask("SIGTERM")
     return read(*arguments, **options)
-runner.train.read_windows = read_windows
+runner.train.trainer.read_windows = read_windows
 """
 
 
@@ -149,28 +149,28 @@ def test_what_a_job_may_ask_for_besides_is_resumed_too(zygote, job_file, tmp_pat
 # Resumes that leave something out.
 BREACHES = {
     "generators": """
-import runner.checkpoint
-runner.checkpoint.restore_random_state = lambda *_: None
+import runner.checkpoint.manager
+runner.checkpoint.manager.restore_random_state = lambda *_: None
 """,
     "moments": """
-import runner.shards
-runner.shards._differences = lambda *_: []
-load = runner.shards.load_plain
+import runner.checkpoint.deepspeed_io
+runner.checkpoint.deepspeed_io._differences = lambda *_: []
+load = runner.checkpoint.deepspeed_io.load_plain
 def forgetful(path):
     found = load(path)
     if "optim_states" in path.name:
         for state in found["optimizer_state_dict"]["base_optimizer_state"]["state"].values():
             state["exp_avg"].zero_()
     return found
-runner.shards.load_plain = forgetful
+runner.checkpoint.deepspeed_io.load_plain = forgetful
 """,
     "place": """
-import runner.progress
-restore = runner.progress.Progress.restore
+import runner.train.state
+restore = runner.train.state.Progress.restore
 def late(self, facts, own):
     restore(self, facts, own)
     self.done += 1
-runner.progress.Progress.restore = late
+runner.train.state.Progress.restore = late
 """,
     "nothing": "",
 }
@@ -178,9 +178,9 @@ runner.progress.Progress.restore = late
 
 # Dropout on a CPU draws from our own generator, whose state is the place in training alone.
 NO_PLACE = """
-import runner.noise
-restart = runner.noise.Noise.restart
-runner.noise.Noise.restart = lambda self, *place: None if place else restart(self)
+import runner.model.dropout
+restart = runner.model.dropout.Noise.restart
+runner.model.dropout.Noise.restart = lambda self, *place: None if place else restart(self)
 """
 
 
@@ -207,8 +207,8 @@ FATAL = {
     "rank 1": (1, "os.kill(os.getpid(), signal.SIGKILL)"),
     "launcher": (
         0,
-        "import runner.signals; os.kill(os.getppid(), signal.SIGKILL)\n"
-        "        while not runner.signals.asked(): time.sleep(0.01)",
+        "import runner.utils.signals; os.kill(os.getppid(), signal.SIGKILL)\n"
+        "        while not runner.utils.signals.asked(): time.sleep(0.01)",
     ),
 }
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from runner.errors import RunDirError, StorageError
-from runner.rundir import (
+from runner.run.folder import (
     RunDir,
     checkpoint_name,
     checkpoint_place,

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from runner.answer_arguments import UsageError
-from runner.dataset import Dataset, Example
+from runner.cli.predict import UsageError
+from runner.data.dataset import Dataset, Example
 from runner.errors import AssetError, DataError
-from runner.metrics import squad_v2_scores
-from runner.score_file import file_lines, read_no_answer, read_predictions, score_file
+from runner.eval.score_file import file_lines, read_no_answer, read_predictions, score_file
+from runner.metrics.squad import squad_v2_scores
 
 EXAMPLES = (
     Example("a", "q?", "the red house", ("red",), (4,)),
@@ -159,7 +159,7 @@ def test_files_that_are_not_there(tmp_path):
 
 
 def test_no_model_is_needed():
-    script = "import sys, runner.score_file; print(*sys.modules)"
+    script = "import sys, runner.eval.score_file; print(*sys.modules)"
     root = Path(__file__).parents[1]
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=True

@@ -8,14 +8,14 @@ import re
 import numpy as np
 import pytest
 
-from runner import scoring
-from runner.dataset import Example
-from runner.features import build_windows
-from runner.job import Model, Score
-from runner.model import load_pretrained, load_tokenizer, takes_segment_ids
-from runner.ranks import Rank
-from runner.reading import Reader
-from runner.scoring import read_windows, rehearse
+from runner.data.dataset import Example
+from runner.data.loader import Reader
+from runner.data.windows import build_windows
+from runner.eval import inference as scoring
+from runner.eval.inference import read_windows, rehearse
+from runner.job.schema import Model, Score
+from runner.model.load import load_pretrained, load_tokenizer, takes_segment_ids
+from runner.utils.ranks import Rank
 from tests.interruptions import DATA, JOB
 
 ALONE = Rank(0, 1, 0, 1)
@@ -179,14 +179,14 @@ def test_a_rehearsal_reads_and_searches_the_longest_batch(reader, examples, monk
 
 
 FULL = """
-import runner.scoring, torch
-runner.scoring.REHEARSED = ("cpu",)
-plain = runner.scoring.search
+import runner.eval.inference, torch
+runner.eval.inference.REHEARSED = ("cpu",)
+plain = runner.eval.inference.search
 def search(logits, segments, *arguments, **options):
     if len(segments) > 1:  # no probe
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to")
     return plain(logits, segments, *arguments, **options)
-runner.scoring.search = search
+runner.eval.inference.search = search
 """
 
 

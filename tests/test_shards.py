@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+from runner.checkpoint.deepspeed_io import _differences, load_plain
 from runner.errors import DataError
-from runner.shards import _differences, load_plain
 from tests.forked import forked
 
 WORKER = Path(__file__).with_name("workers") / "shard_cells.py"

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from runner.errors import JobError
-from runner.job import Slurm
-from runner.order import node_command
-from runner.slurm import sbatch_script, script_options
+from runner.job.schema import Slurm
+from runner.slurm.request import node_command
+from runner.slurm.script import sbatch_script, script_options
 
 GOLDEN = Path(__file__).parent / "golden"
 COMMAND = ["/envs/qa/bin/python", "-u", "/opt/spantune/runner/main.py"]

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from runner.errors import JobError
-from runner.job import Slurm
-from runner.slurm_defaults import defaults_file, load_defaults, resolve
+from runner.job.schema import Slurm
+from runner.slurm.defaults import defaults_file, load_defaults, resolve
 
 DEFAULTS = """\
 [slurm]

@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from runner import slurm_jobs
 from runner.errors import SlurmError, SlurmSilence
-from runner.slurm_jobs import (
+from runner.slurm import client as slurm_jobs
+from runner.slurm.client import (
     Submission,
     ask_jobs,
     never_starts,

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from runner import slurm_values as values
-from runner.job import Slurm
+from runner.job import slurm_values as values
+from runner.job.schema import Slurm
 
 HOSTILE = (
     "a;touch x", "$(touch x)", "`touch x`", "a\n#SBATCH --wrap=id", "a\nid", "a b", "a'b", 'a"b',

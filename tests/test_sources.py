@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runner.sources import (
+from runner.job.sources import (
     DataSource,
     Slice,
     find_file,

@@ -9,9 +9,9 @@ import torch
 from span_kernels import reference_span_loss, span_loss
 from torch import nn
 
+from runner.data.loader import Read
 from runner.errors import RunnerError
-from runner.reading import Read
-from runner.span_loss import choose_span_loss, compare
+from runner.model.loss import choose_span_loss, compare
 from tests.small_models import assert_same_gradients, gradients_of
 
 CPU = torch.device("cpu")

@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runner.spans import Candidate, Spans, answers, join, search
+from runner.eval.answers import Candidate, Spans, answers, join, search
 
 DATA = Path(os.environ.get("SPANTUNE_TEST_DATA", Path(__file__).parents[1] / "../shared/data"))
 NEVER = -np.inf

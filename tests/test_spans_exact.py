@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runner import spans as spans_module
-from runner.spans import Answer, Candidate, answers, decide, search
+from runner.eval import answers as spans_module
+from runner.eval.answers import Answer, Candidate, answers, decide, search
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 

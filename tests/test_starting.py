@@ -7,12 +7,12 @@ import os
 
 import pytest
 
-from runner.attempts import numbers, sealed
-from runner.claim import Attempt
 from runner.errors import DataError, ExpectationError, RunDirError, StorageError
-from runner.job import Job
-from runner.rundir import RunDir, write_atomic
-from runner.starting import Where, check_finished, finished_run, open_run
+from runner.job.schema import Job
+from runner.run.attempts import numbers, sealed
+from runner.run.folder import RunDir, write_atomic
+from runner.run.lease import Attempt
+from runner.run.resume import Where, check_finished, finished_run, open_run
 
 TABLE = {
     "name": "n",

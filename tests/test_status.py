@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from runner import desk
-from runner.attempts import Owner, check_budget, entry_file
-from runner.cli import main
+from runner.cli import slurm as desk
+from runner.cli.command import main
 from runner.errors import Interrupted, RunDirError
-from runner.rundir import RunDir
-from runner.slurm_jobs import Submission, write_submission
-from runner.status import find_runs, newest_start, standings
-from runner.tables import append_row
+from runner.run.attempts import Owner, check_budget, entry_file
+from runner.run.folder import RunDir
+from runner.slurm.client import Submission, write_submission
+from runner.slurm.status import find_runs, newest_start, standings
+from runner.utils.tables import append_row
 
 UNKNOWN = {"squeue": "echo 'error: Invalid job id specified' >&2; exit 1", "sacct": "exit 1"}
 
@@ -119,7 +119,7 @@ def test_a_folder_that_may_only_be_read(monkeypatch):
     def refuse(*_):
         raise PermissionError
 
-    monkeypatch.setattr("runner.status.life", refuse)
+    monkeypatch.setattr("runner.slurm.status.life", refuse)
     found = newest_start(run)
     assert found is not None
     assert found.alive

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from runner.job import Stop
-from runner.stopping import Stopper
+from runner.job.schema import Stop
+from runner.train.stopping import Stopper
 
 
 def verdicts(stop: Stop | None, *values: float) -> list[tuple[bool, bool]]:

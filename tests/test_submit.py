@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from runner import slurm_jobs
-from runner.cli import main
+from runner.cli.command import main
 from runner.errors import (
     DataError,
     JobError,
@@ -21,12 +20,13 @@ from runner.errors import (
     SlurmSilence,
     StorageError,
 )
-from runner.jobfile import load_job
-from runner.order import check_order, expand, node_command
-from runner.rundir import RunDir
-from runner.slurm_jobs import read_submission
-from runner.submit import submit_run, submit_sweep
-from runner.sweep import load_trials
+from runner.job.load import load_job
+from runner.job.sweep import load_trials
+from runner.run.folder import RunDir
+from runner.slurm import client as slurm_jobs
+from runner.slurm.client import read_submission
+from runner.slurm.request import check_order, expand, node_command
+from runner.slurm.submit import submit_run, submit_sweep
 
 ROOT = Path(__file__).parents[1]
 JOB = """\
@@ -240,7 +240,7 @@ def test_a_job_that_cannot_be_noted_is_told(fake_slurm, tmp_path, monkeypatch):
     def full(*_):
         raise StorageError("slurm.json: No space left on device")
 
-    monkeypatch.setattr("runner.submit.write_submission", full)
+    monkeypatch.setattr("runner.slurm.submit.write_submission", full)
     with pytest.raises(StorageError, match=r"No space left .*; job 17 is submitted all the same"):
         submit_run(order(), tmp_path, tmp_path / "run")
     assert (tmp_path / "run" / "job.toml").is_file()
@@ -469,7 +469,7 @@ def test_no_heavy_library_is_loaded(fake_slurm):
     """It takes half a second, since it does with a few hundred modules."""
     fake_slurm(**TAKES)
     script = (
-        "import sys\nfrom runner.cli import main\ncode = main(sys.argv[1:])\n"
+        "import sys\nfrom runner.cli.command import main\ncode = main(sys.argv[1:])\n"
         "heavy = {'torch', 'transformers', 'datasets', 'deepspeed', 'evaluate', 'numpy'}\n"
         "sys.exit(code or str(heavy & set(sys.modules) or len(sys.modules)))\n"
     )

@@ -9,9 +9,9 @@ from typing import Any, cast
 import pytest
 from rich.console import Console
 
-from runner.job import Job
-from runner.rundir import RunDir
-from runner.summary import (
+from runner.job.schema import Job
+from runner.run.folder import RunDir
+from runner.train.run_log import (
     INTERVAL_COLUMNS,
     closing_lines,
     data_hashes,
@@ -19,7 +19,7 @@ from runner.summary import (
     latest_threshold,
     probe_changes,
 )
-from runner.tables import append_row, terminal
+from runner.utils.tables import append_row, terminal
 
 SCORES = {
     "train_loss_nats": 3.9456,

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from runner.errors import DataError, JobError
-from runner.job import Sweep
-from runner.jobfile import dump_job, load_job
-from runner.rundir import RunDir
-from runner.sweep import load_trials, open_trials, read_manifest, write_manifest
+from runner.job.load import dump_job, load_job
+from runner.job.schema import Sweep
+from runner.job.sweep import load_trials, open_trials, read_manifest, write_manifest
+from runner.run.folder import RunDir
 
 JOB = """\
 name = "n"

@@ -9,7 +9,7 @@ import statistics
 import pytest
 
 from runner.errors import DataError
-from runner.sweep_table import compare
+from runner.report.sweep_table import compare
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from runner.errors import StorageError
-from runner.tables import append_row, markdown, read_rows, terminal
+from runner.utils.tables import append_row, markdown, read_rows, terminal
 
 
 def on_screen(title, rows, width=80) -> str:

@@ -9,7 +9,7 @@ import tomli
 from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
 
-from runner.toml_lines import key_lines, line_of
+from runner.job.toml_lines import key_lines, line_of
 
 
 @pytest.mark.parametrize(

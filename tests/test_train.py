@@ -17,9 +17,9 @@ from pathlib import Path
 
 import pytest
 
-from runner.cli import main
-from runner.ranks import free_port
-from runner.rundir import RunDir
+from runner.cli.command import main
+from runner.run.folder import RunDir
+from runner.utils.ranks import free_port
 from tests.interruptions import outcome, sets
 
 CHECKOUT = Path(__file__).resolve().parents[1]
@@ -248,7 +248,9 @@ def test_kept_outputs_of_frozen_layers_train_and_score_the_same(zygote, job_file
     ways = ((), (kept,), (padded,), (kept, padded, "zero.stage=0"))
     losses, scores = [], []
     with tempfile.TemporaryDirectory(dir="/dev/shm") as memory:
-        code = f"import pathlib, runner.frozen as m; m._SHARED_MEMORY = pathlib.Path({memory!r})"
+        code = (
+            f"import pathlib, runner.model.frozen as m; m._SHARED_MEMORY = pathlib.Path({memory!r})"
+        )
         for number, way in enumerate(ways):
             run = RunDir(tmp_path / str(number))
             codes, text = zygote.run(job, "--run-dir", run.path, *sets(*way), ranks=2, code=code)
@@ -274,8 +276,8 @@ def test_every_family_trains(zygote, job_file, tmp_path, family):
 
 # Leaves another model in model/ than the one that was scored.
 SPOILT = """
-import runner.train
-publish = runner.train.publish_model
+import runner.train.trainer
+publish = runner.train.trainer.publish_model
 def spoil(exported, folder):
     from safetensors.torch import load_file, save_file
     publish(exported, folder)
@@ -284,7 +286,7 @@ def spoil(exported, folder):
     path.unlink()
     weights["qa_outputs.bias"] += 1
     save_file(weights, path, {"format": "pt"})
-runner.train.publish_model = spoil
+runner.train.trainer.publish_model = spoil
 """
 
 

@@ -7,8 +7,8 @@ import json
 
 import pytest
 
-from runner.cli import main
-from runner.rundir import RunDir
+from runner.cli.command import main
+from runner.run.folder import RunDir
 from tests.interruptions import MAY_ANSWER_NOTHING
 from tests.plain_transformers import by_hand
 
@@ -101,7 +101,7 @@ def test_answers_are_those_of_the_tuned_threshold(run):
 
 def questions(run: RunDir) -> list:
     """What the run scored, to be asked again."""
-    from runner.predict import Question
+    from runner.predict.predictor import Question
 
     with (run.path.parent / "data.csv").open(newline="") as file:
         rows = {row["id"]: row for row in csv.DictReader(file)}
@@ -110,8 +110,8 @@ def questions(run: RunDir) -> list:
 
 def evaluated(run: RunDir, part: str) -> dict:
     """The run's model scored on a slice of its data."""
-    from runner.answer_arguments import Opening
-    from runner.assess import evaluate_model
+    from runner.cli.predict import Opening
+    from runner.predict.evaluate import evaluate_model
 
     opening = Opening(str(run.path), "cpu", None, None, None, None)
     return evaluate_model(opening, data(run, part), v2=False, seed=42, output=None)[0]
@@ -119,8 +119,8 @@ def evaluated(run: RunDir, part: str) -> dict:
 
 def data(run: RunDir, part: str):
     """A slice of the run's data."""
-    from runner.dataset import load_dataset
-    from runner.job import Columns
+    from runner.data.dataset import load_dataset
+    from runner.job.schema import Columns
 
     return load_dataset(
         f"{run.path.parent / 'data.csv'}{part}",
@@ -129,10 +129,10 @@ def data(run: RunDir, part: str):
 
 
 def test_plain_transformers_on_the_exported_model_answer_as_predict_does(run, monkeypatch):
-    from runner.predict import Predictor
+    from runner.predict.predictor import Predictor
 
     # As by_hand computes: on processors that multiply in bf16, batches would round otherwise.
-    monkeypatch.setattr("runner.model.cpu_features", frozenset)
+    monkeypatch.setattr("runner.model.load.cpu_features", frozenset)
     predictor = Predictor.load(str(run.path), device="cpu")
     threshold = predictor.answering.score.null_threshold
     asked = questions(run)
@@ -149,7 +149,7 @@ def test_plain_transformers_on_the_exported_model_answer_as_predict_does(run, mo
 
 
 def test_the_runs_own_predictions_scored_as_a_file_give_its_scores(run):
-    from runner.score_file import score_file
+    from runner.eval.score_file import score_file
 
     scored = score_file(
         run.predictions, data(run, "[28:]"), v2=True, no_answer=None, threshold=None, seed=42
@@ -172,7 +172,7 @@ def test_its_tuning_questions_are_not_scored(run):
 
 
 def test_predict_asks_the_model_as_the_run_did(run):
-    from runner.predict import Predictor
+    from runner.predict.predictor import Predictor
 
     config = json.loads((run.model / "config.json").read_text())["spantune"]
     threshold = json.loads(run.result.read_text())["null_threshold"]

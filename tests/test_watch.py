@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from runner import watch as module
-from runner.crew import Crew, Words
+from runner.distributed import watchdog as module
+from runner.distributed.heartbeat import Crew, Words
+from runner.distributed.watchdog import Watch
 from runner.errors import MachineError, RunnerError, StorageError
-from runner.rundir import RunDir
-from runner.watch import Watch
+from runner.run.folder import RunDir
 
 ROOT = Path(__file__).parents[1]
 
@@ -89,9 +89,9 @@ def test_a_broken_connection_between_living_ranks_is_said(watch, crews):
 
 STUCK = """
 import sys, time
-from runner.crew import Crew
-from runner.rundir import RunDir
-from runner import watch
+from runner.distributed.heartbeat import Crew
+from runner.run.folder import RunDir
+from runner.distributed import watchdog as watch
 watch.PATIENCE = 0.5
 crew = Crew(RunDir(sys.argv[1]), 1, 0, {world})
 w = watch.Watch(crew, 0, 0.5, None, lambda error: False)
@@ -173,7 +173,7 @@ def test_a_rank_that_does_not_notice_the_end_follows_with_its_code(tmp_path):
     before = (
         "other = Crew(RunDir(sys.argv[1]), 1, 1, 2)\n"
         "other.appear()\n"
-        "from runner.crew import Words\n"
+        "from runner.distributed.heartbeat import Words\n"
         "other.leave(Words(76, 'the loss is nan', waits=False))\n"
         "other.speaks_first(at_once=True)"
     )

@@ -50,13 +50,13 @@ def measure(args: argparse.Namespace) -> None:
     import peer_trainer
     from transformers import default_data_collator
 
-    from runner.batches import Packing, collate, pack, pad
-    from runner.dataset import load_dataset
-    from runner.feature_cache import cached_windows
-    from runner.features import build_windows
-    from runner.job import Columns, Model
-    from runner.model import load_tokenizer
-    from runner.reading import TOGETHER
+    from runner.data.collate import Packing, collate, pack, pad
+    from runner.data.dataset import load_dataset
+    from runner.data.loader import TOGETHER
+    from runner.data.window_cache import cached_windows
+    from runner.data.windows import build_windows
+    from runner.job.schema import Columns, Model
+    from runner.model.load import load_tokenizer
 
     datasets.disable_progress_bars()
     tokenizer = load_tokenizer(Model(name=args.model))

@@ -36,8 +36,8 @@ PARTS = ("questions", "features", "warm", "batches", "evaluation")
 
 def questions_of(path: Path, count: int) -> list[Any]:
     """The file's questions, repeated to `count`, contexts made different."""
-    from runner.dataset import Example, load_dataset
-    from runner.job import Columns
+    from runner.data.dataset import Example, load_dataset
+    from runner.job.schema import Columns
 
     data = load_dataset(str(path), columns=Columns(), unanswerable=True, on_bad_row="drop")
     made: list[Any] = []
@@ -53,9 +53,9 @@ def questions_of(path: Path, count: int) -> list[Any]:
 
 def run_part(part: str, path: Path, model: str, count: int) -> dict[str, float]:
     """Do one part for `count` questions; seconds, and bytes at the peak."""
-    from runner.feature_cache import cached_windows
-    from runner.job import Model
-    from runner.model import load_tokenizer
+    from runner.data.window_cache import cached_windows
+    from runner.job.schema import Model
+    from runner.model.load import load_tokenizer
 
     examples = questions_of(path, count)
     tokenizer = load_tokenizer(Model(name=model))
@@ -78,7 +78,7 @@ def run_part(part: str, path: Path, model: str, count: int) -> dict[str, float]:
 
 def assemble(windows: Any) -> None:
     """One epoch's order and batches."""
-    from runner.batches import Packing, collate, epoch_batches, pack
+    from runner.data.collate import Packing, collate, epoch_batches, pack
 
     packing = Packing(0, 1, 384)
     for rows in epoch_batches(windows.lengths_N, 32, 1, 0):
@@ -89,11 +89,11 @@ def answer(windows: Any, examples: list[Any]) -> None:
     """What evaluation does with logits: `read_windows` with a model that draws them at random."""
     import torch
 
-    from runner.job import Score
-    from runner.ranks import Rank
-    from runner.reading import Read
-    from runner.records import LISTED
-    from runner.scoring import read_windows
+    from runner.data.loader import Read
+    from runner.eval.inference import read_windows
+    from runner.eval.predictions import LISTED
+    from runner.job.schema import Score
+    from runner.utils.ranks import Rank
 
     class Guesser(torch.nn.Module):
         pass

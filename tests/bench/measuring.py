@@ -16,8 +16,8 @@ sys.path[:0] = [str(CHECKOUT), str(CHECKOUT / "kernels")]
 
 import psutil  # noqa: E402
 
-from runner import provenance  # noqa: E402
-from runner.tables import Value, markdown  # noqa: E402
+from runner.run import provenance  # noqa: E402
+from runner.utils.tables import Value, markdown  # noqa: E402
 
 
 def interleaved(

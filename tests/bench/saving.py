@@ -34,7 +34,7 @@ checkpoint_minutes = 0.02
 # Rank 0 notes how long each of these takes, and writes it down when the run ends.
 TIMED = """
 import json, time
-import runner.checkpoint, runner.commit, runner.control, runner.shards, runner.store, runner.train
+import runner.checkpoint.manager, runner.checkpoint.commit, runner.distributed.collectives, runner.checkpoint.deepspeed_io, runner.checkpoint.store, runner.train.trainer
 times = {{}}
 def timed(owner, name, title):
     plain = getattr(owner, name)
@@ -45,19 +45,19 @@ def timed(owner, name, title):
         finally:
             times.setdefault(title, []).append(time.perf_counter() - began)
     setattr(owner, name, call)
-timed(runner.checkpoint.Checkpoints, "save", "whole")
-timed(runner.shards.ShardEngine, "write", "write, hash, sync")
-timed(runner.store.Store, "check_staged", "read back")
-timed(runner.store.Store, "commit", "manifest and rename")
-timed(runner.commit, "rotate", "remove old ones")
-timed(runner.control.Boundary, "agree", "agree")
-timed(runner.epoch, "take_step", "optimiser step")
-finish = runner.train.finish
+timed(runner.checkpoint.manager.Checkpoints, "save", "whole")
+timed(runner.checkpoint.deepspeed_io.ShardEngine, "write", "write, hash, sync")
+timed(runner.checkpoint.store.Store, "check_staged", "read back")
+timed(runner.checkpoint.store.Store, "commit", "manifest and rename")
+timed(runner.checkpoint.commit, "rotate", "remove old ones")
+timed(runner.distributed.collectives.Boundary, "agree", "agree")
+timed(runner.train.epoch, "take_step", "optimiser step")
+finish = runner.train.trainer.finish
 def finish_and_tell(*arguments):
     finish(*arguments)
     open({path!r}, "w").write(json.dumps(times))
 if rank == 0:
-    runner.train.finish = finish_and_tell
+    runner.train.trainer.finish = finish_and_tell
 """
 
 

@@ -26,7 +26,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-from runner.spans import join, search, stream_answers  # noqa: E402
+from runner.eval.answers import join, search, stream_answers  # noqa: E402
 
 QUESTION, N_BEST, BATCH, BLOCK = 14, 20, 32, 32_768
 CASES = ("search, one call", "search and answers, dropped", "search and answers, kept")

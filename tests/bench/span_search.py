@@ -31,7 +31,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from runner.spans import Mode, answers, search
+from runner.eval.answers import Mode, answers, search
 
 QUESTION = 14  # tokens in front of the context: [CLS], question, [SEP]
 LONGEST, N_BEST = 30, 20

@@ -41,8 +41,8 @@ import numpy as np
 import torch
 from training_modes import RANK, SHAPES, Modes, Steps
 
-from runner.engine import start_distributed
-from runner.job import Zero
+from runner.distributed.engine import start_distributed
+from runner.job.schema import Zero
 
 
 def operations(shape: str, lengths_N: np.ndarray) -> float:

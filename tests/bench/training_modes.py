@@ -18,23 +18,23 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from runner.batches import collate, epoch_batches, pad
-from runner.clock import Clock
-from runner.computing import choose_computing, keep_frozen
-from runner.control import Boundary
-from runner.engine import deepspeed_config, start_engine
-from runner.epoch import Course, train_steps
-from runner.features import Windows
-from runner.health import Health
-from runner.job import Model, Train, Zero
-from runner.layout import batch_layout
-from runner.model import freeze, optimiser_groups
-from runner.noise import CpuDropout, Noise
-from runner.progress import Progress
-from runner.ranks import Rank
-from runner.reading import Prepared, Reader
-from runner.resident import make_resident
-from runner.span_loss import choose_span_loss
+from runner.data.collate import collate, epoch_batches, pad
+from runner.data.loader import Prepared, Reader
+from runner.data.resident import make_resident
+from runner.data.windows import Windows
+from runner.distributed.collectives import Boundary
+from runner.distributed.engine import deepspeed_config, start_engine
+from runner.job.layout import batch_layout
+from runner.job.schema import Model, Train, Zero
+from runner.model.dropout import CpuDropout, Noise
+from runner.model.load import freeze, optimiser_groups
+from runner.model.loss import choose_span_loss
+from runner.train.epoch import Course, train_steps
+from runner.train.nan_monitor import Health
+from runner.train.plan import choose_computing, keep_frozen
+from runner.train.state import Progress
+from runner.utils.ranks import Rank
+from runner.utils.timing import Clock
 
 SHAPES = {  # width, layers, heads, inner width
     "base": (768, 12, 12, 3072),
@@ -79,10 +79,10 @@ def lengths_from(args: argparse.Namespace) -> np.ndarray:
         places = np.random.default_rng(1).random(args.windows) * (len(QUANTILES) - 1)
         lengths = np.interp(places, np.arange(len(QUANTILES)), QUANTILES).astype(np.int64)
         return np.minimum(lengths, args.max_length)
-    from runner.dataset import load_dataset
-    from runner.features import build_windows
-    from runner.job import Columns
-    from runner.model import load_tokenizer
+    from runner.data.dataset import load_dataset
+    from runner.data.windows import build_windows
+    from runner.job.schema import Columns
+    from runner.model.load import load_tokenizer
 
     data = load_dataset(str(args.data), columns=Columns(), unanswerable=True, on_bad_row="drop")
     tokenizer = load_tokenizer(Model(name=args.tokenizer))

@@ -7,9 +7,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from runner.job import Slurm
-from runner.slurm import sbatch_script, script_options
-from runner.slurm_jobs import sbatch
+from runner.job.schema import Slurm
+from runner.slurm.client import sbatch
+from runner.slurm.script import sbatch_script, script_options
 
 from .cluster import Cluster, until
 

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runner.rundir import RunDir
-from runner.slurm_jobs import read_submission
+from runner.run.folder import RunDir
+from runner.slurm.client import read_submission
 
 from .cluster import CHECKOUT, ENDED, Cluster, freeze, is_alive, let_hear, thaw, until, waits
 

@@ -8,7 +8,7 @@ import re
 
 import pytest
 
-from runner.rundir import RunDir
+from runner.run.folder import RunDir
 
 from .cluster import until
 from .stories import ONE_NODE, Run, Seen, curve
@@ -198,7 +198,7 @@ def test_a_node_without_network_names_what_is_missing(cluster, job_file):
     assert seen.end == ("FAILED", "69:0", "0")
     assert "127.0.0.1 cannot be reached: o/nowhere; on a machine with network run:" in seen.output
     imported = set(re.findall(r"^import time: .*\|\s*([\w.]+)$", seen.output, re.MULTILINE))
-    assert "runner.assets" in imported
+    assert "runner.job.assets" in imported
     # It ends within seconds, because it does not load the libraries first.
     assert not imported & {"torch", "transformers", "deepspeed", "datasets", "evaluate"}
 

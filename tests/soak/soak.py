@@ -29,8 +29,8 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 sys.path[:1] = [str(CHECKOUT), str(CHECKOUT / "kernels")]
 
 from runner.errors import JobError  # noqa: E402
-from runner.jobfile import load_job  # noqa: E402
-from runner.provenance import git_state, processor_name, versions  # noqa: E402
+from runner.job.load import load_job  # noqa: E402
+from runner.run.provenance import git_state, processor_name, versions  # noqa: E402
 from tests import conftest  # noqa: E402
 from tests.interruptions import (  # noqa: E402
     CONTEXT,

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
-from runner import exchange
+from runner.distributed import gradient_exchange as exchange
 
 STEPS, SIZES = 20, (12_000, 600)  # sizes that 2 and 3 divide
 LATE = 0.002  # seconds, in which the others could do several steps

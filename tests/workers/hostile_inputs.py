@@ -24,21 +24,21 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 sys.path[:1] = [str(CHECKOUT), str(CHECKOUT / "kernels")]
 os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
-import deepspeed  # noqa: E402, F401
-import torch  # noqa: E402
+import deepspeed  # noqa: F401
+import torch
 
-from runner.console import Reporter, complain  # noqa: E402
-from runner.dataset import load_dataset  # noqa: E402
-from runner.errors import RunnerError  # noqa: E402
-from runner.job import Columns, Job, Model  # noqa: E402
-from runner.jobfile import load_job  # noqa: E402
-from runner.keeping import read_kept  # noqa: E402
-from runner.model import load_pretrained, load_tokenizer  # noqa: E402
-from runner.rundir import RunDir  # noqa: E402
-from runner.sameness import read_record  # noqa: E402
-from runner.shards import load_plain  # noqa: E402
-from runner.starting import Where, open_run  # noqa: E402
-from runner.store import Store  # noqa: E402
+from runner.checkpoint.deepspeed_io import load_plain
+from runner.checkpoint.keeping import read_kept
+from runner.checkpoint.store import Store
+from runner.data.dataset import load_dataset
+from runner.errors import RunnerError
+from runner.job.load import load_job
+from runner.job.schema import Columns, Job, Model
+from runner.model.load import load_pretrained, load_tokenizer
+from runner.run.folder import RunDir
+from runner.run.resume import Where, open_run
+from runner.run.sameness import read_record
+from runner.utils.console import Reporter, complain
 
 FOLDER, MODEL = map(Path, sys.argv[1:])
 CANARY, VICTIM = FOLDER / "canary", FOLDER / "victim"

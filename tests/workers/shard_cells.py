@@ -10,15 +10,15 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 sys.path[:1] = [str(CHECKOUT), str(CHECKOUT / "kernels")]
 os.environ |= {"DS_ACCELERATOR": "cpu", "DEEPSPEED_LOG_LEVEL": "error"}
 
-import torch  # noqa: E402
+import torch
 
-from runner.engine import deepspeed_config, start_distributed, start_engine  # noqa: E402
-from runner.errors import DataError  # noqa: E402
-from runner.job import Train, Zero  # noqa: E402
-from runner.layout import batch_layout  # noqa: E402
-from runner.ranks import Rank  # noqa: E402
-from runner.shards import ShardEngine  # noqa: E402
-from runner.store import Store  # noqa: E402
+from runner.checkpoint.deepspeed_io import ShardEngine
+from runner.checkpoint.store import Store
+from runner.distributed.engine import deepspeed_config, start_distributed, start_engine
+from runner.errors import DataError
+from runner.job.layout import batch_layout
+from runner.job.schema import Train, Zero
+from runner.utils.ranks import Rank
 
 NAME = "step-000005-a0001"
 KINDS = (".pt", ".json")  # of a checkpoint's files

@@ -34,13 +34,13 @@ from pathlib import Path
 CHECKOUT = Path(__file__).resolve().parents[2]
 sys.path[:1] = [str(CHECKOUT)]
 
-from runner.attempts import numbers  # noqa: E402
-from runner.claim import Attempt  # noqa: E402
-from runner.commit import newest, rotate, save, take_over  # noqa: E402
-from runner.errors import DataError, RunnerError, StorageError  # noqa: E402
-from runner.files import Files  # noqa: E402
-from runner.rundir import RunDir, checkpoint_name, checkpoint_place  # noqa: E402
-from runner.store import DamagedError, Manifest, Store  # noqa: E402
+from runner.checkpoint.commit import newest, rotate, save, take_over
+from runner.checkpoint.files import Files
+from runner.checkpoint.store import DamagedError, Manifest, Store
+from runner.errors import DataError, RunnerError, StorageError
+from runner.run.attempts import numbers
+from runner.run.folder import RunDir, checkpoint_name, checkpoint_place
+from runner.run.lease import Attempt
 
 STEPS, EVERY, BEST = 10, 2, 4  # steps of a session, steps between commits, the best until the last
 WRITING = ("make_folder", "create", "write", "sync", "close", "rename", "sync_folder")

@@ -24,15 +24,15 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 FRESH = Path(__file__).with_name("fresh_models.py")
 # Left out where a test is about neither: together they take longer than all else of a tiny run.
 WITHOUT = """
-import runner.conclusion, runner.train
-runner.conclusion.verify_export = lambda *_: 0.0
-runner.train.draw_curves = lambda *_: None
+import runner.train.finish, runner.train.trainer
+runner.train.finish.verify_export = lambda *_: 0.0
+runner.train.trainer.draw_curves = lambda *_: None
 """
 # The exported model is opened by a process that has opened others before.
 VERIFIED = """
-import functools, types, runner.export
+import functools, types, runner.export.save
 from tests.workers.fresh_models import ask
-runner.export.subprocess = types.SimpleNamespace(run=functools.partial(ask, {port}))
+runner.export.save.subprocess = types.SimpleNamespace(run=functools.partial(ask, {port}))
 """
 
 
@@ -181,9 +181,9 @@ def serve() -> None:
     import deepspeed  # noqa: F401
     import transformers  # noqa: F401
 
-    import runner.cli
-    import runner.engine
-    import runner.train  # noqa: F401
+    import runner.cli.command
+    import runner.distributed.engine
+    import runner.train.trainer  # noqa: F401
 
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -213,10 +213,10 @@ def prepare() -> None:
     import torch
     import transformers
 
-    from runner import plots
-    from runner.report import write_report
-    from runner.rundir import RunDir
-    from runner.tables import append_row
+    from runner.report import plots
+    from runner.report.report import write_report
+    from runner.run.folder import RunDir
+    from runner.utils.tables import append_row
     from tests.sample_runs import make_run, predictions
 
     numbers, torch_numbers = np.random.get_state(), torch.get_rng_state()
@@ -254,8 +254,8 @@ def reap() -> None:
 
 def launch(request: dict, writes: int) -> None:
     """Be the launcher of one run."""
-    from runner.launch import GRACE
-    from runner.ranks import free_port
+    from runner.run.launch import GRACE
+    from runner.utils.ranks import free_port
 
     count = request["ranks"]
     log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -303,7 +303,7 @@ def launch(request: dict, writes: int) -> None:
 def be_rank(rank: int, request: dict) -> None:
     import numpy as np
 
-    import runner.cli
+    import runner.cli.command
 
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     os.setpgid(0, 0)
@@ -311,7 +311,7 @@ def be_rank(rank: int, request: dict) -> None:
     np.random.seed()  # each process has numbers of its own, which no run may use
     try:
         exec(request["code"], {"rank": rank})
-        code = runner.cli.main(request["arguments"])
+        code = runner.cli.command.main(request["arguments"])
     finally:
         sys.stdout.flush()
         sys.stderr.flush()

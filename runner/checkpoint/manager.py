@@ -1,0 +1,311 @@
+"""What a run's checkpoint holds, saving it, and going on from one to the bit.
+
+A checkpoint holds DeepSpeed's shards, `rank-0000.pt` of each rank (generators of random numbers,
+sums since the last row of train.csv), the tables as they were, and, at the best evaluation so far,
+`best/` with the exported model. Its manifest says where training stood and what it belongs to.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from runner.checkpoint import commit
+from runner.checkpoint.deepspeed_io import ShardEngine, load_plain
+from runner.checkpoint.files import Writer
+from runner.checkpoint.keeping import Kept, read_kept
+from runner.checkpoint.store import DamagedError, Manifest, Stage, Store
+from runner.data.windows import Windows
+from runner.distributed import collectives as control
+from runner.errors import DataError, StorageError
+from runner.run.folder import RunDir, checkpoint_name, storage_errors
+from runner.run.lease import Attempt
+from runner.train.state import Memory, random_state, restore_random_state
+from runner.utils.ranks import Rank
+
+BEST = "best"  # the folder that the best evaluation so far leaves in its checkpoint
+TRIES = 3  # checkpoints in a row that may fail before training ends
+# How to say that what a checkpoint belongs to is another than now's.
+_IDENTITY = {
+    "world": "was made by {} ranks, this start has {}; start it with as many",
+    "zero_stage": "was made with ZeRO stage {}, this start has {}",
+    "layout": "was made with {} micro-batches a step, this start has {}",
+    "precision": "was made in {}, this start computes in {}",
+    "computing": "was computed with {}; this start computes with {}",
+    "train": "was trained on other questions: the content of data.train has changed",
+    "validation": "was scored on other questions: the content of data.validation has changed",
+    "tuning": "was tuned on other questions: the content of data.tuning has changed",
+    "windows": "was trained on other windows: the tokenizer or its library has changed",
+    "model": "began with other weights: the files of model.name have changed",
+}
+
+_READ = ("train", "validation", "tuning", "windows", "model")  # of these, what each rank reads
+
+
+class Checkpoints:
+    """The checkpoints of a run, as one rank of an attempt sees them.
+
+    Args:
+        run: the run folder.
+        number: of the attempt.
+        attempt: the claim itself, on rank 0.
+        rank: this one.
+        engine: DeepSpeed's; from now on it saves through us.
+        device: of this rank.
+        identity: what a checkpoint must share with this start, by the keys of `_IDENTITY`.
+        warn: takes a line for the user, on rank 0.
+    """
+
+    def __init__(
+        self,
+        run: RunDir,
+        number: int,
+        attempt: Attempt | None,
+        rank: Rank,
+        engine: Any,
+        device: torch.device,
+        identity: Mapping[str, Any],
+        warn: Callable[[str], None],
+    ) -> None:
+        self.index = rank.index
+        self._run, self._number, self._attempt = run, number, attempt
+        self._engine, self._device, self._identity, self._warn = engine, device, identity, warn
+        self._store = Store(run.checkpoints, rank.index)
+        self._shards = ShardEngine(self._store)
+        engine.checkpoint_engine = self._shards
+        self._saved: tuple[int, bool] | None = None  # step and scored of the newest one
+        self._failed = 0
+
+    def everyone(self, value: Any) -> list[Any]:
+        """How `commit` lets the ranks talk."""
+        return control.everyone(value)
+
+    # --- saving
+
+    def save(
+        self,
+        memory: Memory,
+        best: Callable[[Stage], None] | None = None,
+        *,
+        required: bool = False,
+    ) -> bool:
+        """Commit a checkpoint and remove those that are no longer needed. Every rank must call
+        this.
+
+        Args:
+            memory: what to save beside weights and optimiser.
+            best: on every rank if this is the best evaluation so far: writes `best/` on rank 0.
+            required: whether training cannot go on without this one.
+
+        Returns:
+            Whether all is saved now.
+
+        Raises:
+            StorageError: if it cannot be written, and is required or the third in a row; else only
+                a warning is given, and the checkpoints before it stay.
+        """
+        progress = memory.progress
+        if self._saved == (progress.step, progress.scored):
+            return True
+        name = checkpoint_name(progress.step, self._number, scored=progress.scored)
+        before, memory.best = memory.best, name if best else memory.best
+        facts = {"memory": memory.facts(), "step": progress.step, "identity": self._identity}
+        try:
+            commit.agree(self, self._shards.prepare)
+            commit.save(
+                self._store,
+                self,
+                name,
+                lambda stage: self._write(stage, memory, best),
+                facts,
+                self._fence,
+            )
+        except StorageError as error:
+            memory.best = before
+            self._failed += 1
+            text = f"{error}; {self._free()}; checkpoints from before are untouched"
+            if required or self._failed >= TRIES:
+                raise StorageError(
+                    f"{text}; free some space and start the same command again"
+                ) from None
+            self._warn(f"no checkpoint after step {progress.step}: {text}; training goes on")
+            return False
+        self._saved, self._failed = (progress.step, progress.scored), 0
+        self._rotate(memory)
+        return True
+
+    def _write(self, stage: Stage, memory: Memory, best: Callable[[Stage], None] | None) -> None:
+        self._shards.write(self._engine, stage)
+        own = {"random": random_state(self._device), "progress": memory.progress.own()}
+        stage.put(_rank_file(self.index), lambda file: torch.save(own, file))  # type: ignore[arg-type]
+        if self.index:
+            return
+        for table in self._run.tables:
+            if table.is_file():
+                content = table.read_bytes()
+
+                def write(file: Writer, content: bytes = content) -> None:
+                    file.write(content)
+
+                stage.put(f"tables/{table.name}", write)
+        if best is not None:
+            best(stage)
+            stage.adopt(BEST)
+
+    def _rotate(self, memory: Memory) -> None:
+        if self._attempt is None:
+            return
+        self._attempt.step = memory.progress.step
+        try:
+            commit.rotate(self._store, self._attempt, memory.best, _best_of)
+        except OSError as error:
+            self._warn(f"old checkpoints stay: {error.filename}: {error.strerror}")
+        except (DamagedError, StorageError) as error:
+            self._warn(f"old checkpoints stay: {error}")
+
+    def _fence(self) -> None:
+        if self._attempt is not None:
+            self._attempt.check()
+
+    def _free(self) -> str:
+        try:
+            return f"{shutil.disk_usage(self._run.path).free:,} are free"
+        except OSError:
+            return "how many are free cannot be told"
+
+    # --- loading
+
+    def load(self, memory: Memory, *, needs_best: bool) -> Manifest | None:
+        """Go on from the newest checkpoint that is whole: weights, optimiser, schedule, memory,
+        tables. Random numbers go on as the last thing. Every rank must call this.
+
+        Args:
+            memory: is given what was saved.
+            needs_best: whether the best evaluation so far must be at hand too.
+
+        Returns:
+            The checkpoint; None if there is none, and training begins at the first step.
+
+        Raises:
+            DataError: if there are checkpoints that cannot be used, saying why.
+            StorageError: if they cannot be read now; none is touched.
+        """
+        mine = {key: self._identity[key] for key in _READ}
+        if any(theirs != mine for theirs in self.everyone(mine)):
+            raise DataError(
+                f"{self._run.path}: the ranks have read different data or weights: the files"
+                " changed while they were read; start the same command again"
+            )
+        names = commit.take_over(self._store, self, self._attempt)
+        manifest = commit.newest(
+            self._store, self, names, lambda found: self._examine(found, needs_best), self._warn
+        )
+        if manifest is None:
+            self._begin_tables(None)
+            self._began_at(0)
+            return None
+        self._shards.read(self._engine, manifest)
+        own = load_plain(self._store.folder / manifest.name / _rank_file(self.index))
+        memory.restore(manifest.facts["memory"], own["progress"])
+        self._saved = (memory.progress.step, memory.progress.scored)
+        digests = self.everyone(self._digest(manifest))
+        if len(set(digests)) > 1:
+            raise DataError(f"{manifest.name}: the ranks have loaded different states of it")
+        self._begin_tables(manifest)
+        self._began_at(memory.progress.step)
+        self._rotate(memory)  # an earlier start may have been cut short before it did
+        restore_random_state(own["random"], self._device)
+        return manifest
+
+    def kept(self, memory: Memory) -> Kept | None:
+        """The best evaluation so far, read back (rank 0); None if there is none, or if it is
+        damaged and the next evaluation takes its place anyway."""
+        try:
+            return read_kept(self.best_folder(memory)) if memory.best else None
+        except DataError:
+            return None
+
+    def best_folder(self, memory: Memory) -> Path:
+        """`best/` of the best evaluation so far (rank 0)."""
+        return self._store.folder / (memory.best or "") / BEST
+
+    def _examine(self, manifest: Manifest, needs_best: bool) -> None:
+        """Hold a checkpoint against this start; raises DataError for what no other one will have
+        either, DamagedError for what one before it may have whole."""
+        written = manifest.facts["identity"]
+        if set(written) != set(self._identity):
+            raise DataError(
+                f"{self._run.path}: checkpoint {manifest.name} was made by another version of"
+                " spantune, which noted other things; go on with that one, or begin anew with"
+                " --restart"
+            )
+        for key, sentence in _IDENTITY.items():
+            then, now = written[key], self._identity[key]
+            if then != now:
+                raise DataError(
+                    f"{self._run.path}: checkpoint {manifest.name} {sentence.format(then, now)},"
+                    " or begin anew with --restart"
+                )
+        best = _best_of(manifest)
+        if self.index == 0 and best not in (None, manifest.name):
+            try:
+                holder = self._store.manifest(best)
+                self._store.check(holder, [f for f in holder.files if f.startswith(f"{BEST}/")])
+            except DamagedError as error:
+                if needs_best:
+                    raise DataError(
+                        f"{error}; it holds the best weights so far, which [stop] needs; --restart"
+                        " begins anew"
+                    ) from None
+
+    def _digest(self, manifest: Manifest) -> str:
+        """What must be alike on all ranks after loading."""
+        digest = hashlib.sha256(manifest.name.encode())
+        for name, entry in manifest.files.items():
+            digest.update(f"{name} {entry.sha256}".encode())
+        if not any(hasattr(p, "ds_tensor") for p in self._engine.module.parameters()):
+            for tensor in self._engine.module.state_dict().values():
+                digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def _begin_tables(self, manifest: Manifest | None) -> None:
+        """Let the tables be as they were at the checkpoint; rows that came after it come again."""
+        if self._attempt is None:
+            return
+        for table in self._run.tables:
+            name = f"tables/{table.name}"
+            with storage_errors(table):
+                if manifest is not None and name in manifest.files:
+                    aside = table.with_name(f".{table.name}.tmp")
+                    shutil.copyfile(self._store.folder / manifest.name / name, aside)
+                    aside.replace(table)
+                else:
+                    table.unlink(missing_ok=True)
+
+    def _began_at(self, step: int) -> None:
+        if self._attempt is not None:
+            self._attempt.began_at(step)
+
+
+def windows_sha256(*parts: Windows) -> str:
+    """Hash of all arrays of windows: of the tokens and labels themselves."""
+    digest = hashlib.sha256()
+    for windows in parts:
+        for field in fields(windows):
+            digest.update(memoryview(getattr(windows, field.name)).cast("B"))
+    return digest.hexdigest()
+
+
+def _best_of(manifest: Manifest) -> str | None:
+    """The checkpoint that held the best weights when this one was made."""
+    return manifest.facts["memory"]["best"]
+
+
+def _rank_file(rank: int) -> str:
+    return f"rank-{rank:04d}.pt"

@@ -1,0 +1,5 @@
+"""The command."""
+
+from runner.cli.command import main
+
+__all__ = ["main"]

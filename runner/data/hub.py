@@ -1,0 +1,117 @@
+"""Brings a hub repository, at one commit, into this machine's cache; or says within seconds that it
+is not here and how to fetch it.
+
+Models and data sets go the same way: one look at the hub, and none at all where the job pins a
+commit whose files are in the cache. What is loaded afterwards is a folder.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import HfApi, get_cached_repo_tree, snapshot_download
+from huggingface_hub.errors import (
+    CachedRepoTreeNotFoundError,
+    IncompleteSnapshotError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import disable_progress_bars, httpx
+
+from runner.errors import AssetError
+from runner.job.assets import UNWANTED, WANTED, Kind, fetch_command
+
+# Seconds to wait for the hub's first answer. Its client waits for ever by itself, and the firewalls
+# of compute nodes swallow packets without a word.
+PATIENCE = 10
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A repository's files as they are at one commit."""
+
+    folder: Path
+    commit: str
+
+
+@functools.cache  # a run sees one commit, even if somebody pushes meanwhile
+def snapshot(kind: Kind, name: str, revision: str | None) -> Snapshot:
+    """Get a model's configuration, tokenizer and safetensors, or a data set's card and data files.
+
+    Raises:
+        AssetError: saying why they are not to be had, and how to fetch them.
+    """
+    cached, missing = _cached(kind, name, revision)
+    if cached and missing == "" and _COMMIT.fullmatch(revision or ""):
+        return cached
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    try:
+        # Asked first because it takes a time limit; snapshot_download does not.
+        HfApi().repo_info(name, repo_type=kind, revision=revision, timeout=PATIENCE)
+        return _at(
+            snapshot_download(
+                name,
+                repo_type=kind,
+                revision=revision,
+                allow_patterns=list(WANTED[kind]),
+                ignore_patterns=list(UNWANTED[kind]),
+            )
+        )
+    except RevisionNotFoundError:
+        raise AssetError(f"{name}: the hub has no revision {revision} of this {kind}") from None
+    except (OSError, httpx.HTTPError) as error:
+        if cached:
+            return cached
+        if isinstance(error, RepositoryNotFoundError):
+            raise AssetError(
+                f"{name}: the hub has no {kind} of this name, or it is a private or gated one; for"
+                " those, run: hf auth login"
+            ) from None
+        raise AssetError(
+            f"{name}: {missing or 'not in the local cache'}, and {_reason(error)}; on a machine"
+            f" with network run: {fetch_command(kind, name, revision)}"
+        ) from None
+
+
+def _cached(kind: Kind, name: str, revision: str | None) -> tuple[Snapshot | None, str | None]:
+    """What the cache holds of a revision, and what of it is missing: "" for nothing, None where
+    that cannot be told (another program fetched single files)."""
+    try:
+        folder = snapshot_download(
+            name,
+            repo_type=kind,
+            revision=revision,
+            allow_patterns=list(WANTED[kind]),
+            ignore_patterns=list(UNWANTED[kind]),
+            local_files_only=True,
+        )
+    except IncompleteSnapshotError as error:
+        found = re.search(r"\d+ file\(s\) are missing \(.*?\)", str(error))
+        return None, f"{found[0] if found else 'files are missing'} from the local cache"
+    except LocalEntryNotFoundError:
+        return None, None
+    try:
+        get_cached_repo_tree(name, repo_type=kind, revision=revision)
+    except CachedRepoTreeNotFoundError:
+        return _at(folder), None
+    return _at(folder), ""
+
+
+def _at(folder: str) -> Snapshot:
+    return Snapshot(Path(folder), Path(folder).name)
+
+
+def _reason(error: Exception) -> str:
+    """Why the hub gave nothing, in a few words."""
+    if isinstance(error, OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE keeps this process from the hub"
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return f"the hub cannot be reached ({first})"

@@ -1,0 +1,163 @@
+"""Keeps windows as memory-mapped arrays, so that ranks share one copy and a second run has none to
+make."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+import numpy as np
+
+from runner.data import windows as features
+from runner.data.dataset import Example
+from runner.data.windows import Windows, build_windows, continued, tokenizer_sha256, window_blocks
+from runner.errors import StorageError
+from runner.run.folder import storage_errors
+from runner.run.provenance import file_sha256
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_SUMS = "SHA256SUMS"
+_FIELDS = tuple(field.name for field in dataclasses.fields(Windows))
+
+
+def cached_windows(
+    examples: Sequence[Example],
+    content_sha256: str,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    stride: int,
+    between: Callable[[], None] = lambda: None,
+) -> tuple[Windows, bool]:
+    """Load the windows from the cache, or build and store them. Returns them and whether the cache
+    had them.
+
+    The key is made of the questions' content, the tokenizer, both settings and the code, so nothing
+    stale is ever read. Only one rank should build; the others call this afterwards and map the same
+    files. Windows are written as they are made: memory does not grow with their number.
+
+    `between` is called before each block of questions that is tokenised; it may end that by an
+    exception, and nothing is stored then.
+    """
+    key = cache_key(content_sha256, tokenizer, max_length, stride)
+    folder = cache_root() / "features" / key
+    found = _load(folder)
+    if found is not None:
+        return found, True
+    try:
+        _store(_asking(window_blocks(examples, tokenizer, max_length, stride), between), folder)
+        found = _load(folder)
+    except StorageError:
+        pass  # a full cache disk costs time, never the run
+    return found or build_windows(examples, tokenizer, max_length, stride), False
+
+
+def _asking(blocks: Iterable[Windows], between: Callable[[], None]) -> Iterator[Windows]:
+    between()
+    for block in blocks:
+        yield block
+        between()
+
+
+def cache_key(
+    content_sha256: str, tokenizer: PreTrainedTokenizerBase, max_length: int, stride: int
+) -> str:
+    """Name of the cache folder, 32 hex digits."""
+    code = [Path(file).read_bytes() for file in (features.__file__, __file__)]
+    parts = {
+        "content": content_sha256,
+        "tokenizer": tokenizer_sha256(tokenizer),
+        "max_length": max_length,
+        "stride": stride,
+        "code": hashlib.sha256(b"".join(code)).hexdigest(),
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def cache_root() -> Path:
+    """`$SPANTUNE_CACHE`, else the user's cache folder."""
+    given = os.environ.get("SPANTUNE_CACHE")
+    if given:
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "spantune"
+
+
+def _store(blocks: Iterable[Windows], folder: Path) -> None:
+    # Not named after the process: two machines that share the cache may have the same number.
+    aside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
+    try:
+        with storage_errors(folder):
+            aside.mkdir(parents=True)
+        _write(blocks, aside)
+        with storage_errors(folder):
+            (aside / _SUMS).write_text(_sums(aside), encoding="utf-8")
+            try:
+                aside.rename(folder)
+            except OSError:
+                if not folder.is_dir():
+                    raise  # somebody else stored the same windows first: theirs will do
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _write(blocks: Iterable[Windows], folder: Path) -> None:
+    """Write the arrays of all blocks end to end, one block after another."""
+    rows = dict.fromkeys(_FIELDS, 0)
+    files: dict[str, BinaryIO] = {}
+    last: dict[str, np.ndarray] = {}
+    with contextlib.ExitStack() as stack:
+        for number, block in enumerate(blocks):
+            with storage_errors(folder):
+                for name in _FIELDS:
+                    values = continued(block, name, first=number == 0)
+                    if number == 0:
+                        files[name] = stack.enter_context((folder / f"{name}.npy").open("wb"))
+                        _header(files[name], values, 0)
+                    files[name].write(np.ascontiguousarray(values).tobytes())
+                    rows[name] += len(values)
+                    last[name] = values
+        with storage_errors(folder):
+            for name, file in files.items():
+                file.seek(0)  # numpy leaves room in the header for the number of rows to grow
+                _header(file, last[name], rows[name])
+
+
+def _header(file: BinaryIO, values: np.ndarray, rows: int) -> None:
+    shape = (rows, *values.shape[1:])
+    header = {"descr": values.dtype.str, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, header)
+
+
+def _load(folder: Path) -> Windows | None:
+    """Map the arrays of a cache folder; None where it is absent or damaged (it is then removed, to
+    be built again)."""
+    if not folder.is_dir():
+        return None
+    try:
+        if (folder / _SUMS).read_text(encoding="utf-8") != _sums(folder):
+            raise ValueError("not what was stored")
+        # Plain arrays of the mapped memory: numpy's memmap costs more than the indexing itself.
+        return Windows(
+            **{
+                name: np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False))
+                for name in _FIELDS
+            }
+        )
+    except (OSError, ValueError):
+        shutil.rmtree(folder, ignore_errors=True)
+        return None
+
+
+def _sums(folder: Path) -> str:
+    """Hashes of the arrays in a cache folder, in the form of `sha256sum`."""
+    names = [f"{name}.npy" for name in _FIELDS]
+    return "".join(f"{file_sha256(folder / name)}  {name}\n" for name in names)

@@ -1,0 +1,437 @@
+"""Cuts contexts into windows of tokens and maps character answers to token labels.
+
+Legend: N windows, T tokens of all windows end to end, C context tokens of all distinct contexts, Q
+questions. Each context and each question is tokenised once; windows are ranges into them, assembled
+by array arithmetic (Hugging Face's example tokenises a context again for each of its questions).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import TYPE_CHECKING
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from runner.data.dataset import Example
+from runner.errors import DataError, RoomError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+BLOCK = 16_384  # questions whose windows are made together: it bounds the memory
+_CHUNK = (
+    2048  # texts handed to the tokenizer at once: enough for its threads, little enough for memory
+)
+_CONTEXT = 1 << 40  # more characters than a context has
+
+
+@dataclass(frozen=True)
+class Windows:
+    """The windows of a data set as flat arrays.
+
+    Attributes:
+        tokens_T: int32, token ids of all windows end to end, special tokens included, no padding.
+        types_T: uint8, segment ids (0 question, 1 context where the tokenizer distinguishes them).
+        firsts_N1: int64, window n is tokens_T[firsts_N1[n]:firsts_N1[n + 1]].
+        questions_N: int32, position of the window's question in the data set, ascending.
+        contexts_N2: int32, [lo, hi) positions in the window that hold context tokens.
+        starts_N: int32, position of the answer's first token; the [CLS] position where the answer
+            is not inside.
+        ends_N: int32, position of the answer's last token (inclusive).
+        cls_N: int32, position of the token that stands for "no answer here".
+        chars_C2: int32, [start, end) character offsets of each context token.
+        chars_firsts_N: int64, row of chars_C2 that a token at position 0 of the window would have;
+            the token at position p of the context has row chars_firsts_N[n] + p.
+    """
+
+    tokens_T: np.ndarray
+    types_T: np.ndarray
+    firsts_N1: np.ndarray
+    questions_N: np.ndarray
+    contexts_N2: np.ndarray
+    starts_N: np.ndarray
+    ends_N: np.ndarray
+    cls_N: np.ndarray
+    chars_C2: np.ndarray
+    chars_firsts_N: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.questions_N)
+
+    @property
+    def lengths_N(self) -> np.ndarray:
+        """Tokens in each window, int64."""
+        return np.diff(self.firsts_N1)
+
+    @property
+    def answered_N(self) -> np.ndarray:
+        """Whether the answer lies inside the window, bool."""
+        return self.starts_N != self.cls_N
+
+
+def build_windows(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int, stride: int
+) -> Windows:
+    """Make the windows that the tokenizer's own `truncation="only_second"` with overflow would
+    make.
+
+    The question is stripped on the left, as in Hugging Face's run_qa.py. Labels come from a
+    question's first answer.
+
+    Args:
+        examples: questions, in order.
+        tokenizer: a fast tokenizer; its padding and truncation settings are ignored.
+        max_length: tokens in a window at most.
+        stride: tokens shared by neighbouring windows of a context.
+
+    Raises:
+        RoomError: if a question leaves too little room for its context.
+        DataError: if the tokenizer is not a fast one.
+    """
+    blocks = list(window_blocks(examples, tokenizer, max_length, stride))
+    if len(blocks) == 1:
+        return blocks[0]
+    return Windows(
+        **{
+            field.name: np.concatenate(
+                [continued(block, field.name, first=n == 0) for n, block in enumerate(blocks)]
+            )
+            for field in dataclasses.fields(Windows)
+        }
+    )
+
+
+def continued(block: Windows, name: str, *, first: bool) -> np.ndarray:
+    """What a block adds to an array of all windows: everything, but its first bound is the last of
+    the block before."""
+    values = getattr(block, name)
+    return values if first or name != "firsts_N1" else values[1:]
+
+
+def window_blocks(
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    stride: int,
+    block: int = BLOCK,
+) -> Iterator[Windows]:
+    """Make windows for a block of questions at a time; positions count on from block to block.
+
+    At least one block comes, an empty one where there is no question. Blocks end with a context,
+    since questions that follow each other often share one.
+
+    Raises:
+        DataError: as `build_windows`.
+    """
+    backend = plain_backend(tokenizer)
+    template = _Template.of(backend, tokenizer)
+    begin = tokens = characters = 0
+    while begin == 0 or begin < len(examples):
+        end = min(begin + block, len(examples))
+        while 0 < end < len(examples) and examples[end].context == examples[end - 1].context:
+            end += 1
+        asked = examples[begin:end]
+        made = _block(asked, backend, template, max_length, stride)
+        if begin == 0:
+            backend.enable_truncation(max_length, stride=stride, strategy="only_second")
+            _compare_with_tokenizer(made, asked[:2], backend, type(tokenizer).__name__)
+            backend.no_truncation()
+        yield dataclasses.replace(
+            made,
+            firsts_N1=made.firsts_N1 + tokens,
+            questions_N=(made.questions_N + begin).astype(np.int32),
+            chars_firsts_N=made.chars_firsts_N + characters,
+        )
+        tokens += len(made.tokens_T)
+        characters += len(made.chars_C2)
+        begin = end
+        if end == len(examples):
+            return
+
+
+def _block(
+    examples: Sequence[Example],
+    backend: Tokenizer,
+    template: _Template,
+    max_length: int,
+    stride: int,
+) -> Windows:
+    context_of: dict[str, int] = {}
+    place_Q = np.array(
+        [context_of.setdefault(e.context, len(context_of)) for e in examples], dtype=np.int64
+    )
+    questions = _encode(backend, [e.question.lstrip() for e in examples], offsets=False)
+    contexts = _encode(backend, list(context_of), offsets=True)
+
+    room_Q = max_length - template.specials - questions.lengths
+    tight = np.flatnonzero(
+        (room_Q <= stride) & ((contexts.lengths[place_Q] > room_Q) | (room_Q < 1))
+    )
+    if len(tight):
+        worst = tight[np.argmin(room_Q[tight])]
+        raise RoomError(
+            f"question {examples[worst].id}: its {questions.lengths[worst]} tokens and"
+            f" {template.specials} special tokens leave {max(0, room_Q[worst])} of max_length"
+            f" {max_length} for the context, which must be more than stride {stride} ({len(tight)}"
+            " such questions); raise data.max_length or lower data.stride"
+        )
+
+    # Windows of one question start every `room - stride` context tokens until one reaches the
+    # context's end.
+    length_Q = contexts.lengths[place_Q]
+    step_Q = np.maximum(room_Q - stride, 1)
+    count_Q = 1 + np.maximum(0, -(-(length_Q - room_Q) // step_Q))
+    questions_N = np.repeat(np.arange(len(examples)), count_Q)
+    nth_N = np.arange(len(questions_N)) - np.repeat(np.cumsum(count_Q) - count_Q, count_Q)
+    from_N = nth_N * step_Q[questions_N]
+    to_N = np.minimum(from_N + room_Q[questions_N], length_Q[questions_N])
+
+    tokens_T, types_T, firsts_N1 = _assemble(
+        template, questions, contexts, place_Q, questions_N, from_N, to_N
+    )
+    low_N = template.before + questions.lengths[questions_N] + template.between
+    cls_N = np.full(len(questions_N), template.cls, dtype=np.int64)
+    if template.cls < 0:  # counted from the end, as in XLNet
+        cls_N += np.diff(firsts_N1)
+    chars_firsts_N = contexts.firsts[place_Q[questions_N]] + from_N - low_N
+    starts_N, ends_N = _labels(examples, contexts, place_Q, questions_N, from_N, to_N, low_N, cls_N)
+    return Windows(
+        tokens_T=tokens_T,
+        types_T=types_T,
+        firsts_N1=firsts_N1,
+        questions_N=questions_N.astype(np.int32),
+        contexts_N2=np.stack([low_N, low_N + to_N - from_N], axis=1).astype(np.int32),
+        starts_N=starts_N.astype(np.int32),
+        ends_N=ends_N.astype(np.int32),
+        cls_N=cls_N.astype(np.int32),
+        chars_C2=contexts.offsets,
+        chars_firsts_N=chars_firsts_N,
+    )
+
+
+def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash of all that decides the tokens: vocabulary, merges, normaliser, special tokens, and
+    which of them is [CLS]."""
+    text = _backend(tokenizer).to_str()
+    # The version of the format, padding and truncation stand in front of this; a checkpoint may
+    # carry the last two, and neither decides anything here.
+    deciding = text[max(0, text.find('"added_tokens"')) :]
+    return hashlib.sha256(f"{deciding} {tokenizer.cls_token_id}".encode()).hexdigest()
+
+
+def plain_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
+    """Copy the Rust tokenizer without padding and truncation, which some checkpoints carry in their
+    settings."""
+    copy = Tokenizer.from_str(_backend(tokenizer).to_str())
+    copy.no_padding()
+    copy.no_truncation()
+    return copy
+
+
+def _backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise DataError(
+            f"{type(tokenizer).__name__} has no fast tokenizer; character offsets need one"
+        )
+    return backend
+
+
+# --- tokenising --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Template:
+    """The special tokens around a question and its context, read off the tokenizer itself."""
+
+    ids: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+    types: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+    question_type: int
+    context_type: int
+    cls: int
+
+    @property
+    def specials(self) -> int:
+        return sum(map(len, self.ids))
+
+    @property
+    def before(self) -> int:
+        return len(self.ids[0])
+
+    @property
+    def between(self) -> int:
+        return len(self.ids[1])
+
+    @classmethod
+    def of(cls, backend: Tokenizer, tokenizer: PreTrainedTokenizerBase) -> _Template:
+        pair = backend.encode("a", "b")
+        sequence = list(pair.sequence_ids)
+        first, last = sequence.index(0), len(sequence) - 1 - sequence[::-1].index(0)
+        second, final = sequence.index(1), len(sequence) - 1 - sequence[::-1].index(1)
+        parts = (slice(0, first), slice(last + 1, second), slice(final + 1, None))
+        place = pair.ids.index(tokenizer.cls_token_id) if tokenizer.cls_token_id in pair.ids else 0
+        return cls(
+            ids=tuple(tuple(pair.ids[part]) for part in parts),  # type: ignore[arg-type]
+            types=tuple(tuple(pair.type_ids[part]) for part in parts),  # type: ignore[arg-type]
+            question_type=pair.type_ids[first],
+            context_type=pair.type_ids[second],
+            cls=place if place < second else place - len(sequence),
+        )
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """Texts as flat token ids; text i is ids[firsts[i]:firsts[i] + lengths[i]]."""
+
+    ids: np.ndarray
+    offsets: np.ndarray
+    firsts: np.ndarray
+    lengths: np.ndarray
+
+
+def _encode(backend: Tokenizer, texts: Sequence[str], *, offsets: bool) -> _Encoded:
+    ids: list[np.ndarray] = []
+    spans: list[np.ndarray] = []
+    lengths: list[int] = []
+    # Without offsets the tokenizer has less to do.
+    encode = backend.encode_batch if offsets else backend.encode_batch_fast
+    for place in range(0, len(texts), _CHUNK):
+        encodings = encode(list(texts[place : place + _CHUNK]), add_special_tokens=False)
+        rows = [encoding.ids for encoding in encodings]
+        sizes = list(map(len, rows))
+        ids.append(np.fromiter(chain.from_iterable(rows), np.int32, sum(sizes)))
+        lengths += sizes
+        if offsets:
+            pairs = chain.from_iterable(encoding.offsets for encoding in encodings)
+            flat = np.fromiter(chain.from_iterable(pairs), np.int32, 2 * sum(sizes))
+            spans.append(flat.reshape(-1, 2))
+    length = np.array(lengths, dtype=np.int64)
+    return _Encoded(
+        ids=np.concatenate(ids) if ids else np.zeros(0, np.int32),
+        offsets=np.concatenate(spans) if spans else np.zeros((0, 2), np.int32),
+        firsts=np.cumsum(length) - length,
+        lengths=length,
+    )
+
+
+def _assemble(
+    template: _Template,
+    questions: _Encoded,
+    contexts: _Encoded,
+    place_Q: np.ndarray,
+    questions_N: np.ndarray,
+    from_N: np.ndarray,
+    to_N: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Gather every window as five ranges of one pool: special, question, special, context,
+    special."""
+    specials = np.array([token for part in template.ids for token in part], dtype=np.int32)
+    special_types = np.array([kind for part in template.types for kind in part], dtype=np.uint8)
+    pool = np.concatenate([specials, questions.ids, contexts.ids])
+    pool_types = np.concatenate(
+        [
+            special_types,
+            np.full(len(questions.ids), template.question_type, np.uint8),
+            np.full(len(contexts.ids), template.context_type, np.uint8),
+        ]
+    )
+    before, between = template.before, template.between
+    after = template.specials - before - between
+    count = len(questions_N)
+    starts = np.stack(
+        [
+            np.zeros(count, np.int64),
+            len(specials) + questions.firsts[questions_N],
+            np.full(count, before),
+            len(specials) + len(questions.ids) + contexts.firsts[place_Q[questions_N]] + from_N,
+            np.full(count, before + between),
+        ],
+        axis=1,
+    ).reshape(-1)
+    sizes = np.stack(
+        [
+            np.full(count, before),
+            questions.lengths[questions_N],
+            np.full(count, between),
+            to_N - from_N,
+            np.full(count, after),
+        ],
+        axis=1,
+    ).reshape(-1)
+    index_T = ranges(starts, sizes)
+    firsts_N1 = np.concatenate([[0], np.cumsum(sizes.reshape(-1, 5).sum(axis=1))]).astype(np.int64)
+    return pool[index_T], pool_types[index_T], firsts_N1
+
+
+def ranges(starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Concatenate `arange(start, start + size)` over all pairs, without a Python loop. int64."""
+    ends = np.cumsum(sizes)
+    return np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - (ends - sizes), sizes)
+
+
+def _labels(
+    examples: Sequence[Example],
+    contexts: _Encoded,
+    place_Q: np.ndarray,
+    questions_N: np.ndarray,
+    from_N: np.ndarray,
+    to_N: np.ndarray,
+    low_N: np.ndarray,
+    cls_N: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """First and last token of each question's first answer: the last token that starts at or before
+    the answer's first character, and the first that ends at or after its last one. An answer of one
+    character that is several byte-level tokens has them in this order reversed: it is all of them.
+    """
+    answered_Q = np.array([bool(e.answers) for e in examples], dtype=bool)
+    spans = [
+        (e.answer_starts[0], e.answer_starts[0] + len(e.answers[0])) for e in examples if e.answers
+    ]
+    char_Q2 = np.zeros((len(examples), 2), dtype=np.int64)
+    char_Q2[answered_Q] = np.array(spans, dtype=np.int64).reshape(-1, 2)
+    # One search over all contexts at once: a context's characters count from its number.
+    context_C = np.repeat(np.arange(len(contexts.lengths)), contexts.lengths) * _CONTEXT
+    begin_Q, end_Q = (place_Q * _CONTEXT + char_Q2[:, side] for side in (0, 1))
+    first_Q = np.searchsorted(context_C + contexts.offsets[:, 0], begin_Q, side="right") - 1
+    last_Q = np.searchsorted(context_C + contexts.offsets[:, 1], end_Q, side="left")
+    first_Q = np.where(answered_Q, first_Q - contexts.firsts[place_Q], -1)
+    last_Q = np.where(answered_Q, last_Q - contexts.firsts[place_Q], -1)
+    context_first_N = contexts.firsts[place_Q[questions_N]]
+    some_N = (first_Q[questions_N] >= 0) & (to_N > from_N)
+    row = np.minimum(context_first_N + from_N, max(0, len(contexts.offsets) - 1))
+    last_row = np.maximum(context_first_N + to_N - 1, 0)
+    inside_N = some_N.copy()
+    if len(contexts.offsets):
+        inside_N &= contexts.offsets[row, 0] <= char_Q2[questions_N, 0]
+        inside_N &= contexts.offsets[last_row, 1] >= char_Q2[questions_N, 1]
+    # Byte-level tokens of one character share their offsets, so a range may begin before the
+    # window: keep it inside.
+    first_N = np.clip(first_Q[questions_N], from_N, np.maximum(from_N, to_N - 1))
+    last_N = np.clip(last_Q[questions_N], from_N, np.maximum(from_N, to_N - 1))
+    starts_N = np.where(inside_N, low_N + np.minimum(first_N, last_N) - from_N, cls_N)
+    ends_N = np.where(inside_N, low_N + np.maximum(first_N, last_N) - from_N, cls_N)
+    return starts_N, ends_N
+
+
+def _compare_with_tokenizer(
+    windows: Windows, examples: Sequence[Example], truncating: Tokenizer, name: str
+) -> None:
+    """Hold the first windows against the tokenizer's own: a template we misread must not train a
+    wrong model."""
+    for place, example in enumerate(examples):
+        encoding = truncating.encode(example.question.lstrip(), example.context)
+        theirs = [encoding.ids, *(piece.ids for piece in encoding.overflowing)]
+        mine = [
+            windows.tokens_T[windows.firsts_N1[n] : windows.firsts_N1[n + 1]].tolist()
+            for n in np.flatnonzero(windows.questions_N == place)
+        ]
+        if mine != theirs:
+            raise DataError(
+                f"question {example.id}: {name} builds pairs in a way that"
+                " spantune does not know; please report the model's name"
+            )

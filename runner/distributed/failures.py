@@ -1,0 +1,81 @@
+"""Ends all ranks with one sentence: ranks that do not meet, an early signal, full memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from runner.distributed.collectives import everyone, is_cut_off
+from runner.distributed.watchdog import Watch
+from runner.errors import Interrupted, MachineError
+from runner.run.folder import RunDir, below_here
+from runner.utils.signals import asked
+
+
+@contextmanager
+def leaving_together() -> Iterator[None]:
+    """Explain why ranks do not meet, before there is a folder in which they could leave word."""
+    try:
+        yield
+    except Exception as error:
+        if not is_cut_off(error):
+            raise
+        if asked():
+            raise Interrupted(f"stopped by {asked()} before training began") from None
+        first = " ".join(str(error).split())[:200]
+        raise MachineError(f"the ranks have not met: {first}") from None
+
+
+def stop_if_asked(run: RunDir) -> None:
+    """End before the first step, if a signal has reached any rank. Every rank must call this."""
+    reasons = [reason for reason in everyone(asked()) if reason is not None]
+    if reasons:
+        raise _stopped_early(run, reasons[0])
+
+
+def leave_if_asked(run: RunDir) -> None:
+    """End this rank before the first step, if a signal has reached it: in the midst of long work
+    that the ranks do one after another, or in shares. The others learn of it where they meet."""
+    if reason := asked():
+        raise _stopped_early(run, reason)
+
+
+def _stopped_early(run: RunDir, reason: str) -> Interrupted:
+    return Interrupted(
+        f"{below_here(str(run.path))}: stopped by {reason} before training began; nothing was lost,"
+        " and the same command goes on"
+    )
+
+
+@contextmanager
+def memory_sentences(watch: Watch) -> Iterator[None]:
+    """Say in a sentence that memory ran out: on which rank, where, and, by the error's notes, over
+    which questions."""
+    remedy = (
+        "lower train.micro_batch_size (the same steps in smaller passes), score.batch_size or"
+        " data.max_length"
+    )
+    with _told(lambda: f" on rank {watch.rank} at {watch.place}", remedy):
+        yield
+
+
+@contextmanager
+def memory_errors() -> Iterator[None]:
+    """Say in a sentence that memory ran out while a model was opened or asked."""
+    with _told(lambda: "", "lower --batch-size, or take another --device"):
+        yield
+
+
+@contextmanager
+def _told(where: Callable[[], str], remedy: str) -> Iterator[None]:
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        full = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if not full and "can't allocate memory" not in str(error):  # the CPU's words
+            raise
+        first = " ".join(str(error).split()).partition(". ")[0][:200]
+        place = ", ".join([where(), *getattr(error, "__notes__", ())])
+        raise MachineError(f"out of memory{place}: {first}; {remedy}") from error

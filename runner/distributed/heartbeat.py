@@ -1,0 +1,203 @@
+"""The ranks of one attempt as files: each shows that it lives and leaves its last words, so that
+those who are cut off can tell whose fault it was.
+
+`attempts/0002.rank-0001` is made whole at the start, so that the last words of a rank whose disk is
+full have their place.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from dataclasses import asdict, dataclass
+
+import psutil
+
+from runner.run.attempts import entry_file, machine, same_process
+from runner.run.folder import RunDir, storage_errors
+
+BEAT = 5.0  # seconds between signs of life
+_HEAD, _WHOLE = 1024, 8192  # bytes: who it is, then its last words
+
+
+@dataclass(frozen=True)
+class Member:
+    """Where a rank runs."""
+
+    rank: int
+    host: str
+    pid: int
+    machine: str
+    born: float
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} ({self.host}, process {self.pid})"
+
+    def is_dead(self) -> bool:
+        """Whether its process has ended, as far as this machine can see."""
+        return self.machine == machine() and not same_process(self.pid, self.born)
+
+
+@dataclass(frozen=True)
+class Words:
+    """What a rank says at its end.
+
+    Attributes:
+        code: its exit code.
+        text: why, in a sentence.
+        waits: whether it was only waiting for others, or was cut off from them: the fault is not
+            its own.
+    """
+
+    code: int
+    text: str
+    waits: bool
+
+
+class Crew:
+    """The ranks' files, as one rank sees them.
+
+    Args:
+        run, attempt: whose.
+        rank, world: this rank, and how many there are.
+    """
+
+    def __init__(self, run: RunDir, attempt: int, rank: int, world: int) -> None:
+        self._run, self._attempt, self._rank, self.world = run, attempt, rank, world
+
+    def appear(self) -> None:
+        """Make this rank's file.
+
+        Raises:
+            StorageError: if it cannot be made.
+        """
+        here = Member(
+            self._rank,
+            socket.gethostname(),
+            os.getpid(),
+            machine(),
+            psutil.Process().create_time(),
+        )
+        path = entry_file(self._run, self._attempt, self._name(self._rank))
+        with storage_errors(path), path.open("xb") as file:
+            file.write(json.dumps(asdict(here)).encode().ljust(_HEAD).ljust(_WHOLE))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def beat(self) -> None:
+        """Show that this rank lives."""
+        os.utime(entry_file(self._run, self._attempt, self._name(self._rank)))
+
+    def leave(self, words: Words) -> None:
+        """Leave this rank's last words, if the file system lets it; only the first count."""
+        path = entry_file(self._run, self._attempt, self._name(self._rank))
+        if self._rank in self.words():
+            return
+        text = words.text
+        while len(spelled := json.dumps(asdict(words) | {"text": text}).encode()) > _WHOLE - _HEAD:
+            text = text[: len(text) // 2]
+        try:
+            with path.open("r+b") as file:
+                file.seek(_HEAD)
+                file.write(spelled.ljust(_WHOLE - _HEAD))
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError:
+            return
+
+    def words(self) -> dict[int, Words]:
+        """The last words that were left, by rank."""
+        found = {}
+        for rank in range(self.world):
+            content = self._read(rank)[_HEAD:].strip()
+            try:
+                if content:
+                    found[rank] = Words(**json.loads(content))
+            except (ValueError, TypeError):
+                continue  # being written just now
+        return found
+
+    def member(self, rank: int) -> Member | None:
+        """Where a rank runs; None if it has not appeared."""
+        try:
+            return Member(**json.loads(self._read(rank)[:_HEAD]))
+        except (ValueError, TypeError):
+            return None
+
+    def name(self, rank: int) -> str:
+        """What to call a rank."""
+        return str(self.member(rank) or f"rank {rank}")
+
+    def silence(self, rank: int) -> float | None:
+        """Seconds between a rank's last sign of life and this rank's; None if it has not
+        appeared."""
+        theirs, mine = self.last_sign(rank), self.last_sign(self._rank)
+        return None if theirs is None or mine is None else max(0.0, mine - theirs)
+
+    def last_sign(self, rank: int) -> float | None:
+        """When a rank last showed that it lives, by the file system's clock; None before."""
+        path = entry_file(self._run, self._attempt, self._name(rank))
+        try:
+            # Opened, not only looked at: a network file system then asks its server anew.
+            with path.open("rb") as file:
+                return os.fstat(file.fileno()).st_mtime
+        except OSError:
+            return None
+
+    def speaks_first(self, *, at_once: bool = False) -> bool:
+        """Whether this rank is the one that tells the user, where one line is enough. Rank 0 is let
+        first, unless it has to be another one `at_once`."""
+        if self._rank and not at_once:
+            time.sleep(1)
+        path = entry_file(self._run, self._attempt, "spoken")
+        try:
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        except FileExistsError:
+            return False
+        except OSError:
+            return True
+        return True
+
+    def has_spoken(self) -> bool:
+        """Whether some rank has told the user why the run ends."""
+        return entry_file(self._run, self._attempt, "spoken").exists()
+
+    def _name(self, rank: int) -> str:
+        return f"rank-{rank:04d}"
+
+    def _read(self, rank: int) -> bytes:
+        try:
+            return entry_file(self._run, self._attempt, self._name(rank)).read_bytes()
+        except OSError:
+            return b""
+
+
+def find_fault(crew: Crew, rank: int, patience: float) -> tuple[dict[int, Words], list[int]]:
+    """Wait until it is clear what became of each other rank: it left words, is dead, or lives.
+
+    Args:
+        crew: the ranks.
+        rank: this one, which has left its own words.
+        patience: seconds after which a rank without any sign counts as dead.
+
+    Returns:
+        The words of all, and the ranks that are dead or silent.
+    """
+    started, seen = time.monotonic(), {r: crew.last_sign(r) for r in range(crew.world)}
+    while True:
+        words = crew.words()
+        open_ones, gone = [], []
+        for other in range(crew.world):
+            member = crew.member(other)
+            if other == rank or other in words:
+                continue
+            if member is not None and member.is_dead():
+                gone.append(other)
+            elif crew.last_sign(other) == seen[other]:
+                open_ones.append(other)
+        faulty = any(not said.waits for said in words.values())
+        if faulty or not open_ones or time.monotonic() > started + patience:
+            return words, sorted(gone + open_ones)
+        time.sleep(0.1)

@@ -1,0 +1,183 @@
+"""Watches over one rank of a run: shows that it lives, notices that it makes no progress or that
+another rank is gone, and finds whose fault it is."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+
+from runner.distributed.heartbeat import BEAT, Crew, Words, find_fault
+from runner.errors import MachineError, RunnerError
+from runner.run.lease import Attempt
+from runner.utils import signals
+from runner.utils.console import complain, duration
+
+TICK = 1.0  # seconds between two looks
+PATIENCE = 2 * BEAT + 2  # seconds in which a living rank surely shows itself
+WIDE = 12  # times as long as a step may take long work, such as reading the data or saving
+# Where a main thread stands that waits for other ranks.
+_WAITING = ("torch/distributed", "deepspeed/comm", "runner/distributed/collectives")
+
+
+class Watch:
+    """Follows this rank's main thread from a thread of its own.
+
+    Args:
+        crew: the ranks' files.
+        rank: this one's number.
+        seconds: without progress, or without another rank's sign of life, that are too many.
+        attempt: the claim on the run, on rank 0.
+        cut_off: whether an exception means that the connection to other ranks broke.
+    """
+
+    def __init__(
+        self,
+        crew: Crew,
+        rank: int,
+        seconds: float,
+        attempt: Attempt | None,
+        cut_off: Callable[[Exception], bool],
+    ) -> None:
+        self._crew, self._rank, self._seconds = crew, rank, seconds
+        self._attempt, self._cut_off = attempt, cut_off
+        self.rank = rank
+        self._launcher = signals.Launcher()
+        self.place, self._since, self._bounded = "the start", time.monotonic(), False
+        self._over = threading.Event()
+        crew.appear()
+        threading.Thread(target=self._follow, daemon=True, name="watch").start()
+
+    def at(self, place: str, *, bounded: bool = True) -> None:
+        """Note progress: where the main thread is now.
+
+        Args:
+            place: completes "stopped at ..."
+            bounded: whether the next note has to come within the time of a step; False for work
+                that takes long, or waits for a rank that does such work: WIDE times as much.
+        """
+        self.place, self._since, self._bounded = place, time.monotonic(), bounded
+
+    def close(self) -> None:
+        """Stop watching: this rank leaves as it should."""
+        self._over.set()
+
+    @contextmanager
+    def answering(self) -> Iterator[None]:
+        """Let the ranks end with one code and one explanation, whatever ends the block on any of
+        them."""
+        try:
+            yield
+        except RunnerError as error:
+            self._over.set()
+            self._crew.leave(Words(error.exit_code, str(error), waits=False))
+            error.speaks = self._crew.speaks_first()
+            raise
+        except Exception as error:
+            self._over.set()
+            if self._cut_off(error):
+                raise self._explained(error) from None
+            first = (str(error).splitlines() or [""])[0]
+            text = f"at {self.place}: {type(error).__name__}: {first}"
+            self._crew.speaks_first(at_once=True)  # with its traceback
+            self._crew.leave(Words(RunnerError.exit_code, text, waits=False))
+            raise
+
+    def _explained(self, error: Exception) -> RunnerError:
+        """Why other ranks can no longer be reached."""
+        first = " ".join(str(error).split())[:200]
+        self._crew.leave(Words(MachineError.exit_code, f"cut off at {self.place}", waits=True))
+        words, gone = find_fault(self._crew, self._rank, PATIENCE)
+        said = next(((r, w) for r, w in sorted(words.items()) if not w.waits), None)
+        if said is not None:
+            name = f"rank {said[0]}"
+            found = RunnerError(said[1].text if name in said[1].text else f"{name}: {said[1].text}")
+            found.exit_code = said[1].code
+        elif gone:
+            names = ", ".join(self._crew.name(rank) for rank in gone)
+            found = MachineError(
+                f"{names} died without a word at {self.place}: killed, out of memory, or its"
+                " machine failed; the same command goes on from the last checkpoint"
+            )
+        else:
+            found = MachineError(f"the connection between ranks broke at {self.place}: {first}")
+        found.speaks = self._crew.speaks_first()
+        return found
+
+    # --- the watching thread
+
+    def _follow(self) -> None:
+        beaten, spoken = time.monotonic(), None
+        while not self._over.wait(min(TICK, self._seconds / 4)):
+            if time.monotonic() > beaten + min(BEAT, self._seconds / 4):
+                beaten = time.monotonic()
+                with suppress(OSError):  # away for a moment; where it matters, writing says so
+                    self._crew.beat()
+            if spoken is None and self._crew.has_spoken():
+                spoken = time.monotonic()
+            if spoken is not None and time.monotonic() > spoken + PATIENCE:
+                self._follow_out()
+            if self._launcher.is_gone():
+                signals.ask("the end of its launcher")
+            quiet = time.monotonic() - self._since
+            if quiet > self._limit():
+                self._give_up(self._own_place())
+            silent = {r for r in self._others() if (self._crew.silence(r) or 0) > self._seconds}
+            if silent and not silent <= set(self._crew.words()):
+                self._give_up(Words(MachineError.exit_code, f"waited at {self.place}", waits=True))
+
+    def _limit(self) -> float:
+        """Seconds without a note that are too many here."""
+        return self._seconds * (1 if self._bounded else WIDE)
+
+    def _follow_out(self) -> None:
+        """End this rank after the run has ended elsewhere: its main thread does not notice, waiting
+        on a device for a rank that is gone."""
+        if not self._over.is_set():
+            words = sorted(self._crew.words().items())
+            codes = [said.code for _, said in words if not said.waits]
+            self._leave(codes[0] if codes else MachineError.exit_code)
+
+    def _leave(self, code: int) -> None:
+        if self._attempt is not None:
+            with suppress(RunnerError):  # the next start then waits for a silence
+                self._attempt.end(code)
+        os._exit(code)
+
+    def _others(self) -> list[int]:
+        """The ranks that this one looks after: rank 0 after all, rank 1 after rank 0."""
+        return list(range(1, self._crew.world)) if self._rank == 0 else [0][: self._rank == 1]
+
+    def _own_place(self) -> Words:
+        """Where this rank's main thread is."""
+        frame = sys._current_frames()[threading.main_thread().ident or 0]
+        stack = traceback.extract_stack(frame)
+        waits = any(part in call.filename for call in stack[-6:] for part in _WAITING)
+        ours = next((c for c in reversed(stack) if "site-packages" not in c.filename), stack[-1])
+        text = f"hangs in {ours.name} ({os.path.basename(ours.filename)}:{ours.lineno})"
+        return Words(MachineError.exit_code, text, waits)
+
+    def _give_up(self, mine: Words) -> None:
+        """End this rank: it or another one is stuck."""
+        place, limit = self.place, self._limit()
+        key = "train.timeout_minutes" if self._bounded else f"{WIDE} train.timeout_minutes"
+        self._crew.leave(mine)
+        words, gone = find_fault(self._crew, self._rank, PATIENCE)
+        faults = [f"{self._crew.name(rank)} gives no sign of life" for rank in gone]
+        # Ranks that hang by themselves; where all of them wait for each other, each is named.
+        hanging = {r: said for r, said in words.items() if not said.waits}
+        if not faults:
+            hanging = hanging or words
+        faults += [f"{self._crew.name(r)} {said.text}" for r, said in sorted(hanging.items())]
+        error = MachineError(
+            f"no progress at {place} for {duration(limit)} ({key}): {'; '.join(faults)}"
+        )
+        if self._over.is_set():
+            return  # the main thread has come to an end meanwhile, and explains it
+        if self._crew.speaks_first():
+            complain(str(error))
+        self._leave(error.exit_code)

@@ -1,0 +1,318 @@
+"""From spans to answers: n-best lists over a question's windows, and the null answer of SQuAD v2.
+
+Shape suffixes: T tokens of all windows, N windows, Q questions, K n-best of a window, C candidate
+answers of all questions, 2 a pair [start, end) or (offset, length). The search itself is in
+`span_search`; its public names are here too.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from runner.eval.span_search import NEVER, Mode, Spans, join, search
+
+__all__ = [
+    "Answer",
+    "Candidate",
+    "Mode",
+    "Spans",
+    "answers",
+    "decide",
+    "join",
+    "search",
+    "stream_answers",
+]
+
+_QUESTIONS = 4096  # merged at once: enough for numpy, little enough for memory
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One possible answer: context[start:end], its probability among the n-best, its logit score.
+
+    `score` is the probability; `window` counts the question's windows from 0. The null answer has
+    text "" and stands at [0, 0).
+    """
+
+    text: str
+    score: float
+    logit: float
+    start: int
+    end: int
+    window: int
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The answer to a question: text, probability (`score`), characters [start, end) and window.
+
+    null_score is the least start + end logit at [CLS] over the question's windows, null_window
+    where it stands. null_difference, null_score minus the best span's logit score, is what a null
+    threshold is compared with. null_probability is the null answer's share of the n-best, 0.0 where
+    no empty answer is allowed. n_best is sorted, best first. Without any span: score 0.0, window
+    -1, the best span's logit counts as 0.0.
+    """
+
+    id: str
+    text: str
+    score: float
+    start: int
+    end: int
+    window: int
+    null_score: float
+    null_probability: float
+    null_difference: float
+    null_window: int
+    n_best: tuple[Candidate, ...]
+
+    @property
+    def span(self) -> Candidate | None:
+        """The best candidate with text, whether or not the null answer won; None without any."""
+        return next((candidate for candidate in self.n_best if candidate.text), None)
+
+
+def decide(answer: Answer, null_threshold: float, mode: Mode = "exact") -> Answer:
+    """The same answer under another null threshold, as `answers` with it would give.
+
+    Args:
+        answer: made by `answers` with some null threshold.
+        null_threshold: "" is the answer where null_difference exceeds it.
+        mode: as the answer was made.
+    """
+    if answer.null_difference > null_threshold:
+        chosen = "", answer.null_probability, 0, 0, answer.null_window
+    else:
+        best = answer.span or _nothing(mode)
+        chosen = best.text, best.score, best.start, best.end, best.window
+    text, score, start, end, window = chosen
+    return replace(answer, text=text, score=score, start=start, end=end, window=window)
+
+
+def _nothing(mode: Mode) -> Candidate:
+    # What stands for the best span where there is none.
+    return Candidate("empty" if mode == "run_qa" else "", 0.0, 0.0, 0, 0, -1)
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    # Making 200,000 small objects starts several full collections, each over every object of
+    # torch: together more than all other work on 10,000 questions. No cycle is made here.
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def answers(
+    spans: Spans,
+    question_N: np.ndarray,
+    *,
+    segments_N2: np.ndarray,
+    chars_T2: np.ndarray,
+    ids: Sequence[str],
+    contexts: Sequence[str],
+    n_best: int = 20,
+    null_threshold: float | None = None,
+    mode: Mode = "exact",
+    keep: int | None = None,
+) -> list[Answer]:
+    """Merge the windows of each question into one answer and its n-best list.
+
+    The same characters found in several windows count once, with their best score. The list holds
+    the `n_best` best spans and, where empty answers are allowed, the null answer at its place;
+    probabilities are the softmax over the list. Equal logit scores go to the lowest start, the
+    lowest end, the first window. In mode "run_qa" they go to the first window, then as in `search`:
+    that gives the texts of `postprocess_qa_predictions` in Hugging Face's
+    question-answering/utils_qa.py (for n_best >= 2), with its "empty" where there is no candidate.
+    Mode "exact" answers "" there, and never with a token that stands for no characters.
+
+    Args:
+        spans: what `search` found, on any device.
+        question_N: integer index into `ids` of each window's question, ascending.
+        segments_N2: integer (offset, length) of each window; the characters of the token at
+            position p of window n are in row segments_N2[n, 0] + p of chars_T2.
+        chars_T2: integer [start, end) of each token in its context's characters.
+        ids, contexts: one string per question.
+        n_best: the most spans to keep per question.
+        null_threshold: None never answers "" where a span exists (SQuAD v1); else "" is the answer
+            where null_difference > null_threshold (SQuAD v2, run_qa's rule).
+        keep: the most candidates that an answer lists, at least 1; None lists all of the n_best.
+            Probabilities stay those over all. The best span is always listed.
+
+    Returns:
+        One Answer per question, in the order of `ids`.
+
+    Raises:
+        ValueError: question_N is not ascending, a question has no window, lengths do not agree.
+    """
+    found = stream_answers(
+        spans,
+        question_N,
+        segments_N2=segments_N2,
+        chars_T2=chars_T2,
+        ids=ids,
+        contexts=contexts,
+        n_best=n_best,
+        null_threshold=null_threshold,
+        mode=mode,
+        keep=keep,
+    )
+    return list(found)
+
+
+def stream_answers(
+    spans: Spans,
+    question_N: np.ndarray,
+    *,
+    segments_N2: np.ndarray,
+    chars_T2: np.ndarray,
+    ids: Sequence[str],
+    contexts: Sequence[str],
+    n_best: int = 20,
+    null_threshold: float | None = None,
+    mode: Mode = "exact",
+    keep: int | None = None,
+) -> Iterator[Answer]:
+    """As `answers`, one after the other: a few thousand questions are in memory at a time."""
+    num, spans = len(ids), spans.cpu()
+    question_N, segments_N2 = np.asarray(question_N), np.asarray(segments_N2)
+    if not len(question_N) == len(segments_N2) == len(spans.score_NK) or len(contexts) != num:
+        raise ValueError("the arrays hold different numbers of windows or of questions")
+    if n_best < 1 or (keep is not None and keep < 1):
+        raise ValueError("n_best and keep, the spans to keep per question, must be at least 1")
+    steps = np.diff(question_N.astype(np.int64), prepend=-1, append=num)
+    if steps[0] != 1 or steps[-1] != 1 or not np.isin(steps, (0, 1)).all():
+        raise ValueError("question_N must be ascending and name every question at least once")
+    chars_T2 = np.asarray(chars_T2)
+
+    def groups() -> Iterator[Answer]:
+        for first in range(0, num, _QUESTIONS):
+            last = min(first + _QUESTIONS, num)
+            low, high = np.searchsorted(question_N, [first, last])
+            yield from _merged(
+                spans[low:high],
+                question_N[low:high] - first,
+                segments_N2[low:high, 0],
+                chars_T2,
+                ids[first:last],
+                contexts[first:last],
+                n_best,
+                null_threshold,
+                mode,
+                keep,
+            )
+
+    return groups()
+
+
+@_collector_paused()
+def _merged(
+    spans: Spans,
+    question_N: np.ndarray,
+    offset_N: np.ndarray,
+    chars_T2: np.ndarray,
+    ids: Sequence[str],
+    contexts: Sequence[str],
+    n_best: int,
+    null_threshold: float | None,
+    mode: Mode,
+    keep: int | None,
+) -> list[Answer]:
+    # `answers` of a few questions, all of it checked.
+    num = len(ids)
+    score_NK, null_N = spans.score_NK.numpy(), spans.null_score_N.numpy()
+    window_C, rank_C = np.nonzero(score_NK > NEVER)
+    logit_C, question_C = score_NK[window_C, rank_C], question_N[window_C]
+    offset_C = offset_N[window_C]
+    start_C = chars_T2[offset_C + spans.start_NK.numpy()[window_C, rank_C], 0]
+    end_C = chars_T2[offset_C + spans.end_NK.numpy()[window_C, rank_C], 1]
+    found_Q = np.bincount(question_C, minlength=num)
+    if mode == "exact":
+        order_C = np.lexsort((window_C, end_C, start_C, -logit_C, question_C))
+        order_C = order_C[(end_C > start_C)[order_C]]
+    else:
+        order_C = np.lexsort((-logit_C, question_C))  # stable
+    order_C = order_C[_is_first(question_C[order_C], start_C[order_C], end_C[order_C])]
+    order_C = order_C[_place_in_group(question_C[order_C]) < n_best]
+    logit_C, question_C, window_C = logit_C[order_C], question_C[order_C], window_C[order_C]
+    start_C, end_C = start_C[order_C], end_C[order_C]
+
+    first_Q = np.searchsorted(question_N, np.arange(num))
+    null_Q = np.minimum.reduceat(null_N, first_Q)
+    least_N = np.flatnonzero(null_N == null_Q[question_N])
+    null_window_Q = least_N[np.searchsorted(question_N[least_N], np.arange(num))] - first_Q
+    above_null_Q = np.bincount(question_C[logit_C >= null_Q[question_C]], minlength=num)
+    share_C, null_share_Q = _softmax(
+        logit_C, question_C, null_Q if null_threshold is not None else np.full(num, NEVER)
+    )
+    columns = question_C, share_C, logit_C, start_C, end_C, window_C - first_Q[question_C]
+    if keep is not None and mode == "exact":  # the best has text: no later one is needed
+        kept_C = _place_in_group(question_C) < keep
+        columns = tuple(column_C[kept_C] for column_C in columns)
+    question_C, *columns = columns
+
+    places = zip(*(column_C.tolist() for column_C in (question_C, *columns[2:4])), strict=True)
+    texts = [contexts[question][start:end] for question, start, end in places]
+    candidates = list(map(Candidate, texts, *(column_C.tolist() for column_C in columns)))
+    nothing = _nothing(mode)
+    bounds = np.searchsorted(question_C, np.arange(num + 1)).tolist()
+    found = np.minimum(found_Q, n_best).tolist()
+    result = []
+    null_columns = null_Q, null_share_Q, null_window_Q, above_null_Q
+    nulls = zip(*(column.tolist() for column in null_columns), strict=True)
+    for question, (null_score, null_share, null_window, above) in enumerate(nulls):
+        listed = tuple(candidates[bounds[question] : bounds[question + 1]])
+        best = next((candidate for candidate in listed if candidate.text), nothing)
+        span, null_difference = best, null_score - best.logit
+        if null_threshold is not None:
+            null = Candidate("", null_share, null_score, 0, 0, null_window)
+            if above <= len(listed):
+                listed = (*listed[:above], null, *listed[above:])
+            best = null if null_difference > null_threshold else best
+        elif listed and found[question] > 1:
+            # run_qa does answer with a token without characters, unless it is the only candidate.
+            best = listed[0]
+        if keep is not None and len(listed) > keep:
+            listed = listed[:keep] if span in (nothing, *listed[:keep]) else (*listed[:keep], span)
+        chosen = best.text, best.score, best.start, best.end, best.window
+        nullness = null_score, null_share, null_difference, null_window
+        result.append(Answer(ids[question], *chosen, *nullness, listed))
+    return result
+
+
+def _is_first(*keys_C: np.ndarray) -> np.ndarray:
+    # Whether a row is the first, in the given order, of all rows with these keys.
+    order_C = np.lexsort(keys_C)  # stable
+    repeats_C = np.zeros(len(order_C), dtype=bool)
+    if len(order_C):
+        same = [key_C[order_C][1:] == key_C[order_C][:-1] for key_C in keys_C]
+        repeats_C[order_C[1:]] = np.logical_and.reduce(same)
+    return ~repeats_C
+
+
+def _place_in_group(group_C: np.ndarray) -> np.ndarray:
+    # 0, 1, 2, ... within each run of equal values of an ascending array.
+    return np.arange(len(group_C)) - np.searchsorted(group_C, group_C)
+
+
+def _softmax(
+    logit_C: np.ndarray, question_C: np.ndarray, null_Q: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    # Probabilities, float64, over each question's spans and its null answer (-inf: not allowed).
+    null_Q = null_Q.astype(np.float64)
+    top_Q = null_Q.copy()
+    np.maximum.at(top_Q, question_C, logit_C)
+    top_Q[np.isneginf(top_Q)] = 0.0
+    share_C = np.exp(logit_C.astype(np.float64) - top_Q[question_C])
+    null_share_Q = np.exp(null_Q - top_Q)
+    sum_Q = null_share_Q + np.bincount(question_C, weights=share_C, minlength=len(null_Q))
+    sum_Q[sum_Q == 0.0] = 1.0  # no span and no null answer
+    return share_C / sum_Q[question_C], null_share_Q / sum_Q

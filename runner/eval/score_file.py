@@ -1,0 +1,233 @@
+"""Scores a file of predictions, whoever made them, by the official evaluations: needs no model and
+no torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from runner.cli.predict import UsageError
+from runner.data.dataset import Dataset
+from runner.errors import AssetError, DataError
+from runner.metrics.squad import (
+    LEVEL,
+    RESAMPLES,
+    Scores,
+    ScoresV2,
+    intervals,
+    squad_scores,
+    squad_v2_scores,
+)
+
+# Our names of scores in the official table of v2.0; v1.1's exact_match is exact there.
+_OFFICIAL = {
+    "exact_match": "exact",
+    "has_answer_exact_match": "HasAns_exact",
+    "has_answer_f1": "HasAns_f1",
+    "no_answer_exact_match": "NoAns_exact",
+}
+_ALIKE = (("exact", "exact_match"), ("NoAns_exact", "NoAns_f1"))
+_TEXT_KEYS = ("answer", "prediction_text", "text")
+_PROBABILITY, _DIFFERENCE = "no_answer_probability", "null_difference"
+
+
+@dataclass(frozen=True)
+class Spans:
+    """Where a file comes from spantune: the best span's text of each question id, also where the
+    model answered nothing, and by how much "no answer" scored better (null_difference, logits)."""
+
+    texts: Mapping[str, str]
+    differences: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Predicted text of each question id, and no-answer probabilities or spans where the file has
+    them."""
+
+    texts: Mapping[str, str]
+    no_answer: Mapping[str, float] | None
+    spans: Spans | None = None
+
+
+def score_file(
+    path: Path,
+    dataset: Dataset,
+    *,
+    v2: bool,
+    no_answer: Path | None,
+    threshold: float | None,
+    seed: int,
+) -> dict[str, Any]:
+    """Score a file of predictions; no-answer probabilities in a file of their own mean SQuAD v2.0.
+
+    Raises:
+        UsageError: if there is a threshold for probabilities that are not there.
+        AssetError, DataError: as `read_predictions` and `score_predictions`.
+    """
+    predictions = read_predictions(path)
+    if no_answer is not None:
+        predictions, v2 = Predictions(predictions.texts, read_no_answer(no_answer)), True
+    if threshold is not None and predictions.no_answer is None:
+        raise UsageError(
+            f"--no-answer-threshold is for no-answer probabilities; {path} has none, and there is"
+            " no --no-answer"
+        )
+    return score_predictions(
+        predictions, dataset, v2=v2, threshold=1.0 if threshold is None else threshold, seed=seed
+    )
+
+
+def file_lines(result: Mapping[str, Any]) -> list[str]:
+    """The official table for a terminal, an interval beside each score that has one."""
+    lines = []
+    ends = {_OFFICIAL.get(name, name): pair for name, pair in result["intervals"].items()}
+    ends |= {alike: ends[name] for name, alike in _ALIKE if name in ends}
+    for name, value in result["metrics"].items():
+        spelled = str(value) if isinstance(value, int) else f"{value:.6f}"
+        between = f"  [{ends[name][0]:.1f} to {ends[name][1]:.1f}]" if name in ends else ""
+        lines.append(f"{name:20} {spelled:>12}{between}")
+    for count, what in (
+        (result["without_prediction"], "questions have no prediction and count as wrong"),
+        (result["of_other_questions"], "predictions are of questions that are not in the data"),
+    ):
+        if count:
+            lines.append(f"{count:,} {what}")
+    resamples = result["bootstrap"]["resamples"]
+    lines.append(f"In brackets: 95 % bootstrap intervals over questions ({resamples:,} resamples)")
+    return lines
+
+
+def read_predictions(path: Path) -> Predictions:
+    """Read the official form, one JSON object of id and text; or lines (or a list) of objects with
+    an id and a text called answer, prediction_text or text, perhaps with no_answer_probability;
+    or what spantune itself writes, with null_difference and n_best.
+
+    Raises:
+        AssetError: if there is no such file.
+        DataError: naming the line that is not such an object, or repeats an id.
+    """
+    text = _read(path)
+    if path.suffix.lower() == ".jsonl":
+        rows = [
+            (f"{path}:{number}", _json(line, f"{path}:{number}"))
+            for number, line in enumerate(text.split("\n"), 1)
+            if line.strip()
+        ]
+        return _from_rows(path, rows)
+    table = _json(text, str(path))
+    if isinstance(table, list):
+        return _from_rows(path, [(f"{path}, entry {n}", row) for n, row in enumerate(table, 1)])
+    if not isinstance(table, dict) or not all(isinstance(v, str) for v in table.values()):
+        raise DataError(f"{path}: is no object of question ids and predicted texts")
+    return Predictions(table, None)
+
+
+def read_no_answer(path: Path) -> dict[str, float]:
+    """Read the official form of no-answer probabilities: one JSON object of id and number.
+
+    Raises:
+        AssetError, DataError: as `read_predictions`.
+    """
+    table = _json(_read(path), str(path))
+    if not isinstance(table, dict) or not all(map(_is_number, table.values())):
+        raise DataError(f"{path}: is no object of question ids and numbers")
+    return {id: float(value) for id, value in table.items()}
+
+
+def score_predictions(
+    predictions: Predictions, dataset: Dataset, *, v2: bool, threshold: float, seed: int
+) -> dict[str, Any]:
+    """The official table, intervals beside it.
+
+    Args:
+        predictions: texts, and for SQuAD v2 no-answer probabilities, or spans; those are only
+            searched for the best threshold, since their model has decided already.
+        dataset: the right answers.
+        v2: score by SQuAD v2.0, else by v1.1.
+        threshold: "" is the prediction where the no-answer probability is above it.
+        seed: of the bootstrap.
+
+    Raises:
+        DataError: if SQuAD v2.0 lacks a prediction (v1.1 counts it as wrong).
+    """
+    references = {example.id: example.answers for example in dataset.examples}
+    scores: Scores | ScoresV2
+    if v2:
+        scores = squad_v2_scores(predictions.texts, references, predictions.no_answer, threshold)
+        if predictions.no_answer is None and predictions.spans is not None:
+            spans = predictions.spans
+            searched = squad_v2_scores(spans.texts, references, spans.differences)
+            scores = replace(scores, best=searched.best)
+        missing = 0
+    else:
+        scores = squad_scores(predictions.texts, references)
+        missing = scores.missing
+    return {
+        "metrics": scores.official(),
+        "intervals": {name: list(ends) for name, ends in intervals(scores, seed).items()},
+        "bootstrap": {"level": LEVEL, "resamples": RESAMPLES, "seed": seed},
+        "questions": scores.total,
+        "without_prediction": missing,
+        "of_other_questions": sum(id not in references for id in predictions.texts),
+        "data": {"source": dataset.source, "sha256": dataset.sha256},
+    }
+
+
+def _from_rows(path: Path, rows: list[tuple[str, Any]]) -> Predictions:
+    texts: dict[str, str] = {}
+    best: dict[str, str | None] = {}
+    numbers: dict[str, dict[str, float]] = {_PROBABILITY: {}, _DIFFERENCE: {}}
+    for place, row in rows:
+        key = next((key for key in _TEXT_KEYS if isinstance(row, dict) and key in row), None)
+        if key is None or "id" not in row or not isinstance(row[key], str):
+            raise DataError(f"{place}: has no id, or no text called {', '.join(_TEXT_KEYS)}")
+        id = str(row["id"])
+        if id in texts:
+            raise DataError(f"{place}: question {id} has a prediction already")
+        texts[id] = row[key]
+        for name, found in numbers.items():
+            if name in row:
+                if not _is_number(row[name]):
+                    raise DataError(f"{place}: {name} is no number")
+                found[id] = float(row[name])
+        if _DIFFERENCE in row:
+            best[id] = row[key] or _best_span(row)
+    for name, found in numbers.items():
+        if found and len(found) != len(texts):
+            raise DataError(f"{path}: only {len(found)} of {len(texts)} have {name}")
+    spans = {id: text for id, text in best.items() if text is not None}
+    searched = Spans(spans, numbers[_DIFFERENCE]) if spans and len(spans) == len(texts) else None
+    return Predictions(texts, numbers[_PROBABILITY] or None, searched)
+
+
+def _best_span(row: Mapping[str, Any]) -> str | None:
+    # What would have been answered; None where the n-best list is cut before it.
+    listed = row.get("n_best")
+    entries = listed if isinstance(listed, list) else []
+    texts = [entry.get("answer") for entry in entries if isinstance(entry, dict)]
+    return next((text for text in texts if isinstance(text, str) and text), None)
+
+
+def _is_number(value: Any) -> bool:
+    # NaN has no place in an order, and the search for the best threshold sorts.
+    return isinstance(value, int | float) and not isinstance(value, bool) and value == value
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise AssetError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read: {error}") from None
+
+
+def _json(text: str, place: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{place}: not valid JSON: {error}") from None

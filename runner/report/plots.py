@@ -1,0 +1,159 @@
+"""Draws a run's curves from its tables as they stand: loss and scores against epoch and step, in
+SVG and PNG, while the run goes on and after it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from runner.run.folder import RunDir, storage_errors
+from runner.utils.tables import read_rows
+
+# Okabe and Ito's colours differ for every kind of colour blindness; markers and dashes differ in
+# black and white.
+BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#8A8A8A"
+STYLE: dict[Any, Any] = {
+    "font.size": 9,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "lines.markersize": 4,
+    "lines.linewidth": 1.3,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "legend.handlelength": 3.2,  # shows the dash on both sides of the marker
+    "legend.columnspacing": 1.4,
+    "hatch.linewidth": 0.4,
+    "svg.hashsalt": "spantune",  # the same tables give the same file
+    "svg.fonttype": "none",
+}
+
+
+class Curve(NamedTuple):
+    """A column of eval.csv and how it is drawn.
+
+    Attributes:
+        name: of the column, without its unit.
+        label: in the legend.
+        marker, dash: what tells it from the others without colours.
+        colour: of its line and band.
+        hatch: of the band of its interval; None where it has no interval.
+    """
+
+    name: str
+    label: str
+    marker: str
+    dash: str
+    colour: str
+    hatch: str | None = None
+
+
+LOSSES = (
+    Curve("train_loss_nats", "training, epoch mean", "o", "--", BLUE),
+    Curve("validation_loss_nats", "validation", "s", "-", ORANGE),
+)
+SCORES = (
+    Curve("f1_percent", "validation F1", "o", "-", BLUE, "////"),
+    Curve("exact_match_percent", "validation exact match", "s", "--", ORANGE, "\\\\\\\\"),
+    Curve("span_accuracy_percent", "validation span accuracy", "^", "-.", GREEN),
+    Curve("train_span_accuracy_percent", "training span accuracy", "D", ":", PURPLE),
+)
+Rows = Sequence[Mapping[str, str]]
+
+
+def draw_curves(run: RunDir, title: str) -> None:
+    """Draw `curves.svg` and `curves.png` from train.csv and eval.csv; nothing while both are empty.
+
+    Raises:
+        StorageError: if the pictures cannot be written.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.patches import Patch
+
+    steps, evals = read_rows(run.train_table), read_rows(run.eval_table)
+    if not steps:
+        return
+    epochs = _column(evals, "epoch")
+    with plt.rc_context(STYLE):
+        figure, (left, right) = plt.subplots(1, 2, figsize=(8.4, 4.4), layout="constrained")
+        places = _column(steps, "epoch")
+        left.plot(
+            places, _column(steps, "loss_nats"), color=GREY, lw=0.8, label="training, by step"
+        )
+        for axes, curves in ((left, LOSSES), (right, SCORES)):
+            for curve in curves:
+                _draw_curve(axes, epochs, evals, curve)
+        right.plot(
+            places,
+            _column(steps, "span_accuracy_percent"),
+            color=(PURPLE, 0.4),
+            lw=0.8,
+            zorder=0.5,  # behind the bands
+            label="the same, by step",
+        )
+        left.set(ylabel="loss (nats)", ylim=(0, None))
+        right.set(ylabel="score (%)", ylim=(0, 100))
+        end = places[-1]
+        per_epoch = int(steps[-1]["step"]) / end
+        for axes in (left, right):
+            axes.set(xlabel="epoch", xlim=(0, end * 1.04))
+            axes.xaxis.get_major_locator().set_params(integer=end > 1)
+            handles, _ = axes.get_legend_handles_labels()
+            if axes.collections:
+                band = Patch(facecolor=(GREY, 0.2), edgecolor=GREY, lw=0.6, label="95 % interval")
+                handles.append(band)
+            # Below the axes it hides no curve, wherever that runs.
+            axes.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2)
+            above = axes.secondary_xaxis(
+                "top", functions=(lambda x: x * per_epoch, lambda x: x / per_epoch)
+            )
+            above.set_xlabel("optimiser step")
+            above.xaxis.get_major_locator().set_params(integer=True, nbins=6)
+        figure.suptitle(title, fontsize=10)
+        with storage_errors(run.curves_png):
+            for path, metadata in ((run.curves_svg, {"Date": None}), (run.curves_png, {})):
+                aside = path.with_name(f".{os.getpid()}.{path.name}")
+                figure.savefig(aside, dpi=150, metadata=metadata)
+                aside.replace(path)
+        plt.close(figure)
+
+
+def _draw_curve(axes: Any, epochs: Sequence[float], evals: Rows, curve: Curve) -> None:
+    """Draw a column of eval.csv and, where it has one, its interval: a band from epoch to epoch, a
+    bar where there is one epoch."""
+    axes.plot(
+        epochs,
+        _column(evals, curve.name),
+        linestyle=curve.dash,
+        marker=curve.marker,
+        color=curve.colour,
+        label=curve.label,
+    )
+    ends = [curve.name.replace("_percent", f"_{end}_percent") for end in ("low", "high")]
+    # A table of an earlier version has no intervals.
+    if curve.hatch is None or not evals or any(end not in evals[0] for end in ends):
+        return
+    low, high = (_column(evals, end) for end in ends)
+    if len(epochs) == 1:
+        middle = _column(evals, curve.name)[0]
+        reach = [[middle - low[0]], [high[0] - middle]]
+        axes.errorbar(epochs, [middle], yerr=reach, fmt="none", ecolor=curve.colour, capsize=4)
+        return
+    axes.fill_between(
+        epochs,
+        low,
+        high,
+        facecolor=(curve.colour, 0.13),
+        edgecolor=(curve.colour, 0.5),
+        hatch=curve.hatch,
+        linewidth=0.6,
+        linestyle=curve.dash,
+    )
+
+
+def _column(rows: Rows, key: str) -> list[float]:
+    return [float(row[key]) if row[key] else float("nan") for row in rows]

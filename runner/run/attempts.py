@@ -1,0 +1,234 @@
+"""Reads the ledger of a run's starts: who made each, who is alive, what of their work counts.
+
+`attempts/0002.json` says who started, `0002.alive` is touched as long as it lives, `0002.end.json`
+says how it ended, `0002.sealed` lists the checkpoints of earlier starts that count. Writing it is
+`claim`'s.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from runner.errors import Interrupted, StorageError
+from runner.run.folder import RunDir, committed_steps, storage_errors
+from runner.utils.console import duration
+
+SILENT = 120.0  # seconds without one after which an owner on another machine counts as dead
+MAX_IDLE = 3  # starts in a row without progress, after which a run is not requeued
+MAX_STARTS = 50  # starts after which it is not requeued in any case
+
+
+@dataclass(frozen=True)
+class Owner:
+    """Who made a start: the content of `attempts/NNNN.json`.
+
+    Attributes:
+        attempt: its number, from 1.
+        host, pid: where its rank 0 runs.
+        slurm_job_id, slurm_restart_count: of the SLURM job that it belongs to; None outside.
+        started: seconds since 1970.
+        from_step: the committed step that it went on from; None as long as it has not loaded one.
+        machine: names the boot and the process namespace in which `pid` means something.
+        born: when that process began, to tell it from a later one with the same id.
+        anew: whether it began from nothing although the folder held a run.
+    """
+
+    attempt: int
+    host: str
+    pid: int
+    slurm_job_id: str | None
+    slurm_restart_count: int
+    started: float
+    from_step: int | None
+    machine: str
+    born: float
+    anew: bool
+
+    @classmethod
+    def here(cls, attempt: int, *, anew: bool) -> Owner:
+        """This process, as the owner of an attempt."""
+        return cls(
+            attempt=attempt,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            slurm_job_id=os.environ.get("SLURM_JOB_ID"),
+            slurm_restart_count=_restarts(),
+            started=time.time(),
+            from_step=None,
+            machine=machine(),
+            born=psutil.Process().create_time(),
+            anew=anew,
+        )
+
+
+def numbers(run: RunDir) -> list[int]:
+    """Numbers of all attempts, ascending."""
+    try:
+        with storage_errors(run.attempts):
+            names = os.listdir(run.attempts)
+    except StorageError:
+        if run.attempts.exists():
+            raise
+        return []
+    return sorted(int(name[:-5]) for name in names if re.fullmatch(r"\d{4,}\.json", name, re.ASCII))
+
+
+def owners(run: RunDir) -> list[Owner]:
+    """Every start whose entry can be read, the newest last."""
+    return [entry for number in numbers(run) if (entry := read_owner(run, number))]
+
+
+def sealed(run: RunDir) -> tuple[int, list[str]]:
+    """The newest attempt that could commit anything, and the earlier attempts' checkpoints that
+    count; attempt 0 if there is none."""
+    for number in reversed(numbers(run)):
+        try:
+            found = json.loads(entry_file(run, number, "sealed").read_text(encoding="utf-8"))
+            return number, [str(name) for name in found]
+        except (OSError, ValueError, TypeError):
+            entry = read_owner(run, number)
+            if entry is not None and entry.anew:
+                return number, []  # it came no further than putting the earlier run aside
+    return 0, []
+
+
+def is_alive(run: RunDir) -> bool:
+    """Whether somebody runs in the folder now."""
+    newest = max(numbers(run), default=0)
+    return bool(newest) and life(run, newest) is not None
+
+
+def attempts_without_progress(run: RunDir) -> int:
+    """How many starts in a row, the newest included, began where the run still stands: none of them
+    has committed a step. A start that never got as far as loading counts as one."""
+    starts: list[Owner] = []
+    for entry in owners(run):
+        starts = [entry] if entry.anew else [*starts, entry]
+    stands_at = max([0, *(entry.from_step or 0 for entry in starts), *committed_steps(run)])
+    idle = 0
+    for entry in reversed(starts):
+        if entry.from_step is not None and entry.from_step < stands_at:
+            break
+        idle += 1
+    return idle
+
+
+def check_budget(run: RunDir) -> None:
+    """Look whether a run that was interrupted, or lost its node, may be requeued.
+
+    Raises:
+        Interrupted: if its last starts have brought it no further, or there were too many.
+    """
+    starts, idle = len(numbers(run)), attempts_without_progress(run)
+    if idle >= MAX_IDLE:
+        raise Interrupted(
+            f"{run.path}: the last {idle} starts have saved nothing new, so it is not requeued; see"
+            f" {run.log.name}, and submit it again once the reason is gone"
+        )
+    if starts >= MAX_STARTS:
+        raise Interrupted(f"{run.path}: {starts} starts are too many; it is not requeued")
+
+
+def is_earlier_life(entry: Owner) -> bool:
+    """Whether a start was made by this very SLURM job before it was requeued."""
+    mine = os.environ.get("SLURM_JOB_ID")
+    if mine is None or mine != entry.slurm_job_id:
+        return False
+    return entry.slurm_restart_count < _restarts()
+
+
+# --- who is alive --------------------------------------------------------------------------------
+
+
+def life(run: RunDir, number: int) -> str | None:
+    """Describe the living owner of an attempt; None if it is over."""
+    if entry_file(run, number, "end.json").exists():
+        return None
+    entry, silence = read_owner(run, number), _silence(run, number)
+    if silence > SILENT:
+        return None
+    if entry is None:
+        return f"a start that just began ({duration(silence)} ago)"
+    if entry.machine == machine() and not same_process(entry.pid, entry.born):
+        return None
+    # A job that SLURM starts again has ended before, whatever its last sign of life.
+    if is_earlier_life(entry):
+        return None
+    return f"{describe(entry)}, whose last sign of life is {duration(silence)} old"
+
+
+def describe(entry: Owner) -> str:
+    """Host, job, process and age of a start."""
+    job = f"job {entry.slurm_job_id}, " if entry.slurm_job_id else ""
+    age = duration(max(0.0, time.time() - entry.started))
+    return f"{entry.host} ({job}process {entry.pid}, started {age} ago)"
+
+
+def _silence(run: RunDir, number: int) -> float:
+    """Seconds since an attempt's last sign of life, by the file system's own clock: hosts may
+    disagree on the time."""
+    probe = run.attempts / f".clock-{socket.gethostname()}-{os.getpid()}-{threading.get_ident()}"
+    times = []
+    for path in (entry_file(run, number, "alive"), entry_file(run, number, "json"), probe):
+        try:
+            # Opened, not only looked at: a network file system then asks its server anew.
+            with path.open("w" if path is probe else "rb") as file:
+                times.append(os.fstat(file.fileno()).st_mtime)
+        except FileNotFoundError:
+            continue
+    probe.unlink(missing_ok=True)
+    return max(0.0, times[-1] - max(times[:-1], default=times[-1]))
+
+
+def same_process(pid: int, born: float) -> bool:
+    """Whether the process of this machine that began at `born` still runs."""
+    try:
+        process = psutil.Process(pid)
+        dead = process.status() == psutil.STATUS_ZOMBIE  # killed, but nobody has asked for its code
+        return not dead and abs(process.create_time() - born) < 2
+    except psutil.NoSuchProcess:
+        return False
+    except psutil.Error:
+        return True
+
+
+def machine() -> str:
+    """Where process ids can be compared: this boot of the kernel, this namespace of processes."""
+    parts = [socket.gethostname()]
+    try:
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip())
+        parts.append(os.readlink("/proc/self/ns/pid"))
+    except OSError:
+        pass
+    return " ".join(parts)
+
+
+def _restarts() -> int:
+    text = os.environ.get("SLURM_RESTART_COUNT", "")
+    return int(text) if text.isdecimal() else 0
+
+
+# --- its files -----------------------------------------------------------------------------------
+
+
+def entry_file(run: RunDir, number: int, kind: str) -> Path:
+    """The file of an attempt: its entry ("json"), its sign of life ("alive"), its end
+    ("end.json"), ..."""
+    return run.attempts / f"{number:04d}.{kind}"
+
+
+def read_owner(run: RunDir, number: int) -> Owner | None:
+    """Who made a start; None while its entry is being written, or if it is damaged."""
+    try:
+        return Owner(**json.loads(entry_file(run, number, "json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None  # being written just now

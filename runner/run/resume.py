@@ -1,0 +1,136 @@
+"""Which run folder a start belongs to: a new one, or one whose run goes on."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from runner.errors import DataError, ExpectationError
+from runner.job.expectation import missed_expectation
+from runner.job.load import dump_job, first_difference, recorded_job
+from runner.job.schema import Job
+from runner.run.attempts import is_alive, is_earlier_life, numbers, owners
+from runner.run.folder import RunDir, storage_errors, write_atomic
+from runner.run.lease import Attempt
+from runner.run.sameness import read_record
+
+
+@dataclass(frozen=True)
+class Where:
+    """What the command line says about the run folder.
+
+    Attributes:
+        runs: folder of all runs.
+        run_dir: the run's own folder, whatever it holds.
+        resume: the folder of a run that is to go on; it must be there.
+        restart: begin anew, whatever the folder holds.
+    """
+
+    runs: Path = Path("runs")
+    run_dir: Path | None = None
+    resume: Path | None = None
+    restart: bool = False
+
+
+def open_run(job: Job, where: Where) -> Attempt | RunDir:
+    """Claim the folder that a job is to run in, for rank 0; a run that is finished is returned as
+    it is, unclaimed.
+
+    Raises:
+        DataError: if the folder holds a run of another job, or one that cannot go on.
+        RunDirError: if somebody is running it now.
+        StorageError: if it cannot be made or written.
+    """
+    run = _folder(job, where)
+    anew = where.restart and not any(map(is_earlier_life, owners(run)))
+    if not anew:
+        _check_job(run, job)
+        if run.finished():
+            return run
+        if not numbers(run) and (run.checkpoints.exists() or run.train_table.exists()):
+            raise DataError(
+                f"{run.path}: holds a run that an older spantune left unfinished and that cannot go"
+                " on; give another folder, or --restart to begin anew"
+            )
+    attempt = Attempt.claim(run, anew=anew)
+    if anew:
+        _put_aside(run, attempt.number)
+    write_atomic(run.job, dump_job(job))
+    return attempt
+
+
+def finished_run(job: Job, where: Where) -> RunDir | None:
+    """The folder that is named, if its run is finished already and was the same job's: what every
+    rank can see for itself."""
+    named = where.run_dir or where.resume
+    if named is None or where.restart or not RunDir(named).finished():
+        return None
+    _check_job(RunDir(named), job)
+    return RunDir(named)
+
+
+def check_finished(job: Job, run: RunDir) -> None:
+    """Hold a finished run against the job's [expect].
+
+    Raises:
+        ExpectationError: if it is missed, now as at its end.
+    """
+    missed = missed_expectation(job.expect, read_record(run.result)["metrics"])
+    if missed:
+        raise ExpectationError(f"{run.path}: the run is finished already, but {missed}")
+
+
+def _folder(job: Job, where: Where) -> RunDir:
+    if where.run_dir is not None:
+        with storage_errors():
+            where.run_dir.mkdir(parents=True, exist_ok=True)
+        return RunDir(where.run_dir)
+    if where.resume is not None:
+        return RunDir.open(where.resume)
+    return _requeued(job, where.runs) or RunDir.create(where.runs, job.name)
+
+
+def _requeued(job: Job, runs: Path) -> RunDir | None:
+    """The unfinished run that a requeued SLURM job began, else the newest unfinished one of the
+    same job that nobody runs; None in a job's first life."""
+    if os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
+        return None
+    unfinished = [
+        run
+        for run in reversed(RunDir.all(runs, job.name))
+        if not run.finished() and _is_of(run, job)
+    ]
+    mine = (run for run in unfinished if any(map(is_earlier_life, owners(run))))
+    free = (run for run in unfinished if numbers(run) and not is_alive(run))
+    return next(mine, None) or next(free, None)
+
+
+def _is_of(run: RunDir, job: Job) -> bool:
+    try:
+        return first_difference(recorded_job(run.job), job) is None
+    except DataError:
+        return False
+
+
+def _check_job(run: RunDir, job: Job) -> None:
+    if not run.job.exists():
+        return
+    difference = first_difference(recorded_job(run.job), job)
+    if difference:
+        raise DataError(
+            f"{run.path}: holds a run of another job: {difference}; give another folder, or"
+            " --restart to begin anew"
+        )
+
+
+def _put_aside(run: RunDir, number: int) -> None:
+    """Move all that an earlier run wrote into a folder of its own: nothing of it is lost, nothing
+    counts any more. The ledger of attempts goes on."""
+    aside = run.path / f"before-{number:04d}"
+    with storage_errors(aside):
+        # The result first: a run without one is never taken for a finished one.
+        for path in reversed(run.written):
+            if path.exists() and path != run.attempts:
+                aside.mkdir(exist_ok=True)
+                path.rename(aside / path.name)

@@ -1,0 +1,115 @@
+"""Attends to runs that are under way: follows what one says, and tells one to save and end."""
+
+from __future__ import annotations
+
+import codecs
+import os
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from runner.errors import RunDirError, RunnerError, SlurmError
+from runner.run.attempts import Owner, describe
+from runner.run.folder import RunDir, storage_errors
+from runner.slurm.client import read_submission, scancel
+from runner.slurm.status import newest_start, standings, started_elsewhere
+from runner.slurm.submit import queued
+
+LOOK = 0.5  # seconds between looks at a file that grows
+ASK = 10.0  # seconds between questions to SLURM
+
+
+def log_file(run: RunDir) -> Path:
+    """Where a run's words are: the output of its newest SLURM job, or its own log if that is newer
+    or there is no such job."""
+    submission, start = read_submission(run.slurm), newest_start(run)
+    if submission is None or (start is not None and started_elsewhere(start, submission)):
+        return run.log
+    return Path(submission.output)
+
+
+def follow(run: RunDir, *, forever: bool) -> Iterator[str]:
+    """Yield what a run has said so far, and with `forever` also what it goes on to say, until it is
+    over. While there is nothing yet, its state is said once.
+
+    Raises:
+        RunDirError: if it has said nothing, and is not to be waited for.
+    """
+    path = log_file(run)
+    # A letter may be written in two parts.
+    decode = codecs.getincrementaldecoder("utf-8")(errors="backslashreplace").decode
+    place, asked, told = 0, 0.0, ""
+    while True:
+        raw = _bytes_from(path, place)
+        place += len(raw)
+        if raw:
+            yield decode(raw)
+            continue
+        if not forever:
+            if place == 0:
+                raise RunDirError(f"{run.path} has said nothing yet: there is no {path.name}")
+            return
+        if time.monotonic() - asked > ASK or not asked:
+            asked = time.monotonic()
+            [now], silence = standings([run])
+            if _bytes_from(path, place):  # it has spoken while we asked
+                continue
+            if place == 0 and told != now.state:
+                told = now.state
+                yield f"{told}\n"
+            if now.over and not silence:
+                yield decode(b"", final=True)
+                return
+        time.sleep(LOOK)
+
+
+def cancel(runs: Sequence[RunDir]) -> Iterator[tuple[RunDir, str | RunnerError]]:
+    """Tell runs to save and end, whatever started them. Yields for each what was done, in a
+    sentence, or why it could not be (SlurmError; RunDirError, if it runs on another machine outside
+    of SLURM): one that cannot be told does not keep the others going. SLURM is asked once."""
+    unfinished = [run for run in runs if not run.finished()]
+    silence, waiting = None, {}
+    try:
+        waiting = queued(unfinished)
+    except SlurmError as error:
+        silence = error
+    for run in runs:
+        if silence is not None and run in unfinished and run.slurm.is_file():
+            yield run, silence
+            continue
+        try:
+            done = _cancel(run, in_queue=run.path in waiting)
+        except RunnerError as error:
+            yield run, error
+        else:
+            yield run, done
+
+
+def _cancel(run: RunDir, *, in_queue: bool) -> str:
+    if run.finished():
+        return "finished already"
+    submission = read_submission(run.slurm)
+    if submission is not None and in_queue:
+        scancel(submission.name)
+        return f"job {submission.name} is cancelled: it saves, ends, and is not requeued"
+    start = newest_start(run)
+    if start is None or not start.alive:
+        return "is not running"
+    owner = start.owner
+    if owner.machine != Owner.here(0, anew=False).machine:  # its pid means something else here
+        raise RunDirError(f"{run.path} is being run by {describe(owner)}: cancel it there")
+    try:
+        os.kill(owner.pid, signal.SIGTERM)
+    except ProcessLookupError:
+        return "is not running"
+    return f"process {owner.pid} is told to save and end"
+
+
+def _bytes_from(path: Path, place: int) -> bytes:
+    """What stands in a file from this byte on, a piece at a time; nothing if it is not there."""
+    if not path.is_file():
+        return b""
+    with storage_errors(path), path.open("rb") as file:
+        file.seek(place)
+        return file.read(1_000_000)

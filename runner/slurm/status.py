@@ -1,0 +1,286 @@
+"""How far runs are: from their folders, and from SLURM where they were given to it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import tomli
+
+from runner.errors import RunDirError, SlurmError
+from runner.job.sweep import MANIFEST, read_manifest
+from runner.run.attempts import SILENT, Owner, entry_file, life, owners
+from runner.run.folder import RunDir, below_here
+from runner.slurm.client import FORGOTTEN, SlurmJob, Submission, ask_jobs, read_submission
+from runner.utils.console import duration
+from runner.utils.tables import Value, read_rows
+
+SHOWN = 20  # runs that are listed if none is named
+
+
+@dataclass(frozen=True)
+class Start:
+    """The newest start of a run, as its ledger tells.
+
+    Attributes:
+        owner: who made it.
+        exit_code: how it ended; None as long as it has not said so.
+        alive: whether it is going on.
+    """
+
+    owner: Owner
+    exit_code: int | None
+    alive: bool
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where a run stands.
+
+    Attributes:
+        run: its folder.
+        state: in a word or two.
+        over: whether it will not go on by itself.
+        job: its name in SLURM; None outside.
+        epoch, epochs: how much of the training is done, and how much there is.
+        f1: of its newest evaluation, percent.
+        left: seconds of training left at its present speed; None if it is not running.
+        limit: time left until SLURM's limit, as SLURM spells it.
+        place: where it runs.
+    """
+
+    run: RunDir
+    state: str
+    over: bool
+    job: str | None
+    epoch: float | None
+    epochs: int | None
+    f1: float | None
+    left: float | None
+    limit: str
+    place: str
+
+    def row(self, root: Path) -> dict[str, Value]:
+        """One row of the table; runs below `root` are called by what follows it."""
+        path, root = self.run.path, root.absolute()
+        done = "0" if self.epoch is None else f"{self.epoch:.3g}"
+        return {
+            "run": str(path.relative_to(root)) if root in path.parents else below_here(path),
+            "state": self.state,
+            "job": self.job,
+            "epoch": f"{done}/{self.epochs}" if self.epochs else done,
+            "F1 %": self.f1,
+            "left": None if self.left is None else duration(self.left),
+            "limit": self.limit or None,
+            "on": self.place or None,
+        }
+
+
+def find_runs(named: Sequence[Path], root: Path) -> list[RunDir]:
+    """The runs to tell of: those named, all trials of a sweep that is named, all below a folder
+    that is named, or the newest below `root`, oldest first.
+
+    Raises:
+        RunDirError: if a name is none of these.
+    """
+    if named:
+        found = ((path, _runs_at(path)) for path in named)
+        return [run for path, at in found for run in (_runs_below(path) if at is None else at)]
+    runs = [RunDir(path.parent) for path in root.glob("*/*/job.toml")]
+    runs += [run for path in root.glob(f"*/*/{MANIFEST}") for run in _runs_at(path.parent) or ()]
+    return sorted(runs, key=lambda run: _age(run.job))[-SHOWN:]
+
+
+def named_runs(named: Sequence[Path]) -> list[RunDir]:
+    """The runs that are meant by their own names, or by that of their sweep.
+
+    Raises:
+        RunDirError: if a name is neither; that runs lie below it is not enough.
+    """
+    found: list[RunDir] = []
+    for path in named:
+        runs = _runs_at(path)
+        if runs is None:
+            raise RunDirError(
+                f"{path} is no run folder: it has no job.toml; name those of the"
+                f" {len(_runs_below(path))} runs below it that are meant"
+            )
+        found += runs
+    return found
+
+
+def standings(runs: Iterable[RunDir]) -> tuple[list[Standing], str | None]:
+    """Where each run stands; and a sentence if SLURM was asked and did not answer."""
+    pairs = [(run, read_submission(run.slurm)) for run in runs]
+    asked = [sub.name for run, sub in pairs if sub is not None and not run.finished()]
+    jobs: Mapping[str, SlurmJob] = {}
+    silence = None
+    try:
+        jobs = ask_jobs(asked)
+    except SlurmError as error:
+        silence = f"{error}; what follows is from the run folders alone"
+    return [_standing(run, sub, jobs, answered=silence is None) for run, sub in pairs], silence
+
+
+def table_rows(found: Sequence[Standing], root: Path) -> list[dict[str, Value]]:
+    """The table of these runs, without columns that would be empty."""
+    rows = [standing.row(root) for standing in found]
+    empty = {key for key in (rows[0] if rows else ()) if all(row[key] is None for row in rows)}
+    return [{key: value for key, value in row.items() if key not in empty} for row in rows]
+
+
+def newest_start(run: RunDir) -> Start | None:
+    """Read the newest start from the ledger; None before the first."""
+    started = owners(run)
+    if not started:
+        return None
+    owner = started[-1]
+    code = None
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        text = entry_file(run, owner.attempt, "end.json").read_text(encoding="utf-8")
+        code = int(json.loads(text)["exit_code"])
+    if code is not None:
+        return Start(owner, code, alive=False)
+    try:
+        return Start(owner, None, life(run, owner.attempt) is not None)
+    except OSError:  # somebody else's folder, which we may only read
+        return Start(
+            owner, None, time.time() - _age(entry_file(run, owner.attempt, "alive")) < SILENT
+        )
+
+
+def started_elsewhere(start: Start, submission: Submission) -> bool:
+    """Whether a start is no life of the job that was submitted last, and began later: what SLURM
+    says of that job, and what the job said, is then not about it. (A trial's SLURM_JOB_ID is not
+    its name in the array, so of an array every job counts.)"""
+    job, is_trial = start.owner.slurm_job_id, submission.index is not None
+    if job == submission.job_id or (is_trial and job is not None):
+        return False
+    try:
+        return start.owner.started > datetime.fromisoformat(submission.submitted).timestamp()
+    except ValueError:
+        return False
+
+
+def _standing(
+    run: RunDir, submission: Submission | None, jobs: Mapping[str, SlurmJob], *, answered: bool
+) -> Standing:
+    start, job = newest_start(run), None
+    if submission is not None and answered and not run.finished():
+        job = {submission.name: FORGOTTEN, **jobs}[submission.name]
+    if (start and submission and started_elsewhere(start, submission)) and (
+        start.alive or (job is not None and job.ended)
+    ):
+        submission = job = None
+    state, over = _state(run, start, job)
+    training, evaluations = _rows(run.train_table), _rows(run.eval_table)
+    epoch = _number(training[-1], "epoch") if training else None
+    epochs = _epochs(run)
+    runs = start is not None and start.alive
+    speed = _speed(training) if runs else None
+    return Standing(
+        run,
+        state,
+        over,
+        submission.name if submission else None,
+        epoch,
+        epochs,
+        _number(evaluations[-1], "f1_percent") if evaluations else None,
+        (epochs - epoch) / speed if speed and epochs and epoch is not None else None,
+        job.time_left if job and job.state == "RUNNING" else "",
+        (job.nodes if job and not over else "") or (_where(start) if start and runs else ""),
+    )
+
+
+def _state(run: RunDir, start: Start | None, job: SlurmJob | None) -> tuple[str, bool]:
+    """A run's state in a few words, and whether it is over."""
+    alive = start is not None and start.alive
+    if run.finished():
+        missed = start is not None and start.exit_code == 78
+        return ("finished, [expect] missed" if missed else "finished"), True
+    if job is not None and job.waits:
+        word = "pending" if start is None else "requeued"
+        return (f"{word} ({job.reason})" if job.reason not in ("", "None") else word), False
+    if job is not None and not job.ended:
+        if job.state != "RUNNING":
+            return ("suspended" if job.state == "SUSPENDED" else "ending"), False
+        return ("running" if alive else "starting"), False
+    if alive:
+        return "running", False
+    if job is not None and job.state in ("CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY"):
+        return job.state.lower().replace("_", " "), True
+    if start is None:
+        return ("not started" if job is None else "ended before it began"), True
+    if start.exit_code is None:
+        return "lost: it was killed", True
+    if start.exit_code == 75:
+        return "interrupted", True
+    return f"failed ({start.exit_code})", True
+
+
+def _runs_at(path: Path) -> list[RunDir] | None:
+    """The run in a folder, or those of the sweep in it; None if there is neither."""
+    if (path / MANIFEST).is_file():
+        trials = [RunDir(path / trial["name"]) for trial in read_manifest(path)["trials"]]
+        return [run for run in trials if run.job.is_file()]
+    run = RunDir(path)
+    return [run] if run.job.is_file() else None
+
+
+def _runs_below(path: Path) -> list[RunDir]:
+    inner = sorted(path.glob("*/job.toml")) or sorted(path.glob("*/*/job.toml"))
+    return [RunDir(job.parent) for job in inner] or [RunDir.open(path)]  # which says what it lacks
+
+
+def _where(start: Start) -> str:
+    return "here" if start.owner.host == socket.gethostname() else start.owner.host
+
+
+def _age(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    try:
+        return read_rows(path)
+    except (OSError, ValueError):
+        return []
+
+
+def _number(row: Mapping[str, str], key: str) -> float | None:
+    try:
+        return float(row[key])
+    except (KeyError, ValueError, TypeError):  # a row that is being written
+        return None
+
+
+def _epochs(run: RunDir) -> int | None:
+    try:
+        job: dict[str, Any] = tomli.loads(run.job.read_text(encoding="utf-8"))
+        return int(job["train"]["epochs"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def _speed(training: Sequence[Mapping[str, str]]) -> float | None:
+    """Epochs a second over the last rows of this start; its clock begins anew with each start."""
+    points = [(_number(row, "elapsed_seconds"), _number(row, "epoch")) for row in training[-50:]]
+    known = [(seconds, epoch) for seconds, epoch in points if seconds is not None and epoch]
+    last = len(known) - 1
+    first = last
+    while first > 0 and known[first - 1][0] < known[first][0]:
+        first -= 1
+    if first >= last:
+        return None
+    (began, before), (ended, after) = known[first], known[last]
+    return (after - before) / (ended - began) if after > before else None

@@ -1,0 +1,242 @@
+"""Gives jobs to SLURM: prepares their run folders with a batch script in each, and submits."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from runner.errors import DataError, RunDirError, SlurmSilence, StorageError
+from runner.job.load import dump_job, first_difference, recorded_job
+from runner.job.sweep import JOB, MANIFEST, Trial, manifest_entries, open_trials, write_manifest
+from runner.run.attempts import life, numbers
+from runner.run.folder import RunDir, new_stamp, storage_errors, write_atomic
+from runner.slurm.client import (
+    Submission,
+    ask_jobs,
+    never_starts,
+    read_submission,
+    sbatch,
+    write_submission,
+)
+from runner.slurm.request import Order
+from runner.slurm.script import script_options
+from runner.slurm.undo import Undo
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """A job that SLURM has taken.
+
+    Attributes:
+        folder: of the run, or of the sweep.
+        job_id: SLURM's number.
+        runs: how many runs it makes.
+        doubt: SLURM's words where it could not start it on the nodes as they are now.
+    """
+
+    folder: Path
+    job_id: str
+    runs: int
+    doubt: str | None
+
+
+def submit_run(order: Order, root: Path, run_dir: Path | None) -> Submitted | None:
+    """Submit one run: a new one below `root`, or the one in `run_dir`, which goes on. None if that
+    is finished.
+
+    Raises:
+        DataError: if `run_dir` holds a run of another job.
+        RunDirError: if that run is under way, or in the queue already.
+        SlurmError: if SLURM does not take it; what was written for it is then taken back.
+        SlurmSilence: if SLURM may have taken it; all is left as it is.
+        StorageError: if a file or folder cannot be written.
+    """
+    with Undo() as undo, storage_errors():
+        if run_dir is None:
+            undo.folder(root / order.job.name)
+            run = RunDir.create(root, order.job.name)
+            undo.made(run.path)
+        else:
+            run = RunDir(run_dir)
+            undo.folder(run.path)
+            run.path.mkdir(parents=True, exist_ok=True)
+        with _alone(run.path):
+            if run.job.is_file():
+                difference = first_difference(recorded_job(run.job), order.job)
+                if difference is not None:
+                    raise DataError(f"{run.path}: holds a run of another job: {difference}")
+                if run.finished():
+                    return None
+                for reason in busy([run]).values():
+                    raise RunDirError(reason)
+            undo.file(run.job)
+            # Also of a run that goes on: what two starts may differ in, the newest submission says.
+            write_atomic(run.job, dump_job(order.job))
+            return _submit(order, run.path, {0: run}, order.script(run.path), undo)
+
+
+def submit_sweep(order: Order, root: Path, folder: Path | None) -> Submitted | None:
+    """Submit a sweep as an array job: those of its trials that have no result and are not in the
+    queue. None if all have results.
+
+    Raises:
+        DataError: if `folder` holds another sweep.
+        RunDirError: if all that is left to do is in the queue already.
+        SlurmError: if SLURM does not take it; what was written for it is then taken back.
+        SlurmSilence: if SLURM may have taken it; all is left as it is.
+        StorageError: if a file or folder cannot be written.
+    """
+    folder = (folder or root / order.job.name / new_stamp()).absolute()
+    with Undo() as undo, storage_errors():
+        for name in (JOB, MANIFEST):
+            undo.file(folder / name)
+        folder.mkdir(parents=True, exist_ok=True)
+        with _alone(folder):
+            names, left = _left(order, folder)
+            if not left:
+                return None
+            write_manifest(folder, order.job, order.trials)
+            runs = {index: RunDir(folder / trial.name) for index, trial in left.items()}
+            for index, run in runs.items():
+                undo.file(run.job)
+                run.path.mkdir(exist_ok=True)
+                write_atomic(run.job, dump_job(left[index].job))
+            return _submit(order, folder, runs, order.script(folder, names, list(runs)), undo)
+
+
+def draft(order: Order, root: Path, run_dir: Path | None) -> str | None:
+    """The script as it would be submitted now, None if there is nothing left to run; nothing is
+    written.
+
+    Raises:
+        DataError, RunDirError: as of `submit_sweep`.
+    """
+    folder = (run_dir or root / order.job.name / new_stamp()).absolute()
+    if not order.trials:
+        return order.script(folder)
+    names, left = _left(order, folder)
+    return order.script(folder, names, list(left)) if left else None
+
+
+def queued(runs: Iterable[RunDir]) -> dict[Path, str]:
+    """Say where those of the runs that are in SLURM's queue stand there, by run folder. SLURM is
+    asked once for all, and not at all if none was submitted.
+
+    Raises:
+        SlurmError: if SLURM cannot be asked.
+    """
+    names: dict[Path, str] = {}
+    for run in runs:
+        submission = read_submission(run.slurm)
+        if submission is not None:
+            names[run.path] = submission.name
+    jobs = ask_jobs(list(names.values()))
+    return {
+        path: f"job {name} is {jobs[name].state}"
+        for path, name in names.items()
+        if name in jobs and not jobs[name].ended
+    }
+
+
+def busy(runs: Iterable[RunDir]) -> dict[Path, str]:
+    """Say by whom, or by which job in the queue, those of the runs are taken that are.
+
+    Raises:
+        SlurmError: if SLURM cannot be asked.
+    """
+    runs = list(runs)
+    found = {path: f"{path} is submitted already: {where}" for path, where in queued(runs).items()}
+    for run in runs:
+        newest = max(numbers(run), default=0)
+        alive = life(run, newest) if newest and run.path not in found else None
+        if alive is not None:
+            found[run.path] = f"{run.path} is being run by {alive}"
+    return found
+
+
+def _left(order: Order, folder: Path) -> tuple[list[str], dict[int, Trial]]:
+    """The names of all trials of a sweep in the order of their array indices, and by index the
+    trials that are to run: those without a result that nobody runs.
+
+    Raises:
+        RunDirError: if there are trials without a result, and all of them are under way.
+    """
+    names = list(manifest_entries(folder, order.job, order.trials))
+    places = {name: index for index, name in enumerate(names)}
+    unfinished = open_trials(folder, order.trials)
+    taken = busy(RunDir(folder / trial.name) for trial in unfinished)
+    free = [trial for trial in unfinished if folder / trial.name not in taken]
+    if unfinished and not free:
+        raise RunDirError(
+            f"{folder}: the {len(unfinished)} trials without a result run or are in the queue"
+        )
+    return names, {places[t.name]: t for t in sorted(free, key=lambda t: places[t.name])}
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keep a second `submit` out of a folder meanwhile. Where the file system has no locks, both
+    jobs are queued, and the second to start finds the run in use (73).
+
+    Raises:
+        RunDirError: if another is at it.
+    """
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunDirError(f"{folder} is being submitted by another spantune submit") from None
+        except OSError:
+            pass
+        yield
+    finally:
+        os.close(opened)
+
+
+def _submit(
+    order: Order, folder: Path, runs: dict[int, RunDir], script: str, undo: Undo
+) -> Submitted:
+    at = RunDir(folder).submit_script
+    undo.file(at)
+    write_atomic(at, script)
+    options = script_options(script)
+    doubt = never_starts(at, options)
+    try:
+        job_id = sbatch(at, options)
+    except SlurmSilence as error:
+        undo.forget()
+        raise SlurmSilence(
+            f"{error}; {folder} is kept for the job, and takes another one with --run-dir"
+        ) from None
+    undo.forget()
+    try:
+        _record(order, folder, runs, job_id)
+    except StorageError as error:
+        raise StorageError(f"{error}; job {job_id} is submitted all the same") from None
+    return Submitted(folder, job_id, len(runs), doubt)
+
+
+def _record(order: Order, folder: Path, runs: dict[int, RunDir], job_id: str) -> None:
+    """Write beside each run which job it is in."""
+    is_array = bool(order.trials)
+    pattern = "slurm-{}_{}.out" if is_array else "slurm-{}.out"
+    for index, run in runs.items():
+        before = read_submission(run.slurm)
+        submission = Submission(
+            job_id=job_id,
+            index=index if is_array else None,
+            output=str(folder / pattern.format(job_id, index)),
+            submitted=datetime.now(UTC).isoformat(timespec="seconds"),
+            host=socket.gethostname(),
+            options=order.section.model_dump(mode="json"),
+            defaults=str(order.defaults) if order.defaults else None,
+            earlier=[*before.earlier, before.name] if before else [],
+        )
+        write_submission(run.slurm, submission)

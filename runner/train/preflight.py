@@ -1,0 +1,106 @@
+"""What `check --data` tells before a GPU is spent: windows, cut answers, padding, parameters, steps
+and memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from runner.data.collate import epoch_batches
+from runner.data.splits import Questions, load_questions
+from runner.data.windows import Windows
+from runner.distributed.engine import learning_rate_factor
+from runner.job.layout import batch_layout
+from runner.job.schema import Job
+from runner.model.load import declared_weights, empty_model, freeze, load_tokenizer, parameter_table
+from runner.utils.tables import markdown
+
+
+def check_data(job: Job, ranks: int) -> Iterator[str]:
+    """Yield the lines of the report; no weights are loaded and nothing is trained.
+
+    Raises:
+        RunnerError: of the kind that the run itself would end with.
+    """
+    layout = batch_layout(job.train, ranks)
+    declared_weights(job.model)
+    model = empty_model(job.model)
+    freeze(model, job.model.freeze)
+    tokenizer = load_tokenizer(job.model)
+    training, validation, tuning = load_questions(job.data, job.seed, tokenizer)
+    yield f"{job.name}: {job.model.name} on {job.data.train}"
+    yield ""
+    parts = {"train": training, "validation": validation}
+    parts |= {} if tuning is None else {"tuning": tuning}
+    yield markdown([_data_row(name, part) for name, part in parts.items()]).rstrip()
+    for part in parts.values():
+        dropped = part.dataset.dropped
+        if dropped:
+            yield ""
+        yield from (f"dropped: {line}" for line in dropped[:5])
+        if len(dropped) > 5:
+            yield f"dropped: and {len(dropped) - 5} more"
+
+    lengths_N = training.windows.lengths_N
+    batches = epoch_batches(
+        lengths_N, job.train.batch_size, job.seed, 0, buckets=job.train.length_buckets
+    )
+    padded = sum(int(lengths_N[rows].max()) * len(rows) for rows in batches)
+    whole = job.data.max_length * len(lengths_N)
+    tokens = int(lengths_N.sum())
+    yield ""
+    yield (
+        f"padding: {100 * (1 - tokens / padded):.1f} % of the tokens computed "
+        f"({100 * (1 - tokens / whole):.1f} % if every window were padded to {job.data.max_length})"
+    )
+    steps = len(batches) * job.train.epochs
+    factor = learning_rate_factor(job.train, steps)
+    peak = next((step for step in range(steps) if factor(step) >= 1), 0)
+    yield (
+        f"steps: {len(batches)} an epoch, {steps} in all; {job.train.batch_size} windows each ="
+        f" {ranks} rank(s) x {layout.micro_batch_size} x {layout.micro_batches}; learning rate at"
+        f" its peak from step {peak}"
+    )
+    rows = parameter_table(model)
+    yield ""
+    yield markdown(rows).rstrip()
+    total, trained = int(str(rows[-1]["parameters"])), int(str(rows[-1]["trained"]))
+    yield ""
+    yield (
+        "memory for weights, gradients and AdamW's state:"
+        f" {_states(total, trained, job.zero.stage, ranks) / 2**30:.2f} GiB a rank in fp32 with"
+        f" ZeRO-{job.zero.stage}; activations come on top"
+    )
+
+
+def _data_row(name: str, part: Questions) -> dict[str, str | int | float | None]:
+    windows = part.windows
+    return {
+        "slice": name,
+        "questions": len(part.dataset.examples),
+        "dropped": len(part.dataset.dropped),
+        "windows": len(windows),
+        "mean tokens": float(windows.lengths_N.mean()),
+        "longest": int(windows.lengths_N.max()),
+        "answers in no window": _cut_answers(part, windows),
+    }
+
+
+def _cut_answers(part: Questions, windows: Windows) -> int:
+    """Questions with an answer that no window holds whole: longer than the stride, or than a
+    window."""
+    found_Q = np.zeros(len(part.dataset.examples), dtype=bool)
+    found_Q[windows.questions_N[windows.answered_N]] = True
+    has_Q = np.array([bool(example.answers) for example in part.dataset.examples])
+    return int((has_Q & ~found_Q).sum())
+
+
+def _states(total: int, trained: int, stage: int, ranks: int) -> float:
+    """Bytes of fp32 weights, gradients and two moments on one rank, by what the ZeRO stage shares
+    out."""
+    weights = 4 * total / (ranks if stage >= 3 else 1)
+    gradients = 4 * trained / (ranks if stage >= 2 else 1)
+    # ZeRO 1 to 3 keep a second copy of the trained weights beside AdamW's two moments.
+    optimiser = (12 if stage else 8) * trained / (ranks if stage >= 1 else 1)
+    return weights + gradients + optimiser

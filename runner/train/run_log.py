@@ -1,0 +1,298 @@
+"""What a run shows and writes of itself: table rows, the terminal's lines, report.md and
+predictions.jsonl."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+from runner.data.splits import Questions
+from runner.eval.evaluation import Evaluation, in_use
+from runner.eval.inference import Readings
+from runner.eval.predictions import as_lines, prediction_records
+from runner.export.model_card import drawn, public_name
+from runner.job.inference import Answering, job_answering
+from runner.job.layout import Layout
+from runner.job.schema import Job, Probe
+from runner.metrics.squad import LEVEL, RESAMPLES
+from runner.run.folder import RunDir, below_here, write_atomic
+from runner.train.state import Totals
+from runner.utils.console import duration
+from runner.utils.tables import Value, read_rows
+
+THRESHOLD = "null_threshold_logits"  # column of eval.csv
+INTERVAL_COLUMNS = ("EM %\n±95 % CI", "F1 %\n±95 % CI")  # of the table of epochs
+
+
+def data_hashes(
+    training: Questions, validation: Questions, tuning: Questions | None
+) -> dict[str, str]:
+    """What questions are for to the hash of their content, for the model card: two samples may be
+    of one slice."""
+    parts = {"training": training, "validation": validation, "tuning": tuning}
+    return {part: found.dataset.sha256 for part, found in parts.items() if found is not None}
+
+
+def headline(scores: Evaluation) -> dict[str, float]:
+    """The scores of a run, percent and nats."""
+    readings = scores.readings
+    return {
+        "exact_match": scores.exact_match,
+        "f1": scores.f1,
+        "loss": readings.loss,
+        "start_accuracy": readings.start_accuracy,
+        "end_accuracy": readings.end_accuracy,
+        "span_accuracy": readings.span_accuracy,
+    }
+
+
+def reported(scores: Evaluation) -> dict[str, float]:
+    """What may be published: all scores but those at a threshold that was chosen on the very
+    questions scored."""
+    details = {k: v for k, v in scores.details.items() if not k.startswith("best_")}
+    return headline(scores) | details
+
+
+def eval_row(epoch: int, step: int, totals: Totals, scores: Evaluation) -> dict[str, Value]:
+    """One row of eval.csv."""
+    readings = scores.readings
+    return {
+        "epoch": epoch,
+        "step": step,
+        "train_loss_nats": totals.loss / totals.windows,
+        "train_span_accuracy_percent": 100 * totals.right / totals.windows,
+        "validation_loss_nats": readings.loss,
+        "exact_match_percent": scores.exact_match,
+        **_ends("exact_match", scores),
+        "f1_percent": scores.f1,
+        **_ends("f1", scores),
+        "start_accuracy_percent": readings.start_accuracy,
+        "end_accuracy_percent": readings.end_accuracy,
+        "span_accuracy_percent": readings.span_accuracy,
+        **{f"{name}_percent": value for name, value in scores.details.items()},
+        **_threshold(scores),
+        "train_seconds": totals.seconds,
+        "evaluation_seconds": readings.seconds,
+        "examples_per_second": totals.windows / totals.seconds,
+    }
+
+
+def _ends(name: str, scores: Evaluation) -> dict[str, Value]:
+    low, high = scores.intervals[name]
+    return {f"{name}_low_percent": low, f"{name}_high_percent": high}
+
+
+def latest_threshold(run: RunDir) -> float | None:
+    """The null threshold of eval.csv's last row, to the bit; None before the first evaluation, and
+    where "" is never an answer. A resumed run finds it too: its tables are those of the
+    checkpoint."""
+    rows = read_rows(run.eval_table)
+    return float(rows[-1][THRESHOLD]) if rows and THRESHOLD in rows[-1] else None
+
+
+def _threshold(scores: Evaluation) -> dict[str, Value]:
+    threshold = scores.null_threshold
+    return {} if threshold is None else {THRESHOLD: threshold}
+
+
+def result_scores(scores: Evaluation, default_threshold: float, seed: int) -> dict[str, Any]:
+    """The scores in result.json: metrics, their intervals and, for SQuAD v2, the null threshold.
+
+    Args:
+        scores: the evaluation.
+        default_threshold: null threshold where none is tuned.
+        seed: of the bootstrap.
+    """
+    table: dict[str, Any] = {
+        "metrics": headline(scores) | scores.details,
+        "intervals": {name: list(ends) for name, ends in scores.intervals.items()},
+        "bootstrap": {"level": LEVEL, "resamples": RESAMPLES, "seed": seed},
+        "questions": len(scores.exact_N),
+    }
+    if scores.null_threshold is not None:
+        table["null_threshold"] = {
+            "in_use": scores.null_threshold,
+            "default": default_threshold,
+            "tuned": None if scores.tuned is None else asdict(scores.tuned),
+        }
+    return table
+
+
+def answering_of(job: Job, scores: Evaluation) -> Answering:
+    """How the exported model is to be asked; folders of this machine are left out."""
+    tuned = scores.tuned
+    if tuned is not None:
+        tuned = replace(tuned, source=public_name(tuned.source))
+    score = in_use(job.score, scores.null_threshold)
+    return job_answering(job.data, score).model_copy(update={"tuned": tuned})
+
+
+def probe_table(epoch: int, readings: Readings, probes: Sequence[Probe]) -> list[dict[str, Value]]:
+    """Rows of probes.csv: what the model answers after `epoch` epochs, with score and character
+    offsets."""
+    return [
+        {
+            "epoch": epoch,
+            "probe": number,
+            "question": probe.question,
+            "answer": answer.text,
+            "score": answer.score,
+            "start_character": answer.start,
+            "end_character": answer.end,
+            "expected": probe.answer,
+        }
+        for number, (probe, answer) in enumerate(zip(probes, readings.answers, strict=True), 1)
+    ]
+
+
+def write_predictions(
+    run: RunDir, scores: Evaluation, validation: Questions, *, unanswerable: bool
+) -> None:
+    """Write predictions.jsonl: one question a line, with the right answers beside the model's."""
+    records = prediction_records(
+        scores.readings.answers,
+        validation.dataset.examples,
+        validation.windows,
+        scores.exact_N,
+        scores.f1_N,
+        unanswerable=unanswerable,
+    )
+    write_atomic(run.predictions, as_lines(records))
+
+
+def announcement(
+    job: Job,
+    training: Questions,
+    validation: Questions,
+    tuning: Questions | None,
+    parameters: Mapping[str, Value],
+    precision: str,
+    layout: Layout,
+) -> list[str]:
+    """Say what is about to happen, in a few lines."""
+    lines = []
+    for name, part in (("train", training), ("validation", validation), ("tuning", tuning)):
+        if part is None:
+            continue
+        lines.append(
+            f"{name}: {len(part.dataset.examples)} questions in {len(part.windows)} windows of"
+            f" {part.windows.lengths_N.mean():.0f} tokens on"
+            f" average{' (cached)' if part.cached else ''}"
+        )
+        if part.dataset.dropped:
+            lines.append(
+                f"{name}: {len(part.dataset.dropped)} bad rows dropped, first:"
+                f" {part.dataset.dropped[0]}"
+            )
+    lines.append(
+        f"model: {job.model.name}, {parameters['parameters']:,} parameters,"
+        f" {parameters['trained']:,} trained, {precision}"
+    )
+    lines.append(
+        f"each step: {job.train.batch_size} windows = {layout.world} rank(s) x "
+        f"{layout.micro_batch_size} x {layout.micro_batches} micro-batch(es), ZeRO-{job.zero.stage}"
+    )
+    return lines
+
+
+def epoch_rows(run: RunDir) -> list[dict[str, Value]]:
+    """What eval.csv tells of each epoch, to fit a terminal of 80 columns: losses in nats, accuracy
+    of whole spans over windows, scores with half the width of their 95 % intervals, the epoch's
+    wall seconds, windows trained a second."""
+    return [
+        {
+            "epoch": int(row["epoch"]),
+            "train\nloss": float(row["train_loss_nats"]),
+            "train\nacc %": float(row["train_span_accuracy_percent"]),
+            "valid.\nloss": float(row["validation_loss_nats"]),
+            "valid.\nacc %": float(row["span_accuracy_percent"]),
+            INTERVAL_COLUMNS[0]: _with_half_width(row, "exact_match"),
+            INTERVAL_COLUMNS[1]: _with_half_width(row, "f1"),
+            "time\ns": round(float(row["train_seconds"]) + float(row["evaluation_seconds"])),
+            "win/s": float(row["examples_per_second"]),
+        }
+        for row in read_rows(run.eval_table)
+    ]
+
+
+def _with_half_width(row: Mapping[str, str], name: str) -> str:
+    """A score and how far its interval reaches, which is not quite as far on both sides."""
+    value, low, high = (float(row[f"{name}{end}_percent"]) for end in ("", "_low", "_high"))
+    return f"{value:.1f} ±{(high - low) / 2:.1f}"
+
+
+def closing_lines(job: Job, run: RunDir, result: Mapping[str, Any]) -> list[str]:
+    """The last lines of a run: its scores and where everything is."""
+    lines = [
+        (
+            f"{score_line(result, '')} on"
+            f" {below_here(job.data.validation)}{drawn(job.data.validation_sample)}"
+        ),
+        *threshold_lines(result),
+        f"In brackets: 95 % intervals over the {result['questions']:,} questions",
+        (
+            f"Done in {duration(result['seconds']['total'])}. Written to"
+            f" {below_here(str(run.path))}:"
+        ),
+    ]
+    probes = [("probes.csv", "each probe's answers as training went on")] if job.probe else []
+    for name, what in (
+        ("model/", "the tuned model, for from_pretrained"),
+        ("eval.csv, train.csv", "scores per epoch, loss per step"),
+        *probes,
+        ("curves.png, curves.svg", "the same as pictures"),
+        ("predictions.jsonl", "an answer for each validation question"),
+        ("report.html, report.md", "scores, curves, where it is wrong and how"),
+        ("result.json", "the scores; only a run that succeeded has it"),
+    ):
+        lines.append(f"  {name:24}{what}")
+    return lines
+
+
+def score_line(result: Mapping[str, Any], prefix: str) -> str:
+    """Exact match and F1 with their intervals: those in use, or with the prefix "default_"."""
+    parts = []
+    for key, name in (("exact_match", "exact match"), ("f1", "F1")):
+        low, high = result["intervals"][f"{prefix}{key}"]
+        value = result["metrics"][f"{prefix}{key}"]
+        parts.append(f"{name} {value:.1f} % [{low:.1f} to {high:.1f}]")
+    text = ", ".join(parts)
+    return text[:1].upper() + text[1:]
+
+
+def threshold_lines(result: Mapping[str, Any]) -> list[str]:
+    """SQuAD v2: the null threshold in use and its origin, and what the default one gives."""
+    if "null_threshold" not in result:
+        return []
+    threshold, tuned = result["null_threshold"], result["null_threshold"]["tuned"]
+    if tuned is None:
+        return [f"at the null threshold {threshold['in_use']:.4g}, which was not tuned"]
+    return [
+        (
+            f"at the null threshold {threshold['in_use']:.4g}, tuned on {tuned['questions']:,}"
+            f" questions of {below_here(tuned['source'])};"
+        ),
+        f"at the default, {threshold['default']:.4g}: {score_line(result, 'default_')}",
+    ]
+
+
+def probe_changes(rows: Sequence[Mapping[str, Value]]) -> list[dict[str, Value]]:
+    """Each probe's answer before training and after each evaluation, repeats left out."""
+    shown: list[dict[str, Value]] = []
+    latest: dict[Value, Value] = {}
+    final = max((int(str(row["epoch"])) for row in rows), default=0)
+    for row in sorted(rows, key=lambda r: (int(str(r["probe"])), int(str(r["epoch"])))):
+        if latest.get(row["probe"]) == row["answer"] and row["epoch"] != final:
+            continue
+        latest[row["probe"]] = row["answer"]
+        shown.append(
+            {
+                "question": row["question"] if row["epoch"] == 0 else "",
+                "after": "no training" if row["epoch"] == 0 else f"epoch {row['epoch']}",
+                "answer": row["answer"] or "(no answer)",
+                "score": row["score"],
+                "characters": f"{row['start_character']}-{row['end_character']}",
+            }
+        )
+    return shown

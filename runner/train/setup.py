@@ -1,0 +1,188 @@
+"""Loads all that a rank trains with: questions and windows, the model, DeepSpeed's engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from runner.data.dataset import Example
+from runner.data.loader import Reader
+from runner.data.resident import make_resident
+from runner.data.splits import Questions, load_questions, probe_examples
+from runner.data.windows import Windows, build_windows
+from runner.distributed.collectives import main_first
+from runner.distributed.engine import deepspeed_config, start_engine
+from runner.distributed.failures import leave_if_asked, stop_if_asked
+from runner.distributed.gradient_exchange import SharedMemory
+from runner.distributed.watchdog import Watch
+from runner.job.layout import Layout, batch_layout
+from runner.job.schema import Job
+from runner.model.dropout import Noise
+from runner.model.load import (
+    Pretrained,
+    choose_precision,
+    freeze,
+    load_pretrained,
+    load_tokenizer,
+    optimiser_groups,
+    parameter_table,
+    takes_segment_ids,
+)
+from runner.model.loss import SpanLoss, choose_span_loss
+from runner.run.folder import RunDir
+from runner.train.plan import Computing, choose_computing, keep_frozen
+from runner.train.run_log import announcement
+from runner.train.state import seed_everything
+from runner.utils.ranks import Rank
+from runner.utils.tables import Value
+from runner.utils.timing import Clock
+
+
+@dataclass(frozen=True)
+class Material:
+    """What a rank trains with.
+
+    Attributes:
+        tokenizer: as `load_tokenizer` gives it.
+        training, validation: questions and their windows.
+        tuning: questions on which the null threshold is tuned; None: it is not.
+        probes, probe_windows: the job's probes, spelt as questions.
+        layout: how a step's windows are spread over ranks.
+        pretrained: model and tokenizer as they were loaded, with where they came from.
+        parameters: rows of the table of trained and frozen parameters, all of them last.
+        precision: "bf16", "fp16" or "fp32".
+        config: DeepSpeed's configuration.
+        total_steps: optimiser steps of all epochs.
+        computing: how the run computes.
+        span_loss: which implementation of the loss.
+        engine: DeepSpeed's, around the model.
+        reader: how the engine is fed.
+        kept: lines for the log on frozen layers' outputs that are kept.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    training: Questions
+    validation: Questions
+    tuning: Questions | None
+    probes: Sequence[Example]
+    probe_windows: Windows
+    layout: Layout
+    pretrained: Pretrained
+    parameters: Sequence[dict[str, Value]]
+    precision: str
+    config: dict[str, Any]
+    total_steps: int
+    computing: Computing
+    span_loss: SpanLoss
+    engine: Any
+    reader: Reader
+    kept: Sequence[str]
+
+    def described(self, job: Job) -> Iterator[str]:
+        """What is about to happen, line by line."""
+        yield from announcement(
+            job,
+            self.training,
+            self.validation,
+            self.tuning,
+            self.parameters[-1],
+            self.precision,
+            self.layout,
+        )
+        yield self.span_loss.described()
+        yield from self.computing.described()
+        if getattr(self.engine.optimizer, "exchanged_by", "") == SharedMemory.kind:
+            yield "exchange: shared memory (all ranks are on CPUs of one machine)"
+        yield from self.kept
+
+
+def load_material(
+    job: Job, run: RunDir, rank: Rank, device: torch.device, clock: Clock, watch: Watch
+) -> Material:
+    """Load everything on this rank; all ranks call it together.
+
+    Raises:
+        RunnerError: of the kind that says what is wrong with data, model or settings.
+    """
+    layout = batch_layout(job.train, rank.world)
+
+    def between() -> None:
+        """Between two blocks of questions, or two batches, of which there may be many."""
+        watch.at(watch.place, bounded=False)
+        leave_if_asked(run)
+
+    watch.at("reading the data", bounded=False)
+    with clock("data"):
+        tokenizer = main_first(rank, lambda: load_tokenizer(job.model))
+        training, validation, tuning = main_first(
+            rank, lambda: load_questions(job.data, job.seed, tokenizer, between)
+        )
+        probes = probe_examples(job.probe)
+        probe_windows = build_windows(probes, tokenizer, job.data.max_length, job.data.stride)
+        sets = [part.windows for part in (training, validation, tuning) if part is not None]
+    stop_if_asked(run)
+    watch.at("loading the model", bounded=False)
+    with clock("model"):
+        pretrained = main_first(rank, lambda: load_pretrained(job.model, job.seed))
+        freeze(pretrained.model, job.model.freeze)
+        parameters = parameter_table(pretrained.model)
+        precision = choose_precision(job.model.precision, device)
+        trained = int(str(parameters[-1]["trained"]))
+        config = deepspeed_config(job.zero, job.train, layout, precision, trained)
+        total_steps = -(-len(training.windows) // job.train.batch_size) * job.train.epochs
+        # From here on each rank draws its own dropout.
+        seed_everything(job.seed * 1_000_003 + rank.index)
+        computing = choose_computing(
+            job.model,
+            job.zero,
+            pretrained.model,
+            device,
+            precision,
+            longest=max(int(windows.lengths_N.max()) for windows in sets),
+            tokens=len(training.windows.tokens_T) * job.train.epochs,
+            noise=Noise(job.seed, rank.index),
+        )
+        groups = optimiser_groups(pretrained.model, job.train.weight_decay)
+        span_loss = choose_span_loss(job.model.span_loss, pretrained.model, device, job.zero.stage)
+        engine = start_engine(
+            pretrained.model, device, groups, job.train, config, total_steps, computing.optimiser
+        )
+    stop_if_asked(run)
+    pad_id = tokenizer.pad_token_id
+    reader = Reader(
+        model=engine,
+        device=device,
+        pad_id=pad_id if isinstance(pad_id, int) else 0,
+        segment_ids=takes_segment_ids(tokenizer),
+        multiple=8 if device.type == "cuda" else 1,
+        packing=computing.packing,
+        residents=make_resident(sets, device),
+    )
+    watch.at("computing the frozen layers", bounded=False)
+    with clock("frozen"):
+        reader, kept = keep_frozen(
+            reader, computing.trunk, sets, job.score.batch_size, run.path, rank, between
+        )
+    return Material(
+        tokenizer=tokenizer,
+        training=training,
+        validation=validation,
+        tuning=tuning,
+        probes=probes,
+        probe_windows=probe_windows,
+        layout=layout,
+        pretrained=pretrained,
+        parameters=parameters,
+        precision=precision,
+        config=config,
+        total_steps=total_steps,
+        computing=computing,
+        span_loss=span_loss,
+        engine=engine,
+        reader=reader,
+        kept=kept,
+    )

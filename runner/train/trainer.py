@@ -1,0 +1,366 @@
+"""A job from its first line to its last: data, model, epochs, evaluation, export, result."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from runner.checkpoint.keeping import MODEL, Kept, write_kept
+from runner.checkpoint.manager import BEST, Checkpoints
+from runner.checkpoint.store import Stage
+from runner.distributed.collectives import Boundary, gather, is_cut_off, main_first, share
+from runner.distributed.engine import (
+    start_distributed,
+)
+from runner.distributed.failures import leaving_together, memory_sentences
+from runner.distributed.heartbeat import Crew
+from runner.distributed.watchdog import Watch
+from runner.errors import ExpectationError, Interrupted, StorageError
+from runner.eval.evaluation import TunedThreshold, evaluate, in_use, tune
+from runner.eval.inference import read_windows, rehearse
+from runner.eval.predictions import LISTED
+from runner.export.model_card import model_card
+from runner.export.save import gathered_state, own_logits, publish_model
+from runner.job.expectation import missed_expectation
+from runner.job.load import dump_job
+from runner.job.schema import Job
+from runner.report.plots import draw_curves
+from runner.run.folder import RunDir, below_here, write_json
+from runner.run.lease import Attempt
+from runner.run.sameness import differing_fields, read_record
+from runner.tracking.client import Trackers, start_trackers
+from runner.train.epoch import Course, train_epoch
+from runner.train.finish import finish, peak_memory, verified_result
+from runner.train.nan_monitor import Health
+from runner.train.origin import identity, record
+from runner.train.run_log import (
+    INTERVAL_COLUMNS,
+    answering_of,
+    data_hashes,
+    epoch_rows,
+    eval_row,
+    headline,
+    latest_threshold,
+    probe_table,
+    reported,
+)
+from runner.train.setup import load_material
+from runner.train.state import Memory, Progress
+from runner.train.stopping import Stopper
+from runner.utils.console import Reporter
+from runner.utils.ranks import Rank, current_rank
+from runner.utils.signals import asked, hold
+from runner.utils.tables import Value, append_row, terminal
+from runner.utils.timing import Clock
+
+
+def train(job: Job, *, attempt: Attempt | None, threads: int | None = None) -> RunDir:
+    """Run a job on this process's rank, from where its folder's newest checkpoint left it; every
+    rank of the run calls this with the same job.
+
+    Args:
+        job: the checked job, file names absolute.
+        attempt: the claim on the run folder, on rank 0; None elsewhere.
+        threads: CPU threads of each rank; None shares the machine's cores among its ranks.
+
+    Returns:
+        The run folder, with `result.json` in it.
+
+    Raises:
+        RunnerError: of the kind that says what is wrong; the run folder keeps what was written
+            until then. `Interrupted`, if a signal asked for an end: after everything was saved.
+    """
+    clock = Clock()
+    rank = current_rank()
+    if job.train.deterministic:
+        # cuBLAS reads this when CUDA starts; without it the strict mode below refuses its products.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    with leaving_together():
+        with clock("deepspeed"):
+            device = start_distributed(rank, threads, job.train.timeout_minutes)
+        hold()
+        folder, number = share((str(attempt.run.path), attempt.number) if attempt else None)
+    run = RunDir(folder)
+    crew = Crew(run, number, rank.index, rank.world)
+    watch = Watch(crew, rank.index, 60 * job.train.timeout_minutes, attempt, is_cut_off)
+    with watch.answering(), memory_sentences(watch):
+        train_watched(job, run, rank, device, number, attempt, clock, watch)
+    watch.close()
+    return run
+
+
+def train_watched(
+    job: Job,
+    run: RunDir,
+    rank: Rank,
+    device: torch.device,
+    number: int,
+    attempt: Attempt | None,
+    clock: Clock,
+    watch: Watch,
+) -> None:
+    """The job from its data to its result; `watch` is told where it is, and explains what fails."""
+    reporter = Reporter(run.log, speaks=rank.is_main)
+    reporter.say(f"{job.name}: {below_here(str(run.path))}")
+    trackers = begin_tracking(job, run, rank, reporter)
+    have = load_material(job, run, rank, device, clock, watch)
+    training, validation = have.training, have.validation
+
+    # What is remembered, how it is saved, and when.
+    progress = Progress(torch.zeros(2, device=device), have.total_steps // job.train.epochs)
+    memory = Memory(progress, Stopper(job.stop), clock)
+    checkpoints = Checkpoints(
+        run,
+        number,
+        attempt,
+        rank,
+        have.engine,
+        device,
+        identity(job, rank, have),
+        reporter.say,
+    )
+    health = Health(
+        rank,
+        training.windows.questions_N,
+        [example.id for example in training.dataset.examples],
+        scaled=have.precision == "fp16",
+    )
+    meeting = Boundary(rank, 60 * job.train.checkpoint_minutes)
+
+    def save(best: Callable[[Stage], None] | None = None, *, required: bool) -> None:
+        watch.at(f"saving after step {progress.step}", bounded=False)
+        with clock("saving"):
+            health.check(have.engine.module)
+            whole = checkpoints.save(memory, best, required=required)
+        meeting.saved(whole=whole)
+
+    def boundary(ahead: str | None = None) -> None:
+        """Between two steps, or two batches of an evaluation: save or stop, if the ranks agree."""
+        watch.at(ahead or f"step {progress.step + 1} (epoch {progress.epoch})")
+        agreed = meeting.agree()
+        if agreed.stop or agreed.save:
+            save(required=agreed.stop)
+        if agreed.stop:
+            raise Interrupted(
+                f"{below_here(str(run.path))}: stopped by {asked() or 'a signal to another rank'};"
+                f" step {progress.step} of {have.total_steps} is saved, and the same command goes"
+                " on from there"
+            )
+
+    def draw() -> None:
+        """The curves so far; a picture that cannot be written is drawn again later."""
+        try:
+            draw_curves(run, job.name)
+        except StorageError as error:
+            reporter.say(f"  no curves: {error}")
+
+    def write_row(table: Path, row: dict[str, Value]) -> None:
+        if attempt is not None:
+            attempt.check()
+        append_row(table, row)
+        trackers.log(table.stem, row)
+
+    course = Course(
+        have.reader,
+        have.span_loss,
+        training.windows,
+        job.train,
+        job.seed,
+        rank,
+        have.layout,
+        have.computing.noise,
+        clock,
+        health,
+        lambda text: reporter.say(f"  {text}"),
+        lambda row: write_row(run.train_table, row),
+        boundary,
+    )
+    if rank.is_main:
+        write_json(run.deepspeed, have.config)
+        for line in have.described(job):
+            reporter.say(f"  {line}")
+        if job.model.freeze:
+            reporter.show(terminal("Frozen layers", have.parameters))
+
+    def ask_probes(epoch: int, tuned: TunedThreshold | None) -> None:
+        asked_before = any(row["epoch"] == epoch for row in memory.probe_rows)
+        if not have.probes or asked_before:  # and saved, by the attempt before this one
+            return
+        threshold = None if tuned is None else tuned.threshold
+        if tuned is None and rank.is_main:
+            # An epoch that is not scored is asked at the threshold of the last one that was.
+            threshold = latest_threshold(run)
+        readings = read_windows(
+            have.reader,
+            have.probe_windows,
+            have.probes,
+            in_use(job.score, threshold),
+            rank,
+            unanswerable=job.data.unanswerable,
+        )
+        if readings is not None:
+            memory.probe_rows.extend(rows := probe_table(epoch, readings, job.probe))
+            for row in rows:
+                write_row(run.probe_table, row)
+
+    def tuned_threshold() -> TunedThreshold | None:
+        """Tune on data.tuning. Every rank must call this; rank 0 gets what was found."""
+        tuning = have.tuning
+        if tuning is None:
+            return None
+        readings = read_windows(
+            have.reader,
+            tuning.windows,
+            tuning.dataset.examples,
+            job.score,
+            rank,
+            unanswerable=True,
+            keep=1,
+            step=lambda done, note="": boundary("the tuning of the null threshold"),
+        )
+        return None if readings is None else tune(readings, tuning.dataset, job.score)
+
+    watch.at("loading the checkpoint", bounded=False)
+    kept: Kept | None = None
+    with clock("loading"):
+        found = checkpoints.load(memory, needs_best=job.stop is not None)
+        if found is not None and rank.is_main:
+            kept = checkpoints.kept(memory)
+    origin = record(job, rank, device, have)
+    if rank.is_main and (found is None or not run.provenance.exists()):
+        write_json(run.provenance, origin)
+    if found is None:
+        with clock("probes"):
+            ask_probes(0, None)
+    else:
+        trackers.resume(memory.probe_rows)
+        reporter.say(f"  goes on after step {progress.step} of {have.total_steps} ({found.name})")
+        if rank.is_main:
+            for field in differing_fields(read_record(run.provenance), origin):
+                reporter.say(f"  other than at the beginning, so bits may differ: {field}")
+    watch.at("the longest batch of the scoring")
+    with clock("evaluation"):
+        for part in (validation, have.tuning):
+            if part is not None:
+                rehearse(have.reader, part.windows, job.score)
+    while not progress.over:
+        if progress.scored:
+            progress.next_epoch()
+        epoch, last = progress.epoch, progress.epoch == job.train.epochs
+        watch.at(f"step {progress.step + 1} (epoch {epoch})")
+        with (
+            clock("training"),
+            health.naming_questions(),
+            reporter.steps(
+                f"epoch {epoch}/{job.train.epochs}", progress.steps_per_epoch, job.train.log_every
+            ) as follow,
+        ):
+            train_epoch(course, progress, follow)
+        is_scored = epoch % job.train.eval_every == 0 or last
+        with clock("evaluation"):
+            tuned = tuned_threshold() if is_scored else None
+        with clock("probes"):
+            ask_probes(epoch, tuned)
+        if not is_scored:
+            if rank.is_main:
+                draw()
+            save(required=False)
+            progress.next_epoch()
+            continue
+        with clock("evaluation"):
+            readings = read_windows(
+                have.reader,
+                validation.windows,
+                validation.dataset.examples,
+                job.score,
+                rank,
+                unanswerable=job.data.unanswerable,
+                keep=LISTED,
+                step=lambda done, note="": boundary("the scoring of the model"),
+            )
+        watch.at(f"scoring after epoch {epoch}", bounded=False)
+        scores = verdict = None
+        if readings is not None:
+            scores = evaluate(
+                readings,
+                validation.dataset.examples,
+                job.score,
+                unanswerable=job.data.unanswerable,
+                seed=job.seed,
+                tuned=tuned,
+            )
+            verdict = memory.stopper.judge(scores)
+            write_row(run.eval_table, eval_row(epoch, progress.step, progress.totals, scores))
+            draw()
+            reporter.show(terminal("", epoch_rows(run), right=INTERVAL_COLUMNS))
+        verdict = share(verdict)
+        progress.scored, progress.over = True, verdict.stop or last
+        if verdict.keep:
+            state = gathered_state(have.engine, job.zero.stage)
+            logits = own_logits(have.reader, validation.windows)
+            if scores is not None:
+                kept = Kept(epoch, progress.step, scores, logits)
+
+            def write_best(stage: Stage, kept: Kept | None = kept, state: Any = state) -> None:
+                if kept is None:
+                    raise AssertionError("rank 0 has scored the model")
+                # A card is made to be published: on whose cluster it ran is not for it.
+                public = job.model_copy(update={"slurm": None})
+                scores, answering = kept.scores, answering_of(job, kept.scores)
+                card = model_card(
+                    job,
+                    reported(scores),
+                    data_hashes(training, validation, have.tuning),
+                    dump_job(public),
+                    intervals=scores.intervals,
+                    asked=answering,
+                )
+                folder = stage.folder / BEST
+                write_kept(folder, kept, have.engine.module, state, have.tokenizer, card, answering)
+
+            save(write_best, required=True)
+            if rank.is_main:
+                publish_model(checkpoints.best_folder(memory) / MODEL, run.model)
+        else:
+            save(required=progress.over)
+        if verdict.stop and job.stop is not None and not last:
+            reporter.say(
+                f"{job.stop.metric} has stopped improving: training ends early, after epoch {epoch}"
+            )
+
+    watch.at("the last checks", bounded=False)
+    peaks = gather(peak_memory(device))
+
+    def conclude() -> str | None:
+        if kept is None or peaks is None:
+            raise AssertionError("the last epoch is always evaluated, on rank 0")
+        publish_model(checkpoints.best_folder(memory) / MODEL, run.model)
+        result = verified_result(job, run, kept, validation, clock, peaks)
+        if attempt is not None:
+            attempt.check()
+        finish(job, run, reporter, kept, validation, memory.probe_rows, result)
+        trackers.log("result", headline(kept.scores))
+        trackers.close()
+        return missed_expectation(job.expect, result["metrics"])
+
+    missed = share(main_only(rank, conclude))
+    if missed:
+        raise ExpectationError(f"{run.path}: the run finished, but {missed}")
+
+
+def begin_tracking(job: Job, run: RunDir, rank: Rank, reporter: Reporter) -> Trackers:
+    """Start the job's trackers on rank 0; elsewhere there are none."""
+    if not rank.is_main:
+        return Trackers((), 0, reporter.say)
+    config = job.model_dump(mode="json", exclude_none=True, exclude={"probe", "track"})
+    return start_trackers(job.track, run, job.name, config, lambda text: reporter.say(f"  {text}"))
+
+
+def main_only(rank: Rank, work: Any) -> Any:
+    """Do `work` on rank 0 alone, None elsewhere; its failure ends every rank."""
+    return main_first(rank, lambda: work() if rank.is_main else None)

@@ -1,0 +1,173 @@
+"""What a run says: tables and a live bar on a terminal, one plain line every few steps in a batch
+log."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
+
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from runner.errors import printable
+from runner.run.folder import open_own, storage_errors
+
+LOG_WIDTH = 100
+
+
+class Step(Protocol):
+    """Told after each step of a phase; `note` is a few words such as the loss."""
+
+    def __call__(self, done: int, note: str = "") -> None: ...
+
+
+class _Log:
+    """The run's log, for rich to write into. A line that finds no room is lost: a run does not end
+    because it cannot tell of itself."""
+
+    encoding = "utf-8"
+
+    def __init__(self, path: Path) -> None:
+        with storage_errors(path):
+            self._file = open_own(path, "a")
+        self.failure: OSError | None = None
+
+    def write(self, text: str) -> int:
+        # Past Python's buffer, which would keep what failed and fail again when the process ends.
+        left = text.encode("utf-8", "backslashreplace")
+        try:
+            while left:
+                left = left[os.write(self._file.fileno(), left) :]
+        except OSError as error:
+            self.failure = self.failure or error
+        return len(text)
+
+    def flush(self) -> None:
+        """Nothing is held back."""
+
+
+class Reporter:
+    """Speaks for rank 0 to the terminal and to the run's log; on other ranks every method is
+    silent. A log that cannot be written costs a line on the terminal."""
+
+    def __init__(self, log: Path | None, *, speaks: bool) -> None:
+        # No emoji: `job.toml:100:` would become `job.toml` and a picture.
+        self._screen = Console(quiet=not speaks, highlight=False, emoji=False)
+        self._log: Console | None = None
+        self._complained = False
+        if speaks and log is not None:
+            self._path, self._file = log, _Log(log)
+            self._log = Console(
+                file=self._file,  # type: ignore[arg-type]  # it has what rich asks of one
+                width=LOG_WIDTH,
+                highlight=False,
+                emoji=False,
+                no_color=True,
+            )
+        self.live = speaks and self._screen.is_terminal
+
+    def say(self, text: str = "") -> None:
+        """Print one line, as it is (no markup: texts hold brackets)."""
+        self._screen.print(text, markup=False, soft_wrap=True)
+        if self._log:
+            self._log.print(
+                f"{time.strftime('%H:%M:%S')} {text}" if text else "", markup=False, soft_wrap=True
+            )
+            self._admit()
+
+    def show(self, renderable: RenderableType) -> None:
+        """Print a table."""
+        self._screen.print(renderable)
+        if self._log:
+            self._log.print(renderable)
+            self._admit()
+
+    def _admit(self) -> None:
+        """Say once that the log has gaps."""
+        if self._file.failure is not None and not self._complained:
+            self._complained = True
+            self._screen.print(
+                f"{self._path}: {self._file.failure.strerror}: not all that is said is in it",
+                markup=False,
+                soft_wrap=True,
+            )
+
+    @contextmanager
+    def steps(self, title: str, total: int, every: int) -> Iterator[Step]:
+        """Follow a phase of `total` steps: a bar on a terminal, else a line every `every` steps."""
+        if self.live:
+            bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=20),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+                console=self._screen,
+                transient=True,
+            )
+            with bar:
+                task = bar.add_task(title, total=total, note="")
+
+                def follow(done: int, note: str = "") -> None:
+                    bar.update(task, completed=done, note=note)
+                    if self._log and note and (done % every == 0 or done == total):
+                        self._log.print(
+                            f"{time.strftime('%H:%M:%S')} {title} {done}/{total}  {note}",
+                            markup=False,
+                            soft_wrap=True,
+                        )
+
+                yield follow
+            return
+        began = time.monotonic()
+
+        def line(done: int, note: str = "") -> None:
+            if note and (done % every == 0 or done == total):
+                left = (time.monotonic() - began) / max(1, done) * (total - done)
+                self.say(f"{title} {done}/{total}  {note}  {duration(left)} left")
+
+        yield line
+
+
+@contextmanager
+def progress(title: str, total: int | None) -> Iterator[Step]:
+    """A bar on stderr, where that is a terminal; elsewhere nothing. Results may go to stdout
+    meanwhile, unless that is the same terminal: then there is no bar either.
+
+    Args:
+        title: in front of the bar.
+        total: how much there is to do; None where nobody knows.
+    """
+    screen = Console(file=sys.stderr, highlight=False, emoji=False)
+    if not screen.is_terminal or sys.stdout.isatty():
+        yield lambda done, note="": None
+        return
+    columns = [TextColumn("{task.description}"), BarColumn(bar_width=20)]
+    columns += [MofNCompleteColumn(), TimeRemainingColumn()] if total is not None else []
+    bar = Progress(*columns, TextColumn("{task.fields[note]}"), console=screen, transient=True)
+    with bar:
+        task = bar.add_task(title, total=total, note="")
+        yield lambda done, note="": bar.update(task, completed=done, note=note)
+
+
+def duration(seconds: float) -> str:
+    """Spell seconds as a person would: 48 s, 7 min 5 s, 2 h 10 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def complain(text: str) -> None:
+    """Write an error sentence to stderr."""
+    lines = "\n".join(printable(line) for line in text.split("\n"))
+    Console(file=sys.stderr, highlight=False, emoji=False).print(
+        lines, markup=False, soft_wrap=True
+    )

@@ -1,0 +1,113 @@
+"""Metric tables: append a row to a CSV whose header carries units, and show rows as Markdown or on
+a terminal."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from runner.run.folder import open_own, storage_errors
+
+Value = str | int | float | None
+
+
+def append_row(path: Path, row: Mapping[str, Value]) -> None:
+    """Append one row; the first row's keys become the header, and every later row must have the
+    same keys.
+
+    Raises:
+        StorageError: if the file cannot be written.
+        ValueError: if the keys are not those of the first row, in their order.
+    """
+    with storage_errors(path), open_own(path, "a+", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(row), lineterminator="\n")
+        file.seek(0)
+        header = next(csv.reader(file), None)
+        if header is None:
+            writer.writeheader()
+        elif header != list(row):
+            raise ValueError(f"{path.name} has the columns {header}, a row has {list(row)}")
+        writer.writerow({key: _cell(value) for key, value in row.items()})
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """Read a table back; a run that has not written it yet has no rows."""
+    if not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def markdown(rows: Sequence[Mapping[str, Value]]) -> str:
+    """Show rows as a Markdown table, numbers to the right."""
+    if not rows:
+        return ""
+    keys = list(rows[0])
+    numeric = [all(isinstance(row[key], int | float | None) for row in rows) for key in keys]
+    out = io.StringIO()
+    out.write("| " + " | ".join(keys) + " |\n")
+    out.write("|" + "|".join("---:" if right else "---" for right in numeric) + "|\n")
+    for row in rows:
+        cells = (" ".join(spelled(row[key], key).split()).replace("|", "\\|") for key in keys)
+        out.write("| " + " | ".join(cells) + " |\n")
+    return out.getvalue()
+
+
+def terminal(
+    title: str, rows: Sequence[Mapping[str, Value]], *, right: Collection[str] = ()
+) -> Table:
+    """Show rows as a rich table that stays readable at 80 columns.
+
+    Args:
+        title: above the table.
+        rows: its cells by the columns' names; a name may have several lines.
+        right: columns that are set to the right and in one line; those of numbers always are to
+            the right.
+    """
+    table = Table(
+        title=Text(title),
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1),
+        collapse_padding=True,
+    )
+    for key in rows[0] if rows else ():
+        numbers = all(isinstance(row[key], int | float | None) for row in rows)
+        table.add_column(
+            Text(key),
+            justify="right" if numbers or key in right else "left",
+            overflow="fold",
+            no_wrap=key in right,
+        )
+    for row in rows:
+        cells = (Text(spelled(value, key)) for key, value in row.items())  # no markup: [CLS] stays
+        table.add_row(*cells)
+    return table
+
+
+def _cell(value: Value) -> Value:
+    # Full precision for other programs; `repr` of a float round-trips.
+    return "" if value is None else repr(float(value)) if isinstance(value, float) else value
+
+
+def spelled(value: Value, column: str) -> str:
+    """A value as tables show it: three figures or one decimal, percent with one decimal always."""
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        if "%" in column:
+            return f"{value:.1f}"
+        if value and abs(value) < 1e-3:
+            return f"{value:.2e}"
+        return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
+    return str(value)
