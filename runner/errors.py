@@ -101,3 +101,7 @@ class ExpectationError(RunnerError):
     """The run finished, but its scores are outside what the job's [expect] declares (78)."""
 
     exit_code = 78
+
+
+class UsageError(Exception):
+    """The arguments do not go together; the command ends with 2, as for any wrong command line."""

@@ -9,10 +9,7 @@ from pathlib import Path
 CHECKOUT = Path(__file__).resolve().parent.parent
 sys.path[:1] = [str(CHECKOUT), str(CHECKOUT / "kernels")]
 
-from runner.utils import (
-    ranks,
-    signals,
-)
+from runner.utils import ranks, signals
 
 if ranks.is_launched():
     signals.listen(signals.leave_early)  # even reading the command takes a third of a second

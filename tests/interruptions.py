@@ -8,7 +8,7 @@ from pathlib import Path
 
 from runner.checkpoint.store import Store
 from runner.run.folder import RunDir, checkpoint_place
-from runner.run.sameness import is_time
+from runner.run.provenance import is_time
 from runner.utils.tables import read_rows
 
 DATA = Path(__file__).resolve().parents[1] / "jobs" / "data"
@@ -77,23 +77,23 @@ name = "{model}"
 AT_STEP = """
 import os, signal, sys, time
 import torch
-import runner.train.epoch
-step_taken = runner.train.epoch.take_step
+import runner.train.trainer
+step_taken = runner.train.trainer.take_step
 def take_step(engine, step):
     if step == {step} and rank == {rank}:
         {what}
     step_taken(engine, step)
-runner.train.epoch.take_step = take_step
+runner.train.trainer.take_step = take_step
 """
 # Stops a rank, as SIGUSR2 does, when it has done so many steps; the ranks agree one step later.
 STOP = """
-import runner.train.epoch, runner.utils.signals
-step_taken = runner.train.epoch.take_step
+import runner.train.trainer, runner.utils.signals
+step_taken = runner.train.trainer.take_step
 def take_step(engine, step):
     step_taken(engine, step)
     if step == {step} and {rank} in (rank, -1):
         runner.utils.signals.ask("SIGUSR2")
-runner.train.epoch.take_step = take_step
+runner.train.trainer.take_step = take_step
 """
 # Stops every rank in its evaluation after epoch 1.
 STOP_SCORING = """

@@ -10,10 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from runner.cli.predict import Opening, UsageError
 from runner.data.dataset import load_dataset
-from runner.errors import DataError, MachineError, StorageError
-from runner.job.inference import KEY, Tuned, job_answering
+from runner.errors import DataError, MachineError, StorageError, UsageError
+from runner.job.inference import KEY, Opening, Tuned, job_answering
 from runner.job.schema import Columns, Data, Score
 from runner.metrics.squad import squad_scores, squad_v2_scores
 from runner.predict.evaluate import assess, evaluate_model, evaluation_lines, folder_name

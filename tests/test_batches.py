@@ -8,15 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runner.data.collate import (
-    Packing,
-    collate,
-    epoch_batches,
-    packed_bounds,
-    pad,
-    rank_share,
-    score_batches,
-)
+from runner.data.collate import Packing, collate, packed_bounds, pad
+from runner.data.sampler import epoch_batches, rank_share, score_batches
 from runner.data.windows import Windows
 
 sizes = st.integers(1, 40)

@@ -34,9 +34,9 @@ from runner.run.lease import Attempt
 ROOT = Path(__file__).parents[1]
 CLAIMER = """
 import os, sys
-from runner.run.lease import Attempt
-from runner.errors import RunDirError
-from runner.run.folder import RunDir
+from runner.run.lease import (Attempt)
+from runner.errors import (RunDirError)
+from runner.run.folder import (RunDir)
 print("ready", flush=True)
 os.read(int(sys.argv[2]), 1)  # until its other end is closed, for all who wait at once
 try:

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runner.errors import DataError
-from runner.metrics.squad import bootstrap_interval
 from runner.metrics.statistics import (
     Gap,
     adjusted,
+    bootstrap_interval,
     judge,
     mcnemar,
     paired,

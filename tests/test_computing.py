@@ -10,13 +10,14 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from runner.data.collate import Bounds
-from runner.data.loader import Reader
 from runner.errors import JobError, StorageError
 from runner.job.schema import Model, Zero
 from runner.model.attention import NAME
 from runner.model.dropout import CpuDropout, Noise
-from runner.model.load import freeze
-from runner.train.plan import choose_computing, compile_layers, encoder_layers, keep_frozen
+from runner.model.forward import Reader
+from runner.model.freeze import freeze
+from runner.train.plan import choose_computing, compile_layers, encoder_layers
+from runner.train.setup import keep_frozen
 from runner.utils.ranks import Rank
 from tests.small_models import model_of, windows_of
 

@@ -11,7 +11,8 @@ import pytest
 from rich.table import Table
 
 from runner.errors import StorageError
-from runner.utils.console import LOG_WIDTH, Reporter, complain, duration, progress
+from runner.utils.console import LOG_WIDTH, Reporter, complain, progress
+from runner.utils.text import duration
 
 ODD = "job.toml:100: [bold]x[/y] [CLS] :smile: \u4e2d " + "long " * 60 + "end"
 

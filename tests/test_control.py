@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch.distributed as dist
 
-from runner.distributed.collectives import Boundary, everyone, gather, is_cut_off, main_first, share
+from runner.distributed.collectives import everyone, gather, is_cut_off, main_first, share
+from runner.distributed.preemption import Boundary
 from runner.errors import DataError
 from runner.utils import signals
 from runner.utils.ranks import Rank

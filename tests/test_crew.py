@@ -19,8 +19,8 @@ from runner.run.folder import RunDir
 ROOT = Path(__file__).parents[1]
 OTHER = """
 import sys, time
-from runner.distributed.heartbeat import Crew
-from runner.run.folder import RunDir
+from runner.distributed.heartbeat import (Crew)
+from runner.run.folder import (RunDir)
 Crew(RunDir(sys.argv[1]), 1, int(sys.argv[2]), 3).appear()
 print("ready", flush=True)
 sys.stdin.read()

@@ -10,8 +10,7 @@ import torch
 
 from runner.distributed.engine import deepspeed_config, learning_rate_factor
 from runner.errors import JobError
-from runner.job.layout import Layout, batch_layout
-from runner.job.schema import Train, Zero
+from runner.job.schema import Layout, Train, Zero, batch_layout
 
 GOLDEN = Path(__file__).with_name("golden")
 

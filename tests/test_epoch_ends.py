@@ -32,7 +32,7 @@ context = "{context}"
 SPY = """
 import hashlib
 import runner.report.plots, runner.train.trainer, runner.tracking.client
-from runner.utils.tables import read_rows
+from runner.utils.tables import (read_rows)
 read, draw, log = (
     runner.train.trainer.read_windows, runner.report.plots.draw_curves, runner.tracking.client.Trackers.log
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from runner.metrics.squad import bootstrap_interval
+from runner.metrics.statistics import bootstrap_interval
 from runner.report.error_analysis import (
     ANSWER_WORDS,
     CONTEXT_TOKENS,

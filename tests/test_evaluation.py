@@ -14,7 +14,7 @@ from runner.eval.answers import Answer, Candidate
 from runner.eval.evaluation import Evaluation, TunedThreshold, evaluate, in_use, tune
 from runner.eval.inference import Readings
 from runner.job.schema import Score
-from runner.metrics.squad import bootstrap_interval
+from runner.metrics.statistics import bootstrap_interval
 
 SCORE = Score()
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from runner.job.expectation import missed_expectation
-from runner.job.schema import Expect
+from runner.job.schema import Expect, missed_expectation
 
 METRICS = {"exact_match": 50.0, "f1": 60.25, "span_accuracy": 40.0, "loss": 1.5}
 

@@ -153,7 +153,7 @@ def test_lost_numbers_end_training_by_step_and_questions(zygote, job_file, tmp_p
 
 def test_lost_numbers_of_one_rank_end_both(zygote, job_file, tmp_path):
     code = (
-        "import runner.train.epoch, runner.model.loss\n"
+        "import runner.train.trainer, runner.model.loss\n"
         "call = runner.model.loss.SpanLoss.__call__\n"
         "calls = []\n"
         "def lost_once(self, read):\n"

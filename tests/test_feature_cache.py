@@ -16,8 +16,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from runner.data import window_cache as feature_cache
 from runner.data import windows as features
 from runner.data.dataset import Example
+from runner.data.tokenize import plain_backend
 from runner.data.window_cache import cache_key, cached_windows
-from runner.data.windows import Windows, build_windows, plain_backend, window_blocks
+from runner.data.windows import Windows, build_windows, window_blocks
 from runner.errors import DataError, Interrupted
 
 FIELDS = dataclasses.fields(Windows)

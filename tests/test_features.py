@@ -12,7 +12,8 @@ from tokenizers import processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, RobertaTokenizer
 
 from runner.data.dataset import Example, load_dataset
-from runner.data.windows import Windows, build_windows, plain_backend, window_blocks
+from runner.data.tokenize import plain_backend
+from runner.data.windows import Windows, build_windows, window_blocks
 from runner.errors import DataError
 from runner.job.schema import Columns, Model
 from runner.model.load import load_tokenizer

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from runner.data.collate import Packing, epoch_batches
-from runner.data.loader import Reader, fill
+from runner.data.collate import Packing
+from runner.data.sampler import epoch_batches
 from runner.errors import JobError, StorageError
+from runner.model.attention import choose_packing
+from runner.model.forward import Reader, fill
+from runner.model.freeze import freeze
 from runner.model.frozen import Trunk, check_cacheable, make_room
-from runner.model.load import freeze
-from runner.model.packing import choose_packing
 from runner.utils.ranks import Rank
 from tests.small_models import (
     assert_same_gradients,
@@ -229,7 +230,7 @@ def test_what_cannot_be_cached_is_refused():
 def test_a_batch_is_what_the_packing_says_whether_or_not_its_bottom_is_kept():
     """A filled-up batch gets zeros where no token is."""
     from runner.data.collate import collate, pack
-    from runner.data.loader import placed
+    from runner.model.forward import placed
 
     windows = windows_of(LENGTHS)
     packed = pack(collate(windows, np.array([0, 3])), 0, Packing(multiple=16))

@@ -9,19 +9,19 @@ import torch
 from span_kernels import reference_span_loss
 
 from runner.data.collate import collate, pack, pad
-from runner.data.loader import Reader, to_device, token_accuracy
-from runner.data.resident import make_resident
-from runner.distributed.engine import deepspeed_config, start_distributed, start_engine
-from runner.job.layout import batch_layout
-from runner.job.schema import Model, Train, Zero
+from runner.data.loader import make_resident, to_device
+from runner.distributed.engine import deepspeed_config, start_engine
+from runner.distributed.process_group import start_distributed
+from runner.job.schema import Model, Train, Zero, batch_layout
+from runner.model.attention import choose_packing
 from runner.model.dropout import Noise
-from runner.model.load import optimiser_groups, span_logits
+from runner.model.forward import Reader, span_logits, token_accuracy
+from runner.model.freeze import optimiser_groups
 from runner.model.loss import choose_span_loss
-from runner.model.packing import choose_packing
-from runner.train.epoch import Course, train_steps
 from runner.train.nan_monitor import Health
 from runner.train.plan import choose_computing
 from runner.train.state import Progress
+from runner.train.trainer import Course, train_steps
 from runner.utils.ranks import Rank
 from runner.utils.timing import Clock
 from tests.small_models import model_of, takes_types, windows_of

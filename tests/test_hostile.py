@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from runner.errors import DataError, StorageError
-from runner.model.trust import refuse_code
-from runner.run.folder import open_own
+from runner.model.load import refuse_code
+from runner.utils.files import open_own
 from runner.utils.tables import append_row
 from tests.forked import forked
 

@@ -197,8 +197,8 @@ def data_files() -> dict[str, bytes]:
 
 ASK = """
 import json, sys
-from runner.data import hub
-from runner.errors import AssetError
+from runner.data import (hub)
+from runner.errors import (AssetError)
 questions, patience = json.loads(sys.argv[1])
 hub.PATIENCE = patience
 for question in questions:

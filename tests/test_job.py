@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
 from runner.job.load import job_schema, load_job
-from runner.job.schema import METRICS, Job, Stop, Train, divisors, one_of
+from runner.job.schema import METRICS, Job, Stop, Train
+from runner.utils.text import divisors, one_of
 
 JOBS = Path(__file__).parents[1] / "jobs"
 SCHEMA = json.loads(job_schema())

@@ -15,7 +15,8 @@ from pydantic import BaseModel, ValidationError
 from runner.errors import DataError, JobError
 from runner.job.load import MAX_BYTES, dump_job, first_difference, load_job, recorded_job
 from runner.job.messages import schema_problems
-from runner.job.schema import METRICS, Job, one_of
+from runner.job.schema import METRICS, Job
+from runner.utils.text import one_of
 
 GOLDEN = Path(__file__).parent / "golden"
 JOB = """\

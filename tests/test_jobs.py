@@ -13,7 +13,7 @@ import pytest
 from runner.cli.command import main
 from runner.job.load import load_job
 from runner.run.folder import RunDir
-from runner.run.provenance import file_sha256
+from runner.utils.files import file_sha256
 from tests.interruptions import sets
 
 CHECKOUT = Path(__file__).resolve().parents[1]

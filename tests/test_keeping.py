@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 
-from runner.checkpoint.keeping import MODEL, Kept, read_kept, write_kept
+from runner.checkpoint.best import MODEL, Kept, read_kept, write_kept
 from runner.data.dataset import Example
 from runner.errors import DataError
 from runner.eval.answers import Answer, Candidate

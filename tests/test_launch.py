@@ -42,7 +42,7 @@ sys.exit(71)
 LAUNCHER = """
 import sys
 from pathlib import Path
-from runner.run import launch
+from runner.run import (launch)
 launch.GRACE = 1.0
 sys.exit(launch.launch(sys.argv[2:], int(sys.argv[1]), Path({script!r})))
 """

@@ -16,15 +16,14 @@ from hypothesis import strategies as st
 
 from runner.errors import DataError
 from runner.metrics.squad import (
-    bootstrap_interval,
     exact_match,
     f1,
-    intervals,
     normalise,
     squad_scores,
     squad_v2_scores,
     tune_null_threshold,
 )
+from runner.metrics.statistics import bootstrap_interval, intervals
 from tests.forked import forked
 
 CHECKOUT = Path(__file__).parents[1]

@@ -20,17 +20,14 @@ from runner.data.dataset import Example
 from runner.data.windows import build_windows
 from runner.errors import AssetError, DataError, JobError
 from runner.job.schema import Model
+from runner.model.forward import span_logits, takes_segment_ids
+from runner.model.freeze import freeze, optimiser_groups, parameter_table
 from runner.model.load import (
     choose_precision,
     empty_model,
-    freeze,
     load_pretrained,
     load_tokenizer,
     model_location,
-    optimiser_groups,
-    parameter_table,
-    span_logits,
-    takes_segment_ids,
 )
 
 FAMILIES = ("bert", "distilbert", "roberta", "electra", "albert")

@@ -12,9 +12,8 @@ from span_kernels import reference_span_loss
 from runner.data.collate import Packing, collate, pack
 from runner.data.windows import Windows
 from runner.errors import JobError
-from runner.model.attention import NAME
-from runner.model.load import span_logits
-from runner.model.packing import FAMILIES, choose_packing
+from runner.model.attention import FAMILIES, NAME, choose_packing
+from runner.model.forward import span_logits
 from tests.small_models import (
     assert_same_gradients,
     gradients_of,

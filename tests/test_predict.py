@@ -11,9 +11,8 @@ import pytest
 import torch
 from transformers import AutoModelForQuestionAnswering
 
-from runner.cli.predict import Opening, UsageError
-from runner.errors import AssetError, DataError, MachineError
-from runner.job.inference import KEY, Tuned, job_answering
+from runner.errors import AssetError, DataError, MachineError, UsageError
+from runner.job.inference import KEY, Opening, Tuned, job_answering
 from runner.job.schema import Data, Model, Score
 from runner.model.load import load_tokenizer
 from runner.predict.predictor import Predictor, Question, locate_model, open_model

@@ -8,11 +8,11 @@ import signal
 import pytest
 import torch
 
-from runner.cli.predict import Opening
 from runner.errors import DataError, MachineError, StorageError
+from runner.job.inference import Opening
 from runner.job.schema import Columns
-from runner.predict.asked import Asked
 from runner.predict.predictor import Predictor
+from runner.predict.questions import Asked
 from runner.predict.stream import lines_to, predict_lines, predict_questions
 from tests.forked import talking
 

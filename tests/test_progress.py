@@ -12,12 +12,12 @@ from runner.job.schema import Stop
 from runner.train.state import (
     Memory,
     Progress,
+    Stopper,
     Totals,
     random_state,
     restore_random_state,
     seed_everything,
 )
-from runner.train.stopping import Stopper
 from runner.utils.timing import Clock
 
 CPU = torch.device("cpu")

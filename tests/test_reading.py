@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from runner.data import loader as reading
-from runner.data.loader import Reader
+from runner.model.forward import Reader
 from tests.small_models import model_of, windows_of
 
 LENGTHS = (7, 1, 23, 12, 40)

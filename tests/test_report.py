@@ -13,7 +13,7 @@ import pytest
 from runner.errors import DataError, RunDirError
 from runner.report.comparison_page import short_names
 from runner.report.read import read_scored
-from runner.report.report import write_comparison, write_report
+from runner.report.render import write_comparison, write_report
 from runner.report.run_page import thinned
 from runner.run.folder import RunDir
 from tests.sample_runs import make_evaluation, make_run, predictions
@@ -211,7 +211,7 @@ def test_many_steps_become_few_points():
 
 def test_reporting_stays_light(tmp_path):
     run = make_run(tmp_path / "run", predictions(5))
-    script = "import sys; from runner.report.report import write_report as w; w(sys.argv[1]); "
+    script = "import sys; from runner.report.render import write_report as w; w(sys.argv[1]); "
     script += "print(*sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", script, run], cwd=ROOT, capture_output=True, text=True, check=True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from runner.report.report import write_comparison, write_report
+from runner.report.render import write_comparison, write_report
 from tests.browser import find_browser, start_browser
 from tests.sample_runs import HOSTILE, make_run, predictions
 

@@ -11,8 +11,8 @@ from runner.errors import DataError, ExpectationError, MachineError, RunDirError
 from runner.job.load import dump_job
 from runner.job.schema import Job
 from runner.run.folder import RunDir
+from runner.run.provenance import differing_fields, differing_results, is_time, read_record
 from runner.run.reproduce import check_reproduction, compare, reproduce
-from runner.run.sameness import differing_fields, differing_results, is_time, read_record
 
 TABLE = {
     "name": "n",

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from runner.data.collate import Packing, outline
-from runner.data.loader import Reader
-from runner.data.resident import copied, make_resident
-from runner.model.packing import choose_packing
+from runner.data.loader import copied, make_resident
+from runner.model.attention import choose_packing
+from runner.model.forward import Reader
 from tests.small_models import model_of, windows_of
 
 CPU = torch.device("cpu")

@@ -12,15 +12,8 @@ from pathlib import Path
 import pytest
 
 from runner.errors import RunDirError, StorageError
-from runner.run.folder import (
-    RunDir,
-    checkpoint_name,
-    checkpoint_place,
-    committed_steps,
-    storage_errors,
-    write_atomic,
-    write_json,
-)
+from runner.run.folder import RunDir, checkpoint_name, checkpoint_place, committed_steps
+from runner.utils.files import storage_errors, write_atomic, write_json
 
 NAMES = {
     *("job.toml", "provenance.json", "deepspeed.json", "train.csv", "eval.csv", "probes.csv"),

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from runner.cli.predict import UsageError
 from runner.data.dataset import Dataset, Example
-from runner.errors import AssetError, DataError
+from runner.errors import AssetError, DataError, UsageError
 from runner.eval.score_file import file_lines, read_no_answer, read_predictions, score_file
 from runner.metrics.squad import squad_v2_scores
 

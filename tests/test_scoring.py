@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from runner.data.dataset import Example
-from runner.data.loader import Reader
 from runner.data.windows import build_windows
 from runner.eval import inference as scoring
 from runner.eval.inference import read_windows, rehearse
 from runner.job.schema import Model, Score
-from runner.model.load import load_pretrained, load_tokenizer, takes_segment_ids
+from runner.model.forward import Reader, takes_segment_ids
+from runner.model.load import load_pretrained, load_tokenizer
 from runner.utils.ranks import Rank
 from tests.interruptions import DATA, JOB
 

@@ -17,7 +17,7 @@ from runner.utils import signals
 ROOT = Path(__file__).parents[1]
 LISTENER = """
 import signal, sys, time
-from runner.utils import signals
+from runner.utils import (signals)
 signals.listen()
 print("ready", flush=True)
 while (reason := signals.asked()) is None:
@@ -111,7 +111,7 @@ def test_the_first_reason_counts():
 
 CHILD = """
 import sys, time
-from runner.utils.signals import Launcher
+from runner.utils.signals import (Launcher)
 above = Launcher()
 assert not above.is_gone()
 print("ready", flush=True)
@@ -154,7 +154,7 @@ def test_a_launcher_that_is_gone_is_noticed(tmp_path, levels):
 
 HELPER = """
 import os, signal, subprocess, sys, time
-from runner.utils import signals
+from runner.utils import (signals)
 signals.listen()
 with signals.meant_for_us():
     done = subprocess.run(

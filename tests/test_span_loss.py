@@ -9,8 +9,8 @@ import torch
 from span_kernels import reference_span_loss, span_loss
 from torch import nn
 
-from runner.data.loader import Read
 from runner.errors import RunnerError
+from runner.model.forward import Read
 from runner.model.loss import choose_span_loss, compare
 from tests.small_models import assert_same_gradients, gradients_of
 

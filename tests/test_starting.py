@@ -10,9 +10,10 @@ import pytest
 from runner.errors import DataError, ExpectationError, RunDirError, StorageError
 from runner.job.schema import Job
 from runner.run.attempts import numbers, sealed
-from runner.run.folder import RunDir, write_atomic
+from runner.run.folder import RunDir
 from runner.run.lease import Attempt
 from runner.run.resume import Where, check_finished, finished_run, open_run
+from runner.utils.files import write_atomic
 
 TABLE = {
     "name": "n",

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from runner.job.schema import Stop
-from runner.train.stopping import Stopper
+from runner.train.state import Stopper
 
 
 def verdicts(stop: Stop | None, *values: float) -> list[tuple[bool, bool]]:

@@ -12,14 +12,7 @@ from pathlib import Path
 import pytest
 
 from runner.cli.command import main
-from runner.errors import (
-    DataError,
-    JobError,
-    RunDirError,
-    SlurmError,
-    SlurmSilence,
-    StorageError,
-)
+from runner.errors import DataError, JobError, RunDirError, SlurmError, SlurmSilence, StorageError
 from runner.job.load import load_job
 from runner.job.sweep import load_trials
 from runner.run.folder import RunDir

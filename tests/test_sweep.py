@@ -10,8 +10,9 @@ import pytest
 from runner.errors import DataError, JobError
 from runner.job.load import dump_job, load_job
 from runner.job.schema import Sweep
-from runner.job.sweep import load_trials, open_trials, read_manifest, write_manifest
+from runner.job.sweep import load_trials
 from runner.run.folder import RunDir
+from runner.run.sweep import open_trials, read_manifest, write_manifest
 
 JOB = """\
 name = "n"

@@ -384,9 +384,9 @@ def test_a_tracker_ends_with_a_run_that_was_killed(tmp_path):
     script = f"""
 import os, time
 from pathlib import Path
-from runner.job.schema import Track
-from runner.run.folder import RunDir
-from runner.tracking.client import start_trackers
+from runner.job.schema import (Track)
+from runner.run.folder import (RunDir)
+from runner.tracking.client import (start_trackers)
 run = RunDir({str(tmp_path / "run")!r})
 run.path.mkdir()
 trackers = start_trackers(Track(tools=("wandb",), mode="offline"), run, "job", {{}}, print)
@@ -447,7 +447,7 @@ context = "The shade is washable linen, the base beech."
 ONCE_BEGUN = """
 import time
 from pathlib import Path
-from runner.tracking.client import Trackers
+from runner.tracking.client import (Trackers)
 close = Trackers.close
 def close_once_begun(self, **options):
     while not [*Path({folder!r}).rglob("events.out.tfevents.*")]:

@@ -110,7 +110,7 @@ def questions(run: RunDir) -> list:
 
 def evaluated(run: RunDir, part: str) -> dict:
     """The run's model scored on a slice of its data."""
-    from runner.cli.predict import Opening
+    from runner.job.inference import Opening
     from runner.predict.evaluate import evaluate_model
 
     opening = Opening(str(run.path), "cpu", None, None, None, None)

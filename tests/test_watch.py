@@ -89,9 +89,9 @@ def test_a_broken_connection_between_living_ranks_is_said(watch, crews):
 
 STUCK = """
 import sys, time
-from runner.distributed.heartbeat import Crew
-from runner.run.folder import RunDir
-from runner.distributed import watchdog as watch
+from runner.distributed.heartbeat import (Crew)
+from runner.run.folder import (RunDir)
+from runner.distributed import (watchdog as watch)
 watch.PATIENCE = 0.5
 crew = Crew(RunDir(sys.argv[1]), 1, 0, {world})
 w = watch.Watch(crew, 0, 0.5, None, lambda error: False)

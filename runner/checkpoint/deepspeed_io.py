@@ -19,7 +19,7 @@ from torch import Tensor
 from runner.checkpoint.files import is_lasting
 from runner.checkpoint.store import Manifest, Stage, Store
 from runner.errors import DataError, StorageError
-from runner.run.folder import storage_errors
+from runner.utils.files import storage_errors
 
 _SCRIPTS = 2**18  # bytes that are more than enough for them
 

@@ -10,27 +10,28 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from runner.checkpoint import commit
+from runner.checkpoint.best import Kept, read_kept
 from runner.checkpoint.deepspeed_io import ShardEngine, load_plain
 from runner.checkpoint.files import Writer
-from runner.checkpoint.keeping import Kept, read_kept
 from runner.checkpoint.store import DamagedError, Manifest, Stage, Store
-from runner.data.windows import Windows
 from runner.distributed import collectives as control
 from runner.errors import DataError, StorageError
-from runner.run.folder import RunDir, checkpoint_name, storage_errors
+from runner.run.folder import RunDir, checkpoint_name
 from runner.run.lease import Attempt
 from runner.train.state import Memory, random_state, restore_random_state
+from runner.utils.files import storage_errors
 from runner.utils.ranks import Rank
 
 BEST = "best"  # the folder that the best evaluation so far leaves in its checkpoint
+
 TRIES = 3  # checkpoints in a row that may fail before training ends
+
 # How to say that what a checkpoint belongs to is another than now's.
 _IDENTITY = {
     "world": "was made by {} ranks, this start has {}; start it with as many",
@@ -291,15 +292,6 @@ class Checkpoints:
     def _began_at(self, step: int) -> None:
         if self._attempt is not None:
             self._attempt.began_at(step)
-
-
-def windows_sha256(*parts: Windows) -> str:
-    """Hash of all arrays of windows: of the tokens and labels themselves."""
-    digest = hashlib.sha256()
-    for windows in parts:
-        for field in fields(windows):
-            digest.update(memoryview(getattr(windows, field.name)).cast("B"))
-    return digest.hexdigest()
 
 
 def _best_of(manifest: Manifest) -> str | None:

@@ -3,51 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import json
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
+from runner.cli.output import _say, count
+from runner.errors import UsageError
+from runner.job.inference import Opening
 from runner.job.schema import Columns
 
 _FOR_A_MODEL = ("output", "null_threshold", "max_answer_length", "batch_size", "device", "threads")
+
 _FOR_PREDICTIONS = ("no_answer", "no_answer_threshold")
-
-
-class UsageError(Exception):
-    """The arguments do not go together; the command ends with 2, as for any wrong command line."""
-
-
-@dataclass(frozen=True)
-class Opening:
-    """Which model is opened, where, and what is changed of how it is asked; None changes nothing.
-
-    Attributes:
-        name: run folder, model folder, hub id or package:NAME/SUBFOLDER.
-        device: "cpu", "cuda", ...; None takes a GPU where there is one.
-        threads: of the CPU.
-        null_threshold: in logits.
-        max_answer_length: tokens.
-        batch_size: windows.
-    """
-
-    name: str
-    device: str | None
-    threads: int | None
-    null_threshold: float | None
-    max_answer_length: int | None
-    batch_size: int | None
-
-    @classmethod
-    def of(cls, arguments: argparse.Namespace) -> Opening:
-        """From the command line."""
-        return cls(
-            name=arguments.model,
-            device=arguments.device,
-            threads=arguments.threads,
-            null_threshold=arguments.null_threshold,
-            max_answer_length=arguments.max_answer_length,
-            batch_size=arguments.batch_size,
-        )
 
 
 def predict_arguments(parser: argparse.ArgumentParser) -> None:
@@ -122,24 +90,6 @@ def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     _answering(parser)
 
 
-def report_arguments(parser: argparse.ArgumentParser) -> None:
-    """Of `report`."""
-    parser.add_argument(
-        "runs", nargs="+", metavar="RUN", help="folder of a run, or of an evaluation"
-    )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        metavar="DIR",
-        help="folder for the page (of one run its own, of several the current one)",
-    )
-    parser.add_argument(
-        "--sweep",
-        action="store_true",
-        help="RUN is the folder of a sweep: compare its trials, with intervals",
-    )
-
-
 def check_predict(arguments: argparse.Namespace, *, from_terminal: bool) -> None:
     """Refuse arguments of `predict` that do not go together.
 
@@ -197,13 +147,6 @@ def columns_of(items: Sequence[str]) -> Columns:
     return Columns(**given)
 
 
-def count(text: str) -> int:
-    """A whole number of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text!r}")
-    return int(text)
-
-
 def _model(parser: argparse.ArgumentParser, more: str = "") -> None:
     parser.add_argument(
         "model",
@@ -234,3 +177,59 @@ def _answering(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1 (a GPU if any)")
     parser.add_argument("--threads", type=count, metavar="N", help="CPU threads (all cores)")
+
+
+def _predict(arguments: argparse.Namespace) -> int:
+    check_predict(arguments, from_terminal=sys.stdin.isatty())
+    columns = columns_of(arguments.column)
+    from runner.predict.stream import predict_questions
+
+    source: str | int | tuple[str, str] = arguments.file or "-"
+    if arguments.question is not None:
+        source = (arguments.question, arguments.context)
+    elif source == "-":
+        source = sys.stdin.fileno()
+    predict_questions(
+        Opening.of(arguments),
+        source,
+        columns,
+        on_bad_row=arguments.on_bad_row,
+        listed=arguments.n_best,
+        output=arguments.output,
+        say=_say,
+    )
+    return 0
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    is_file, columns = check_evaluate(arguments), columns_of(arguments.column)
+    from runner.data.dataset import load_dataset
+
+    dataset = load_dataset(
+        arguments.data, columns=columns, unanswerable=True, on_bad_row=arguments.on_bad_row
+    )
+    v2 = arguments.v2 or any(not example.answers for example in dataset.examples)
+    if is_file:
+        from runner.eval.score_file import file_lines, score_file
+
+        result = score_file(
+            Path(arguments.model),
+            dataset,
+            v2=v2,
+            no_answer=arguments.no_answer,
+            threshold=arguments.no_answer_threshold,
+            seed=arguments.seed,
+        )
+        lines = file_lines(result)
+    else:
+        from runner.predict.evaluate import evaluate_model, evaluation_lines
+
+        result, folder = evaluate_model(
+            Opening.of(arguments), dataset, v2=v2, seed=arguments.seed, output=arguments.output
+        )
+        lines = evaluation_lines(arguments.data, result, len(dataset.dropped))
+        if folder is not None:
+            lines.append(f"Written to {folder}: report.html, predictions.jsonl, result.json")
+    for line in [json.dumps(result, indent=2, ensure_ascii=False)] if arguments.json else lines:
+        _say(line)
+    return 0

@@ -3,29 +3,26 @@
 from __future__ import annotations
 
 import argparse
-import io
 import shlex
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
+from runner.cli.output import Words, _drawn
 from runner.errors import JobError, RunnerError
-from runner.report.sweep_table import NOTE, compare
 from runner.run.attempts import check_budget
-from runner.run.folder import RunDir, below_here
+from runner.run.folder import RunDir
 from runner.slurm.control import cancel, follow
 from runner.slurm.request import Order, check_order
 from runner.slurm.status import find_runs, named_runs, standings, table_rows
 from runner.slurm.submit import draft, submit_run, submit_sweep
+from runner.utils.files import below_here
 from runner.utils.tables import terminal
-
-# What a verb says, piece by piece; its exit code is 0 unless it raises.
-Words = Iterator[str]
 
 
 def add_verbs(verbs: Any, act: Callable[[argparse.Namespace], int]) -> None:
@@ -78,16 +75,6 @@ def add_verbs(verbs: Any, act: Callable[[argparse.Namespace], int]) -> None:
     may_requeue = verbs.add_parser("may-requeue")  # asked by the batch script
     may_requeue.add_argument("run", type=Path)
     may_requeue.set_defaults(act=act, words=_may_requeue)
-
-
-def comparison(folder: Path) -> Words:
-    """The table of a sweep's trials, as lines for the terminal.
-
-    Raises:
-        DataError: if it is no sweep, or a trial's result cannot be read.
-    """
-    yield _drawn(terminal(below_here(folder), compare(folder)))
-    yield f"{NOTE}\n"
 
 
 def _submit(arguments: argparse.Namespace) -> Words:
@@ -161,21 +148,6 @@ def _cancel(arguments: argparse.Namespace) -> Words:
 def _may_requeue(arguments: argparse.Namespace) -> Words:
     check_budget(RunDir.open(arguments.run))
     yield ""
-
-
-def _drawn(shown: RenderableType) -> str:
-    """A table as text, as wide and as coloured as the terminal that it goes to."""
-    screen = Console(highlight=False, emoji=False)
-    text = io.StringIO()
-    Console(
-        file=text,
-        width=screen.width,
-        force_terminal=screen.is_terminal,
-        color_system="auto" if screen.is_terminal else None,
-        highlight=False,
-        emoji=False,
-    ).print(shown)
-    return text.getvalue()
 
 
 def _seconds(text: str) -> int:

@@ -1,0 +1,13 @@
+"""From files and the hub to batches of windows on the device.
+
+- `hub`: snapshots of the Hugging Face hub
+- `readers`: rows of files of every format
+- `dataset`: rows, checked, as examples
+- `splits`: a run's data sets: training, validation, tuning
+- `tokenize`: texts as token ids and offsets
+- `windows`: examples as windows with labels
+- `window_cache`: windows kept on disk
+- `sampler`: which windows each step sees
+- `collate`: windows as a batch, padded or packed
+- `loader`: batches on the device
+"""

@@ -5,15 +5,12 @@ Legend: N windows of the data set, B windows of a batch, L longest of them, T ro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
-from itertools import islice
-from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from span_kernels import gather_windows
+from torch import Tensor
 
 from runner.data.collate import (
     Batch,
@@ -22,115 +19,12 @@ from runner.data.collate import (
     Packed,
     Packing,
     Padded,
-    collate,
-    outline,
-    pack,
-    pad,
+    packed_bounds,
     send,
 )
-from runner.data.resident import Resident
 from runner.data.windows import Windows
-from runner.model.frozen import Store, Trunk
-from runner.model.load import model_inputs, span_logits
 
-# Batches that are assembled in a row: after each training step the code and the data of assembling
-# have to come back from main memory, which takes several times as long as the work itself
-# (tests/bench/features.py). 32 batches of 16,384 tokens are 6 MB.
-TOGETHER = 32
-
-
-@dataclass(frozen=True)
-class Reader:
-    """What is needed to run a model over windows.
-
-    Attributes:
-        model: a transformers question-answering model, or the DeepSpeed engine around one.
-        device: where it lives.
-        pad_id: token id of padding.
-        segment_ids: whether the model takes token_type_ids.
-        multiple: padded lengths are rounded up to this (8 suits tensor cores).
-        packing: how windows are packed end to end; None pads them instead.
-        trunk: the model's frozen bottom, where its outputs are kept.
-        stores: the outputs that are kept; other windows are read from the bottom.
-        residents: data sets whose tokens are on the device; those of others are sent.
-    """
-
-    model: Any
-    device: torch.device
-    pad_id: int
-    segment_ids: bool
-    multiple: int
-    packing: Packing | None = None
-    trunk: Trunk | None = None
-    stores: tuple[Store, ...] = ()
-    residents: tuple[Resident, ...] = ()
-
-    def read(self, windows: Windows, rows: np.ndarray) -> Read:
-        """Run the model over the windows at `rows`; for no rows, over a stand-in that counts
-        nothing."""
-        return self.run(self.prepare(windows, rows))
-
-    def prepare(self, windows: Windows, rows: np.ndarray) -> Prepared:
-        """Assemble a batch and start its copy to the device, without waiting for it."""
-        return self._bring(windows, self._assemble(windows, rows))
-
-    def _assemble(self, windows: Windows, rows: np.ndarray) -> _Assembled:
-        """The host's share of a batch."""
-        resident = next((held for held in self.residents if held.windows is windows), None)
-        if self.packing is not None and resident is not None:
-            here = outline(windows, rows)
-            return _Assembled(here, partial(resident.batch, here, self.pad_id, self.packing))
-        batch = collate(windows, rows)
-        if self.packing is None:
-            laid_out: Padded | Packed = pad(batch, self.pad_id, self.multiple)
-        else:
-            laid_out = pack(batch, self.pad_id, self.packing)
-        labels = (batch.starts_B, batch.ends_B)
-        return _Assembled(batch, partial(to_device, laid_out, *labels, self.device))
-
-    def _bring(self, windows: Windows, assembled: _Assembled) -> Prepared:
-        """The device's share of a batch, started without waiting for it."""
-        here = assembled.batch
-        laid_out, starts_B, ends_B = assembled.bring()
-        if isinstance(laid_out, Packed):
-            longest = laid_out.bounds.longest
-        else:
-            longest = laid_out.input_ids_BL.shape[1]
-        kept = next((store for store in self.stores if store.windows is windows), None)
-        hidden = None
-        if kept is not None:
-            hidden = placed(kept.get(here.rows_B, self.device), laid_out)
-        return Prepared(laid_out, starts_B, ends_B, here.counted, longest, hidden)
-
-    def ahead(self, windows: Windows, passes: Iterable[np.ndarray]) -> Iterator[Prepared]:
-        """Prepare batch after batch, each before the one ahead of it is asked for: its copy is on
-        the way while the device is at work. The host assembles `TOGETHER` in a row."""
-        waiting: Prepared | None = None
-        left = iter(passes)
-        while block := [self._assemble(windows, rows) for rows in islice(left, TOGETHER)]:
-            for assembled in block:
-                upcoming = self._bring(windows, assembled)
-                if waiting is not None:
-                    yield waiting
-                waiting = upcoming
-        if waiting is not None:
-            yield waiting
-
-    def run(self, prepared: Prepared) -> Read:
-        """Run the model over a batch that `prepare` made."""
-        if prepared.hidden is None or self.trunk is None:
-            logits_T2 = span_logits(self.model, prepared.batch, segment_ids=self.segment_ids)
-        else:
-            with self.trunk.above(prepared.hidden):
-                logits_T2 = span_logits(self.model, prepared.batch, segment_ids=self.segment_ids)
-        return Read(
-            logits_T2,
-            prepared.batch.segments_B2,
-            prepared.starts_B,
-            prepared.ends_B,
-            prepared.counted,
-            prepared.longest,
-        )
+_SHARE_OF_FREE = 0.1  # of the GPU's memory: SQuAD takes 80 MB
 
 
 @dataclass(frozen=True)
@@ -162,26 +56,6 @@ class Prepared:
     hidden: Tensor | None = None
 
 
-@dataclass(frozen=True)
-class Read:
-    """A model's logits over a batch.
-
-    Attributes:
-        logits_T2: [T, 2] start and end logits; T counts padding too.
-        segments_B2: (offset, length) of each window in them.
-        starts_B, ends_B: labels relative to the window.
-        counted: windows that count; 0 for a stand-in.
-        longest: upper bound of the windows' lengths.
-    """
-
-    logits_T2: Tensor
-    segments_B2: Tensor
-    starts_B: Tensor
-    ends_B: Tensor
-    counted: int
-    longest: int
-
-
 def to_device(
     batch: Padded | Packed, starts_B: Tensor, ends_B: Tensor, device: torch.device
 ) -> tuple[Padded | Packed, Tensor, Tensor]:
@@ -205,48 +79,54 @@ def to_device(
     return moved, starts_B, ends_B
 
 
-def placed(hidden_TD: Tensor, batch: Padded | Packed) -> Tensor:
-    """Lay hidden states out as their batch is: [1, T, D] or [B, L, D], zeros where no token is."""
-    if isinstance(batch, Packed):
-        fill = batch.input_ids_1T.shape[1] - len(hidden_TD)
-        return nn.functional.pad(hidden_TD, (0, 0, 0, fill))[None]
-    count, longest = batch.input_ids_BL.shape
-    hidden_TD2 = hidden_TD.new_zeros(count * longest, hidden_TD.shape[1])
-    return hidden_TD2.index_copy_(0, _slots(batch, len(hidden_TD)), hidden_TD).view(
-        count, longest, -1
+@dataclass(frozen=True)
+class Resident:
+    """A data set's tokens on the device: int32 and uint8 [N]."""
+
+    windows: Windows
+    tokens_N: Tensor
+    types_N: Tensor
+
+    def batch(
+        self, outline: Outline, pad_id: int, packing: Packing
+    ) -> tuple[Packed, Tensor, Tensor]:
+        """Gather a packed batch on the device, labels beside it: one copy of a few numbers a
+        window, one kernel, nobody waits."""
+        bounds, fill = packed_bounds(outline.segments_B2, packing)
+        count, device = len(outline.rows_B), self.tokens_N.device
+        parts = [torch.from_numpy(outline.firsts_B), bounds.bounds_S1]
+        parts += [outline.segments_B2, outline.starts_B, outline.ends_B]
+        firsts_B, bounds_S1, segments_B2, starts_B, ends_B = send(parts, device)
+        ids_T, types_T, positions_T = gather_windows(
+            self.tokens_N,
+            self.types_N,
+            firsts_B,
+            bounds_S1[: count + 1],  # without the segment that fills up
+            int(outline.segments_B2[-1].sum()) + fill,
+            first_position=packing.first_position,
+            pad_id=pad_id,
+        )
+        there = Bounds(bounds_S1, bounds.longest, bounds.ends)
+        packed = Packed(ids_T[None], types_T[None], positions_T[None], segments_B2, there)
+        return packed, starts_B, ends_B
+
+
+def make_resident(sets: Sequence[Windows], device: torch.device) -> tuple[Resident, ...]:
+    """Copy data sets to the GPU, as many as fit into a small share of its memory; none on a CPU."""
+    if device.type != "cuda":
+        return ()
+    made = []
+    for windows in sets:
+        size = windows.tokens_T.nbytes + windows.types_T.nbytes
+        if size <= _SHARE_OF_FREE * torch.cuda.mem_get_info(device)[0]:
+            made.append(copied(windows, device))
+    return tuple(made)
+
+
+def copied(windows: Windows, device: torch.device) -> Resident:
+    """Copy a data set's tokens to a device."""
+    return Resident(
+        windows,
+        torch.tensor(windows.tokens_T, device=device),
+        torch.tensor(windows.types_T, device=device),
     )
-
-
-def _slots(batch: Padded | Packed, tokens: int) -> Tensor:
-    """Where each token of a batch stands in its rows of logits, int64 [T], no host sync."""
-    offset_B, length_B = batch.segments_B2.unbind(1)
-    shift_B = offset_B - (length_B.cumsum(0) - length_B)
-    shift_T = torch.repeat_interleave(shift_B, length_B, output_size=tokens)
-    return torch.arange(tokens, device=shift_T.device) + shift_T
-
-
-@torch.no_grad()
-def fill(reader: Reader, store: Store, batches: Iterable[np.ndarray]) -> None:
-    """Compute the frozen bottom's outputs for these windows, and keep them."""
-    if reader.trunk is None:
-        raise AssertionError("there is no frozen bottom to fill a store from")
-    for rows in batches:
-        if not len(rows):
-            continue
-        batch = reader.prepare(store.windows, rows).batch
-        hidden = reader.trunk.outputs(model_inputs(batch, segment_ids=reader.segment_ids))
-        tokens = int(store.windows.lengths_N[rows].sum())
-        store.put(rows, hidden.flatten(0, 1).index_select(0, _slots(batch, tokens)))
-
-
-def token_accuracy(read: Read) -> Tensor:
-    """Count windows whose highest start, end, and both logits are at the labels: float32 [3], no
-    host sync."""
-    offset_B1, length_B1 = read.segments_B2[:, :1], read.segments_B2[:, 1:]
-    columns_L = torch.arange(read.longest, device=read.logits_T2.device)
-    index_BL = (offset_B1 + columns_L).clamp(max=len(read.logits_T2) - 1)
-    logits_BL2 = read.logits_T2.detach()[index_BL].float()
-    logits_BL2 = logits_BL2.masked_fill((columns_L >= length_B1)[:, :, None], -torch.inf)
-    best_B2 = logits_BL2.argmax(dim=1)
-    right_B2 = best_B2 == torch.stack([read.starts_B, read.ends_B], dim=1)
-    return torch.cat([right_B2.sum(0), right_B2.all(1).sum()[None]]).float()

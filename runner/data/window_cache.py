@@ -18,10 +18,10 @@ import numpy as np
 
 from runner.data import windows as features
 from runner.data.dataset import Example
-from runner.data.windows import Windows, build_windows, continued, tokenizer_sha256, window_blocks
+from runner.data.tokenize import tokenizer_sha256
+from runner.data.windows import Windows, build_windows, continued, window_blocks
 from runner.errors import StorageError
-from runner.run.folder import storage_errors
-from runner.run.provenance import file_sha256
+from runner.utils.files import file_sha256, storage_errors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -1,0 +1,12 @@
+"""Ranks together: they meet, agree, exchange gradients, and notice each other's end.
+
+- `process_group`: joins and leaves the ranks' group
+- `collectives`: broadcast, gather, all_gather of plain values
+- `preemption`: all stop or save at the same step
+- `engine`: DeepSpeed's configuration and engine
+- `flat_zero`: the optimiser step over one flat gradient
+- `gradient_exchange`: gradients and weights between ranks
+- `heartbeat`: each rank's signs of life and exit note
+- `watchdog`: notices a rank that is stuck or gone
+- `failures`: one sentence for what ends all ranks
+"""

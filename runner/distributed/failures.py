@@ -10,7 +10,8 @@ import torch
 from runner.distributed.collectives import everyone, is_cut_off
 from runner.distributed.watchdog import Watch
 from runner.errors import Interrupted, MachineError
-from runner.run.folder import RunDir, below_here
+from runner.run.folder import RunDir
+from runner.utils.files import below_here
 from runner.utils.signals import asked
 
 

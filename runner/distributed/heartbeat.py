@@ -16,7 +16,8 @@ from dataclasses import asdict, dataclass
 import psutil
 
 from runner.run.attempts import entry_file, machine, same_process
-from runner.run.folder import RunDir, storage_errors
+from runner.run.folder import RunDir
+from runner.utils.files import storage_errors
 
 BEAT = 5.0  # seconds between signs of life
 _HEAD, _WHOLE = 1024, 8192  # bytes: who it is, then its last words

@@ -15,7 +15,8 @@ from runner.distributed.heartbeat import BEAT, Crew, Words, find_fault
 from runner.errors import MachineError, RunnerError
 from runner.run.lease import Attempt
 from runner.utils import signals
-from runner.utils.console import complain, duration
+from runner.utils.console import complain
+from runner.utils.text import duration
 
 TICK = 1.0  # seconds between two looks
 PATIENCE = 2 * BEAT + 2  # seconds in which a living rank surely shows itself

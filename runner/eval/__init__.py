@@ -1,0 +1,11 @@
+"""From logits to spans, answers and scores.
+
+- `inference`: runs the model over windows
+- `span_search`: the best spans of each window
+- `answers`: a question's answer over all its windows
+- `evaluation`: exact match, F1, thresholds
+- `results`: scores for result.json and the log
+- `predictions`: predictions.jsonl
+- `score_file`: scores any file of predictions
+- `hf_metrics`: the metrics as `evaluate` objects
+"""

@@ -15,14 +15,8 @@ from runner.eval.hf_metrics import Squad, SquadV2
 from runner.eval.inference import Readings
 from runner.job.inference import Tuned
 from runner.job.schema import Score
-from runner.metrics.squad import (
-    Best,
-    Interval,
-    ScoresV2,
-    intervals,
-    squad_v2_scores,
-    tune_null_threshold,
-)
+from runner.metrics.squad import Best, ScoresV2, squad_v2_scores, tune_null_threshold
+from runner.metrics.statistics import Interval, intervals
 
 
 @dataclass(frozen=True)

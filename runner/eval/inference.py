@@ -15,13 +15,13 @@ import torch
 from span_kernels import reference_span_loss
 from torch import Tensor
 
-from runner.data.collate import score_batches
 from runner.data.dataset import Example
-from runner.data.loader import Read, Reader, token_accuracy
+from runner.data.sampler import score_batches
 from runner.data.windows import Windows
 from runner.distributed.collectives import gather
 from runner.eval.answers import Answer, Spans, answers, join, search
 from runner.job.schema import Score
+from runner.model.forward import Read, Reader, token_accuracy
 from runner.utils.console import Step
 from runner.utils.ranks import Rank
 

@@ -9,18 +9,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from runner.cli.predict import UsageError
 from runner.data.dataset import Dataset
-from runner.errors import AssetError, DataError
-from runner.metrics.squad import (
-    LEVEL,
-    RESAMPLES,
-    Scores,
-    ScoresV2,
-    intervals,
-    squad_scores,
-    squad_v2_scores,
-)
+from runner.errors import AssetError, DataError, UsageError
+from runner.metrics.squad import Scores, ScoresV2, squad_scores, squad_v2_scores
+from runner.metrics.statistics import LEVEL, RESAMPLES, intervals
 
 # Our names of scores in the official table of v2.0; v1.1's exact_match is exact there.
 _OFFICIAL = {

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from runner.job.inference import KEY, Answering
 from runner.job.schema import Job
-from runner.job.sources import parse_data
+from runner.job.sources import drawn, parse_data, public_name
 
 
 def model_card(
@@ -191,16 +191,6 @@ def _recipe(job: Job) -> str:
         "seed": f"{job.seed}",
     }
     return "\n".join(f"| {name} | {text} |" for name, text in rows.items())
-
-
-def public_name(name: str) -> str:
-    """A name as others may see it: of a file or folder, its last part."""
-    return name.rpartition("/")[2] if name.startswith("/") else name
-
-
-def drawn(sample: int | None) -> str:
-    """What must follow the name of a slice of which only a sample was taken."""
-    return "" if sample is None else f", {sample:,} of its questions drawn with the seed"
 
 
 def _quoted(text: str) -> str:

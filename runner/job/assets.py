@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Literal
 
 from runner.errors import AssetError
-from runner.job.schema import Job, one_of
+from runner.job.schema import Job
 from runner.job.sources import parse_data
+from runner.utils.text import one_of
 
 PATIENCE = 5.0  # seconds for a connection; the libraries would try for minutes
 # What is fetched of a repository, and what never (subfolders of a model: onnx/ and the like).

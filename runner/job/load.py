@@ -16,11 +16,12 @@ import tomli_w
 from pydantic import ValidationError
 
 from runner.errors import DataError, JobError
-from runner.job.messages import accepts_text, schema_problems, short, show, spell
+from runner.job.messages import accepts_text, schema_problems, show, spell
 from runner.job.schema import Job
 from runner.job.sources import find_file, is_hub_model, package_folder, parse_data
 from runner.job.toml_lines import Path as KeyPath
 from runner.job.toml_lines import key_lines, line_of
+from runner.utils.text import short
 
 # Keys that two starts of one run may differ in.
 NO_MATTER: frozenset[KeyPath] = frozenset(

@@ -12,8 +12,9 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from runner.job.schema import Job, one_of
+from runner.job.schema import Job
 from runner.job.toml_lines import Path as KeyPath
+from runner.utils.text import one_of, short
 
 
 def schema_problems(error: ValidationError, within: KeyPath = ()) -> list[tuple[KeyPath, str]]:
@@ -54,11 +55,6 @@ def show(value: Any) -> str:
     if isinstance(value, int) and value.bit_length() > 200:
         return f"a number of {value.bit_length()} bits"
     return short(str(value))
-
-
-def short(text: str) -> str:
-    """Cut a long text."""
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def accepts_text(path: KeyPath) -> bool:
@@ -107,6 +103,7 @@ _BOUNDS = {
     "less_than_equal": ("at most", "le"),
     "less_than": ("less than", "lt"),
 }
+
 _EXPECTED = {
     "int_type": "a whole number",
     "float_type": "a number",

@@ -7,20 +7,28 @@ default stands anywhere else. Reading a file, overrides and messages are in `job
 from __future__ import annotations
 
 import json
-import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import to_json
 
+from runner.errors import JobError
 from runner.job import slurm_values as allowed
 from runner.job.sources import parse_data
+from runner.utils.text import divisors, one_of
 
 Text = Annotated[str, Field(min_length=1, pattern=r"\S")]
+
 Count = Annotated[int, Field(ge=1, le=1_000_000_000)]
+
 Share = Annotated[float, Field(ge=0, lt=1)]
+
 Percent = Annotated[float, Field(ge=0, le=100)]
+
 WindowTokens = Annotated[int, Field(ge=16, le=8192)]
+
 Stride = Annotated[int, Field(ge=0)]
 
 METRICS = ("f1", "exact_match", "span_accuracy", "start_accuracy", "end_accuracy", "loss")
@@ -577,13 +585,62 @@ class Job(Section):
     sweep: Sweep | None = None
 
 
-def divisors(number: int) -> list[int]:
-    """All whole numbers that divide `number`, ascending."""
-    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
-    return sorted({*small, *(number // n for n in small)})
+@dataclass(frozen=True)
+class Layout:
+    """How one optimiser step's windows are spread: batch_size = world * micro_batch_size *
+    micro_batches."""
+
+    world: int
+    micro_batch_size: int
+    micro_batches: int
 
 
-def one_of(values: list[int] | tuple[str, ...]) -> str:
-    """Spell a choice: `1, 2 or 4`."""
-    *most, last = map(str, values)
-    return f"{', '.join(most)} or {last}" if most else last
+def batch_layout(train: Train, world: int) -> Layout:
+    """Divide the global batch over the ranks.
+
+    Raises:
+        JobError: if it does not divide, listing what would.
+    """
+    if train.batch_size % world:
+        fitting = [n for n in divisors(train.batch_size) if n <= max(world, 8)]
+        below, above = train.batch_size // world * world, (train.batch_size // world + 1) * world
+        sizes = one_of([size for size in (below, above) if size])
+        raise JobError(
+            [
+                f"train.batch_size: {train.batch_size} windows per step do not divide over {world}"
+                f" ranks; use {one_of(fitting)} ranks, or a batch_size of {sizes}"
+            ]
+        )
+    share = train.batch_size // world
+    micro = train.micro_batch_size if train.micro_batch_size is not None else share
+    if share % micro:
+        raise JobError(
+            [
+                f"train.micro_batch_size: each of {world} ranks has {share} windows per step, not a"
+                f" multiple of {micro}; micro_batch_size may be {one_of(divisors(share))}"
+            ]
+        )
+    return Layout(world, micro, share // micro)
+
+
+def missed_expectation(expect: Expect | None, metrics: Mapping[str, float]) -> str | None:
+    """Say by how much a run missed its [expect]; None where it is met or nothing is expected.
+
+    Args:
+        expect: the job's section.
+        metrics: the run's scores, as in `result.json`.
+    """
+    if expect is None:
+        return None
+    missed = []
+    for name in ("exact_match", "f1", "span_accuracy", "loss"):
+        wanted = getattr(expect, name)
+        if wanted is None:
+            continue
+        found = metrics[name]
+        if not abs(found - wanted) <= expect.tolerance:
+            missed.append(
+                f"{name} is {found:.2f}, {abs(found - wanted):.2f} from the expected {wanted:.2f} "
+                f"(tolerance {expect.tolerance:g})"
+            )
+    return "; ".join(missed) or None

@@ -13,11 +13,13 @@ from typing import Literal
 FILE_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 
 _SLICE = re.compile(r"\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\]\Z", re.ASCII)
+
 _HUB = re.compile(
     r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(?:@(?P<revision>[\w./-]+))?(?:#(?P<config>[\w.-]+))?"
     r"(?::(?P<split>[\w.+-]+))?",
     re.ASCII,
 )
+
 _HUB_MODEL = re.compile(r"(?:[A-Za-z0-9][\w.-]{0,95}/)?[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 
 
@@ -144,3 +146,13 @@ def package_folder(name: str) -> Path | None:
         return None
     folder = Path(next(iter(spec.submodule_search_locations))) / subfolder
     return folder if os.path.isdir(folder) else None
+
+
+def public_name(name: str) -> str:
+    """A name as others may see it: of a file or folder, its last part."""
+    return name.rpartition("/")[2] if name.startswith("/") else name
+
+
+def drawn(sample: int | None) -> str:
+    """What must follow the name of a slice of which only a sample was taken."""
+    return "" if sample is None else f", {sample:,} of its questions drawn with the seed"

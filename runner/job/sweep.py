@@ -12,27 +12,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runner.errors import DataError, JobError
+from runner.errors import JobError
 from runner.job.load import (
     NO_MATTER,
     Source,
     check_table,
-    dump_job,
     in_order,
     load_job,
     read_source,
 )
 from runner.job.schema import Job, Sweep
 from runner.job.toml_lines import Path as KeyPath
-from runner.run.folder import RunDir, write_atomic, write_json
 
 Keys = tuple[str, ...]
 
-MANIFEST = "sweep.json"
-JOB = "sweep.toml"
 MAX_TRIALS = 1000  # SLURM's default limit of an array
+
 # Keys that may name a file.
 _FILES = (("data", "train"), ("data", "validation"), ("data", "tuning"), ("model", "name"))
+
 # A trial's place in an array, its folder and its script are not its own to choose.
 _FIXED = {
     "name": "names the folder of all trials",
@@ -68,63 +66,6 @@ def load_trials(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Job, l
         return job, []
     source = read_source(path, overrides)
     return job, list(_trials(job.sweep, source))
-
-
-def write_manifest(folder: Path, job: Job, trials: Sequence[Trial]) -> list[str]:
-    """Make or renew the folder of a sweep: `sweep.toml` and `sweep.json`; return the names of all
-    its trials, in the order of their array indices.
-
-    A trial keeps its index for ever. Trials of an earlier start that the job no longer has stay in
-    the manifest, because their results stay in the folder.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    entries = manifest_entries(folder, job, trials)
-    write_atomic(folder / JOB, dump_job(job))
-    write_json(
-        folder / MANIFEST,
-        {
-            "name": job.name,
-            "trials": [{"name": name, "values": values} for name, values in entries.items()],
-        },
-    )
-    return list(entries)
-
-
-def manifest_entries(folder: Path, job: Job, trials: Sequence[Trial]) -> dict[str, dict[str, Any]]:
-    """The values of all trials that a sweep has or had, by name, in the order of their array
-    indices: those of `folder`, if it holds the sweep already, then new ones.
-
-    Raises:
-        DataError: if it holds the sweep of another job.
-    """
-    known = read_manifest(folder) if (folder / MANIFEST).is_file() else {}
-    if known and known["name"] != job.name:
-        raise DataError(
-            f"{folder} holds the sweep of another job, {known['name']}; give another folder"
-        )
-    entries = {entry["name"]: entry["values"] for entry in known["trials"]} if known else {}
-    return entries | {trial.name: trial.values for trial in trials if trial.name not in entries}
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """Read `sweep.json`: the sweep's `name`, and `trials` with `name` and `values`.
-
-    Raises:
-        DataError: if there is none, or none that can be read.
-    """
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        _ = manifest["name"], [(entry["name"], entry["values"]) for entry in manifest["trials"]]
-    except FileNotFoundError:
-        raise DataError(f"{folder} is no folder of a sweep: it has no {MANIFEST}") from None
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise DataError(f"{folder / MANIFEST}: cannot be read: {error}") from None
-    return manifest
-
-
-def open_trials(folder: Path, trials: Sequence[Trial]) -> list[Trial]:
-    """The trials that have no result yet: failed ones, and those that never ran."""
-    return [trial for trial in trials if not RunDir(folder / trial.name).finished()]
 
 
 def _trials(sweep: Sweep, source: Source) -> Iterator[Trial]:

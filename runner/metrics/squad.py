@@ -8,6 +8,9 @@ questions of equal null difference; U different values.
 
 from __future__ import annotations
 
+import re
+import string
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -15,10 +18,10 @@ from typing import Literal
 import numpy as np
 
 from runner.errors import DataError
-from runner.metrics.text_match import exact_match as exact_match
-from runner.metrics.text_match import f1 as f1
-from runner.metrics.text_match import match_v2
-from runner.metrics.text_match import normalise as normalise
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)  # ASCII only, as in the scripts
 
 
 @dataclass(frozen=True, eq=False)
@@ -243,65 +246,6 @@ def tune_null_threshold(
     return NullThreshold(float(bound_M1[chosen]), float(100.0 * total_M1[chosen] / len(references)))
 
 
-Interval = tuple[float, float]
-LEVEL = 0.95
-RESAMPLES = 2000
-
-
-def bootstrap_interval(
-    values: np.ndarray, seed: int, level: float = LEVEL, resamples: int = RESAMPLES
-) -> Interval:
-    """Percentile bootstrap interval of a mean (Efron, 1979); the same seed gives the same interval.
-
-    N questions are drawn with replacement. Since scores of questions take few different values, how
-    often each value is drawn is drawn instead, from the multinomial distribution that the N draws
-    have: a million questions cost what a thousand do.
-
-    Args:
-        values: [N] one number per question, N >= 1, such as Scores.f1_N.
-        seed: of numpy's default generator.
-        level: share of the resampled means that lies inside.
-        resamples: how often N questions are drawn again.
-
-    Returns:
-        Lower and upper end, in the unit of the values.
-
-    Raises:
-        ValueError: no values, one that is no number, a level outside (0, 1), or no resamples.
-    """
-    value_N = np.asarray(values, dtype=np.float64)
-    if value_N.ndim != 1 or not len(value_N) or not 0 < level < 1 or resamples < 1:
-        raise ValueError("needs values of shape [N], N >= 1, 0 < level < 1 and resamples >= 1")
-    if not np.isfinite(value_N).all():
-        raise ValueError("a value is not a finite number")
-    value_U, count_U = np.unique(value_N, return_counts=True)
-    draw = np.random.default_rng(seed)
-    means, rows = [], max(1, 1_000_000 // len(value_U))  # a few MB at a time
-    for done in range(0, resamples, rows):
-        size = min(rows, resamples - done)
-        drawn = draw.multinomial(len(value_N), count_U / len(value_N), size=size)
-        means.append(drawn @ value_U / len(value_N))
-    low, high = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
-
-
-def intervals(scores: Scores | ScoresV2, seed: int) -> dict[str, Interval]:
-    """Bootstrap interval of exact match and F1, for SQuAD v2 also over questions with and without
-    an answer."""
-    rows = {"": np.full(scores.total, True)}
-    if isinstance(scores, ScoresV2):
-        if scores.has_answer is not None:
-            rows["has_answer_"] = scores.has_answer_N
-        if scores.no_answer is not None:
-            rows["no_answer_"] = ~scores.has_answer_N
-    found = {}
-    for part, chosen_N in rows.items():
-        for name, value_N in (("exact_match", scores.exact_N), ("f1", scores.f1_N)):
-            if (part, name) != ("no_answer_", "f1"):  # the same as its exact match
-                found[f"{part}{name}"] = bootstrap_interval(value_N[chosen_N], seed)
-    return found
-
-
 def _part(exact: Sequence[float], overlap: Sequence[float]) -> Part:
     return Part(100.0 * sum(exact) / len(exact), 100.0 * sum(overlap) / len(exact), len(exact))
 
@@ -346,3 +290,46 @@ def _check_complete(
 def _some(ids: Sequence[str]) -> str:
     shown = ", ".join(ids[:3])
     return f"question {shown}" if len(ids) <= 3 else f"questions {shown} and {len(ids) - 3} more"
+
+
+def normalise(text: str) -> str:
+    """Lower the text, drop ASCII punctuation and the articles a, an, the, leave single spaces."""
+    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_NO_PUNCTUATION)).split())
+
+
+def exact_match(prediction: str, golds: Sequence[str]) -> bool:
+    """Whether the prediction equals one of the right answers (at least one) once normalised."""
+    prediction = normalise(prediction)
+    return any(prediction == normalise(gold) for gold in golds)
+
+
+def f1(prediction: str, golds: Sequence[str]) -> float:
+    """The best word overlap F1, 0 to 1, with one of the right answers (at least one), as in v1.1.
+
+    Where neither has a word left after normalising it is 0; version 2.0 says 1.
+    """
+    words = normalise(prediction).split()
+    return max(_overlap(words, normalise(gold).split()) for gold in golds)
+
+
+def match_v2(prediction: str, golds: Sequence[str]) -> tuple[int, float]:
+    """Exact match and F1, 0 to 1, as in v2.0: without right answers, only "" is right.
+
+    Right answers of which normalising leaves nothing do not count. Whole numbers are int, as in the
+    script: from Python 3.12 on sum() adds int and float differently.
+    """
+    prediction = normalise(prediction)
+    gold_texts = [text for gold in golds if (text := normalise(gold))] or [""]
+    exact = int(prediction in gold_texts)
+    if not prediction:
+        return exact, exact
+    words = prediction.split()
+    return exact, max(_overlap(words, text.split()) for text in gold_texts)
+
+
+def _overlap(words: list[str], gold_words: list[str]) -> float:
+    common = sum((Counter(words) & Counter(gold_words)).values())
+    if common == 0:
+        return 0
+    precision, recall = common / len(words), common / len(gold_words)
+    return 2 * precision * recall / (precision + recall)

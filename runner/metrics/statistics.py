@@ -8,6 +8,7 @@ seed would train another model.
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,11 +16,28 @@ from typing import Any
 import numpy as np
 
 from runner.errors import DataError
-from runner.metrics.squad import bootstrap_interval
+from runner.metrics.squad import Scores, ScoresV2
 
 Record = Mapping[str, Any]
+
 FLIPS = 10_000  # of the signs, in the permutation test
+
 CHANCE = 0.05
+
+Interval = tuple[float, float]
+
+LEVEL = 0.95
+
+RESAMPLES = 2000
+
+# Two-sided 95 % quantiles of Student's t for 1 to 30 degrees of freedom.
+_T = (
+    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
+    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
+    *(2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
+)
+
+_Z = statistics.NormalDist().inv_cdf(0.975)
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,3 +194,67 @@ def sentence(name: str, base: str, gap: Gap, metric: str, p: float) -> str:
 def spell_p(p: float) -> str:
     """`= 0.031`, `< 0.001`."""
     return "< 0.001" if p < 0.001 else f"= {p:.3f}"
+
+
+def bootstrap_interval(
+    values: np.ndarray, seed: int, level: float = LEVEL, resamples: int = RESAMPLES
+) -> Interval:
+    """Percentile bootstrap interval of a mean (Efron, 1979); the same seed gives the same interval.
+
+    N questions are drawn with replacement. Since scores of questions take few different values, how
+    often each value is drawn is drawn instead, from the multinomial distribution that the N draws
+    have: a million questions cost what a thousand do.
+
+    Args:
+        values: [N] one number per question, N >= 1, such as Scores.f1_N.
+        seed: of numpy's default generator.
+        level: share of the resampled means that lies inside.
+        resamples: how often N questions are drawn again.
+
+    Returns:
+        Lower and upper end, in the unit of the values.
+
+    Raises:
+        ValueError: no values, one that is no number, a level outside (0, 1), or no resamples.
+    """
+    value_N = np.asarray(values, dtype=np.float64)
+    if value_N.ndim != 1 or not len(value_N) or not 0 < level < 1 or resamples < 1:
+        raise ValueError("needs values of shape [N], N >= 1, 0 < level < 1 and resamples >= 1")
+    if not np.isfinite(value_N).all():
+        raise ValueError("a value is not a finite number")
+    value_U, count_U = np.unique(value_N, return_counts=True)
+    draw = np.random.default_rng(seed)
+    means, rows = [], max(1, 1_000_000 // len(value_U))  # a few MB at a time
+    for done in range(0, resamples, rows):
+        size = min(rows, resamples - done)
+        drawn = draw.multinomial(len(value_N), count_U / len(value_N), size=size)
+        means.append(drawn @ value_U / len(value_N))
+    low, high = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def intervals(scores: Scores | ScoresV2, seed: int) -> dict[str, Interval]:
+    """Bootstrap interval of exact match and F1, for SQuAD v2 also over questions with and without
+    an answer."""
+    rows = {"": np.full(scores.total, True)}
+    if isinstance(scores, ScoresV2):
+        if scores.has_answer is not None:
+            rows["has_answer_"] = scores.has_answer_N
+        if scores.no_answer is not None:
+            rows["no_answer_"] = ~scores.has_answer_N
+    found = {}
+    for part, chosen_N in rows.items():
+        for name, value_N in (("exact_match", scores.exact_N), ("f1", scores.f1_N)):
+            if (part, name) != ("no_answer_", "f1"):  # the same as its exact match
+                found[f"{part}{name}"] = bootstrap_interval(value_N[chosen_N], seed)
+    return found
+
+
+def _over_seeds(values: Sequence[float]) -> float | None:
+    """Half the 95 % interval of the mean of independent runs."""
+    if len(values) < 2:
+        return None
+    freedom = len(values) - 1
+    # Beyond the table, the first term of the expansion around the normal quantile.
+    t = _T[freedom - 1] if freedom <= len(_T) else _Z + (_Z**3 + _Z) / (4 * freedom)
+    return t * statistics.stdev(values) / math.sqrt(len(values))

@@ -1,0 +1,10 @@
+"""The pretrained encoder, and what is done to it.
+
+- `load`: configuration, tokenizer and weights
+- `freeze`: which parameters are trained
+- `forward`: batches in, logits out
+- `loss`: which kernel computes the span loss
+- `attention`: attention of packed windows
+- `dropout`: dropout masks on a CPU
+- `frozen`: frozen layers' outputs, kept
+"""

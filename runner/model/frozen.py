@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from runner.data.windows import Windows, ranges
 from runner.errors import JobError, StorageError
-from runner.run.folder import storage_errors
+from runner.utils.files import storage_errors
 from runner.utils.ranks import Rank
 
 _SHARE_OF_FREE = 0.5  # activations, and others, need room too

@@ -8,17 +8,16 @@ Legend: B windows, L padded length, T rows of logits (B * L of a padded batch), 
 from __future__ import annotations
 
 import inspect
-import re
-from collections.abc import Iterable, Iterator, Sequence
+import json
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     MODEL_FOR_QUESTION_ANSWERING_MAPPING,
     AutoConfig,
@@ -30,15 +29,15 @@ from transformers import (
 )
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
-from runner.data.collate import Packed, Padded
 from runner.data.hub import snapshot
 from runner.errors import AssetError, DataError, JobError
 from runner.job.schema import Model
 from runner.job.sources import is_hub_model, package_folder
-from runner.model.trust import refuse_code
-from runner.run.provenance import cpu_features, file_sha256
+from runner.run.provenance import cpu_features
+from runner.utils.files import file_sha256
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
 # Names under which configurations keep their two kinds of dropout.
 _DROPOUT_KEYS = (
     "hidden_dropout_prob",
@@ -47,7 +46,15 @@ _DROPOUT_KEYS = (
     "embedding_dropout",
     "mlp_dropout",
 )
+
 _ATTENTION_DROPOUT_KEYS = ("attention_probs_dropout_prob", "attention_dropout")
+
+# Keys by which a configuration names Python files of its repository.
+_CODE = ("auto_map", "custom_pipelines", "trust_remote_code")
+
+_KERNELS = "attn_implementation"  # part of keys that may name compiled code of the hub
+
+_LIMIT = 2**24  # bytes of a configuration
 
 
 @dataclass(frozen=True)
@@ -151,47 +158,6 @@ def empty_model(section: Model) -> PreTrainedModel:
         return AutoModelForQuestionAnswering.from_config(load_config(section))
 
 
-def model_inputs(batch: Padded | Packed, *, segment_ids: bool) -> dict[str, Any]:
-    """What a transformers model is called with.
-
-    Args:
-        batch: on the model's device; a packed one is for a model that `packing` has prepared.
-        segment_ids: whether the model takes token_type_ids.
-    """
-    inputs: dict[str, Any]
-    if isinstance(batch, Packed):
-        # Without segment ids RoBERTa looks some up by position, which takes int64.
-        positions_1T = batch.positions_1T if segment_ids else batch.positions_1T.long()
-        inputs = {"input_ids": batch.input_ids_1T, "position_ids": positions_1T}
-        inputs["packed"] = batch.bounds
-        types = batch.types_1T
-    else:
-        inputs = {"input_ids": batch.input_ids_BL}
-        if batch.mask_BL is not None:
-            inputs["attention_mask"] = batch.mask_BL
-        types = batch.types_BL
-    if segment_ids:
-        inputs["token_type_ids"] = types
-    return inputs
-
-
-def span_logits(model: Any, batch: Padded | Packed, *, segment_ids: bool) -> Tensor:
-    """Run the model and return its logits as [T, 2], T = B * L of a padded batch, in the model's
-    dtype.
-
-    Args:
-        model: a transformers question-answering model, or the DeepSpeed engine around one.
-        batch, segment_ids: as for `model_inputs`.
-    """
-    output = model(**model_inputs(batch, segment_ids=segment_ids))
-    return torch.stack([output.start_logits, output.end_logits], dim=-1).reshape(-1, 2)
-
-
-def takes_segment_ids(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the model of this tokenizer, as `load_tokenizer` gives it, is given segment ids."""
-    return "token_type_ids" in tokenizer.model_input_names
-
-
 def choose_precision(wanted: str, device: torch.device) -> str:
     """Resolve "auto": bf16 where the device multiplies in it, else fp32."""
     if wanted != "auto":
@@ -205,121 +171,6 @@ def quiet_libraries() -> None:
     """Silence what transformers prints while it loads: a run's own lines say what matters."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-
-
-# --- freezing ----------------------------------------------------------------------------------
-
-
-def freeze(model: PreTrainedModel, patterns: Sequence[str]) -> None:
-    """Stop training every parameter that a pattern names.
-
-    A pattern is a module or parameter name without the model's own prefix ("embeddings",
-    "encoder.layer.3"), may hold a range of numbers ("encoder.layer.0-5"), or is a glob over
-    parameter names ("*.LayerNorm.*").
-
-    Raises:
-        JobError: if a pattern matches nothing (listing what there is) or nothing is left to train.
-    """
-    prefix = f"{model.base_model_prefix}."
-    names = {name: name.removeprefix(prefix) for name, _ in model.named_parameters()}
-    parameters = dict(model.named_parameters())
-    for pattern in patterns:
-        wanted = [
-            name
-            for name, short in names.items()
-            if any(_matches(p, short) or _matches(p, name) for p in _spell_out(pattern))
-        ]
-        if not wanted:
-            raise JobError(
-                [
-                    f"model.freeze: {pattern!r} matches no parameter; there are"
-                    f" {', '.join(module_outline(names.values()))}"
-                ]
-            )
-        for name in wanted:
-            parameters[name].requires_grad_(False)
-    if not any(p.requires_grad for p in parameters.values()):
-        raise JobError(
-            [f"model.freeze: {list(patterns)} freezes every parameter; nothing is left to train"]
-        )
-
-
-def module_outline(names: Iterable[str]) -> list[str]:
-    """Name what can be frozen in a few words: top modules, numbered layers as a range."""
-    outline: dict[str, list[int]] = {}
-    for name in names:
-        found = re.match(r"(.+?)\.(\d+)\.", name)
-        if found:
-            outline.setdefault(found[1], []).append(int(found[2]))
-        else:
-            outline.setdefault(name.split(".")[0], [])
-    return [
-        f"{key}.{min(n)}-{max(n)}" if n and max(n) > 0 else f"{key}.0" if n else key
-        for key, n in outline.items()
-    ]
-
-
-def parameter_table(model: PreTrainedModel) -> list[dict[str, str | int | float | None]]:
-    """One row for each top module and for all: parameters, how many of them are trained."""
-    prefix = f"{model.base_model_prefix}."
-    counts: dict[str, list[int]] = {}
-    for name, parameter in model.named_parameters():
-        short = name.removeprefix(prefix)
-        found = re.match(r"(.+?\.\d+)\.", short)
-        row = counts.setdefault(found[1] if found else short.split(".")[0], [0, 0])
-        row[0] += parameter.numel()
-        row[1] += parameter.numel() if parameter.requires_grad else 0
-    rows: list[dict[str, str | int | float | None]] = [
-        {"part": part, "parameters": total, "trained": trained}
-        for part, (total, trained) in _merge(counts).items()
-    ]
-    totals = [sum(pair[n] for pair in counts.values()) for n in (0, 1)]
-    rows.append({"part": "all", "parameters": totals[0], "trained": totals[1]})
-    return rows
-
-
-def _merge(counts: dict[str, list[int]]) -> dict[str, list[int]]:
-    """Join neighbouring numbered layers that are alike: encoder.layer.0-5."""
-    merged: dict[str, list[int]] = {}
-    run: tuple[str, int, int, list[int]] | None = None
-    for name, pair in [*counts.items(), ("", [0, 0])]:
-        stem, _, number = name.rpartition(".")
-        if run and number.isdigit() and stem == run[0] and pair == run[3]:
-            run = (run[0], run[1], int(number), pair)
-            continue
-        if run:
-            stem_before, first, last, each = run
-            label = f"{stem_before}.{first}-{last}" if last > first else f"{stem_before}.{first}"
-            merged[label] = [value * (last - first + 1) for value in each]
-            run = None
-        if number.isdigit():
-            run = (stem, int(number), int(number), pair)
-        elif name:
-            merged[name] = pair
-    return merged
-
-
-def _spell_out(pattern: str) -> list[str]:
-    found = re.search(r"(?<=\.)(\d+)-(\d+)(?=\.|$)", pattern)
-    if not found:
-        return [pattern]
-    numbers = range(int(found[1]), int(found[2]) + 1)
-    return [f"{pattern[: found.start()]}{n}{pattern[found.end() :]}" for n in numbers]
-
-
-def _matches(pattern: str, name: str) -> bool:
-    return name == pattern or name.startswith(f"{pattern}.") or fnmatchcase(name, pattern)
-
-
-def optimiser_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups of trained parameters: matrices decay, biases and norm weights (one dimension)
-    never do."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
 
 
 # --- finding -----------------------------------------------------------------------------------
@@ -430,3 +281,42 @@ def _loading(section: Model) -> Iterator[None]:
     except Exception as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DataError(f"model.name: {section.name}: cannot be read: {first}") from error
+
+
+def refuse_code(name: str, folder: Path) -> None:
+    """Look through a model folder's configurations before any library reads them.
+
+    Args:
+        name: the model, as the job names it.
+        folder: its files.
+
+    Raises:
+        DataError: naming the file and the key that asks for code.
+    """
+    for path in sorted(folder.glob("*config.json")):
+        try:
+            if path.stat().st_size > _LIMIT:
+                raise DataError(f"{name}: {path.name} has more than {_LIMIT:,} bytes")
+            table = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            continue  # who reads it says what is wrong with it
+        for key, value in _entries(table):
+            kernel = _KERNELS in key and any(sign in str(value) for sign in "/:")
+            if (key in _CODE and value) or kernel:
+                raise DataError(
+                    f"{name}: {path.name} asks for code that comes with the model ({key}), which is"
+                    " never run; remove that key if the model is of an architecture that"
+                    " transformers has"
+                )
+
+
+def _entries(table: Any) -> Iterator[tuple[str, Any]]:
+    """Every key at any depth, with its value."""
+    waiting = [table]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, Mapping):
+            yield from part.items()
+            waiting += part.values()
+        elif isinstance(part, list):
+            waiting += part

@@ -18,8 +18,8 @@ from span_kernels import (
 )
 from torch import Tensor, nn
 
-from runner.data.loader import Read
 from runner.errors import JobError, RunnerError
+from runner.model.forward import Read
 
 # Share of the largest gradient by which a kernel may differ from plain PyTorch in the same dtype.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}

@@ -12,23 +12,22 @@ from typing import Any
 
 import torch
 
-from runner.cli.predict import Opening, UsageError
 from runner.data.dataset import Dataset
 from runner.data.windows import Windows, build_windows
 from runner.distributed.failures import memory_errors
-from runner.errors import DataError
+from runner.errors import DataError, UsageError
 from runner.eval.evaluation import Evaluation, TunedThreshold, evaluate, in_use
 from runner.eval.inference import batch_count, read_windows
 from runner.eval.predictions import LISTED, as_lines, prediction_records
-from runner.export.model_card import public_name
-from runner.job.inference import Answering
-from runner.job.sources import parse_data
+from runner.eval.results import result_scores, score_line, threshold_lines
+from runner.job.inference import Answering, Opening
+from runner.job.sources import parse_data, public_name
 from runner.predict.predictor import ALONE, Predictor, open_model
-from runner.report.report import write_report
+from runner.report.render import write_report
 from runner.run import provenance
-from runner.run.folder import RunDir, storage_errors, write_atomic, write_json
-from runner.train.run_log import below_here, result_scores, score_line, threshold_lines
+from runner.run.folder import RunDir
 from runner.utils.console import progress
+from runner.utils.files import below_here, file_sha256, storage_errors, write_atomic, write_json
 
 NEVER = float("inf")  # a null threshold that nothing exceeds
 
@@ -166,7 +165,7 @@ def result_of(
         },
         "model": {
             "name": public_name(predictor.name.rstrip("/")),
-            "weights_sha256": provenance.file_sha256(files[0]) if len(files) == 1 else None,
+            "weights_sha256": file_sha256(files[0]) if len(files) == 1 else None,
         },
         "answering": predictor.answering.model_dump(mode="json"),
         "seconds": {"total": round(scores.readings.seconds, 3)},

@@ -1,6 +1,6 @@
 """Answers questions with a fine-tuned model, from Python or for `spantune predict`.
 
-from runner.predict.predictor import Predictor
+from runner.predict.predictor import (Predictor)
 
 predictor = Predictor.load("runs/bert-squad/20261125-101500")
 predictor.answer("Who wrote it?", "It was written by Ada.").answer      # "Ada"
@@ -17,25 +17,18 @@ from typing import Any
 import torch
 from transformers import AutoModelForQuestionAnswering, PreTrainedModel, PreTrainedTokenizerBase
 
-from runner.cli.predict import Opening, UsageError
 from runner.data.dataset import Example
-from runner.data.loader import Reader
 from runner.data.windows import build_windows
 from runner.distributed.failures import memory_errors
-from runner.errors import AssetError, DataError
+from runner.errors import AssetError, DataError, UsageError
 from runner.eval.answers import Answer, Candidate
 from runner.eval.inference import read_windows
 from runner.eval.predictions import listed, window_counts
-from runner.job.inference import Answering, read_answering
+from runner.job.inference import Answering, Opening, read_answering
 from runner.job.schema import Model
 from runner.job.sources import is_hub_model
-from runner.model.load import (
-    choose_precision,
-    load_config,
-    load_tokenizer,
-    model_location,
-    takes_segment_ids,
-)
+from runner.model.forward import Reader, takes_segment_ids
+from runner.model.load import choose_precision, load_config, load_tokenizer, model_location
 from runner.predict.questions import GROUP
 from runner.run.folder import RunDir
 from runner.utils.ranks import Rank

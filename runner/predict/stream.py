@@ -10,15 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from runner.cli.predict import Opening
 from runner.distributed.failures import memory_errors
 from runner.errors import DataError, RoomError
+from runner.job.inference import Opening
 from runner.job.schema import Columns
-from runner.predict.asked import Asked
 from runner.predict.predictor import Prediction, Predictor, Question, open_model
-from runner.predict.questions import file_questions, live_questions, refused, survey
-from runner.run.folder import storage_errors
+from runner.predict.questions import Asked, file_questions, live_questions, refused, survey
 from runner.utils.console import Step, complain, progress
+from runner.utils.files import storage_errors
 
 
 @dataclass

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from runner.errors import DataError
-from runner.export.model_card import public_name
+from runner.job.sources import public_name
 from runner.metrics.statistics import Pairs, Verdict, adjusted, judge, paired, sentence, spell_p
 from runner.report.error_analysis import miss, percent
 from runner.report.page import (

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from runner.metrics.squad import bootstrap_interval
+from runner.metrics.statistics import bootstrap_interval
 from runner.report.page import Cell, Miss, Percent, Span, Table
 
 Record = Mapping[str, Any]

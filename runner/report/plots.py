@@ -7,7 +7,8 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from runner.run.folder import RunDir, storage_errors
+from runner.run.folder import RunDir
+from runner.utils.files import storage_errors
 from runner.utils.tables import read_rows
 
 # Okabe and Ito's colours differ for every kind of colour blindness; markers and dashes differ in

@@ -5,8 +5,11 @@ It reads well on a phone, in the dark and on paper; whatever the data says stays
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
+from runner.report.comparison_page import NOISE, comparison_page
 from runner.report.line_chart import line_chart, text
 from runner.report.page import (
     Cell,
@@ -21,10 +24,17 @@ from runner.report.page import (
     Span,
     Table,
 )
+from runner.report.page_markdown import page_markdown
+from runner.report.read import read_scored
+from runner.report.run_page import run_page, scores_of
+from runner.run.folder import RunDir
+from runner.utils.files import storage_errors, write_atomic
 from runner.utils.tables import spelled
 
 # Nothing may be fetched or run, whatever a data set says.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+
+COMPARISON = ("comparison.md", "comparison.html")
 
 
 def page_html(page: Page) -> str:
@@ -197,6 +207,7 @@ LIGHT = {
     "answer": "#fde6d2",
     "right": "#d6f2e3",
 }
+
 DARK = {
     "ground": "#14181d",
     "raised": "#1c2229",
@@ -309,3 +320,59 @@ figure,tr{break-inside:avoid}.scroll{overflow:visible}}
 @media (prefers-reduced-motion:reduce){html{scroll-behavior:auto}}
 """
 )
+
+
+def write_report(
+    path: str | Path, result: Mapping[str, Any] | None = None, folder: Path | None = None
+) -> list[str]:
+    """Write report.md and report.html of a run or of an evaluation.
+
+    Args:
+        path: its folder.
+        result: what result.json is about to hold, for a run that is just ending.
+        folder: where to write; None writes into `path`.
+
+    Returns:
+        A few lines for a terminal.
+
+    Raises:
+        RunDirError, DataError, StorageError: as `read_scored` and `write_atomic`.
+    """
+    scored = read_scored(path, result)
+    own = RunDir(path)
+    run = RunDir(folder) if folder is not None else own
+    _write(run_page(scored), run.report, run.report_page)
+    if run.path != own.path and own.curves_svg.is_file():  # report.md shows the picture beside it
+        with storage_errors(own.curves_svg):
+            picture = own.curves_svg.read_text(encoding="utf-8", errors="replace")
+        write_atomic(run.curves_svg, picture)
+    lines = [f"{scored.name}: not finished, no score yet"]
+    if scored.result is not None:
+        scores = scores_of(scored.result)
+        told = ", ".join(f"{n} {p.value:.1f} % [{p.interval()}]" for n, p in scores.items())
+        lines = [f"{scored.name}: {told}"]
+    return [*lines, f"Written: {run.report_page}", f"         {run.report}"]
+
+
+def write_comparison(paths: Sequence[str | Path], folder: Path) -> list[str]:
+    """Write comparison.md and comparison.html of several runs or evaluations into `folder`.
+
+    Returns:
+        The verdicts and the files' names.
+
+    Raises:
+        RunDirError, DataError, StorageError: as `read_scored`, `comparison_page`, `write_atomic`.
+    """
+    page = comparison_page([read_scored(path) for path in paths])
+    markdown, html = (folder / name for name in COMPARISON)
+    _write(page, markdown, html)
+    verdicts = next(section for section in page.sections if section.title == NOISE)
+    said = [block.text for block in verdicts.blocks if isinstance(block, Paragraph)]
+    return [*said[:-1], f"Written: {html}", f"         {markdown}"]
+
+
+def _write(page: Page, markdown: Path, html: Path) -> None:
+    with storage_errors(html):
+        html.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(markdown, page_markdown(page))
+    write_atomic(html, page_html(page))

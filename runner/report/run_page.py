@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from runner.export.model_card import drawn, public_name
+from runner.job.sources import drawn, public_name
 from runner.report.error_analysis import FEWEST, decision_table, error_tables, worst
 from runner.report.page import (
     Block,
@@ -23,7 +23,7 @@ from runner.report.page import (
     Table,
 )
 from runner.report.read import Rows, Scored
-from runner.utils.console import duration
+from runner.utils.text import duration
 
 MISSES = 15
 POINTS = 300  # of the loss per step

@@ -5,24 +5,19 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from runner.errors import DataError
-from runner.job.sweep import read_manifest
-from runner.metrics.text_match import match_v2
+from runner.metrics.squad import match_v2
+from runner.metrics.statistics import _Z, _over_seeds
 from runner.run.folder import RunDir
+from runner.run.sweep import read_manifest
 from runner.utils.tables import Value
 
-# Two-sided 95 % quantiles of Student's t for 1 to 30 degrees of freedom.
-_T = (
-    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
-    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
-    *(2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
-)
-_Z = statistics.NormalDist().inv_cdf(0.975)
 METRICS = {"f1": "F1 %", "exact_match": "EM %"}
+
 NOTE = (
     "± is half a 95 % interval: over seeds, of the mean (Student's t); with one seed, over the"
     " validation questions (normal approximation), which says nothing of other seeds"
@@ -87,16 +82,6 @@ def _metrics(run: RunDir) -> dict[str, float]:
         return {name: float(metrics[name]) for name in (*METRICS, "loss")}
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise DataError(f"{run.result}: cannot be read: {error}") from None
-
-
-def _over_seeds(values: Sequence[float]) -> float | None:
-    """Half the 95 % interval of the mean of independent runs."""
-    if len(values) < 2:
-        return None
-    freedom = len(values) - 1
-    # Beyond the table, the first term of the expansion around the normal quantile.
-    t = _T[freedom - 1] if freedom <= len(_T) else _Z + (_Z**3 + _Z) / (4 * freedom)
-    return t * statistics.stdev(values) / math.sqrt(len(values))
 
 
 def _over_questions(run: RunDir, metric: str) -> float | None:

@@ -19,8 +19,9 @@ from pathlib import Path
 import psutil
 
 from runner.errors import Interrupted, StorageError
-from runner.run.folder import RunDir, committed_steps, storage_errors
-from runner.utils.console import duration
+from runner.run.folder import RunDir, committed_steps
+from runner.utils.files import storage_errors
+from runner.utils.text import duration
 
 SILENT = 120.0  # seconds without one after which an owner on another machine counts as dead
 MAX_IDLE = 3  # starts in a row without progress, after which a run is not requeued

@@ -18,8 +18,9 @@ from dataclasses import asdict, replace
 
 from runner.errors import RunDirError
 from runner.run.attempts import SILENT, Owner, describe, entry_file, life, numbers, read_owner
-from runner.run.folder import RunDir, storage_errors, write_json
-from runner.utils.console import duration
+from runner.run.folder import RunDir
+from runner.utils.files import storage_errors, write_json
+from runner.utils.text import duration
 
 BEAT = 10.0  # seconds between signs of life
 

@@ -4,15 +4,20 @@ importing torch."""
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from runner.errors import DataError
+from runner.run.folder import RunDir
 from runner.utils.signals import meant_for_us
+from runner.utils.tables import read_rows
 
 PACKAGES = (
     "torch",
@@ -25,12 +30,17 @@ PACKAGES = (
     "numpy",
     "safetensors",
 )
+
 # The same difference gives the same text, whatever the user's own settings of git.
 DIFF = (
     *("--binary", "--full-index", "--no-prefix", "--no-renames", "--unified=3"),
     *("--no-color", "--no-ext-diff", "--no-textconv"),
 )
+
 CHECKOUT = Path(__file__).resolve().parents[2]
+
+# How a process was started decides no number.
+_NO_MATTER = ("command",)
 
 
 def collect(seed: int, world: int, threads: int, devices: list[str]) -> dict[str, Any]:
@@ -84,12 +94,6 @@ def git_state() -> dict[str, str | None]:
     }
 
 
-def file_sha256(path: Path) -> str:
-    """sha256 of a file's bytes, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def processor_name() -> str:
     """The processor's model name, as the system tells it."""
     try:
@@ -123,3 +127,86 @@ def _git(*arguments: str) -> bytes | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """Read a JSON object that a run wrote.
+
+    Raises:
+        DataError: if it is none.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"{path}: cannot be read: {reason}") from None
+    if not isinstance(found, dict):
+        raise DataError(f"{path}: is no record of a run")
+    return found
+
+
+def differing_fields(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """Name every field of provenance in which two runs differ: `versions.torch: 2.12.0, now
+    2.13.0`."""
+    first, second = (dict(_fields(record)) for record in (one, other))
+    return [
+        f"{name}: {_spell(first, name)}, now {_spell(second, name)}"
+        for name in dict.fromkeys([*first, *second])
+        if _spell(first, name) != _spell(second, name) and name.split(".")[0] not in _NO_MATTER
+    ]
+
+
+def differing_results(one: RunDir, other: RunDir) -> list[str]:
+    """Name where two finished runs came out differently: scores, weights, answers, and the first
+    differing cell of each table. Seconds and speeds are no results."""
+    found = []
+    first, second = read_record(one.result), read_record(other.result)
+    for key in ("metrics", "epoch", "step", "weights_sha256"):
+        pairs = (dict(_fields({key: record.get(key)})) for record in (first, second))
+        then, now = pairs
+        for name in dict.fromkeys([*then, *now]):
+            if _spell(then, name) != _spell(now, name):
+                found.append(
+                    f"result.json: {name} is {_spell(then, name)}, now {_spell(now, name)}"
+                )
+    if one.predictions.read_bytes() != other.predictions.read_bytes():
+        found.append(f"{one.predictions.name}: {_first_line(one.predictions, other.predictions)}")
+    for then_table, now_table in zip(one.tables, other.tables, strict=True):
+        difference = _first_cell(then_table, now_table)
+        if difference:
+            found.append(f"{then_table.name}: {difference}")
+    return found
+
+
+def is_time(column: str) -> bool:
+    """Whether a column of a table tells of time, which no two runs share."""
+    return column.endswith(("_seconds", "_per_second"))
+
+
+def _fields(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        for key, part in value.items():
+            yield from _fields(part, f"{name}.{key}" if name else str(key))
+    else:
+        yield name, value
+
+
+def _spell(fields: Mapping[str, Any], name: str) -> str:
+    return json.dumps(fields[name]) if name in fields else "absent"
+
+
+def _first_line(one: Path, other: Path) -> str:
+    then, now = (path.read_text(encoding="utf-8").splitlines() for path in (one, other))
+    for number, (a, b) in enumerate(zip(then, now, strict=False), 1):
+        if a != b:
+            return f"line {number} is another"
+    return f"{len(then)} lines, now {len(now)}"
+
+
+def _first_cell(one: Path, other: Path) -> str | None:
+    then, now = read_rows(one), read_rows(other)
+    for number, (a, b) in enumerate(zip(then, now, strict=False), 1):
+        for column in dict.fromkeys([*a, *b]):
+            if not is_time(column) and a.get(column) != b.get(column):
+                return f"row {number}, {column} is {a.get(column)}, now {b.get(column)}"
+    return f"{len(then)} rows, now {len(now)}" if len(then) != len(now) else None

@@ -13,7 +13,7 @@ from runner.job.load import recorded_job
 from runner.job.schema import Job
 from runner.run.folder import RunDir, new_stamp
 from runner.run.launch import launch
-from runner.run.sameness import differing_fields, differing_results, read_record
+from runner.run.provenance import differing_fields, differing_results, read_record
 
 TOLERANCE = 0.5  # percent, or nats for the loss, where the job's [expect] names no other
 SCORES = ("exact_match", "f1", "span_accuracy", "loss")

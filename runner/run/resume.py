@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runner.errors import DataError, ExpectationError
-from runner.job.expectation import missed_expectation
 from runner.job.load import dump_job, first_difference, recorded_job
-from runner.job.schema import Job
+from runner.job.schema import Job, missed_expectation
 from runner.run.attempts import is_alive, is_earlier_life, numbers, owners
-from runner.run.folder import RunDir, storage_errors, write_atomic
+from runner.run.folder import RunDir
 from runner.run.lease import Attempt
-from runner.run.sameness import read_record
+from runner.run.provenance import read_record
+from runner.utils.files import storage_errors, write_atomic
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from runner.errors import SlurmError, SlurmSilence, printable
-from runner.run.folder import write_json
+from runner.utils.files import write_json
 
 PATIENCE = 20.0  # seconds for an answer; clients of a dead controller would try for minutes
 SUBMITTING = 60.0  # seconds for sbatch, after which nobody knows whether there is a job

@@ -11,10 +11,11 @@ from pathlib import Path
 
 from runner.errors import RunDirError, RunnerError, SlurmError
 from runner.run.attempts import Owner, describe
-from runner.run.folder import RunDir, storage_errors
+from runner.run.folder import RunDir
 from runner.slurm.client import read_submission, scancel
 from runner.slurm.status import newest_start, standings, started_elsewhere
 from runner.slurm.submit import queued
+from runner.utils.files import storage_errors
 
 LOOK = 0.5  # seconds between looks at a file that grows
 ASK = 10.0  # seconds between questions to SLURM

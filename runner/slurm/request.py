@@ -10,8 +10,7 @@ from pathlib import Path
 
 from runner.errors import JobError
 from runner.job.assets import not_cached
-from runner.job.layout import batch_layout
-from runner.job.schema import Job, Slurm
+from runner.job.schema import Job, Slurm, batch_layout
 from runner.job.slurm_values import expanded
 from runner.job.sweep import Trial, load_trials
 from runner.run.launch import MAIN

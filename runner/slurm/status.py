@@ -15,12 +15,13 @@ from typing import Any
 import tomli
 
 from runner.errors import RunDirError, SlurmError
-from runner.job.sweep import MANIFEST, read_manifest
 from runner.run.attempts import SILENT, Owner, entry_file, life, owners
-from runner.run.folder import RunDir, below_here
+from runner.run.folder import RunDir
+from runner.run.sweep import MANIFEST, read_manifest
 from runner.slurm.client import FORGOTTEN, SlurmJob, Submission, ask_jobs, read_submission
-from runner.utils.console import duration
+from runner.utils.files import below_here
 from runner.utils.tables import Value, read_rows
+from runner.utils.text import duration
 
 SHOWN = 20  # runs that are listed if none is named
 

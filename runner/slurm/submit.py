@@ -6,16 +6,18 @@ import fcntl
 import os
 import socket
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from types import TracebackType
 
-from runner.errors import DataError, RunDirError, SlurmSilence, StorageError
+from runner.errors import DataError, RunDirError, RunnerError, SlurmSilence, StorageError
 from runner.job.load import dump_job, first_difference, recorded_job
-from runner.job.sweep import JOB, MANIFEST, Trial, manifest_entries, open_trials, write_manifest
+from runner.job.sweep import Trial
 from runner.run.attempts import life, numbers
-from runner.run.folder import RunDir, new_stamp, storage_errors, write_atomic
+from runner.run.folder import RunDir, new_stamp
+from runner.run.sweep import JOB, MANIFEST, manifest_entries, open_trials, write_manifest
 from runner.slurm.client import (
     Submission,
     ask_jobs,
@@ -26,7 +28,7 @@ from runner.slurm.client import (
 )
 from runner.slurm.request import Order
 from runner.slurm.script import script_options
-from runner.slurm.undo import Undo
+from runner.utils.files import storage_errors, write_atomic
 
 
 @dataclass(frozen=True)
@@ -240,3 +242,54 @@ def _record(order: Order, folder: Path, runs: dict[int, RunDir], job_id: str) ->
             earlier=[*before.earlier, before.name] if before else [],
         )
         write_submission(run.slurm, submission)
+
+
+class Undo:
+    """Remembers what stood at some paths, and puts it back if the block ends with a RunnerError.
+
+    A folder is removed only if it was not there before and is empty then: whatever somebody else
+    has put into it stays.
+    """
+
+    def __init__(self) -> None:
+        self._before: dict[Path, bytes | None] = {}
+
+    def file(self, path: Path) -> None:
+        """Note what is in a file that is to be written."""
+        self.folder(path.parent)
+        if path not in self._before:
+            self._before[path] = path.read_bytes() if path.is_file() else None
+
+    def folder(self, path: Path) -> None:
+        """Note which folders are to be made, this one and those above it."""
+        for folder in (*reversed(path.parents), path):
+            if not folder.exists():
+                self._before.setdefault(folder, None)
+
+    def made(self, folder: Path) -> None:
+        """Note a folder that was made just now."""
+        self._before[folder] = None
+
+    def forget(self) -> None:
+        """From here on nothing is taken back."""
+        self._before.clear()
+
+    def __enter__(self) -> Undo:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if not isinstance(error, RunnerError):
+            return
+        for path, content in reversed(self._before.items()):
+            with suppress(OSError):
+                if content is not None:
+                    path.write_bytes(content)
+                elif path.is_dir():
+                    path.rmdir()
+                else:
+                    path.unlink(missing_ok=True)

@@ -8,15 +8,20 @@ from typing import Any
 
 import torch
 
-from runner.checkpoint.keeping import Kept
+from runner.checkpoint.best import Kept
 from runner.data.splits import Questions
-from runner.export.save import verify_export
+from runner.data.windows import windows_sha256
+from runner.eval.results import result_scores
+from runner.export.verify import verify_export
 from runner.job.schema import Job
-from runner.report.report import write_report
+from runner.report.render import write_report
 from runner.run import provenance
-from runner.run.folder import RunDir, write_json
-from runner.train.run_log import closing_lines, probe_changes, result_scores, write_predictions
+from runner.run.folder import RunDir
+from runner.train.run_log import closing_lines, probe_changes, write_predictions
+from runner.train.setup import Material
 from runner.utils.console import Reporter
+from runner.utils.files import file_sha256, write_json
+from runner.utils.ranks import Rank
 from runner.utils.tables import Value, terminal
 from runner.utils.timing import Clock
 
@@ -47,7 +52,7 @@ def verified_result(
         **result_scores(kept.scores, job.score.null_threshold, job.seed),
         "epoch": kept.epoch,
         "step": kept.step,
-        "weights_sha256": provenance.file_sha256(run.model / "model.safetensors"),
+        "weights_sha256": file_sha256(run.model / "model.safetensors"),
         "export_difference": difference,
         "seconds": clock.seconds(),
         "peak_memory_bytes": list(peaks),
@@ -80,3 +85,53 @@ def peak_memory(device: torch.device) -> dict[str, int]:
     if device.type == "cuda":
         peak["gpu"] = torch.cuda.max_memory_allocated(device)
     return peak
+
+
+def record(job: Job, rank: Rank, device: torch.device, have: Material) -> dict[str, Any]:
+    """provenance.json: all that could make a second run differ."""
+    name = (
+        torch.cuda.get_device_name(device) if device.type == "cuda" else provenance.processor_name()
+    )
+    parts = (("train", have.training), ("validation", have.validation), ("tuning", have.tuning))
+    return {
+        **provenance.collect(
+            job.seed, rank.world, torch.get_num_threads(), [name] * rank.local_world
+        ),
+        "data": {
+            part: {
+                "source": questions.dataset.source,
+                "revision": questions.dataset.revision,
+                "sha256": questions.dataset.sha256,
+            }
+            for part, questions in parts
+            if questions is not None
+        },
+        "model": {
+            "name": job.model.name,
+            "location": have.pretrained.location,
+            "revision": have.pretrained.revision,
+            "sha256": have.pretrained.weights_sha256,
+        },
+        "zero_stage": job.zero.stage,
+        "precision": have.precision,
+        "span_loss": {"path": have.span_loss.path, "reason": have.span_loss.reason},
+        "computing": have.computing.recorded(),
+    }
+
+
+def identity(job: Job, rank: Rank, have: Material) -> dict[str, Any]:
+    """What a checkpoint must share with this start to be its own."""
+    tuning = have.tuning
+    return {
+        "world": rank.world,
+        "zero_stage": job.zero.stage,
+        "layout": have.layout.micro_batches,
+        "precision": have.precision,
+        "computing": have.computing.choice(),
+        "train": have.training.dataset.sha256,
+        "validation": have.validation.dataset.sha256,
+        "tuning": None if tuning is None else tuning.dataset.sha256,
+        "windows": windows_sha256(have.training.windows, have.validation.windows),
+        # Their frozen layers may be read before the checkpoint is (model.cache_frozen).
+        "model": have.pretrained.weights_sha256,
+    }

@@ -3,30 +3,20 @@ compiled layers or not, frozen layers' outputs kept or not."""
 
 from __future__ import annotations
 
-import dataclasses
 import os
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
-from runner.data.collate import Packing, score_batches
-from runner.data.loader import Reader, fill
+from runner.data.collate import Packing
 from runner.data.window_cache import cache_root
-from runner.data.windows import Windows
-from runner.distributed.collectives import everyone, share
 from runner.distributed.flat_zero import choose_optimiser
-from runner.errors import StorageError
 from runner.job.schema import Model, Zero
+from runner.model.attention import choose_packing
 from runner.model.dropout import Noise, install
-from runner.model.frozen import Trunk, check_cacheable, make_room
-from runner.model.packing import choose_packing
-from runner.utils.ranks import Rank
+from runner.model.frozen import Trunk, check_cacheable
 
 # Where compiling pays: a cold start costs about a minute and saves some tenths of a step. Until
 # both are measured on a GPU, only jobs of much arithmetic compile by themselves: some ten minutes
@@ -149,62 +139,3 @@ def compile_layers(model: Any, backend: str = "inductor") -> None:
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_root() / "inductor"))
     for layer in encoder_layers(model):
         layer.compile(dynamic=True, backend=backend)
-
-
-def keep_frozen(
-    reader: Reader,
-    trunk: Trunk | None,
-    sets: Sequence[Windows],
-    batch_size: int,
-    folder: Path,
-    rank: Rank,
-    between: Callable[[], None] = lambda: None,
-) -> tuple[Reader, list[str]]:
-    """Compute the trunk's outputs for whole data sets. Every rank must call this.
-
-    They depend on the weights and on the data sets alone, so that a resumed run, which computes
-    them anew, goes on with the same numbers.
-
-    Args:
-        reader: reads with the engine.
-        trunk: whose outputs are kept; None keeps nothing.
-        sets: training and validation windows.
-        batch_size: windows per forward pass.
-        folder: where a file may be, should memory not do.
-        rank: this one.
-        between: called before each of this rank's batches; it may raise.
-
-    Returns:
-        A reader that reads these windows from above the trunk, and lines for the log.
-
-    Raises:
-        StorageError: if there is no room. Going on without would be another training: with dropout.
-    """
-    if trunk is None:
-        return reader, []
-    began = time.monotonic()
-    dtype = next(trunk.base.parameters()).dtype
-    reader = dataclasses.replace(reader, trunk=trunk)
-    stores = []
-    for windows in sets:
-        width = trunk.base.config.hidden_size
-        size = len(windows.tokens_T) * width * dtype.itemsize / 2**30
-        store = make_room(windows, width, dtype, reader.device, folder, rank, share, everyone)
-        if store is None:
-            raise StorageError(
-                f"model.cache_frozen: {size:.1f} GiB of frozen layers' outputs fit neither into"
-                f" free memory nor below {folder}; set it to false, or train on fewer questions"
-            )
-        mine = score_batches(windows.lengths_N, batch_size, rank.local, rank.local_world)
-        fill(reader, store, _asking(mine, between))
-        everyone(None)  # the windows of one rank are read by others
-        stores.append((store, size))
-    held = ", ".join(f"{size:.2f} GiB in {store.place}" for store, size in stores)
-    line = f"outputs of frozen layers: {held}, computed in {time.monotonic() - began:.1f} s"
-    return dataclasses.replace(reader, stores=tuple(store for store, _ in stores)), [line]
-
-
-def _asking(batches: Iterable[np.ndarray], between: Callable[[], None]) -> Iterator[np.ndarray]:
-    for rows in batches:
-        between()
-        yield rows

@@ -7,13 +7,13 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from runner.data.collate import epoch_batches
+from runner.data.sampler import epoch_batches
 from runner.data.splits import Questions, load_questions
 from runner.data.windows import Windows
 from runner.distributed.engine import learning_rate_factor
-from runner.job.layout import batch_layout
-from runner.job.schema import Job
-from runner.model.load import declared_weights, empty_model, freeze, load_tokenizer, parameter_table
+from runner.job.schema import Job, batch_layout
+from runner.model.freeze import freeze, parameter_table
+from runner.model.load import declared_weights, empty_model, load_tokenizer
 from runner.utils.tables import markdown
 
 

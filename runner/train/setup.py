@@ -2,39 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import dataclasses
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from runner.data.dataset import Example
-from runner.data.loader import Reader
-from runner.data.resident import make_resident
+from runner.data.loader import make_resident
+from runner.data.sampler import score_batches
 from runner.data.splits import Questions, load_questions, probe_examples
 from runner.data.windows import Windows, build_windows
-from runner.distributed.collectives import main_first
+from runner.distributed.collectives import everyone, main_first, share
 from runner.distributed.engine import deepspeed_config, start_engine
 from runner.distributed.failures import leave_if_asked, stop_if_asked
 from runner.distributed.gradient_exchange import SharedMemory
 from runner.distributed.watchdog import Watch
-from runner.job.layout import Layout, batch_layout
-from runner.job.schema import Job
+from runner.errors import StorageError
+from runner.job.schema import Job, Layout, batch_layout
 from runner.model.dropout import Noise
-from runner.model.load import (
-    Pretrained,
-    choose_precision,
-    freeze,
-    load_pretrained,
-    load_tokenizer,
-    optimiser_groups,
-    parameter_table,
-    takes_segment_ids,
-)
+from runner.model.forward import Reader, fill, takes_segment_ids
+from runner.model.freeze import freeze, optimiser_groups, parameter_table
+from runner.model.frozen import Trunk, make_room
+from runner.model.load import Pretrained, choose_precision, load_pretrained, load_tokenizer
 from runner.model.loss import SpanLoss, choose_span_loss
 from runner.run.folder import RunDir
-from runner.train.plan import Computing, choose_computing, keep_frozen
+from runner.train.plan import Computing, choose_computing
 from runner.train.run_log import announcement
 from runner.train.state import seed_everything
 from runner.utils.ranks import Rank
@@ -186,3 +184,62 @@ def load_material(
         reader=reader,
         kept=kept,
     )
+
+
+def keep_frozen(
+    reader: Reader,
+    trunk: Trunk | None,
+    sets: Sequence[Windows],
+    batch_size: int,
+    folder: Path,
+    rank: Rank,
+    between: Callable[[], None] = lambda: None,
+) -> tuple[Reader, list[str]]:
+    """Compute the trunk's outputs for whole data sets. Every rank must call this.
+
+    They depend on the weights and on the data sets alone, so that a resumed run, which computes
+    them anew, goes on with the same numbers.
+
+    Args:
+        reader: reads with the engine.
+        trunk: whose outputs are kept; None keeps nothing.
+        sets: training and validation windows.
+        batch_size: windows per forward pass.
+        folder: where a file may be, should memory not do.
+        rank: this one.
+        between: called before each of this rank's batches; it may raise.
+
+    Returns:
+        A reader that reads these windows from above the trunk, and lines for the log.
+
+    Raises:
+        StorageError: if there is no room. Going on without would be another training: with dropout.
+    """
+    if trunk is None:
+        return reader, []
+    began = time.monotonic()
+    dtype = next(trunk.base.parameters()).dtype
+    reader = dataclasses.replace(reader, trunk=trunk)
+    stores = []
+    for windows in sets:
+        width = trunk.base.config.hidden_size
+        size = len(windows.tokens_T) * width * dtype.itemsize / 2**30
+        store = make_room(windows, width, dtype, reader.device, folder, rank, share, everyone)
+        if store is None:
+            raise StorageError(
+                f"model.cache_frozen: {size:.1f} GiB of frozen layers' outputs fit neither into"
+                f" free memory nor below {folder}; set it to false, or train on fewer questions"
+            )
+        mine = score_batches(windows.lengths_N, batch_size, rank.local, rank.local_world)
+        fill(reader, store, _asking(mine, between))
+        everyone(None)  # the windows of one rank are read by others
+        stores.append((store, size))
+    held = ", ".join(f"{size:.2f} GiB in {store.place}" for store, size in stores)
+    line = f"outputs of frozen layers: {held}, computed in {time.monotonic() - began:.1f} s"
+    return dataclasses.replace(reader, stores=tuple(store for store, _ in stores)), [line]
+
+
+def _asking(batches: Iterable[np.ndarray], between: Callable[[], None]) -> Iterator[np.ndarray]:
+    for rows in batches:
+        between()
+        yield rows

@@ -1,0 +1,10 @@
+"""Helpers without a subject of their own.
+
+- `files`: whole files or none
+- `console`: what the terminal shows
+- `tables`: CSV files and terminal tables
+- `signals`: requests to stop
+- `ranks`: which rank this process is
+- `timing`: seconds by phase
+- `text`: small spellings
+"""

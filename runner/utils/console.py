@@ -15,7 +15,8 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from runner.errors import printable
-from runner.run.folder import open_own, storage_errors
+from runner.utils.files import open_own, storage_errors
+from runner.utils.text import duration
 
 LOG_WIDTH = 100
 
@@ -153,16 +154,6 @@ def progress(title: str, total: int | None) -> Iterator[Step]:
     with bar:
         task = bar.add_task(title, total=total, note="")
         yield lambda done, note="": bar.update(task, completed=done, note=note)
-
-
-def duration(seconds: float) -> str:
-    """Spell seconds as a person would: 48 s, 7 min 5 s, 2 h 10 min."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
 def complain(text: str) -> None:

@@ -13,7 +13,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from runner.run.folder import open_own, storage_errors
+from runner.utils.files import open_own, storage_errors
 
 Value = str | int | float | None
 

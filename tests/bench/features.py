@@ -52,10 +52,10 @@ def measure(args: argparse.Namespace) -> None:
 
     from runner.data.collate import Packing, collate, pack, pad
     from runner.data.dataset import load_dataset
-    from runner.data.loader import TOGETHER
     from runner.data.window_cache import cached_windows
     from runner.data.windows import build_windows
     from runner.job.schema import Columns, Model
+    from runner.model.forward import TOGETHER
     from runner.model.load import load_tokenizer
 
     datasets.disable_progress_bars()

@@ -78,7 +78,8 @@ def run_part(part: str, path: Path, model: str, count: int) -> dict[str, float]:
 
 def assemble(windows: Any) -> None:
     """One epoch's order and batches."""
-    from runner.data.collate import Packing, collate, epoch_batches, pack
+    from runner.data.collate import Packing, collate, pack
+    from runner.data.sampler import epoch_batches
 
     packing = Packing(0, 1, 384)
     for rows in epoch_batches(windows.lengths_N, 32, 1, 0):
@@ -89,10 +90,10 @@ def answer(windows: Any, examples: list[Any]) -> None:
     """What evaluation does with logits: `read_windows` with a model that draws them at random."""
     import torch
 
-    from runner.data.loader import Read
     from runner.eval.inference import read_windows
     from runner.eval.predictions import LISTED
     from runner.job.schema import Score
+    from runner.model.forward import Read
     from runner.utils.ranks import Rank
 
     class Guesser(torch.nn.Module):

@@ -50,8 +50,8 @@ timed(runner.checkpoint.deepspeed_io.ShardEngine, "write", "write, hash, sync")
 timed(runner.checkpoint.store.Store, "check_staged", "read back")
 timed(runner.checkpoint.store.Store, "commit", "manifest and rename")
 timed(runner.checkpoint.commit, "rotate", "remove old ones")
-timed(runner.distributed.collectives.Boundary, "agree", "agree")
-timed(runner.train.epoch, "take_step", "optimiser step")
+timed(runner.distributed.preemption.Boundary, "agree", "agree")
+timed(runner.train.trainer, "take_step", "optimiser step")
 finish = runner.train.trainer.finish
 def finish_and_tell(*arguments):
     finish(*arguments)

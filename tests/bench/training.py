@@ -41,7 +41,7 @@ import numpy as np
 import torch
 from training_modes import RANK, SHAPES, Modes, Steps
 
-from runner.distributed.engine import start_distributed
+from runner.distributed.process_group import start_distributed
 from runner.job.schema import Zero
 
 

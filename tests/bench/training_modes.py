@@ -18,21 +18,22 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from runner.data.collate import collate, epoch_batches, pad
-from runner.data.loader import Prepared, Reader
-from runner.data.resident import make_resident
+from runner.data.collate import collate, pad
+from runner.data.loader import Prepared, make_resident
+from runner.data.sampler import epoch_batches
 from runner.data.windows import Windows
-from runner.distributed.collectives import Boundary
 from runner.distributed.engine import deepspeed_config, start_engine
-from runner.job.layout import batch_layout
-from runner.job.schema import Model, Train, Zero
+from runner.distributed.preemption import Boundary
+from runner.job.schema import Model, Train, Zero, batch_layout
 from runner.model.dropout import CpuDropout, Noise
-from runner.model.load import freeze, optimiser_groups
+from runner.model.forward import Reader
+from runner.model.freeze import freeze, optimiser_groups
 from runner.model.loss import choose_span_loss
-from runner.train.epoch import Course, train_steps
 from runner.train.nan_monitor import Health
-from runner.train.plan import choose_computing, keep_frozen
+from runner.train.plan import choose_computing
+from runner.train.setup import keep_frozen
 from runner.train.state import Progress
+from runner.train.trainer import Course, train_steps
 from runner.utils.ranks import Rank
 from runner.utils.timing import Clock
 

@@ -27,8 +27,8 @@ os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE"
 import deepspeed  # noqa: F401
 import torch
 
+from runner.checkpoint.best import read_kept
 from runner.checkpoint.deepspeed_io import load_plain
-from runner.checkpoint.keeping import read_kept
 from runner.checkpoint.store import Store
 from runner.data.dataset import load_dataset
 from runner.errors import RunnerError
@@ -36,8 +36,8 @@ from runner.job.load import load_job
 from runner.job.schema import Columns, Job, Model
 from runner.model.load import load_pretrained, load_tokenizer
 from runner.run.folder import RunDir
+from runner.run.provenance import read_record
 from runner.run.resume import Where, open_run
-from runner.run.sameness import read_record
 from runner.utils.console import Reporter, complain
 
 FOLDER, MODEL = map(Path, sys.argv[1:])

@@ -14,10 +14,10 @@ import torch
 
 from runner.checkpoint.deepspeed_io import ShardEngine
 from runner.checkpoint.store import Store
-from runner.distributed.engine import deepspeed_config, start_distributed, start_engine
+from runner.distributed.engine import deepspeed_config, start_engine
+from runner.distributed.process_group import start_distributed
 from runner.errors import DataError
-from runner.job.layout import batch_layout
-from runner.job.schema import Train, Zero
+from runner.job.schema import Train, Zero, batch_layout
 from runner.utils.ranks import Rank
 
 NAME = "step-000005-a0001"

@@ -214,7 +214,7 @@ def prepare() -> None:
     import transformers
 
     from runner.report import plots
-    from runner.report.report import write_report
+    from runner.report.render import write_report
     from runner.run.folder import RunDir
     from runner.utils.tables import append_row
     from tests.sample_runs import make_run, predictions

@@ -1,0 +1,96 @@
+"""Which windows each optimiser step sees, and on which rank.
+
+The order is a pure function of (seed, epoch): the position in it is all that a resumed run needs to
+know.
+
+Legend: N windows of the data set.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+BUCKET_BATCHES = (
+    50  # windows are sorted by length inside chunks of this many batches, then batches are shuffled
+)
+
+
+def epoch_batches(
+    lengths_N: np.ndarray, batch_size: int, seed: int, epoch: int, *, buckets: bool = True
+) -> list[np.ndarray]:
+    """Split all windows into the batches of one epoch, each sorted by length; a short batch comes
+    last.
+
+    With `buckets`, windows of similar length share a batch: shuffle, sort inside chunks, cut,
+    shuffle the batches. The first epoch begins with its largest full batches (see
+    `_largest_first`), so that what does not fit into memory fails in the first steps. Later epochs
+    draw other batches; without buckets one of theirs may be a few percent larger.
+
+    Args:
+        lengths_N: tokens of each window.
+        batch_size: windows per optimiser step over all ranks.
+        seed: the job's seed.
+        epoch: from 0.
+        buckets: False cuts batches from the shuffled order as it is.
+
+    Returns:
+        Arrays of window positions, int64; together a permutation of arange(N).
+    """
+    generator = np.random.default_rng([seed, epoch])
+    order = generator.permutation(len(lengths_N))
+    full = len(order) // batch_size * batch_size
+    chunk = BUCKET_BATCHES * batch_size if buckets else batch_size
+    batches: list[np.ndarray] = []
+    for place in range(0, full, chunk):
+        rows = order[place : min(place + chunk, full)]
+        rows = rows[np.argsort(lengths_N[rows], kind="stable")]
+        batches += np.split(rows, len(rows) // batch_size)
+    shuffled = [batches[n] for n in generator.permutation(len(batches))]
+    if epoch == 0:
+        shuffled = _largest_first(lengths_N, shuffled)
+    rest = order[full:]
+    if len(rest):
+        shuffled.append(rest[np.argsort(lengths_N[rest], kind="stable")])
+    return shuffled
+
+
+def _largest_first(lengths_N: np.ndarray, batches: list[np.ndarray]) -> list[np.ndarray]:
+    """Move the full batches that need the most memory to the front; all others keep their order.
+
+    These are two to four: the two of most tokens, which bound the memory of packed steps, and the
+    two with the longest windows, which bound that of padded ones. Two of each, since the second
+    meets the optimiser's state; both kinds, since packed and padded runs train in one order.
+    """
+    tokens = [int(lengths_N[rows].sum()) for rows in batches]
+    longest = [int(lengths_N[rows].max()) for rows in batches]
+    places = range(len(batches))
+    by_tokens = sorted(places, key=lambda n: (tokens[n], longest[n]), reverse=True)[:2]
+    by_longest = sorted(places, key=lambda n: (longest[n], tokens[n]), reverse=True)[:2]
+    pairs = zip(by_tokens, by_longest, strict=True)
+    front = list(dict.fromkeys(n for pair in pairs for n in pair))
+    return [batches[n] for n in front] + [batches[n] for n in places if n not in front]
+
+
+def rank_share(
+    rows: np.ndarray, rank: int, world: int, micro_batch_size: int, micro_batches: int
+) -> list[np.ndarray]:
+    """Deal one step's windows to a rank, as the rows of its forward passes.
+
+    Windows go round the ranks one by one, so that each gets the same mix of lengths. Every rank
+    makes the same number of
+    forward passes: a short last batch leaves some of them empty.
+    """
+    mine = rows[rank::world]
+    return [mine[n * micro_batch_size : (n + 1) * micro_batch_size] for n in range(micro_batches)]
+
+
+def score_batches(
+    lengths_N: np.ndarray, batch_size: int, rank: int, world: int
+) -> list[np.ndarray]:
+    """Share all windows out for scoring, longest first, the same number of batches on every rank
+    (some may be empty)."""
+    order = np.argsort(-lengths_N, kind="stable")
+    batches = [order[place : place + batch_size] for place in range(0, len(order), batch_size)]
+    while len(batches) % world:
+        batches.append(order[:0])
+    return batches[rank::world]

@@ -1,0 +1,116 @@
+"""Joins the ranks' process group, and leaves it."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+import warnings
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
+
+from runner.distributed.collectives import PATIENCE, open_control
+from runner.errors import Interrupted
+from runner.utils.ranks import Rank, meeting_point
+from runner.utils.signals import asked
+
+
+def start_distributed(
+    rank: Rank, threads: int | None = None, meeting_minutes: float = 10.0
+) -> torch.device:
+    """Choose the device, the CPU threads, and join the process group (also one process).
+
+    Args:
+        rank: this one.
+        threads: CPU threads; None shares the cores of the machine among its ranks.
+        meeting_minutes: how long to wait for the other ranks to come.
+    """
+    on_cuda = torch.cuda.is_available()
+    if on_cuda:
+        # A launcher may show each rank its own GPU only.
+        torch.cuda.set_device(rank.local % torch.cuda.device_count())
+    else:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found no GPU
+        _keep_freed_memory()
+        if threads is not None or "OMP_NUM_THREADS" not in os.environ:
+            # Ranks of one machine share its cores; a thread for each core in each would fight.
+            torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // rank.local_world))
+    address, port = meeting_point(rank)
+    for name, value in (
+        ("RANK", rank.index),
+        ("LOCAL_RANK", rank.local),
+        ("WORLD_SIZE", rank.world),
+        ("LOCAL_SIZE", rank.local_world),
+        ("MASTER_ADDR", address),
+        ("MASTER_PORT", port),
+    ):
+        os.environ.setdefault(name, str(value))
+    import deepspeed  # reads the variables above, and takes seconds
+
+    if not on_cuda:
+        # A shared-memory reduction that is compiled at first use, for one to two minutes; a start
+        # killed meanwhile leaves a lock on which later starts hang. gloo does without it.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # type: ignore[attr-defined]
+    # torch's deprecation of calls that DeepSpeed and we make at each step is no news to our user.
+    for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):
+        warnings.filterwarnings("ignore", message=f".*{name}.*", category=FutureWarning)
+    if not dist.is_initialized():
+        # Ranks meet soon or never; once they have met, they wait for each other's work.
+        meeting = timedelta(minutes=meeting_minutes)
+        store, index, world = _meet(meeting)
+        backend = "nccl" if on_cuda else "gloo"
+        dist.init_process_group(
+            backend, store=store, rank=index, world_size=world, timeout=PATIENCE
+        )
+        deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
+    open_control()
+    return torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")
+
+
+def _meet(patience: timedelta) -> tuple[Any, int, int]:
+    """Wait for the other ranks, in a thread of its own: a signal ends the waiting, for one that is
+    gone perhaps, which the store would not let this process hear."""
+    found: list[tuple[Any, int, int] | Exception] = []
+
+    def wait() -> None:
+        try:
+            found.append(next(rendezvous("env://", timeout=patience)))
+        except Exception as error:
+            found.append(error)
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.05)
+        if reason := asked():
+            raise Interrupted(f"stopped by {reason} before training began")
+    if isinstance(found[0], Exception):
+        raise found[0]
+    return found[0]
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc reuse blocks of up to 32 MiB instead of returning them to the kernel each time.
+
+    Activations would else be mapped, zeroed page by page and unmapped again in every step. Larger
+    blocks still go back: keeping those too tripled the memory (measured). With another C library
+    nothing happens.
+    """
+    m_trim_threshold, m_mmap_threshold = -1, -3  # malloc.h
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return
+    mallopt(m_mmap_threshold, 32 * 2**20)
+    mallopt(m_trim_threshold, 512 * 2**20)
+
+
+def stop_distributed() -> None:
+    """Leave the process group, all ranks together; one that leaves alone may abort the others."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()

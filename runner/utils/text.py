@@ -1,0 +1,32 @@
+"""Small spellings: cut texts, choices, durations."""
+
+from __future__ import annotations
+
+import math
+
+
+def short(text: str) -> str:
+    """Cut a long text."""
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def divisors(number: int) -> list[int]:
+    """All whole numbers that divide `number`, ascending."""
+    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return sorted({*small, *(number // n for n in small)})
+
+
+def one_of(values: list[int] | tuple[str, ...]) -> str:
+    """Spell a choice: `1, 2 or 4`."""
+    *most, last = map(str, values)
+    return f"{', '.join(most)} or {last}" if most else last
+
+
+def duration(seconds: float) -> str:
+    """Spell seconds as a person would: 48 s, 7 min 5 s, 2 h 10 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
