@@ -69,7 +69,7 @@ class SlurmError(RunnerError):
     exit_code = 72
 
 
-class SlurmSilence(SlurmError):
+class SlurmTimeout(SlurmError):
     """SLURM has not answered in time: what it was asked to do may have been done (72)."""
 
 

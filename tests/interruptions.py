@@ -6,7 +6,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from runner.checkpoint.store import Store
+from runner.checkpoint.store import CheckpointStore
 from runner.run.folder import RunDir, checkpoint_place
 from runner.run.provenance import is_time
 from runner.utils.tables import read_rows
@@ -92,37 +92,37 @@ step_taken = runner.train.trainer.take_step
 def take_step(engine, step):
     step_taken(engine, step)
     if step == {step} and {rank} in (rank, -1):
-        runner.utils.signals.ask("SIGUSR2")
+        runner.utils.signals.request_stop("SIGUSR2")
 runner.train.trainer.take_step = take_step
 """
 # Stops every rank in its evaluation after epoch 1.
 STOP_SCORING = """
 import runner.train.trainer, runner.utils.signals
-read = runner.train.trainer.read_windows
+read = runner.train.trainer.predict_windows
 def read_windows(*arguments, **options):
     if options.get("step"):
-        runner.utils.signals.ask("SIGTERM")
+        runner.utils.signals.request_stop("SIGTERM")
     return read(*arguments, **options)
-runner.train.trainer.read_windows = read_windows
+runner.train.trainer.predict_windows = read_windows
 """
 # Stops every rank right after its first evaluation was committed.
 STOP_SCORED = """
 import runner.checkpoint.manager, runner.utils.signals
-save = runner.checkpoint.manager.Checkpoints.save
+save = runner.checkpoint.manager.CheckpointManager.save
 def save_and_stop(self, memory, best=None, *, required=False):
     whole = save(self, memory, best, required=required)
     if memory.progress.scored:
-        runner.utils.signals.ask("SIGUSR1")
+        runner.utils.signals.request_stop("SIGUSR1")
     return whole
-runner.checkpoint.manager.Checkpoints.save = save_and_stop
+runner.checkpoint.manager.CheckpointManager.save = save_and_stop
 """
 # Dropout from torch's generators, which go on from pass to pass; else it is a function of the place
 # in training, and a resumed run would repeat it without any state.
 TORCH_DROPOUT = """
 import runner.train.plan, runner.model.dropout
-runner.train.plan.install = lambda model, noise: 0
-restart = runner.model.dropout.Noise.restart
-runner.model.dropout.Noise.restart = lambda self, *place: None if place else restart(self)
+runner.train.plan.install_dropout = lambda model, noise: 0
+restart = runner.model.dropout.DropoutMasks.restart
+runner.model.dropout.DropoutMasks.restart = lambda self, *place: None if place else restart(self)
 """
 PLACES = ("mid-epoch", "epoch edge", "warm-up", "last step", "scoring", "scored")
 
@@ -184,7 +184,7 @@ def at_step(step: int, rank: int, what: str) -> str:
 
 def intact(folder: Path) -> list[int]:
     """Steps of the run's checkpoints, each of which must be whole."""
-    store = Store(RunDir(folder).checkpoints, 0)
+    store = CheckpointStore(RunDir(folder).checkpoints, 0)
     names = [path.name for path in store.folder.iterdir() if checkpoint_place(path.name)]
     for name in names:
         manifest = store.manifest(name)

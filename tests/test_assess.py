@@ -12,7 +12,7 @@ import torch
 
 from runner.data.dataset import load_dataset
 from runner.errors import DataError, MachineError, StorageError, UsageError
-from runner.job.inference import KEY, Opening, Tuned, job_answering
+from runner.job.inference import KEY, Opening, TunedOn, settings_of_job
 from runner.job.schema import Columns, Data, Score
 from runner.metrics.squad import squad_scores, squad_v2_scores
 from runner.predict.evaluate import assess, evaluate_model, evaluation_lines, folder_name
@@ -52,8 +52,8 @@ def run(tiny, tmp_path):
         data = Data(
             train="o/n", validation="o/n", max_length=64, stride=16, unanswerable=unanswerable
         )
-        tuned = Tuned("t.json", tuned_on, 3, "f1", 50.0, default)
-        answering = job_answering(data, Score(**score)).model_copy(update={"tuned": tuned})
+        tuned = TunedOn("t.json", tuned_on, 3, "f1", 50.0, default)
+        answering = settings_of_job(data, Score(**score)).model_copy(update={"tuned": tuned})
         path = folder / "model" / "config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {KEY: answering.model_dump()}))
         return folder
@@ -234,7 +234,7 @@ def test_full_memory_is_a_sentence(run, mixed, monkeypatch):
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
-    monkeypatch.setattr("runner.predict.evaluate.read_windows", full)
+    monkeypatch.setattr("runner.predict.evaluate.predict_windows", full)
     with pytest.raises(MachineError, match=r"out of memory: CUDA .*; lower --batch-size"):
         evaluate_model(opening(run()), mixed, v2=False, seed=1, output=None)
 

@@ -127,7 +127,7 @@ def test_the_proxy_is_the_door(door, monkeypatch):
 
 
 def test_a_black_hole_is_not_waited_for(monkeypatch):
-    monkeypatch.setattr(assets, "PATIENCE", -0.9)  # a second more is waited
+    monkeypatch.setattr(assets, "HUB_ANSWER_S", -0.9)  # a second more is waited
     over, waited_for = threading.Event(), []
 
     def hang(*_):

@@ -16,11 +16,11 @@ import pytest
 
 from runner.cli.command import main
 from runner.errors import RunDirError, RunnerError, SlurmError
-from runner.run.attempts import Owner, entry_file
+from runner.run.attempts import AttemptRecord, entry_file
 from runner.run.folder import RunDir
 from runner.slurm import control as attend
 from runner.slurm.client import Submission, write_submission
-from runner.slurm.control import follow, log_file
+from runner.slurm.control import follow_log, log_file
 
 
 @pytest.fixture
@@ -39,13 +39,13 @@ def meanwhile(monkeypatch):
         left = list(events)
         clock = SimpleNamespace(monotonic=time.monotonic, sleep=lambda _: left.pop(0)())
         monkeypatch.setattr(attend, "time", clock)
-        monkeypatch.setattr(attend, "ASK", -1.0)  # asks SLURM at each look
+        monkeypatch.setattr(attend, "STATE_POLL_S", -1.0)  # asks SLURM at each look
 
     return arrange
 
 
 def start(run: RunDir, **changes) -> None:
-    owner = asdict(Owner.here(1, anew=False)) | changes
+    owner = asdict(AttemptRecord.here(1, anew=False)) | changes
     entry_file(run, 1, "json").write_text(json.dumps(owner))
     entry_file(run, 1, "alive").touch()
 
@@ -57,7 +57,7 @@ def submit(run: RunDir, job: str = "17", when: str = "") -> Path:
 
 
 def cancel(run: RunDir) -> str:
-    [(_, outcome)] = attend.cancel([run])
+    [(_, outcome)] = attend.cancel_runs([run])
     if isinstance(outcome, RunnerError):
         raise outcome
     return outcome
@@ -72,7 +72,7 @@ def end(run: RunDir, code: int = 0) -> None:
 
 def test_what_was_said(run, capsys):
     run.log.write_text("one\ntwo [CLS]\n")
-    assert "".join(follow(run, forever=False)) == "one\ntwo [CLS]\n"
+    assert "".join(follow_log(run, forever=False)) == "one\ntwo [CLS]\n"
     assert main(["logs", str(run.path)]) == 0
     assert capsys.readouterr().out == "one\ntwo [CLS]\n"
 
@@ -98,12 +98,12 @@ def test_a_newer_start_outside_of_the_job_speaks_for_itself(run):
 
 def test_nothing_yet(run):
     with pytest.raises(RunDirError, match=r"has said nothing yet: there is no log\.txt"):
-        list(follow(run, forever=False))
+        list(follow_log(run, forever=False))
 
 
 def test_bytes_that_are_no_text(run):
     run.log.write_bytes(b"a\xff\n")
-    assert "".join(follow(run, forever=False)) == "a\\xff\n"
+    assert "".join(follow_log(run, forever=False)) == "a\\xff\n"
 
 
 def test_a_letter_in_two_parts(run, meanwhile):
@@ -117,7 +117,7 @@ def test_a_letter_in_two_parts(run, meanwhile):
         end(run)
 
     meanwhile(go_on)
-    assert "".join(follow(run, forever=True)) == "café\n"
+    assert "".join(follow_log(run, forever=True)) == "café\n"
 
 
 def test_following_to_the_end(run, meanwhile):
@@ -129,7 +129,7 @@ def test_following_to_the_end(run, meanwhile):
             file.write(f"{word}\n")
 
     meanwhile(lambda: say("two"), lambda: None, lambda: say("three"), lambda: end(run, 75))
-    assert "".join(follow(run, forever=True)) == "one\ntwo\nthree\n"
+    assert "".join(follow_log(run, forever=True)) == "one\ntwo\nthree\n"
 
 
 def test_waiting_for_a_job_to_begin(run, fake_slurm, meanwhile):
@@ -143,7 +143,7 @@ def test_waiting_for_a_job_to_begin(run, fake_slurm, meanwhile):
         lambda: output.write_text("it begins\n"),
         lambda: state.write_text("17|FAILED|NonZeroExitCode|1:00|n1"),
     )
-    assert "".join(follow(run, forever=True)) == "pending (Resources)\nit begins\n"
+    assert "".join(follow_log(run, forever=True)) == "pending (Resources)\nit begins\n"
 
 
 # ---- cancel

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from runner.data.collate import Bounds
 from runner.model.attention import _flash, packed_attention
-from runner.model.dropout import CpuDropout, Noise, keep_scale
+from runner.model.dropout import CpuDropout, DropoutMasks, keep_scale
 
 ENDS = (0, 5, 6, 29, 41)
 
@@ -41,7 +41,7 @@ def by_hand(query, key, value, p, noise, scale):
     for low, high in pairwise(ENDS):
         q, k, v = (x[0, :, low:high] for x in (query, key, value))
         weights = torch.softmax(scale * q @ k.transpose(1, 2), dim=-1)
-        kept = torch.from_numpy(noise.kept(weights.shape, p))
+        kept = torch.from_numpy(noise.keep_mask(weights.shape, p))
         parts.append((weights * kept * keep_scale(p)) @ v)
     return torch.cat(parts, dim=1).transpose(0, 1)[None]
 
@@ -49,12 +49,12 @@ def by_hand(query, key, value, p, noise, scale):
 @pytest.mark.parametrize("p", [0.1, 0.6])
 def test_dropout_and_its_gradients_are_the_formula(p):
     query, key, value = inputs(torch.float64)
-    module = Module(CpuDropout(p, Noise(5, 0)))
+    module = Module(CpuDropout(p, DropoutMasks(5, 0)))
     found, weights = packed_attention(
         module, query, key, value, None, dropout=p, scaling=0.3, packed=bounds()
     )
     assert weights is None
-    wanted = by_hand(query, key, value, p, Noise(5, 0), 0.3)
+    wanted = by_hand(query, key, value, p, DropoutMasks(5, 0), 0.3)
     torch.testing.assert_close(found, wanted)
     above = torch.randn_like(wanted)
     mine = torch.autograd.grad(found, (query, key, value), above)
@@ -66,10 +66,10 @@ def test_dropout_and_its_gradients_are_the_formula(p):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_half_precision_stays_near(dtype):
     query, key, value = inputs(dtype)
-    module = Module(CpuDropout(0.1, Noise(5, 0)))
+    module = Module(CpuDropout(0.1, DropoutMasks(5, 0)))
     found, _ = packed_attention(module, query, key, value, None, dropout=0.1, packed=bounds())
     wide = [x.detach().double() for x in (query, key, value)]
-    wanted = by_hand(*wide, 0.1, Noise(5, 0), 8**-0.5)
+    wanted = by_hand(*wide, 0.1, DropoutMasks(5, 0), 8**-0.5)
     assert found.dtype == dtype
     error = (found.double() - wanted).abs().max() / wanted.abs().max()
     assert error < (1e-5 if dtype == torch.float32 else 2e-2)

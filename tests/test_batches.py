@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runner.data.collate import Packing, collate, packed_bounds, pad
-from runner.data.sampler import epoch_batches, rank_share, score_batches
+from runner.data.sampler import epoch_batches, rank_passes, score_batches
 from runner.data.windows import Windows
 
 sizes = st.integers(1, 40)
@@ -148,7 +148,7 @@ def test_padding_of_real_questions_is_under_a_tenth(real_lengths, batch_size, wo
         rows
         for batch in epoch_batches(real_lengths, batch_size, 42, 0)
         for rank in range(world)
-        for rows in rank_share(batch, rank, world, micro, micro_batches)
+        for rows in rank_passes(batch, rank, world, micro, micro_batches)
     ]
     assert padding(real_lengths, passes) < 0.10
     plain = epoch_batches(real_lengths, batch_size, 42, 0, buckets=False)
@@ -164,7 +164,7 @@ def test_padding_of_real_questions_is_under_a_tenth(real_lengths, batch_size, wo
 )
 def test_every_row_is_dealt_once_and_ranks_make_equal_passes(rows, world, micro, n):
     batch = np.random.default_rng(0).permutation(min(rows, world * micro * n))
-    shares = [rank_share(batch, rank, world, micro, n) for rank in range(world)]
+    shares = [rank_passes(batch, rank, world, micro, n) for rank in range(world)]
     assert all(len(share) == n for share in shares)
     assert all(len(rows) <= micro for share in shares for rows in share)
     dealt = np.concatenate([rows for share in shares for rows in share])

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from runner.export.model_card import model_card
-from runner.job.inference import Tuned, job_answering
+from runner.job.inference import TunedOn, settings_of_job
 from runner.job.schema import Card, Job
 
 GOLDEN = Path(__file__).with_name("golden") / "model_card.md"
@@ -28,7 +28,7 @@ def job(text="", **data):
 
 def card(job, job_text='name = "tiny-card"\n', tuned=None):
     hashes = {"training": "a1" * 32, "validation": "b2" * 32}
-    answering = job_answering(job.data, job.score).model_copy(update={"tuned": tuned})
+    answering = settings_of_job(job.data, job.score).model_copy(update={"tuned": tuned})
     return model_card(job, SCORES, hashes, job_text, intervals=INTERVALS, asked=answering)
 
 
@@ -140,7 +140,7 @@ def test_the_card_says_whether_the_model_may_answer_nothing():
     assert "always answers" in card(job())
     text = card(job(unanswerable=True))
     assert "answers nothing where the null score exceeds the best span's by more than 0." in text
-    tuned = Tuned(source="dev.json", sha256="c3" * 32, questions=200, metric="f1", percent=50.0)
+    tuned = TunedOn(source="dev.json", sha256="c3" * 32, questions=200, metric="f1", percent=50.0)
     text = card(job(unanswerable=True), tuned=tuned)
     assert "by more than 0, tuned on 200 questions of `dev.json`." in text
 

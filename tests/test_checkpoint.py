@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from runner.checkpoint.manager import _IDENTITY, Checkpoints
+from runner.checkpoint.manager import _IDENTITY, CheckpointManager
 from runner.checkpoint.store import Manifest
 from runner.errors import DataError
 from runner.run.folder import RunDir
@@ -20,11 +20,11 @@ IDENTITY = dict.fromkeys(_IDENTITY, "then")
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Checkpoints:
+def start(tmp_path: Path) -> CheckpointManager:
     """A start whose engine does nothing."""
     run, rank = RunDir(tmp_path), Rank(0, 1, 0, 1)
     cpu = torch.device("cpu")
-    return Checkpoints(run, 1, None, rank, SimpleNamespace(), cpu, IDENTITY, lambda _: None)
+    return CheckpointManager(run, 1, None, rank, SimpleNamespace(), cpu, IDENTITY, lambda _: None)
 
 
 def manifest(identity: dict[str, object]) -> Manifest:

@@ -18,29 +18,29 @@ import pytest
 from runner.errors import RunDirError
 from runner.run import lease as claim
 from runner.run.attempts import (
-    SILENT,
+    SILENT_S,
+    attempt_numbers,
+    attempts,
     attempts_without_progress,
     entry_file,
     is_alive,
     is_earlier_life,
-    numbers,
-    owners,
-    read_owner,
+    read_attempt,
     sealed,
 )
 from runner.run.folder import RunDir
-from runner.run.lease import Attempt
+from runner.run.lease import Lease
 
 ROOT = Path(__file__).parents[1]
 CLAIMER = """
 import os, sys
-from runner.run.lease import (Attempt)
-from runner.errors import (RunDirError)
-from runner.run.folder import (RunDir)
+from runner.run.lease import Lease
+from runner.errors import RunDirError
+from runner.run.folder import RunDir
 print("ready", flush=True)
 os.read(int(sys.argv[2]), 1)  # until its other end is closed, for all who wait at once
 try:
-    attempt = Attempt.claim(RunDir(sys.argv[1]))
+    attempt = Lease.acquire(RunDir(sys.argv[1]))
 except RunDirError as error:
     print(error, file=sys.stderr)
     sys.exit(error.exit_code)
@@ -107,26 +107,26 @@ def elsewhere(run: RunDir, number: int = 1, *, silent: float = 0.0, **changes) -
 def test_a_claim_says_who_made_it(run, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "77")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
-    attempt = Attempt.claim(run)
+    attempt = Lease.acquire(run)
     entry = json.loads((run.attempts / "0001.json").read_text())
     assert entry["attempt"] == attempt.number == 1
     assert (entry["host"], entry["pid"]) == (socket.gethostname(), os.getpid())
     assert (entry["slurm_job_id"], entry["slurm_restart_count"]) == ("77", 2)
     assert abs(entry["started"] - time.time()) < 60
     assert entry["from_step"] is None
-    attempt.began_at(40)
-    assert read_owner(run, 1) == owners(run)[0]
+    attempt.note_resumed_step(40)
+    assert read_attempt(run, 1) == attempts(run)[0]
     assert json.loads((run.attempts / "0001.json").read_text())["from_step"] == 40
     attempt.step = 60
-    attempt.end(75)
+    attempt.release(75)
     end = json.loads((run.attempts / "0001.end.json").read_text())
     assert (end["exit_code"], end["step"]) == (75, 60)
     assert abs(end["ended"] - time.time()) < 60
 
 
 def test_signs_of_life_are_given_until_the_end(run, monkeypatch):
-    monkeypatch.setattr(claim, "BEAT", 0.02)
-    attempt = Attempt.claim(run)
+    monkeypatch.setattr(claim, "LEASE_BEAT_S", 0.02)
+    attempt = Lease.acquire(run)
     alive = run.attempts / "0001.alive"
     for _ in range(2):
         os.utime(alive, (0, 0))
@@ -134,7 +134,7 @@ def test_signs_of_life_are_given_until_the_end(run, monkeypatch):
         while alive.stat().st_mtime == 0 and time.monotonic() < deadline:
             time.sleep(0.01)
         assert alive.stat().st_mtime > 0
-    attempt.end(0)
+    attempt.release(0)
     time.sleep(0.2)
     os.utime(alive, (0, 0))
     time.sleep(0.2)
@@ -145,27 +145,27 @@ def test_a_living_owner_is_named(run):
     elsewhere(run, silent=7)
     assert is_alive(run)
     with pytest.raises(RunDirError) as caught:
-        Attempt.claim(run)
+        Lease.acquire(run)
     assert re.fullmatch(
         rf"{re.escape(str(run.path))} is being run by node07 \(job 1234, process 4711, started"
         r" 1 h 0 min ago\), whose last sign of life is [78] s old; nothing was started",
         str(caught.value),
     )
-    assert numbers(run) == [1]
+    assert attempt_numbers(run) == [1]
 
 
-@pytest.mark.parametrize("silent", [0, SILENT / 2, SILENT - 5])
+@pytest.mark.parametrize("silent", [0, SILENT_S / 2, SILENT_S - 5])
 def test_an_owner_on_another_machine_lives_until_it_is_silent(run, silent):
     elsewhere(run, silent=silent)
     with pytest.raises(RunDirError, match="nothing was started"):
-        Attempt.claim(run)
+        Lease.acquire(run)
 
 
-@pytest.mark.parametrize("silent", [SILENT + 5, 3600, 30 * 24 * 3600])
+@pytest.mark.parametrize("silent", [SILENT_S + 5, 3600, 30 * 24 * 3600])
 def test_a_silent_owner_is_succeeded(run, silent):
     elsewhere(run, silent=silent)
     assert not is_alive(run)
-    assert Attempt.claim(run).number == 2
+    assert Lease.acquire(run).number == 2
 
 
 @pytest.mark.parametrize("skew", [-3600, 3600])
@@ -175,15 +175,15 @@ def test_clocks_of_hosts_may_disagree(run, skew, monkeypatch):
     now = time.time
     monkeypatch.setattr(time, "time", lambda: now() + skew)
     with pytest.raises(RunDirError, match=r"sign of life is [78] s old"):
-        Attempt.claim(run)
+        Lease.acquire(run)
 
 
 def test_an_ended_owner_is_succeeded_at_once(run):
-    first = Attempt.claim(run)
+    first = Lease.acquire(run)
     with pytest.raises(RunDirError):
-        Attempt.claim(run)
-    first.end(75)
-    assert Attempt.claim(run).number == 2
+        Lease.acquire(run)
+    first.release(75)
+    assert Lease.acquire(run).number == 2
 
 
 def test_an_owner_whose_process_is_gone_is_succeeded_at_once(run):
@@ -191,23 +191,23 @@ def test_an_owner_whose_process_is_gone_is_succeeded_at_once(run):
     assert process.stdout
     assert process.stdout.readline() == "1\n"
     with pytest.raises(RunDirError):
-        Attempt.claim(run)
+        Lease.acquire(run)
     process.kill()
     # Not waited for: a killed process that nobody has asked for its code is dead too.
     deadline = time.monotonic() + 10
     while is_alive(run) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert Attempt.claim(run).number == 2
+    assert Lease.acquire(run).number == 2
     process.wait()
 
 
 def test_a_process_id_that_another_process_has_now_is_no_life(run):
-    attempt = Attempt.claim(run)
+    attempt = Lease.acquire(run)
     entry = json.loads((run.attempts / "0001.json").read_text())
     entry["born"] -= 100
     (run.attempts / "0001.json").write_text(json.dumps(entry))
     assert not is_alive(run)
-    attempt.end(0)
+    attempt.release(0)
 
 
 def test_a_requeued_job_succeeds_its_earlier_life_at_once(run, monkeypatch):
@@ -215,31 +215,31 @@ def test_a_requeued_job_succeeds_its_earlier_life_at_once(run, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "1234")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     with pytest.raises(RunDirError):
-        Attempt.claim(run)
+        Lease.acquire(run)
     monkeypatch.setenv("SLURM_JOB_ID", "1235")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
     with pytest.raises(RunDirError):
-        Attempt.claim(run)
+        Lease.acquire(run)
     monkeypatch.setenv("SLURM_JOB_ID", "1234")
-    assert is_earlier_life(owners(run)[0])
-    assert Attempt.claim(run).number == 2
+    assert is_earlier_life(attempts(run)[0])
+    assert Lease.acquire(run).number == 2
 
 
 def test_an_entry_that_is_just_being_written_is_a_life(run):
     run.attempts.mkdir()
     (run.attempts / "0001.json").touch()
     with pytest.raises(RunDirError, match="a start that just began"):
-        Attempt.claim(run)
+        Lease.acquire(run)
     os.utime(run.attempts / "0001.json", (0, 0))
-    assert Attempt.claim(run).number == 2  # it was never finished
+    assert Lease.acquire(run).number == 2  # it was never finished
 
 
 def test_who_was_succeeded_learns_it(run):
-    first = Attempt.claim(run)
-    first.check()
+    first = Lease.acquire(run)
+    first.verify()
     elsewhere(run, 2)
     with pytest.raises(RunDirError) as caught:
-        first.check()
+        first.verify()
     assert "was taken over by node07 (job 1234, process 4711" in str(caught.value)
     assert "without writing anything more" in str(caught.value)
     assert caught.value.exit_code == 73
@@ -247,25 +247,25 @@ def test_who_was_succeeded_learns_it(run):
 
 def test_what_counts_is_settled_by_the_newest_attempt_that_could_commit(run):
     assert sealed(run) == (0, [])
-    first = Attempt.claim(run)
+    first = Lease.acquire(run)
     assert sealed(run) == (0, [])
     first.seal([])
     assert sealed(run) == (1, [])
-    first.end(75)
-    second = Attempt.claim(run)
+    first.release(75)
+    second = Lease.acquire(run)
     assert sealed(run) == (1, [])  # the second has not looked yet
     for name in ("0001.rank-0000", "0001.rank-0001", "0002.rank-0000"):
         (run.attempts / name).touch()
     second.seal(["step-000010-a0001"])
     assert sealed(run) == (2, ["step-000010-a0001"])
     assert [path.name for path in run.attempts.glob("*.rank-*")] == ["0002.rank-0000"]
-    second.end(75)
-    third = Attempt.claim(run)
-    third.end(75)
+    second.release(75)
+    third = Lease.acquire(run)
+    third.release(75)
     (run.attempts / "0002.sealed").write_text("{")
     assert sealed(run) == (1, [])
     # Begun anew, and killed before it could settle anything: nothing of before counts.
-    Attempt.claim(run, anew=True)
+    Lease.acquire(run, anew=True)
     assert sealed(run) == (4, [])
 
 
@@ -307,7 +307,7 @@ def test_of_starts_at_once_exactly_one_wins(tmp_path, run, stale):
 
         def start(_, folder=folder):
             try:
-                return Attempt.claim(folder).number
+                return Lease.acquire(folder).number
             except RunDirError as error:
                 return str(error)
 
@@ -319,7 +319,7 @@ def test_of_starts_at_once_exactly_one_wins(tmp_path, run, stale):
         assert all("nothing was started" in text for text in refused)
         named = f"{socket.gethostname()} (process {os.getpid()}, started 0 s ago)"
         assert all(named in text or "that just began (0 s ago)" in text for text in refused)
-        assert numbers(folder) == ([1, 2] if stale else [1])
+        assert attempt_numbers(folder) == ([1, 2] if stale else [1])
 
     if stale:
         elsewhere(run, silent=3600)
@@ -343,16 +343,16 @@ def test_a_frozen_start_that_thaws_is_fenced(run):
     process.send_signal(signal.SIGSTOP)
     try:
         with pytest.raises(RunDirError):
-            Attempt.claim(run)
+            Lease.acquire(run)
         for kind in ("alive", "json"):
-            then = time.time() - SILENT - 5
+            then = time.time() - SILENT_S - 5
             os.utime(entry_file(run, 1, kind), (then, then))
-        heir = Attempt.claim(run)
+        heir = Lease.acquire(run)
         assert heir.number == 2
     finally:
         process.send_signal(signal.SIGCONT)
     entry_file(run, 1, "alive").touch()
-    heir.check()
+    heir.verify()
     with pytest.raises(RunDirError, match=f"process {os.getpid()}"):
-        Attempt.claim(run)
+        Lease.acquire(run)
     process.communicate(timeout=20)

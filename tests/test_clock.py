@@ -9,14 +9,14 @@ import psutil
 import pytest
 
 import runner.utils.timing
-from runner.utils.timing import Clock
+from runner.utils.timing import PhaseTimer
 
 
 @pytest.fixture
 def clock(monkeypatch):
     """A clock and the function that lets time pass."""
     now = {"t": 1000.0}
-    made = Clock()
+    made = PhaseTimer()
     monkeypatch.setattr(time, "monotonic", lambda: now["t"])
 
     def sleep(seconds: float) -> None:
@@ -121,7 +121,7 @@ def test_the_first_step_is_told_once_with_what_came_before(monkeypatch):
     real = psutil.Process
     monkeypatch.setattr(runner.utils.timing, "psutil", stub)
     Mine.create_time = lambda self: real().create_time()
-    times = Clock()
+    times = PhaseTimer()
     with times("data"):
         pass
     assert times.step_done()

@@ -15,12 +15,12 @@ from pathlib import Path
 
 import pytest
 
-from runner.checkpoint.commit import newest, take_over
+from runner.checkpoint.commit import adopt_checkpoints, newest
 from runner.checkpoint.files import Entry, Files
-from runner.checkpoint.store import DamagedError, Manifest, Store
+from runner.checkpoint.store import CheckpointStore, DamagedError, Manifest
 from runner.errors import DataError, StorageError
 from runner.run.folder import RunDir
-from runner.run.lease import Attempt
+from runner.run.lease import Lease
 
 SESSIONS = Path(__file__).with_name("workers") / "store_sessions.py"
 
@@ -102,14 +102,14 @@ def test_what_a_thawed_start_commits_is_never_loaded():
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Store:
+def store(tmp_path: Path) -> CheckpointStore:
     """One checkpoint of one rank."""
-    made = Store(tmp_path / "checkpoints", 0)
+    made = CheckpointStore(tmp_path / "checkpoints", 0)
     commit(made, "step-000010-a0001")
     return made
 
 
-def commit(store: Store, name: str, content: bytes = b"weights") -> Manifest:
+def commit(store: CheckpointStore, name: str, content: bytes = b"weights") -> Manifest:
     store.begin(name)
     stage = store.stage(name)
     stage.put("folder/rank-0000.pt", lambda file: file.write(content) and None)
@@ -218,7 +218,7 @@ def test_what_cannot_be_read_for_a_moment_is_not_damaged(store, file, number):
     """It ends the start; the next one finds every checkpoint where it was."""
     commit(store, "step-000020-a0001")
     names, warnings = ["step-000020-a0001", "step-000010-a0001"], []
-    away = Store(store.folder, 0, Unreadable(file, number))
+    away = CheckpointStore(store.folder, 0, Unreadable(file, number))
     with pytest.raises(StorageError, match=rf"{file}: .*; no checkpoint was touched") as caught:
         newest(away, Alone(), names, lambda _: None, warnings.append)
     assert os.strerror(number) in str(caught.value)
@@ -230,12 +230,12 @@ def test_what_cannot_be_read_for_a_moment_is_not_damaged(store, file, number):
 
 def test_a_run_folder_that_cannot_be_tidied_is_a_sentence(store, monkeypatch):
     """What an earlier start left behind lies where nothing may be removed."""
-    attempt = Attempt.claim(RunDir(store.folder.parent))
+    attempt = Lease.acquire(RunDir(store.folder.parent))
     (store.folder / ".stage-step-000020-a0001").mkdir()
     monkeypatch.setattr(Files, "remove_folder", denied)
     with pytest.raises(StorageError, match="stage-step-000020-a0001: Permission denied"):
-        take_over(store, Alone(), attempt)
-    attempt.end(74)
+        adopt_checkpoints(store, Alone(), attempt)
+    attempt.release(74)
 
 
 def denied(_: Files, path: Path) -> None:
@@ -245,7 +245,7 @@ def denied(_: Files, path: Path) -> None:
 def test_the_folder_of_checkpoints_is_synced_into_its_parent(tmp_path, monkeypatch):
     synced = []
     monkeypatch.setattr(Files, "sync_folder", lambda _, path: synced.append(path))
-    commit(Store(tmp_path / "checkpoints", 0), "step-000010-a0001")
+    commit(CheckpointStore(tmp_path / "checkpoints", 0), "step-000010-a0001")
     assert tmp_path in synced
 
 
@@ -296,7 +296,7 @@ class Remembering(Files):
 def test_all_is_on_the_disk_before_it_gets_its_name(tmp_path):
     """And the name itself, once the checkpoint counts."""
     files = Remembering()
-    store = Store(tmp_path / "checkpoints", 0, files)
+    store = CheckpointStore(tmp_path / "checkpoints", 0, files)
     for name in ("step-000010-a0001", "step-000020-a0001"):
         store.begin(name)
         stage = store.stage(name)

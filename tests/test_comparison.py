@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from runner.errors import DataError
 from runner.metrics.statistics import (
     Gap,
-    adjusted,
     bootstrap_interval,
-    judge,
+    describe_gap,
+    holm_adjusted,
     mcnemar,
     paired,
-    sentence,
+    paired_tests,
     sign_flip,
     spell_p,
 )
@@ -64,9 +64,9 @@ def test_p_values_are_uniform_where_neither_model_is_better():
 
 
 def test_holm():
-    assert adjusted([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
-    assert adjusted([0.9, 0.8]) == [1.0, 1.0]
-    assert adjusted([0.2]) == [0.2]
+    assert holm_adjusted([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm_adjusted([0.9, 0.8]) == [1.0, 1.0]
+    assert holm_adjusted([0.2]) == [0.2]
 
 
 def test_questions_are_paired_by_id_in_the_first_ones_order():
@@ -93,7 +93,7 @@ def test_other_questions_are_not_compared(change, words):
 
 def test_a_verdict_by_hand():
     first, second = predictions(60), predictions(60, better=8)
-    verdict = judge(paired(first, second), seed=3)
+    verdict = paired_tests(paired(first, second), seed=3)
     assert (len(verdict.gained), verdict.lost) == (8, ())
     assert verdict.gained == tuple(f"q{3 * n:03}" for n in range(8))
     assert verdict.exact_match.points == pytest.approx(100 * 8 / 60)
@@ -102,26 +102,26 @@ def test_a_verdict_by_hand():
     assert verdict.f1.points == pytest.approx(gaps.mean())
     assert (verdict.f1.low, verdict.f1.high) == bootstrap_interval(gaps, 3)
     assert verdict.f1.p < 0.05
-    back = judge(paired(second, first), seed=3)
+    back = paired_tests(paired(second, first), seed=3)
     assert back.lost == verdict.gained
     assert back.f1.points == pytest.approx(-verdict.f1.points)
     assert back.exact_match.p == verdict.exact_match.p
 
 
 def test_equal_models_are_called_equal():
-    same = judge(paired(predictions(20), predictions(20)), seed=3)
+    same = paired_tests(paired(predictions(20), predictions(20)), seed=3)
     assert (same.exact_match.p, same.f1.p, same.gained, same.lost) == (1.0, 1.0, (), ())
-    assert sentence("b", "a", same.f1, "F1", same.f1.p) == "b and a have the same F1."
+    assert describe_gap("b", "a", same.f1, "F1", same.f1.p) == "b and a have the same F1."
 
 
 def test_verdicts_in_words():
     gap = Gap(2.25, -0.5, 5.0, 0.11)
-    assert sentence("b", "a", gap, "F1", 0.11) == (
+    assert describe_gap("b", "a", gap, "F1", 0.11) == (
         "b has 2.2 points higher F1 than a (95 % interval -0.5 to +5.0, p = 0.110): noise could"
         " explain that."
     )
     gap = Gap(-3.0, -5.0, -1.0, 0.0001)
-    assert sentence("b", "a", gap, "exact match", 0.0001) == (
+    assert describe_gap("b", "a", gap, "exact match", 0.0001) == (
         "b has 3.0 points lower exact match than a (95 % interval -5.0 to -1.0, p < 0.001): more"
         " than chance over questions explains."
     )

@@ -12,12 +12,12 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from runner.data.collate import Bounds
 from runner.errors import JobError, StorageError
 from runner.job.schema import Model, Zero
-from runner.model.attention import NAME
-from runner.model.dropout import CpuDropout, Noise
+from runner.model.attention import PACKED_ATTENTION
+from runner.model.dropout import CpuDropout, DropoutMasks
 from runner.model.forward import Reader
 from runner.model.freeze import freeze
-from runner.train.plan import choose_computing, compile_layers, encoder_layers
-from runner.train.setup import keep_frozen
+from runner.train.plan import choose_plan, compile_layers, encoder_layers
+from runner.train.setup import cache_frozen_layers
 from runner.utils.ranks import Rank
 from tests.small_models import model_of, windows_of
 
@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 
 def chosen(model, section=None, zero=None, device=CPU, precision="fp32", tokens=10**6):
     section = Model(name="x") if section is None else section
-    return choose_computing(
+    return choose_plan(
         section,
         zero or Zero(),
         model,
@@ -34,7 +34,7 @@ def chosen(model, section=None, zero=None, device=CPU, precision="fp32", tokens=
         precision,
         longest=40,
         tokens=tokens,
-        noise=Noise(1, 0),
+        noise=DropoutMasks(1, 0),
     )
 
 
@@ -43,7 +43,7 @@ def test_a_cpu_packs_and_draws_its_own_dropout():
     computing = chosen(model)
     assert computing.packing is not None
     assert computing.optimiser == "flat"
-    assert model.config._attn_implementation == NAME
+    assert model.config._attn_implementation == PACKED_ATTENTION
     assert sum(type(m) is CpuDropout for m in model.modules()) == 1 + 3 * 2
     assert {name: choice for name, (choice, _) in computing.choices.items()} == {
         "batches": "packed",
@@ -149,17 +149,21 @@ def test_frozen_layers_are_told_of_and_kept_on_demand(tmp_path):
     windows, validation = windows_of((7, 5, 9)), windows_of((4,), seed=1)
     reader = Reader(model, CPU, 0, True, 1, computing.packing)
     alone = Rank(0, 1, 0, 1)
-    found, lines = keep_frozen(reader, computing.trunk, (windows, validation), 2, tmp_path, alone)
+    found, lines = cache_frozen_layers(
+        reader, computing.trunk, (windows, validation), 2, tmp_path, alone
+    )
     assert [store.windows for store in found.stores] == [windows, validation]
     assert all(store.hidden_TD.abs().sum(1).all() for store in found.stores)
     assert "GiB in memory" in lines[0]
-    assert keep_frozen(reader, None, (windows,), 2, tmp_path, alone) == (reader, [])
+    assert cache_frozen_layers(reader, None, (windows,), 2, tmp_path, alone) == (reader, [])
     batches = []
-    keep_frozen(reader, computing.trunk, (windows,), 2, tmp_path, alone, lambda: batches.append(1))
+    cache_frozen_layers(
+        reader, computing.trunk, (windows,), 2, tmp_path, alone, lambda: batches.append(1)
+    )
     assert len(batches) == 2
     endless = dataclasses.replace(windows, tokens_T=np.broadcast_to(np.int32(0), 10**15))
     with pytest.raises(StorageError, match="fit neither"):
-        keep_frozen(reader, computing.trunk, (endless,), 2, tmp_path, alone)
+        cache_frozen_layers(reader, computing.trunk, (endless,), 2, tmp_path, alone)
 
 
 def test_what_cannot_be_kept_is_refused():

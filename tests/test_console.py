@@ -11,7 +11,7 @@ import pytest
 from rich.table import Table
 
 from runner.errors import StorageError
-from runner.utils.console import LOG_WIDTH, Reporter, complain, progress
+from runner.utils.console import LOG_WIDTH, Reporter, print_error, progress
 from runner.utils.text import duration
 
 ODD = "job.toml:100: [bold]x[/y] [CLS] :smile: \u4e2d " + "long " * 60 + "end"
@@ -41,8 +41,8 @@ def test_duration(seconds, words):
 
 def test_a_line_is_said_as_it_is_and_logged_with_its_time(tmp_path, capsys):
     reporter = Reporter(tmp_path / "log.txt", speaks=True)
-    reporter.say(ODD)
-    reporter.say()
+    reporter.line(ODD)
+    reporter.line()
     assert capsys.readouterr().out == f"{ODD}\n\n"
     first, second = (tmp_path / "log.txt").read_text(encoding="utf-8").splitlines()
     assert re.fullmatch(r"\d\d:\d\d:\d\d", first[:8])
@@ -51,14 +51,14 @@ def test_a_line_is_said_as_it_is_and_logged_with_its_time(tmp_path, capsys):
 
 def test_a_log_is_continued(tmp_path):
     for text in ("one", "two"):
-        Reporter(tmp_path / "log.txt", speaks=True).say(text)
+        Reporter(tmp_path / "log.txt", speaks=True).line(text)
     assert [line[9:] for line in (tmp_path / "log.txt").read_text().splitlines()] == ["one", "two"]
 
 
 def test_other_ranks_are_silent(tmp_path, capsys):
     reporter = Reporter(tmp_path / "log.txt", speaks=False)
-    reporter.say("a")
-    reporter.show(Table("a"))
+    reporter.line("a")
+    reporter.table(Table("a"))
     with reporter.steps("train", 2, 1) as follow:
         follow(1, "loss 2")
     assert capsys.readouterr() == ("", "")
@@ -68,7 +68,7 @@ def test_other_ranks_are_silent(tmp_path, capsys):
 def test_a_table_goes_to_both(tmp_path, capsys):
     table = Table("name", "f1")
     table.add_row("a", "47.3")
-    Reporter(tmp_path / "log.txt", speaks=True).show(table)
+    Reporter(tmp_path / "log.txt", speaks=True).table(table)
     for text in (capsys.readouterr().out, (tmp_path / "log.txt").read_text()):
         assert "47.3" in text
         assert "\x1b" not in text
@@ -108,9 +108,9 @@ def test_a_log_that_cannot_be_opened_is_named(tmp_path):
 
 def test_a_full_disk_costs_lines_of_the_log_and_is_said_once(capsys):
     reporter = Reporter(Path("/dev/full"), speaks=True)
-    reporter.say("one")
-    reporter.show(Table("a"))
-    reporter.say("two")
+    reporter.line("one")
+    reporter.table(Table("a"))
+    reporter.line("two")
     out = capsys.readouterr().out
     assert out.count("/dev/full: No space left on device: not all that is said is in it") == 1
     assert out.startswith("one\n")
@@ -118,7 +118,7 @@ def test_a_full_disk_costs_lines_of_the_log_and_is_said_once(capsys):
 
 
 def test_a_complaint_keeps_its_lines_and_steers_no_terminal(capsys):
-    complain(f"{ODD}\nb.toml:100: \x1b[31mred\u202e")
+    print_error(f"{ODD}\nb.toml:100: \x1b[31mred\u202e")
     out, err = capsys.readouterr()
     assert out == ""
     assert err == f"{ODD}\nb.toml:100: \\x1b[31mred\\u202e\n"

@@ -10,7 +10,7 @@ import torch
 
 from runner.distributed.engine import deepspeed_config, learning_rate_factor
 from runner.errors import JobError
-from runner.job.schema import Layout, Train, Zero, batch_layout
+from runner.job.schema import BatchLayout, Train, Zero, batch_layout
 
 GOLDEN = Path(__file__).with_name("golden")
 
@@ -22,11 +22,11 @@ def train_section(**values: object) -> Train:
 @pytest.mark.parametrize(
     ("batch_size", "micro", "world", "expected"),
     [
-        (16, None, 1, Layout(1, 16, 1)),
-        (16, None, 2, Layout(2, 8, 1)),
-        (16, 4, 2, Layout(2, 4, 2)),
-        (16, 2, 8, Layout(8, 2, 1)),
-        (6, None, 3, Layout(3, 2, 1)),
+        (16, None, 1, BatchLayout(1, 16, 1)),
+        (16, None, 2, BatchLayout(2, 8, 1)),
+        (16, 4, 2, BatchLayout(2, 4, 2)),
+        (16, 2, 8, BatchLayout(8, 2, 1)),
+        (6, None, 3, BatchLayout(3, 2, 1)),
     ],
 )
 def test_batch_is_divided_over_ranks(batch_size, micro, world, expected):

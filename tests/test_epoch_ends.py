@@ -32,9 +32,9 @@ context = "{context}"
 SPY = """
 import hashlib
 import runner.report.plots, runner.train.trainer, runner.tracking.client
-from runner.utils.tables import (read_rows)
+from runner.utils.tables import read_rows
 read, draw, log = (
-    runner.train.trainer.read_windows, runner.report.plots.draw_curves, runner.tracking.client.Trackers.log
+    runner.train.trainer.predict_windows, runner.report.plots.draw_curves, runner.tracking.client.Trackers.log
 )
 def read_windows(*arguments, **options):
     if "step" not in options:
@@ -48,7 +48,7 @@ def tell(self, table, row):
     if table == "earlier_probes":
         print("SPY earlier", row["epoch"])
     log(self, table, row)
-runner.train.trainer.read_windows, runner.train.trainer.draw_curves = read_windows, draw_curves
+runner.train.trainer.predict_windows, runner.train.trainer.draw_curves = read_windows, draw_curves
 runner.tracking.client.Trackers.log = tell
 """
 

@@ -16,7 +16,7 @@ from runner.report.error_analysis import (
     question_word,
     worst,
 )
-from runner.report.page import Percent, Span
+from runner.report.page import PercentCell, Span
 from tests.sample_runs import CONTEXT, predictions, record
 
 
@@ -85,9 +85,9 @@ def test_without_unanswerable_questions_there_is_no_table_of_them():
 
 def test_intervals_only_where_they_mean_something():
     mixed = [0.0, 100.0] * 6
-    assert percent(mixed, 3) == Percent(50.0, *bootstrap_interval(mixed, 3))
+    assert percent(mixed, 3) == PercentCell(50.0, *bootstrap_interval(mixed, 3))
     assert percent(mixed[:9], 3).low is None  # too few
-    assert percent([100.0] * 50, 3) == Percent(100.0)  # a bootstrap would call this certain
+    assert percent([100.0] * 50, 3) == PercentCell(100.0)  # a bootstrap would call this certain
 
 
 def test_decisions_of_a_model_that_may_answer_nothing():

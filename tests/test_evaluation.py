@@ -12,7 +12,7 @@ from runner.checkpoint.best import from_plain, to_plain
 from runner.data.dataset import Dataset, Example
 from runner.eval.answers import Answer, Candidate
 from runner.eval.evaluation import Evaluation, TunedThreshold, evaluate, in_use, tune
-from runner.eval.inference import Readings
+from runner.eval.inference import Predictions
 from runner.job.schema import Score
 from runner.metrics.statistics import bootstrap_interval
 
@@ -24,8 +24,8 @@ def answer(identity: str, text: str, best: str, difference: float) -> Answer:
     return Answer(identity, text, 0.6, 0, len(text), 0, 0.5, 0.4, difference, 0, listed)
 
 
-def readings(*answers: Answer) -> Readings:
-    return Readings(1.0, 0, 0, 0, answers, 0.1)
+def readings(*answers: Answer) -> Predictions:
+    return Predictions(1.0, 0, 0, 0, answers, 0.1)
 
 
 EXAMPLES = [

@@ -68,7 +68,7 @@ def test_a_rank_that_fails_ends_all(zygote, job_file, tmp_path, rank, what, word
 
 
 # A rank that gives no sign of life is given less time to give one.
-IMPATIENT = "import runner.distributed.watchdog; runner.distributed.watchdog.PATIENCE = 2.0\n"
+IMPATIENT = "import runner.distributed.watchdog; runner.distributed.watchdog.SIGN_OF_LIFE_S = 2.0\n"
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_a_rank_that_hangs_between_the_steps_ends_all(zygote, job_file, tmp_path
     """Such work may take longer than a step, but not forever."""
     code = (
         "import time, runner.distributed.watchdog\n"
-        "def nap(*_):\n    runner.distributed.watchdog.WIDE = 1\n    time.sleep(600)\n"
+        "def nap(*_):\n    runner.distributed.watchdog.LONG_WORK_FACTOR = 1\n    time.sleep(600)\n"
         f"if rank == 1:\n    {HANGS[phase]}\n"
     )
     options = ("--set", "train.timeout_minutes=0.05")
@@ -172,16 +172,16 @@ SIGNALS = {
     # Where the signal comes: before anything is read, in the model, and while scoring.
     "data": (
         "import runner.train.setup, runner.utils.signals\n"
-        "load = runner.train.setup.load_questions\n"
-        "def asked(*a):\n    runner.utils.signals.ask('SIGUSR1')\n    return load(*a)\n"
-        "runner.train.setup.load_questions = asked\n",
+        "load = runner.train.setup.load_splits\n"
+        "def asked(*a):\n    runner.utils.signals.request_stop('SIGUSR1')\n    return load(*a)\n"
+        "runner.train.setup.load_splits = asked\n",
         "stopped by SIGUSR1 before training began; nothing was lost",
     ),
     "model": (
         "import runner.train.setup, runner.utils.signals\n"
         "load = runner.train.setup.load_pretrained\n"
         "def asked(*a):\n"
-        "    if rank == 1:\n        runner.utils.signals.ask('SIGTERM')\n"
+        "    if rank == 1:\n        runner.utils.signals.request_stop('SIGTERM')\n"
         "    return load(*a)\n"
         "runner.train.setup.load_pretrained = asked\n",
         "stopped by SIGTERM before training began; nothing was lost",
@@ -208,7 +208,7 @@ def test_what_a_run_leaves_behind_is_refused_by_another_start(zygote, job_file, 
     assert changed != data.read_text()
     (tmp_path / "changed.json").write_text(changed)
     swap = f"os.rename({str(tmp_path / 'changed.json')!r}, {str(data)!r})"
-    stop = f"{swap}; import runner.utils.signals; runner.utils.signals.ask('SIGUSR2')"
+    stop = f"{swap}; import runner.utils.signals; runner.utils.signals.request_stop('SIGUSR2')"
     codes, text = zygote.run(
         job_file, "--run-dir", folder, *options, ranks=2, code=at_step(2, 0, stop)
     )
@@ -230,7 +230,9 @@ def test_what_a_run_leaves_behind_is_refused_by_another_start(zygote, job_file, 
 
 def test_a_damaged_checkpoint_is_put_aside_for_the_one_before(zygote, job_file, tmp_path):
     folder = tmp_path / "run"
-    stop = at_step(FAULT, 0, "import runner.utils.signals; runner.utils.signals.ask('SIGUSR2')")
+    stop = at_step(
+        FAULT, 0, "import runner.utils.signals; runner.utils.signals.request_stop('SIGUSR2')"
+    )
     codes, text = zygote.run(job_file, "--run-dir", folder, ranks=2, code=stop)
     assert codes == [75, 75], text
     newest = max((folder / "checkpoints").iterdir(), key=lambda p: checkpoint_place(p.name))
@@ -255,12 +257,16 @@ def test_damaged_best_weights_are_refused_where_they_are_needed(
     if stops_early:
         job_file.write_text(job_file.read_text() + '[stop]\nmetric = "loss"\n')
     folder = tmp_path / "run"
-    stop = at_step(FAULT, 0, "import runner.utils.signals; runner.utils.signals.ask('SIGUSR2')")
+    stop = at_step(
+        FAULT, 0, "import runner.utils.signals; runner.utils.signals.request_stop('SIGUSR2')"
+    )
     codes, text = zygote.run(job_file, "--run-dir", folder, code=stop)
     assert codes == [75], text
     (weights,) = folder.glob("checkpoints/step-*-scored-*/best/model/model.safetensors")
     weights.unlink()  # model/ has the same file, under another name
-    stop = at_step(FAULT + 1, 0, "import runner.utils.signals; runner.utils.signals.ask('SIGUSR2')")
+    stop = at_step(
+        FAULT + 1, 0, "import runner.utils.signals; runner.utils.signals.request_stop('SIGUSR2')"
+    )
     codes, text = zygote.run(job_file, "--run-dir", folder, code=stop)
     if stops_early:
         assert codes == [65], text

@@ -333,7 +333,7 @@ def test_no_questions_make_one_empty_block(tokenizer_of):
 def test_many_blocks_are_joined(tokenizer_of, monkeypatch):
     asked = [ask(f"{CONTEXT}{n}", answer=(4, 11), name=str(n)) for n in range(9)]
     whole = build_windows(asked, tokenizer_of("bert"), 48, 8)
-    monkeypatch.setattr("runner.data.windows.BLOCK", 2)
+    monkeypatch.setattr("runner.data.windows.BLOCK_QUESTIONS", 2)
     monkeypatch.setattr(window_blocks, "__defaults__", (2,))
     joined = build_windows(asked, tokenizer_of("bert"), 48, 8)
     for field in FIELDS:

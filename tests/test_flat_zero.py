@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from runner.distributed.flat_zero import FlatStep, Group, choose_optimiser
+from runner.distributed.flat_zero import FlatGroup, FlatStep, choose_optimiser
 from runner.errors import JobError
 from runner.utils.ranks import free_port
 
@@ -51,7 +51,7 @@ def flat_group(parameters):
     for parameter, offset in zip(parameters, offsets, strict=True):
         parameter.data = flat.narrow(0, offset, parameter.numel()).view(parameter.shape)
     master = nn.Parameter(flat.detach().clone().float())
-    return Group(parameters, offsets, flat, flat, master)
+    return FlatGroup(parameters, offsets, flat, flat, master)
 
 
 def optimiser_of(parameters):

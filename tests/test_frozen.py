@@ -15,9 +15,9 @@ from runner.data.collate import Packing
 from runner.data.sampler import epoch_batches
 from runner.errors import JobError, StorageError
 from runner.model.attention import choose_packing
-from runner.model.forward import Reader, fill
+from runner.model.forward import Reader, fill_cache
 from runner.model.freeze import freeze
-from runner.model.frozen import Trunk, check_cacheable, make_room
+from runner.model.frozen import FrozenLayers, allocate, check_cacheable
 from runner.utils.ranks import Rank
 from tests.small_models import (
     assert_same_gradients,
@@ -42,7 +42,7 @@ def bottom(family: str, depth: str = "0") -> list[str]:
 def room(windows, width, folder):
     """Where a process alone keeps outputs of this width."""
     alone = {"agree": lambda value: value, "everyone": lambda value: [value]}
-    return make_room(windows, width, torch.float32, CPU, folder, ALONE, **alone)
+    return allocate(windows, width, torch.float32, CPU, folder, ALONE, **alone)
 
 
 def frozen_model(family: str, **extra: object):
@@ -68,14 +68,14 @@ def frozen_model(family: str, **extra: object):
 def test_the_bottom_reaches_as_far_as_nothing_is_trained(patterns, depth):
     model = model_of("bert", layers=3)
     freeze(model, patterns)
-    trunk = Trunk.of(model)
+    trunk = FrozenLayers.of(model)
     assert (trunk and trunk.depth) == depth
 
 
 def test_other_encoders_have_no_bottom():
     model = model_of("albert")
     freeze(model, ["embeddings"])
-    assert Trunk.of(model) is None
+    assert FrozenLayers.of(model) is None
 
 
 @pytest.mark.parametrize("layout", ["packed", "padded"])
@@ -87,7 +87,7 @@ def test_reading_above_the_bottom_is_reading_all_of_it(family, layout, tmp_path)
     packing = choose_packing("on", model, CPU, "fp32", 40)[0] if layout == "packed" else None
     reader = Reader(model, CPU, 0, takes_types(family), 1, packing)
     windows = windows_of(LENGTHS)
-    trunk = Trunk.of(model)
+    trunk = FrozenLayers.of(model)
     assert trunk is not None
     assert trunk.depth == 1
     names = list(model.state_dict())
@@ -96,7 +96,7 @@ def test_reading_above_the_bottom_is_reading_all_of_it(family, layout, tmp_path)
     assert store.place == "memory"
     batches = [np.array([4, 0, 2]), np.array([1, 5]), np.array([], dtype=np.int64), np.array([3])]
     above = dataclasses.replace(reader, trunk=trunk, stores=(store,))
-    fill(dataclasses.replace(reader, trunk=trunk), store, batches)
+    fill_cache(dataclasses.replace(reader, trunk=trunk), store, batches)
     for rows in batches:
         whole, upper = reader.read(windows, rows), above.read(windows, rows)
         real = torch.cat([torch.arange(a, a + n) for a, n in whole.segments_B2.tolist()])
@@ -120,14 +120,14 @@ def test_reading_above_the_bottom_is_reading_all_of_it(family, layout, tmp_path)
 def test_the_bottom_is_computed_without_dropout_and_left_in_training(tmp_path):
     model = frozen_model("bert", hidden_dropout_prob=0.5).train()
     packing, _ = choose_packing("on", model, CPU, "fp32", 40)
-    trunk = Trunk.of(model)
+    trunk = FrozenLayers.of(model)
     windows = windows_of(LENGTHS)
     stores = []
     for seed in range(2):
         torch.manual_seed(seed)
         store = room(windows, 32, tmp_path)
         assert store is not None
-        fill(Reader(model, CPU, 0, True, 1, packing, trunk), store, [np.arange(6)])
+        fill_cache(Reader(model, CPU, 0, True, 1, packing, trunk), store, [np.arange(6)])
         stores.append(store.hidden_TD)
     assert torch.equal(*stores)
     assert all(module.training for module in model.modules())
@@ -135,7 +135,7 @@ def test_the_bottom_is_computed_without_dropout_and_left_in_training(tmp_path):
 
 def test_frozen_layers_record_nothing_for_the_backward_pass():
     model = frozen_model("bert").train()
-    trunk = Trunk.of(model)
+    trunk = FrozenLayers.of(model)
     assert trunk is not None
     seen = []
     trunk.stack.layer[0].register_forward_hook(lambda *args: seen.append(args[-1].requires_grad))
@@ -150,7 +150,7 @@ def test_ranks_of_one_machine_share_a_copy(tmp_path):
     windows = windows_of(LENGTHS)
     waits = []
     rank = Rank(0, 2, 0, 2)
-    store = make_room(
+    store = allocate(
         windows,
         4,
         torch.bfloat16,
@@ -183,7 +183,7 @@ def test_room_that_is_gone_is_a_sentence_on_every_rank(tmp_path, monkeypatch, he
     if here:
         monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(StorageError, match="No space left") as caught:
-        make_room(
+        allocate(
             windows_of(LENGTHS),
             4,
             torch.float32,
@@ -199,7 +199,7 @@ def test_room_that_is_gone_is_a_sentence_on_every_rank(tmp_path, monkeypatch, he
 
 def test_the_room_is_taken_at_once(tmp_path):
     blocks = []
-    make_room(
+    allocate(
         windows_of(LENGTHS),
         1024,
         torch.float32,
@@ -217,14 +217,14 @@ def test_the_room_is_taken_at_once(tmp_path):
 def test_what_cannot_be_cached_is_refused():
     model = model_of("bert")
     with pytest.raises(JobError, match="needs frozen embeddings and frozen first layers"):
-        check_cacheable(Trunk.of(model), 2)
+        check_cacheable(FrozenLayers.of(model), 2)
     freeze(model, ["embeddings"])
     with pytest.raises(JobError, match="needs frozen embeddings and frozen first layers"):
-        check_cacheable(Trunk.of(model), 2)
+        check_cacheable(FrozenLayers.of(model), 2)
     freeze(model, ["encoder.layer.0"])
-    assert check_cacheable(Trunk.of(model), 2).depth == 1
+    assert check_cacheable(FrozenLayers.of(model), 2).depth == 1
     with pytest.raises(JobError, match="stage"):
-        check_cacheable(Trunk.of(model), 3)
+        check_cacheable(FrozenLayers.of(model), 3)
 
 
 def test_a_batch_is_what_the_packing_says_whether_or_not_its_bottom_is_kept():

@@ -102,7 +102,9 @@ def test_a_checkpoint_that_fails_once_in_between_is_only_warned_of(zygote, job_f
         "def counted(*arguments):\n    saves[0] += 1\n    return save(*arguments)\n"
         "runner.checkpoint.commit.save = counted\n"
     )
-    code += at_step(4, 0, "import runner.utils.signals; runner.utils.signals.ask('SIGUSR2')")
+    code += at_step(
+        4, 0, "import runner.utils.signals; runner.utils.signals.request_stop('SIGUSR2')"
+    )
     options = ("--set", "train.checkpoint_minutes=0.00001")
     codes, text = zygote.run(job_file, "--run-dir", tmp_path / "run", *options, code=code)
     assert codes == [75], text

@@ -14,16 +14,16 @@ from runner.distributed.engine import deepspeed_config, start_engine
 from runner.distributed.process_group import start_distributed
 from runner.job.schema import Model, Train, Zero, batch_layout
 from runner.model.attention import choose_packing
-from runner.model.dropout import Noise
+from runner.model.dropout import DropoutMasks
 from runner.model.forward import Reader, span_logits, token_accuracy
 from runner.model.freeze import optimiser_groups
 from runner.model.loss import choose_span_loss
-from runner.train.nan_monitor import Health
-from runner.train.plan import choose_computing
+from runner.train.nan_monitor import NanMonitor
+from runner.train.plan import choose_plan
 from runner.train.state import Progress
 from runner.train.trainer import Course, train_steps
 from runner.utils.ranks import Rank
-from runner.utils.timing import Clock
+from runner.utils.timing import PhaseTimer
 from tests.small_models import model_of, takes_types, windows_of
 
 pytestmark = [
@@ -42,8 +42,8 @@ def trainer(*, zero=None, model=None, section=None, resident=False):
     section = section or Model(name="x", precision="bf16")
     model = (model or model_of("bert", **STILL)).train()
     train = Train(epochs=1, batch_size=8, learning_rate=1e-3)
-    noise, windows = Noise(1, 0), windows_of(LENGTHS)
-    computing = choose_computing(
+    noise, windows = DropoutMasks(1, 0), windows_of(LENGTHS)
+    computing = choose_plan(
         section, zero, model, device, "bf16", longest=40, tokens=10**6, noise=noise
     )
     trained = sum(p.numel() for p in model.parameters())
@@ -101,7 +101,7 @@ def test_attention_dropout_drops_and_repeats_after_a_restart():
     model = model_of("bert", **STILL | {"attention_probs_dropout_prob": 0.5})
     model = model.to(CUDA, torch.bfloat16).train()
     packing, _ = choose_packing("on", model, CUDA, "bf16", 40)
-    reader, noise = Reader(model, CUDA, 0, True, 8, packing), Noise(1, 0)
+    reader, noise = Reader(model, CUDA, 0, True, 8, packing), DropoutMasks(1, 0)
     windows, found = windows_of(LENGTHS), []
     for position in (1, 2, 1):
         noise.restart(0, position, 0)
@@ -128,10 +128,10 @@ def test_the_loop_waits_for_nothing_between_two_rows(resident):
     """As a run has it: look-ahead, accuracy, health, and what follows each step."""
     alone, written = Rank(0, 1, 0, 1), []
     reader, span_loss, noise, windows, train = trainer(resident=resident)
-    health = Health(alone, windows.questions_N, [*map(str, range(8))], scaled=False)
+    health = NanMonitor(alone, windows.questions_N, [*map(str, range(8))], scaled=False)
     course = Course(
         reader, span_loss, windows, train.model_copy(update={"log_every": 10}), 1, alone,
-        batch_layout(train, 1), noise, Clock(), health, lambda text: None, written.append,
+        batch_layout(train, 1), noise, PhaseTimer(), health, lambda text: None, written.append,
         lambda: None,
     )  # fmt: skip
 

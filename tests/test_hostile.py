@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from runner.errors import DataError, StorageError
-from runner.model.load import refuse_code
+from runner.model.load import refuse_remote_code
 from runner.utils.files import open_own
 from runner.utils.tables import append_row
 from tests.forked import forked
@@ -84,7 +84,7 @@ def test_a_model_that_asks_for_code_is_refused_by_file_and_key(tmp_path, file, t
     with pytest.raises(
         DataError, match=rf"^the-model: {file} asks for code .*, which is never run"
     ):
-        refuse_code("the-model", tmp_path)
+        refuse_remote_code("the-model", tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_a_model_that_asks_for_code_is_refused_by_file_and_key(tmp_path, file, t
 def test_an_ordinary_model_is_let_through(tmp_path, table):
     (tmp_path / "config.json").write_text(json.dumps(table))
     (tmp_path / "tokenizer_config.json").write_text("no JSON: its reader says so")
-    refuse_code("the-model", tmp_path)
+    refuse_remote_code("the-model", tmp_path)
 
 
 def test_tables_and_logs_never_follow_a_link(tmp_path):

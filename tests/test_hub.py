@@ -197,10 +197,10 @@ def data_files() -> dict[str, bytes]:
 
 ASK = """
 import json, sys
-from runner.data import (hub)
-from runner.errors import (AssetError)
+from runner.data import hub
+from runner.errors import AssetError
 questions, patience = json.loads(sys.argv[1])
-hub.PATIENCE = patience
+hub.HUB_TIMEOUT_S = patience
 for question in questions:
     try:
         found = hub.snapshot(*question)

@@ -8,13 +8,13 @@ import json
 import numpy as np
 import pytest
 
-from runner.checkpoint.best import MODEL, Kept, read_kept, write_kept
+from runner.checkpoint.best import MODEL, BestEvaluation, load_best, save_best
 from runner.data.dataset import Example
 from runner.errors import DataError
 from runner.eval.answers import Answer, Candidate
 from runner.eval.evaluation import evaluate
-from runner.eval.inference import Readings
-from runner.job.inference import job_answering
+from runner.eval.inference import Predictions
+from runner.job.inference import settings_of_job
 from runner.job.schema import Data, Model, Score
 from runner.model.load import load_pretrained, load_tokenizer
 from runner.run.folder import RunDir
@@ -22,13 +22,13 @@ from runner.utils.tables import read_rows
 from tests.interruptions import CONTEXT, DATA, JOB, outcome, sets
 
 
-def kept_of(text: str) -> Kept:
+def kept_of(text: str) -> BestEvaluation:
     listed = (Candidate(text, 0.1 + 0.2, 1 / 3, 0, len(text), 0),)
     answer = Answer("a", text, 0.1 + 0.2, 0, len(text), 0, -1 / 7, 0.0, -2.5, 0, listed)
-    readings = Readings(np.pi, 12.5, 1 / 3, 0.0, (answer,), 0.125)
+    readings = Predictions(np.pi, 12.5, 1 / 3, 0.0, (answer,), 0.125)
     examples = [Example("a", "q?", "red house", ("red",), (0,))]
     scores = evaluate(readings, examples, Score(), unanswerable=False, seed=1)
-    return Kept(3, 41, scores, [np.array([[0.1, -np.inf], [1e-40, 2.0]], np.float32)])
+    return BestEvaluation(3, 41, scores, [np.array([[0.1, -np.inf], [1e-40, 2.0]], np.float32)])
 
 
 @pytest.fixture
@@ -36,15 +36,15 @@ def folder(tiny, tmp_path):
     """A kept evaluation with its exported model."""
     section = Model(name=str(tiny("bert")))
     model, tokenizer = load_pretrained(section, 0).model, load_tokenizer(section)
-    answering = job_answering(Data(train="t.json", validation="v.json"), Score())
+    answering = settings_of_job(Data(train="t.json", validation="v.json"), Score())
     state = {name: tensor + 1 for name, tensor in model.state_dict().items()}
     folder = tmp_path / "best"
-    write_kept(folder, kept_of("red"), model, state, tokenizer, "# a card", answering)
+    save_best(folder, kept_of("red"), model, state, tokenizer, "# a card", answering)
     return folder
 
 
 def test_what_was_kept_is_read_back_to_the_bit(folder):
-    found, wanted = read_kept(folder), kept_of("red")
+    found, wanted = load_best(folder), kept_of("red")
     assert (found.epoch, found.step) == (3, 41)
     assert found.scores.readings == wanted.scores.readings
     for field in dataclasses.fields(wanted.scores):
@@ -76,7 +76,7 @@ def test_a_record_that_is_none_is_refused(folder, damage):
     else:
         path.write_text(damage)
     with pytest.raises(DataError, match=r"kept\.json: cannot be read"):
-        read_kept(folder)
+        load_best(folder)
 
 
 # The metric of [stop] says what it is told: the first evaluation is the best one.

@@ -42,8 +42,8 @@ sys.exit(71)
 LAUNCHER = """
 import sys
 from pathlib import Path
-from runner.run import (launch)
-launch.GRACE = 1.0
+from runner.run import launch
+launch.GRACE_S = 1.0
 sys.exit(launch.launch(sys.argv[2:], int(sys.argv[1]), Path({script!r})))
 """
 
@@ -121,7 +121,7 @@ def test_all_ranks_killed_is_said(script):
 
 
 def test_a_rank_that_does_not_notice_a_failure_is_ended(script, monkeypatch):
-    monkeypatch.setattr(module, "GRACE", 0.5)
+    monkeypatch.setattr(module, "GRACE_S", 0.5)
     assert launch(["sys.exit(65) if rank else time.sleep(600)"], 2, script) == 65
     for rank in ranks_of(script, 2):
         with pytest.raises(ProcessLookupError):

@@ -14,8 +14,8 @@ ALONE = """
 import os
 from datetime import timedelta
 from runner import errors
-from runner.distributed import (engine)
-from runner.utils import (signals)
+from runner.distributed import engine
+from runner.utils import signals
 os.environ |= {{"RANK": "1", "WORLD_SIZE": "2", "MASTER_PORT": "{port}"}}
 signals.listen({leave})
 rendezvous = engine.rendezvous

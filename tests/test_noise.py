@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import nn
 
-from runner.model.dropout import CpuDropout, Noise, install, keep_scale
+from runner.model.dropout import CpuDropout, DropoutMasks, install_dropout, keep_scale
 
 
 @pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 0.9, 0.99999])
 def test_elements_are_dropped_with_the_probability_asked_for(p):
-    kept = Noise(3, 0).kept((1000, 1001), p)
+    kept = DropoutMasks(3, 0).keep_mask((1000, 1001), p)
     wanted = 1 - 1 / keep_scale(p)
     assert wanted == pytest.approx(p, abs=1 / 65536)
     share = 1 - kept.mean()
@@ -26,10 +26,10 @@ def test_elements_are_dropped_with_the_probability_asked_for(p):
 
 def test_masks_depend_on_seed_rank_and_position_alone():
     def mask(seed, rank, *position, before=0):
-        noise = Noise(seed, rank)
-        noise.kept((before,), 0.5)
-        noise.restart(*position)
-        return noise.kept((64,), 0.5).tobytes()
+        noise = DropoutMasks(seed, rank)
+        noise.keep_mask((before,), 0.5)
+        noise.reseed(*position)
+        return noise.keep_mask((64,), 0.5).tobytes()
 
     assert mask(1, 0, 2, 30, 0, before=100) == mask(1, 0, 2, 30, 0)
     places = [(1, 0, 2, 30, 0), (2, 0, 2, 30, 0), (1, 1, 2, 30, 0), (1, 0, 3, 30, 0)]
@@ -39,19 +39,19 @@ def test_masks_depend_on_seed_rank_and_position_alone():
 
 def test_torchs_own_dropout_is_a_function_of_the_position_too():
     """Models that draw with torch, on any device, repeat after a restart."""
-    noise, drop = Noise(1, 0), nn.Dropout(0.5)
-    noise.restart(0, 1, 0)
+    noise, drop = DropoutMasks(1, 0), nn.Dropout(0.5)
+    noise.reseed(0, 1, 0)
     first = drop(torch.ones(64))
-    noise.restart(0, 1, 0)
+    noise.reseed(0, 1, 0)
     assert torch.equal(drop(torch.ones(64)), first)
-    noise.restart(0, 2, 0)
+    noise.reseed(0, 2, 0)
     assert not torch.equal(drop(torch.ones(64)), first)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_kept_elements_are_scaled_and_gradients_follow(dtype, transposed):
-    drop = CpuDropout(0.25, Noise(1, 0))
+    drop = CpuDropout(0.25, DropoutMasks(1, 0))
     values = torch.randn(40, 30).to(dtype)
     values = (values.T if transposed else values).detach().requires_grad_(True)
     found = drop(values)
@@ -67,18 +67,18 @@ def test_kept_elements_are_scaled_and_gradients_follow(dtype, transposed):
 
 def test_nothing_is_dropped_in_evaluation_or_without_probability():
     values = torch.randn(8)
-    drop = CpuDropout(0.5, Noise(1, 0))
+    drop = CpuDropout(0.5, DropoutMasks(1, 0))
     assert drop.eval()(values) is values
-    assert CpuDropout(0.0, Noise(1, 0))(values) is values
+    assert CpuDropout(0.0, DropoutMasks(1, 0))(values) is values
 
 
 def test_install_replaces_every_dropout_and_no_weight():
     model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.1), nn.Sequential(nn.Dropout(0.2)))
     names = list(model.state_dict())
     model[2].eval()
-    assert install(model, Noise(1, 0)) == 2
+    assert install_dropout(model, DropoutMasks(1, 0)) == 2
     found = [module for module in model.modules() if isinstance(module, nn.Dropout)]
     assert [(type(drop), drop.p) for drop in found] == [(CpuDropout, 0.1), (CpuDropout, 0.2)]
     assert [drop.training for drop in found] == [True, False]
     assert list(model.state_dict()) == names
-    assert install(model, Noise(1, 0)) == 0
+    assert install_dropout(model, DropoutMasks(1, 0)) == 0

@@ -12,7 +12,7 @@ from span_kernels import reference_span_loss
 from runner.data.collate import Packing, collate, pack
 from runner.data.windows import Windows
 from runner.errors import JobError
-from runner.model.attention import FAMILIES, NAME, choose_packing
+from runner.model.attention import FAMILIES, PACKED_ATTENTION, choose_packing
 from runner.model.forward import span_logits
 from tests.small_models import (
     assert_same_gradients,
@@ -111,7 +111,7 @@ def test_what_cannot_be_packed_is_padded_with_a_reason(family, device, precision
     packing, reason = choose_packing("auto", model, torch.device(device), precision, 40)
     assert packing is None
     assert words in reason
-    assert model.config._attn_implementation != NAME
+    assert model.config._attn_implementation != PACKED_ATTENTION
     with pytest.raises(JobError, match="not possible"):
         choose_packing("on", model, torch.device(device), precision, 40)
     assert choose_packing("off", model, CPU, "fp32", 40) == (None, "as the job says")
@@ -121,4 +121,4 @@ def test_an_exported_model_says_nothing_of_packing(tmp_path: Path):
     model = model_of("bert")
     choose_packing("on", model, CPU, "fp32", 40)
     model.save_pretrained(tmp_path)
-    assert NAME not in (tmp_path / "config.json").read_text()
+    assert PACKED_ATTENTION not in (tmp_path / "config.json").read_text()

@@ -18,13 +18,13 @@ from runner.report.page import (
     Miss,
     Misses,
     Page,
+    PageSection,
     Paragraph,
-    Percent,
-    Section,
+    PercentCell,
     Series,
     Span,
     Table,
-    plain,
+    strip_controls,
 )
 from runner.report.page_markdown import inline, page_markdown, table_markdown
 from runner.report.render import DARK, LIGHT, page_html
@@ -40,18 +40,18 @@ def page(text: str = "some text") -> Page:
     missed = Miss(text, text, {text: text, "other": ""}, [text, text], text, [spans])
     nothing = Miss("q", "id", {"answered": "x"}, [], "F1 0 %", [[Span("x", "both")]])
     rows = [
-        {"name": text, "n": 3, "score %": Percent(55.0, 40.25, 70.0), "loss": 0.5},
-        {"name": "b", "n": 12, "score %": Percent(7.0), "loss": None},
+        {"name": text, "n": 3, "score %": PercentCell(55.0, 40.25, 70.0), "loss": 0.5},
+        {"name": "b", "n": 12, "score %": PercentCell(7.0), "loss": None},
     ]
     blocks = [
-        Headline({text: Percent(55.0, 40.0, 70.0), "plain": Percent(1.0)}),
+        Headline({text: PercentCell(55.0, 40.0, 70.0), "plain": PercentCell(1.0)}),
         Paragraph(text),
         Table(text, rows),
         Charts([chart], "curves.svg"),
         Misses([missed, nothing]),
         Code(text, "toml", text),
     ]
-    sections = [Section(text, blocks), Section("Two", []), Section("Three", [])]
+    sections = [PageSection(text, blocks), PageSection("Two", []), PageSection("Three", [])]
     return Page(text, text, {text: text}, sections)
 
 
@@ -69,7 +69,7 @@ def test_pages_are_the_golden_ones(name, write):
 @given(st.text(st.characters(codec=None), max_size=30))
 def test_any_text_leaves_a_well_formed_page_with_that_text(text):
     root = parsed(page_html(page(text)))
-    expected = plain(text).replace(" %", "\N{NO-BREAK SPACE}%").replace("\r", "\n")
+    expected = strip_controls(text).replace(" %", "\N{NO-BREAK SPACE}%").replace("\r", "\n")
     assert "".join(root.find("body/header/h1").itertext()) == expected  # type: ignore[union-attr]
     assert not root.findall(".//script")
 
@@ -148,8 +148,8 @@ def test_texts_and_lines_stand_out(palette):
 
 def test_scores_stand_with_their_intervals_and_numbers_to_the_right():
     rows = [
-        {"run": "a|b", "F1 %": Percent(61.25, 50.0, 72.34), "n": 7, "seconds": None},
-        {"run": "c", "F1 %": Percent(5.0), "n": 1200, "seconds": 0.25},
+        {"run": "a|b", "F1 %": PercentCell(61.25, 50.0, 72.34), "n": 7, "seconds": None},
+        {"run": "c", "F1 %": PercentCell(5.0), "n": 1200, "seconds": 0.25},
     ]
     assert table_markdown(rows).splitlines() == [
         "| run | F1 % | n | seconds |",
@@ -174,7 +174,7 @@ def test_no_text_is_markup(text, written):
 
 
 def test_a_code_block_is_longer_than_the_fences_in_it():
-    text = page_markdown(Page("t", "l", {}, [Section("s", [Code("c", "toml", "a\n````\nb")])]))
+    text = page_markdown(Page("t", "l", {}, [PageSection("s", [Code("c", "toml", "a\n````\nb")])]))
     assert "`````toml\na\n````\nb\n`````" in text
 
 

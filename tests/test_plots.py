@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from runner.errors import StorageError
-from runner.report.plots import GREY, LOSSES, SCORES, draw_curves
+from runner.report.plots import GREY, LOSS_CURVES, SCORE_CURVES, draw_curves
 from runner.run.folder import RunDir
 from runner.utils.tables import append_row
 
@@ -94,7 +94,7 @@ def test_intervals_are_bands_and_of_one_epoch_a_bar(tmp_path):
     assert drawn == {(1, True): [2, 0], (3, True): [0, 2], (3, False): [0, 0]}
 
 
-@pytest.mark.parametrize("curves", [LOSSES, SCORES])
+@pytest.mark.parametrize("curves", [LOSS_CURVES, SCORE_CURVES])
 def test_curves_differ_without_any_colour(curves):
     assert len({curve.marker for curve in curves}) == len(curves)
     assert len({curve.dash for curve in curves}) == len(curves)
@@ -102,7 +102,9 @@ def test_curves_differ_without_any_colour(curves):
     assert len(set(bands)) == len(bands)
 
 
-@pytest.mark.parametrize("colour", [GREY, *(curve.colour for curve in (*LOSSES, *SCORES))])
+@pytest.mark.parametrize(
+    "colour", [GREY, *(curve.colour for curve in (*LOSS_CURVES, *SCORE_CURVES))]
+)
 def test_every_curve_stands_out_from_white_paper(colour):
     """By WCAG's ratio for what is drawn, 3 to 1; a printer without colours keeps the luminance."""
     red, green, blue = linear(colour)
@@ -138,7 +140,7 @@ BLIND = {
 @pytest.mark.parametrize("kind", BLIND)
 def test_colours_differ_for_the_colour_blind(kind):
     """In CIE Lab, where a distance of 2.3 is just seen."""
-    for curves in (LOSSES, SCORES):
+    for curves in (LOSS_CURVES, SCORE_CURVES):
         seen = [lab(BLIND[kind] @ linear(curve.colour)) for curve in curves]
         for one, other in itertools.combinations(seen, 2):
             assert np.linalg.norm(one - other) > 10

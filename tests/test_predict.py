@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForQuestionAnswering
 
 from runner.errors import AssetError, DataError, MachineError, UsageError
-from runner.job.inference import KEY, Opening, Tuned, job_answering
+from runner.job.inference import KEY, Opening, TunedOn, settings_of_job
 from runner.job.schema import Data, Model, Score
 from runner.model.load import load_tokenizer
 from runner.predict.predictor import Predictor, Question, locate_model, open_model
@@ -40,8 +40,8 @@ def exported(tiny, tmp_path_factory):
         data = Data(
             train="o/n", validation="o/n", max_length=64, stride=16, unanswerable=unanswerable
         )
-        tuned = Tuned(source="t", sha256="0" * 64, questions=1, metric="f1", percent=1.0)
-        answering = job_answering(data, Score(max_answer_length=8, n_best=5, **score))
+        tuned = TunedOn(source="t", sha256="0" * 64, questions=1, metric="f1", percent=1.0)
+        answering = settings_of_job(data, Score(max_answer_length=8, n_best=5, **score))
         answering = answering.model_copy(update={"tuned": tuned if unanswerable else None})
         config = json.loads((folder / "config.json").read_text())
         config[KEY] = answering.model_dump(mode="json")

@@ -12,7 +12,7 @@ from runner.errors import DataError, MachineError, StorageError
 from runner.job.inference import Opening
 from runner.job.schema import Columns
 from runner.predict.predictor import Predictor
-from runner.predict.questions import Asked
+from runner.predict.questions import QuestionRow
 from runner.predict.stream import lines_to, predict_lines, predict_questions
 from tests.forked import talking
 
@@ -33,8 +33,8 @@ def rows(*questions: str) -> str:
     return "".join(json.dumps({"question": q, "context": CONTEXT}) + "\n" for q in questions)
 
 
-def asked(place: str, question: str = "Who?", problem: str | None = None) -> Asked:
-    return Asked(place, place, question, CONTEXT, problem)
+def asked(place: str, question: str = "Who?", problem: str | None = None) -> QuestionRow:
+    return QuestionRow(place, place, question, CONTEXT, problem)
 
 
 def test_every_good_row_is_a_line_and_every_bad_one_is_told(predictor, capsys):
@@ -80,7 +80,7 @@ def test_full_memory_is_a_sentence(opening, monkeypatch):
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
-    monkeypatch.setattr("runner.predict.predictor.read_windows", full)
+    monkeypatch.setattr("runner.predict.predictor.predict_windows", full)
     with pytest.raises(MachineError, match=r"out of memory: CUDA .*; lower --batch-size"):
         predict_questions(
             opening, ("Who?", CONTEXT), Columns(), on_bad_row="fail", listed=1, output=None,

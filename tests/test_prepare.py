@@ -7,7 +7,7 @@ import json
 import pytest
 
 from runner.data import splits as prepare
-from runner.data.splits import load_questions, probe_examples
+from runner.data.splits import load_splits, probe_examples
 from runner.errors import DataError, JobError
 from runner.job.schema import Data, Model, Probe
 from runner.model.load import load_tokenizer
@@ -41,37 +41,33 @@ def tokenizer(tiny):
 
 def test_both_slices_with_their_samples(data, tokenizer):
     section = data(sample=4, validation_sample=2)
-    train, validation, tuning = load_questions(section, 3, tokenizer)
+    train, validation, tuning = load_splits(section, 3, tokenizer)
     assert tuning is None
     assert [len(train.dataset.examples), len(validation.dataset.examples)] == [4, 2]
     assert [len(train.windows), len(validation.windows)] == [4, 2]
     assert not train.cached
-    other, *_ = load_questions(section, 4, tokenizer)
+    other, *_ = load_splits(section, 4, tokenizer)
     assert other.dataset.examples != train.dataset.examples
-    again, *_ = load_questions(section, 3, tokenizer)
+    again, *_ = load_splits(section, 3, tokenizer)
     assert again.cached
     assert again.dataset == train.dataset
 
 
 def test_settings_of_the_section_reach_the_data(data, tokenizer):
     with pytest.raises(DataError, match="1 of 2 rows refused"):
-        load_questions(data(validation=(CONTEXT, "")), 0, tokenizer)
-    _, validation, _ = load_questions(
-        data(validation=(CONTEXT, ""), on_bad_row="drop"), 0, tokenizer
-    )
+        load_splits(data(validation=(CONTEXT, "")), 0, tokenizer)
+    _, validation, _ = load_splits(data(validation=(CONTEXT, ""), on_bad_row="drop"), 0, tokenizer)
     assert validation.dataset.dropped == ("validation.json:2: context is empty",)
     with pytest.raises(DataError, match="no column 'text'"):
-        load_questions(data(columns={"context": "text"}), 0, tokenizer)
-    train, *_ = load_questions(
-        data((CONTEXT * 9,), (CONTEXT,), max_length=32, stride=8), 0, tokenizer
-    )
+        load_splits(data(columns={"context": "text"}), 0, tokenizer)
+    train, *_ = load_splits(data((CONTEXT * 9,), (CONTEXT,), max_length=32, stride=8), 0, tokenizer)
     assert train.windows.lengths_N.max() == 32
 
 
 def test_the_threshold_is_tuned_on_questions_of_its_own(data, tokenizer):
     section = data(unanswerable=True, validation=(CONTEXT + "Here.",))
     section = section.model_copy(update={"tuning": f"{section.train}[:2]"})
-    _, _, tuning = load_questions(section, 3, tokenizer)
+    _, _, tuning = load_splits(section, 3, tokenizer)
     assert tuning is not None
     assert [e.id for e in tuning.dataset.examples] == ["train0", "train1"]
     assert len(tuning.windows) == 2
@@ -83,7 +79,7 @@ def test_a_question_that_is_reported_is_never_tuned_on(data, tokenizer, monkeypa
     section = section.model_copy(update={"tuning": section.train})
     monkeypatch.setattr(prepare, "cached_windows", None)  # refused before anything is tokenised
     with pytest.raises(DataError) as refused:
-        load_questions(section, 3, tokenizer)
+        load_splits(section, 3, tokenizer)
     assert str(refused.value).startswith(
         "data.tuning: 1 of its 2 questions are also in data.validation, such as train1 (there "
         "validation2);"
@@ -93,19 +89,19 @@ def test_a_question_that_is_reported_is_never_tuned_on(data, tokenizer, monkeypa
 def test_a_bad_validation_set_is_found_before_anything_is_tokenised(data, tokenizer, monkeypatch):
     monkeypatch.setattr(prepare, "cached_windows", None)
     with pytest.raises(DataError, match=r"validation\.json:1: context is empty"):
-        load_questions(data(validation=("",)), 0, tokenizer)
+        load_splits(data(validation=("",)), 0, tokenizer)
 
 
 @pytest.mark.parametrize("slot", ["train", "validation"])
 def test_windows_longer_than_the_models_positions_are_refused(data, tokenizer, slot):
     long = {slot: (CONTEXT, CONTEXT * 40)}
     with pytest.raises(JobError) as refused:
-        load_questions(data(**long, max_length=131), 0, tokenizer)
+        load_splits(data(**long, max_length=131), 0, tokenizer)
     told = "data.max_length: 131 gives windows of 131 tokens"
     assert str(refused.value).startswith(told)
     assert f"{slot}.json); this model takes 130" in str(refused.value)
-    load_questions(data(**long, max_length=130), 0, tokenizer)
-    load_questions(data(max_length=512), 0, tokenizer)  # no window is as long as it might be
+    load_splits(data(**long, max_length=130), 0, tokenizer)
+    load_splits(data(max_length=512), 0, tokenizer)  # no window is as long as it might be
 
 
 def test_probes_become_questions_with_a_label_where_there_is_one():

@@ -10,15 +10,15 @@ import torch
 
 from runner.job.schema import Stop
 from runner.train.state import (
+    EarlyStopping,
     Memory,
     Progress,
-    Stopper,
     Totals,
     random_state,
     restore_random_state,
     seed_everything,
 )
-from runner.utils.timing import Clock
+from runner.utils.timing import PhaseTimer
 
 CPU = torch.device("cpu")
 
@@ -70,7 +70,7 @@ def some_progress() -> Progress:
 
 
 def test_a_memory_comes_back(tmp_path):
-    memory = Memory(some_progress(), Stopper(Stop(metric="f1")), Clock())
+    memory = Memory(some_progress(), EarlyStopping(Stop(metric="f1")), PhaseTimer())
     memory.stopper.best, memory.stopper.waited = 1 / 3, 1
     memory.probe_rows.append({"epoch": 0, "answer": "é", "score": 0.1, "expected": None})
     memory.best = "step-000040-scored-a0001"
@@ -78,7 +78,7 @@ def test_a_memory_comes_back(tmp_path):
     torch.save(memory.progress.own(), path)
     facts = json.loads(json.dumps(memory.facts()))
 
-    other = Memory(Progress(torch.zeros(2), 20), Stopper(Stop(metric="f1")), Clock())
+    other = Memory(Progress(torch.zeros(2), 20), EarlyStopping(Stop(metric="f1")), PhaseTimer())
     other.restore(facts, torch.load(path, weights_only=True))
     assert other.progress.sums_2.equal(memory.progress.sums_2)
     assert other.progress.facts() == memory.progress.facts()

@@ -7,7 +7,7 @@ import os
 import pytest
 
 from runner.errors import RunnerError
-from runner.utils.ranks import Rank, current_rank, first_host, meeting_point
+from runner.utils.ranks import Rank, current_rank, first_host, rendezvous_address
 
 SRUN = {
     "SLURM_STEP_ID": "0",
@@ -89,20 +89,20 @@ def test_the_first_host_of_a_list(nodes, first):
 def test_where_ranks_of_plain_srun_meet(monkeypatch):
     for name, value in {**SRUN, "SLURM_JOB_ID": "4711", "SLURM_STEP_NODELIST": "n[2-3]"}.items():
         monkeypatch.setenv(name, value)
-    host, port = meeting_point(current_rank())
+    host, port = rendezvous_address(current_rank())
     assert (host, port) == ("n2", 14711)
     monkeypatch.setenv("SLURM_PROCID", "0")
-    assert meeting_point(current_rank()) == (host, port)  # the same for every rank
+    assert rendezvous_address(current_rank()) == (host, port)  # the same for every rank
     monkeypatch.setenv("SLURM_STEP_ID", "1")
-    assert meeting_point(current_rank())[1] != port
+    assert rendezvous_address(current_rank())[1] != port
     monkeypatch.setenv("SLURM_JOB_ID", "4712")
-    assert meeting_point(current_rank())[1] != port
+    assert rendezvous_address(current_rank())[1] != port
     monkeypatch.setenv("SLURM_STEP_NUM_NODES", "1")
-    assert meeting_point(current_rank())[0] == "127.0.0.1"
+    assert rendezvous_address(current_rank())[0] == "127.0.0.1"
 
 
 def test_where_ranks_meet_otherwise():
-    assert meeting_point(Rank(1, 2, 1, 2)) == ("127.0.0.1", 29500)
-    host, port = meeting_point(Rank(0, 1, 0, 1))
+    assert rendezvous_address(Rank(1, 2, 1, 2)) == ("127.0.0.1", 29500)
+    host, port = rendezvous_address(Rank(0, 1, 0, 1))
     assert host == "127.0.0.1"
     assert port != 29500

@@ -12,7 +12,7 @@ import pytest
 
 from runner.errors import DataError, RunDirError
 from runner.report.comparison_page import short_names
-from runner.report.read import read_scored
+from runner.report.read import read_run
 from runner.report.render import write_comparison, write_report
 from runner.report.run_page import thinned
 from runner.run.folder import RunDir
@@ -145,7 +145,7 @@ def test_runs_of_other_questions_are_not_compared(tmp_path):
 def test_names_tell_runs_apart(tmp_path):
     rows = predictions(10)
     paths = [("x/1", "a"), ("x/2", "a"), ("y/1", "a"), ("y/2", "b")]
-    runs = [read_scored(make_run(tmp_path / p, rows, name=n)) for p, n in paths]
+    runs = [read_run(make_run(tmp_path / p, rows, name=n)) for p, n in paths]
     assert short_names(runs) == ["a 1 (1)", "a 2", "a 1 (3)", "b"]
 
 

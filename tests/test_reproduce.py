@@ -12,7 +12,7 @@ from runner.job.load import dump_job
 from runner.job.schema import Job
 from runner.run.folder import RunDir
 from runner.run.provenance import differing_fields, differing_results, is_time, read_record
-from runner.run.reproduce import check_reproduction, compare, reproduce
+from runner.run.reproduce import check_reproduction, compare_runs, reproduce
 
 TABLE = {
     "name": "n",
@@ -57,7 +57,7 @@ def test_a_repetition_is_the_same_whatever_its_speed(tmp_path, run):
     again.train_table.write_text(run.train_table.read_text().replace("31.0", "9.0"))
     again.eval_table.write_text(run.eval_table.read_text().replace("3.0", "4.0"))
     again.provenance.write_text(json.dumps(PROVENANCE | {"command": ["other"]}))
-    found = compare(run, again, JOB)
+    found = compare_runs(run, again, JOB)
     assert found.holds
     assert list(found.lines()) == [
         "the environment is the run's",
@@ -70,7 +70,7 @@ def test_in_the_same_environment_every_bit_counts(tmp_path, run):
     again = finished(tmp_path / "again", weights_sha256="ab")
     again.train_table.write_text(run.train_table.read_text().replace("1.5", "1.500001"))
     again.predictions.write_text('{"id": "q1"}\n{"id": "q3"}\n')
-    found = compare(run, again, JOB)
+    found = compare_runs(run, again, JOB)
     assert found.results == [
         'result.json: weights_sha256 is "aa", now "ab"',
         "predictions.jsonl: line 2 is another",
@@ -88,7 +88,7 @@ def test_elsewhere_scores_have_a_tolerance(tmp_path, run, f1, holds):
         provenance={"versions": {"torch": "2.14.0", "numpy": "2.0"}, "ranks": 1},
         metrics=METRICS | {"f1": f1},
     )
-    found = compare(run, again, JOB)
+    found = compare_runs(run, again, JOB)
     assert found.environment == [
         'versions.torch: "2.13.0", now "2.14.0"',
         "ranks: 2, now 1",
@@ -106,12 +106,12 @@ def test_elsewhere_scores_have_a_tolerance(tmp_path, run, f1, holds):
 def test_the_jobs_own_tolerance_counts(tmp_path, run):
     job = Job.model_validate(TABLE | {"expect": {"f1": 50.0, "tolerance": 2.0}})
     again = finished(tmp_path / "a", provenance={"ranks": 1}, metrics=METRICS | {"f1": 48.5})
-    assert compare(run, again, job).holds
-    assert not compare(run, again, JOB).holds
+    assert compare_runs(run, again, job).holds
+    assert not compare_runs(run, again, JOB).holds
     lost = finished(
         tmp_path / "b", provenance={"ranks": 1}, metrics=METRICS | {"loss": float("nan")}
     )
-    assert not compare(run, lost, job).holds
+    assert not compare_runs(run, lost, job).holds
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_bits_count_only_where_they_are_promised(tmp_path, device, deterministic
         weights_sha256="ab",
         metrics=METRICS | {"f1": f1},
     )
-    found = compare(run, again, job)
+    found = compare_runs(run, again, job)
     assert found.holds is holds
     told = "on a GPU, and without train.deterministic, so bits may differ" in found.lines()
     assert told is (device == "H100" and not deterministic)

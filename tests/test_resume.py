@@ -107,12 +107,12 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
 
 TUNING = """
 import runner.train.trainer, runner.utils.signals
-read = runner.train.trainer.read_windows
+read = runner.train.trainer.predict_windows
 def read_windows(*arguments, **options):
     if options.get("keep") == 1:
-        runner.utils.signals.ask("SIGTERM")
+        runner.utils.signals.request_stop("SIGTERM")
     return read(*arguments, **options)
-runner.train.trainer.read_windows = read_windows
+runner.train.trainer.predict_windows = read_windows
 """
 
 
@@ -155,14 +155,14 @@ runner.checkpoint.manager.restore_random_state = lambda *_: None
     "moments": """
 import runner.checkpoint.deepspeed_io
 runner.checkpoint.deepspeed_io._differences = lambda *_: []
-load = runner.checkpoint.deepspeed_io.load_plain
+load = runner.checkpoint.deepspeed_io.load_tensors
 def forgetful(path):
     found = load(path)
     if "optim_states" in path.name:
         for state in found["optimizer_state_dict"]["base_optimizer_state"]["state"].values():
             state["exp_avg"].zero_()
     return found
-runner.checkpoint.deepspeed_io.load_plain = forgetful
+runner.checkpoint.deepspeed_io.load_tensors = forgetful
 """,
     "place": """
 import runner.train.state
@@ -179,8 +179,8 @@ runner.train.state.Progress.restore = late
 # Dropout on a CPU draws from our own generator, whose state is the place in training alone.
 NO_PLACE = """
 import runner.model.dropout
-restart = runner.model.dropout.Noise.restart
-runner.model.dropout.Noise.restart = lambda self, *place: None if place else restart(self)
+restart = runner.model.dropout.DropoutMasks.restart
+runner.model.dropout.DropoutMasks.restart = lambda self, *place: None if place else restart(self)
 """
 
 
@@ -208,7 +208,7 @@ FATAL = {
     "launcher": (
         0,
         "import runner.utils.signals; os.kill(os.getppid(), signal.SIGKILL)\n"
-        "        while not runner.utils.signals.asked(): time.sleep(0.01)",
+        "        while not runner.utils.signals.stop_reason(): time.sleep(0.01)",
     ),
 }
 

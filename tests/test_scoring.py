@@ -11,7 +11,7 @@ import pytest
 from runner.data.dataset import Example
 from runner.data.windows import build_windows
 from runner.eval import inference as scoring
-from runner.eval.inference import read_windows, rehearse
+from runner.eval.inference import dry_run, predict_windows
 from runner.job.schema import Model, Score
 from runner.model.forward import Reader, takes_segment_ids
 from runner.model.load import load_pretrained, load_tokenizer
@@ -45,11 +45,11 @@ def examples():
 def test_blocks_hold_whole_questions():
     questions_N = np.repeat(np.arange(5), [1, 7, 2, 1, 3])
     for most in (1, 2, 3, 5, 8, 14, 100):
-        scoring.BLOCK, old = most, scoring.BLOCK
+        scoring.BLOCK_WINDOWS, old = most, scoring.BLOCK_WINDOWS
         try:
             blocks = list(scoring._blocks(questions_N))
         finally:
-            scoring.BLOCK = old
+            scoring.BLOCK_WINDOWS = old
         assert [b.start for b in blocks] == [0, *(b.stop for b in blocks[:-1])]
         assert blocks[-1].stop == len(questions_N)
         for block in blocks:
@@ -67,14 +67,14 @@ def test_any_blocks_give_the_same_answers(reader, examples, monkeypatch, unanswe
     told = []
 
     def read(**options):
-        return read_windows(
+        return predict_windows(
             reader, windows, examples, Score(batch_size=3), ALONE,
             unanswerable=unanswerable, step=told.append, **options,
         )  # fmt: skip
 
     whole = read()
     assert told == list(range(1, -(-len(windows) // 3) + 1))
-    monkeypatch.setattr(scoring, "BLOCK", 4)
+    monkeypatch.setattr(scoring, "BLOCK_WINDOWS", 4)
     parts = read()
     assert whole is not None
     assert parts is not None
@@ -97,7 +97,7 @@ def test_no_answer_is_scored_where_each_window_has_its_cls(reader, examples):
     windows = build_windows(examples[:1], tokenizer, 130, 16)
     elsewhere = dataclasses.replace(windows, cls_N=windows.cls_N + 2)
     first, other = (
-        read_windows(reader, some, examples[:1], Score(), ALONE, unanswerable=True)
+        predict_windows(reader, some, examples[:1], Score(), ALONE, unanswerable=True)
         for some in (windows, elsewhere)
     )
     assert first is not None
@@ -111,7 +111,7 @@ def test_no_answer_is_scored_where_each_window_has_its_cls(reader, examples):
 def test_no_windows_are_no_answers(reader):
     reader, tokenizer = reader
     windows = build_windows([], tokenizer, 64, 16)
-    found = read_windows(reader, windows, [], Score(), ALONE, unanswerable=False)
+    found = predict_windows(reader, windows, [], Score(), ALONE, unanswerable=False)
     assert found is not None
     assert (found.answers, found.loss) == ((), 0.0)
 
@@ -150,7 +150,7 @@ def test_the_next_batch_is_on_its_way_before_the_search_waits_for_this_one(
     reader, tokenizer = reader
     windows = build_windows(examples[:3], tokenizer, 64, 16)
     spy = spying(reader, monkeypatch)
-    read_windows(spy, windows, examples[:3], Score(batch_size=2), ALONE, unanswerable=False)
+    predict_windows(spy, windows, examples[:3], Score(batch_size=2), ALONE, unanswerable=False)
     before_the_last = -(-len(windows) // 2) - 1
     assert before_the_last > 1
     each = ["run", "prepare", "search"] * before_the_last
@@ -162,25 +162,25 @@ def test_a_rehearsal_reads_and_searches_the_longest_batch(reader, examples, monk
     reader, tokenizer = reader
     windows = build_windows(examples, tokenizer, 100, 16)
     spy = spying(reader, monkeypatch)
-    rehearse(spy, windows, Score(batch_size=3))
+    dry_run(spy, windows, Score(batch_size=3))
     assert not spy.noted  # a CPU has room
-    monkeypatch.setattr(scoring, "REHEARSED", ("cpu",))
+    monkeypatch.setattr(scoring, "DRY_RUN_DEVICES", ("cpu",))
     reader.model.train(training)
     try:
-        rehearse(spy, windows, Score(batch_size=3))
+        dry_run(spy, windows, Score(batch_size=3))
         assert reader.model.training is training
     finally:
         reader.model.eval()
     assert [name for name, _ in spy.noted] == ["prepare", "run", "search"]
     read = windows.lengths_N[spy.noted[0][1]]
     assert sorted(read) == sorted(windows.lengths_N)[-3:]
-    rehearse(spy, build_windows([], tokenizer, 64, 16), Score())
+    dry_run(spy, build_windows([], tokenizer, 64, 16), Score())
     assert len(spy.noted) == 3
 
 
 FULL = """
 import runner.eval.inference, torch
-runner.eval.inference.REHEARSED = ("cpu",)
+runner.eval.inference.DRY_RUN_DEVICES = ("cpu",)
 plain = runner.eval.inference.search
 def search(logits, segments, *arguments, **options):
     if len(segments) > 1:  # no probe
@@ -202,6 +202,8 @@ def test_scoring_that_does_not_fit_ends_a_run_before_its_first_step(zygote, tiny
 def test_other_ranks_get_nothing(reader, examples, monkeypatch):
     reader, tokenizer = reader
     windows = build_windows(examples[:2], tokenizer, 64, 16)
-    monkeypatch.setattr(scoring, "gather", lambda value: None)
+    monkeypatch.setattr(scoring, "gather_to_main", lambda value: None)
     second = Rank(1, 2, 1, 2)
-    assert read_windows(reader, windows, examples[:2], Score(), second, unanswerable=False) is None
+    assert (
+        predict_windows(reader, windows, examples[:2], Score(), second, unanswerable=False) is None
+    )

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from runner.checkpoint.deepspeed_io import _differences, load_plain
+from runner.checkpoint.deepspeed_io import _differences, load_tensors
 from runner.errors import DataError
 from tests.forked import forked
 
@@ -63,7 +63,7 @@ def test_what_is_no_plain_data_is_refused(tmp_path, value):
     path = tmp_path / "x.pt"
     torch.save({"tensor": torch.zeros(2), "other": value}, path)
     with pytest.raises(DataError) as caught:
-        load_plain(path)
+        load_tensors(path)
     assert str(caught.value).startswith(f"{path}: is refused: ")
     assert "\n" not in str(caught.value)
 
@@ -77,7 +77,7 @@ def test_a_dynamic_loss_scale_comes_back(tmp_path):
     scaler.cur_iter, scaler.cur_hysteresis = 17, 1
     saved = {"loss_scaler": scaler, "zero_stage": ZeroStageEnum.gradients, "dtype": torch.half}
     torch.save(saved, tmp_path / "x.pt")
-    found = load_plain(tmp_path / "x.pt")
+    found = load_tensors(tmp_path / "x.pt")
     assert vars(found["loss_scaler"]) == vars(scaler)
     assert _differences(saved, found, "f") == []
     found["loss_scaler"].cur_iter = 18
@@ -88,6 +88,6 @@ def test_a_file_that_is_none_is_refused(tmp_path):
     for content in (b"", b"PK\x03\x04", b"x" * 1000):
         (tmp_path / "x.pt").write_bytes(content)
         with pytest.raises(DataError, match="is refused"):
-            load_plain(tmp_path / "x.pt")
+            load_tensors(tmp_path / "x.pt")
     with pytest.raises(DataError, match="No such file"):
-        load_plain(tmp_path / "gone.pt")
+        load_tensors(tmp_path / "gone.pt")

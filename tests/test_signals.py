@@ -17,10 +17,10 @@ from runner.utils import signals
 ROOT = Path(__file__).parents[1]
 LISTENER = """
 import signal, sys, time
-from runner.utils import (signals)
+from runner.utils import signals
 signals.listen()
 print("ready", flush=True)
-while (reason := signals.asked()) is None:
+while (reason := signals.stop_reason()) is None:
     time.sleep(0.01)
 print(reason, flush=True)
 {after}
@@ -100,18 +100,18 @@ def test_ignored_signals_are_heard_but_a_lost_terminal():
 
 def test_the_first_reason_counts():
     try:
-        assert signals.asked() is None
-        signals.ask("SIGUSR2")
-        signals.ask("SIGTERM")
-        assert signals.asked() == "SIGUSR2"
+        assert signals.stop_reason() is None
+        signals.request_stop("SIGUSR2")
+        signals.request_stop("SIGTERM")
+        assert signals.stop_reason() == "SIGUSR2"
     finally:
-        signals.forget()
-    assert signals.asked() is None
+        signals.forget_stop()
+    assert signals.stop_reason() is None
 
 
 CHILD = """
 import sys, time
-from runner.utils.signals import (Launcher)
+from runner.utils.signals import Launcher
 above = Launcher()
 assert not above.is_gone()
 print("ready", flush=True)
@@ -154,13 +154,13 @@ def test_a_launcher_that_is_gone_is_noticed(tmp_path, levels):
 
 HELPER = """
 import os, signal, subprocess, sys, time
-from runner.utils import (signals)
+from runner.utils import signals
 signals.listen()
-with signals.meant_for_us():
+with signals.children_ignore_signals():
     done = subprocess.run(
         ["bash", "-c", "echo up >&2; read; echo done"], stdin=0, stdout=subprocess.PIPE
     )
-print(done.returncode, done.stdout, signals.asked(), flush=True)
+print(done.returncode, done.stdout, signals.stop_reason(), flush=True)
 """
 
 
@@ -184,6 +184,6 @@ def test_a_helper_outlives_a_signal_to_the_whole_group(number):
 
 def test_signals_are_heard_again_afterwards():
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
-    with signals.meant_for_us():
+    with signals.children_ignore_signals():
         assert signal.SIGTERM in signal.pthread_sigmask(signal.SIG_BLOCK, [])
     assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before

@@ -6,11 +6,11 @@ import json
 
 import pytest
 
-from runner.errors import SlurmError, SlurmSilence
+from runner.errors import SlurmError, SlurmTimeout
 from runner.slurm import client as slurm_jobs
 from runner.slurm.client import (
     Submission,
-    ask_jobs,
+    job_states,
     never_starts,
     read_submission,
     sbatch,
@@ -38,16 +38,16 @@ def test_a_refusal_is_slurms_own_words_in_one_line(fake_slurm, tmp_path):
 
 def test_no_slurm_here(fake_slurm, tmp_path):
     fake_slurm()
-    for ask in (lambda: sbatch(tmp_path, []), lambda: ask_jobs(["1"]), lambda: scancel("1")):
+    for ask in (lambda: sbatch(tmp_path, []), lambda: job_states(["1"]), lambda: scancel("1")):
         with pytest.raises(SlurmError, match="is not on the path: this machine is no login node"):
             ask()
 
 
 def test_a_silent_controller_is_not_waited_for(fake_slurm, monkeypatch):
-    monkeypatch.setattr(slurm_jobs, "PATIENCE", 0.2)
+    monkeypatch.setattr(slurm_jobs, "SLURM_ANSWER_S", 0.2)
     fake_slurm(squeue="exec sleep 5")
     with pytest.raises(SlurmError, match="squeue has not answered"):
-        ask_jobs(["17"])
+        job_states(["17"])
 
 
 def test_variables_that_would_make_another_job_are_not_passed_on(fake_slurm, tmp_path, monkeypatch):
@@ -100,9 +100,9 @@ def test_the_opposite_of_an_option_is_not_passed_on(
 def test_a_job_that_slurm_may_have_taken_is_not_called_refused(
     fake_slurm, tmp_path, monkeypatch, answer
 ):
-    monkeypatch.setattr(slurm_jobs, "SUBMITTING", 0.2)
+    monkeypatch.setattr(slurm_jobs, "SBATCH_ANSWER_S", 0.2)
     fake_slurm(sbatch=f"{answer}; exit 1")
-    with pytest.raises(SlurmSilence, match="squeue --me") as caught:
+    with pytest.raises(SlurmTimeout, match="squeue --me") as caught:
         sbatch(tmp_path, [])
     assert caught.value.exit_code == 72
 
@@ -121,7 +121,7 @@ def test_states_of_jobs(fake_slurm):
         " echo '19|COMPLETED|None|0:00|n1'; echo '18_4|PENDING|x|1|'",
         sacct="echo '20|CANCELLED by 1000'; echo '20.batch|FAILED'; echo '18_4|FAILED'",
     )
-    jobs = ask_jobs(["17", "18_3", "19", "20", "21"])
+    jobs = job_states(["17", "18_3", "19", "20", "21"])
     assert {name: job.state for name, job in jobs.items()} == {
         "17": "RUNNING",
         "18_3": "PENDING",
@@ -138,18 +138,18 @@ def test_states_of_jobs(fake_slurm):
     "sacct", ["echo 'Slurm accounting storage is disabled' >&2; exit 1", "exec sleep 5", None]
 )
 def test_no_accounting_is_no_error(fake_slurm, sacct, monkeypatch):
-    monkeypatch.setattr(slurm_jobs, "PATIENCE", 0.3)
+    monkeypatch.setattr(slurm_jobs, "SLURM_ANSWER_S", 0.3)
     unknown = "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1"
     fake_slurm(squeue=unknown, **({"sacct": sacct} if sacct else {}))
-    assert ask_jobs(["17"]) == {}
-    assert ask_jobs([]) == {}
+    assert job_states(["17"]) == {}
+    assert job_states([]) == {}
 
 
 def test_another_error_of_squeue_is_one(fake_slurm):
     words = "slurm_load_jobs error: Unable to contact slurm controller"
     fake_slurm(squeue=f"echo '{words}' >&2; exit 1")
     with pytest.raises(SlurmError) as caught:
-        ask_jobs(["17"])
+        job_states(["17"])
     assert str(caught.value) == f"squeue: {words}"
 
 

@@ -55,7 +55,7 @@ def test_hostile_lists_and_tables_are_refused(text):
 @given(st.text(max_size=12))
 def test_whatever_is_allowed_means_nothing_to_a_shell(text):
     plain = set(string.ascii_letters + string.digits + "_.+/-,:@=%~")
-    for kind in (values.NAME, values.MEMORY, values.TIME, values.MAIL, values.MODULE):
+    for kind in (values.SLURM_NAME, values.MEMORY, values.TIME, values.MAIL, values.MODULE):
         try:
             kind(text)
         except ValueError:
@@ -128,7 +128,7 @@ def test_names_of_variables(name):
 )
 def test_seconds(time, seconds):
     assert values.TIME(time) == time
-    assert values.seconds(time) == seconds
+    assert values.time_limit_seconds(time) == seconds
 
 
 def test_variables_are_those_of_the_submitter(monkeypatch):
@@ -136,12 +136,12 @@ def test_variables_are_those_of_the_submitter(monkeypatch):
     monkeypatch.setenv("WORK", "/scratch/me")
     monkeypatch.setenv("EVIL", "/x; id")
     monkeypatch.delenv("NOWHERE", raising=False)
-    assert values.expanded("~/envs") == "/users/me/envs"
-    assert values.expanded("$WORK/a:${WORK}/b") == "/scratch/me/a:/scratch/me/b"
+    assert values.expand_hosts("~/envs") == "/users/me/envs"
+    assert values.expand_hosts("$WORK/a:${WORK}/b") == "/scratch/me/a:/scratch/me/b"
     with pytest.raises(ValueError, match="variable NOWHERE is not set"):
-        values.expanded("/a/$NOWHERE/b")
+        values.expand_hosts("/a/$NOWHERE/b")
     with pytest.raises(ValueError, match="is not allowed here"):
-        values.expanded("$EVIL")
+        values.expand_hosts("$EVIL")
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from torch import nn
 
 from runner.errors import RunnerError
 from runner.model.forward import Read
-from runner.model.loss import choose_span_loss, compare
+from runner.model.loss import choose_span_loss, compare_with_reference
 from tests.small_models import assert_same_gradients, gradients_of
 
 CPU = torch.device("cpu")
@@ -81,6 +81,6 @@ def test_kernel_that_disagrees_stops_the_run(fault):
         # Same value with half the gradient, or another value with the same gradient.
         return loss / 2 + loss.detach() / 2 if fault == "gradient" else loss + 0.01
 
-    compare(span_loss, reference_span_loss, (logits_T2,), labels)
+    compare_with_reference(span_loss, reference_span_loss, (logits_T2,), labels)
     with pytest.raises(RunnerError, match="disagrees with plain PyTorch on the first batch"):
-        compare(broken, reference_span_loss, (logits_T2,), labels)
+        compare_with_reference(broken, reference_span_loss, (logits_T2,), labels)

@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runner.eval.answers import Candidate, Spans, answers, join, search
+from runner.eval.answers import BestSpans, Candidate, answers, join, search
 
 DATA = Path(os.environ.get("SPANTUNE_TEST_DATA", Path(__file__).parents[1] / "../shared/data"))
 NEVER = -np.inf
@@ -127,7 +127,7 @@ def windows(seed, num=40, most=70):
     )
 
 
-def assert_found(spans: Spans, n, wanted, n_best):
+def assert_found(spans: BestSpans, n, wanted, n_best):
     wanted = wanted[:n_best]
     count = len(wanted)
     found = zip(
@@ -238,7 +238,9 @@ def test_half_precision_logits_are_added_in_float32(dtype, mode):
     half_T2 = (logits("random", num, seed=3) * 50).to(dtype)
     found = search(half_T2, segments_N2, contexts_N2, mode=mode)
     whole = search(half_T2.float(), segments_N2, contexts_N2, mode=mode)
-    assert all(torch.equal(getattr(found, name), getattr(whole, name)) for name in Spans.__slots__)
+    assert all(
+        torch.equal(getattr(found, name), getattr(whole, name)) for name in BestSpans.__slots__
+    )
     assert not torch.equal(found.score_NK, found.score_NK.to(dtype).float())
 
 
@@ -258,7 +260,7 @@ def test_padded_and_packed_batches_give_the_same_spans(mode):
         mode=mode,
     )
     assert all(
-        torch.equal(getattr(padded, name), getattr(packed, name)) for name in Spans.__slots__
+        torch.equal(getattr(padded, name), getattr(packed, name)) for name in BestSpans.__slots__
     )
 
 
@@ -372,7 +374,7 @@ def table(*rows, null):
         [[*row, *[(NEVER, -1, -1)] * (most - len(row))] for row in rows], dtype=np.float64
     )
     score, start, end = torch.from_numpy(cells.reshape(len(rows), most, 3)).unbind(2)
-    return Spans(score.float(), start.int(), end.int(), torch.tensor(null))
+    return BestSpans(score.float(), start.int(), end.int(), torch.tensor(null))
 
 
 TEXT = "one two six ten"
@@ -628,7 +630,8 @@ def test_joined_batches_are_the_whole():
         search(logits_T2, segments_N2[i : i + 9], contexts_N2[i : i + 9]) for i in range(0, 40, 9)
     ]
     assert all(
-        torch.equal(getattr(join(parts), name), getattr(whole, name)) for name in Spans.__slots__
+        torch.equal(getattr(join(parts), name), getattr(whole, name))
+        for name in BestSpans.__slots__
     )
 
 
@@ -643,5 +646,5 @@ def test_gpu_finds_the_same(mode, kind):
     there = search(logits_T2.cuda(), segments_N2, contexts_N2, mode=mode)
     assert there.score_NK.is_cuda
     assert all(
-        torch.equal(getattr(here, name), getattr(there.cpu(), name)) for name in Spans.__slots__
+        torch.equal(getattr(here, name), getattr(there.cpu(), name)) for name in BestSpans.__slots__
     )

@@ -9,10 +9,10 @@ import pytest
 
 from runner.errors import DataError, ExpectationError, RunDirError, StorageError
 from runner.job.schema import Job
-from runner.run.attempts import numbers, sealed
+from runner.run.attempts import attempt_numbers, sealed
 from runner.run.folder import RunDir
-from runner.run.lease import Attempt
-from runner.run.resume import Where, check_finished, finished_run, open_run
+from runner.run.lease import Lease
+from runner.run.resume import StartOptions, acquire_run, check_finished, finished_run
 from runner.utils.files import write_atomic
 
 TABLE = {
@@ -33,9 +33,9 @@ def _no_slurm(monkeypatch):
             monkeypatch.delenv(name)
 
 
-def begin(where: Where, job: Job = JOB) -> Attempt:
-    opened = open_run(job, where)
-    assert isinstance(opened, Attempt)
+def begin(where: StartOptions, job: Job = JOB) -> Lease:
+    opened = acquire_run(job, where)
+    assert isinstance(opened, Lease)
     return opened
 
 
@@ -44,51 +44,51 @@ def finish(run: RunDir, f1: float = 50.0) -> None:
 
 
 def test_without_a_folder_each_start_is_a_new_run(tmp_path):
-    runs = [begin(Where(tmp_path)).run for _ in range(2)]
+    runs = [begin(StartOptions(tmp_path)).run for _ in range(2)]
     assert len({run.path for run in runs}) == 2
     assert all(run.path.parent == tmp_path / "n" for run in runs)
     assert all(run.job.is_file() for run in runs)
 
 
 def test_the_same_command_goes_on_where_a_run_ended(tmp_path):
-    where = Where(run_dir=tmp_path / "a" / "run")
+    where = StartOptions(run_dir=tmp_path / "a" / "run")
     first = begin(where)
     assert first.number == 1
     with pytest.raises(RunDirError, match="is being run by"):
-        open_run(JOB, where)
-    first.end(75)
+        acquire_run(JOB, where)
+    first.release(75)
     assert begin(where).number == 2
-    assert begin(Where(run_dir=tmp_path / "other")).number == 1
+    assert begin(StartOptions(run_dir=tmp_path / "other")).number == 1
 
 
 def test_a_folder_prepared_for_a_run_is_no_run_yet(tmp_path):
     # What `submit` does beforehand.
-    prepared = begin(Where(run_dir=tmp_path / "made"))
+    prepared = begin(StartOptions(run_dir=tmp_path / "made"))
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "job.toml").write_text(prepared.run.job.read_text())
     (folder / "submit.sh").write_text("#!/bin/bash\n")
-    attempt = begin(Where(run_dir=folder))
+    attempt = begin(StartOptions(run_dir=folder))
     assert attempt.number == 1
     assert (folder / "submit.sh").is_file()
 
 
 def test_a_run_of_another_job_is_refused_by_the_first_differing_key(tmp_path):
-    where = Where(run_dir=tmp_path)
-    begin(where).end(75)
+    where = StartOptions(run_dir=tmp_path)
+    begin(where).release(75)
     record = RunDir(tmp_path).job.read_text()
     with pytest.raises(DataError) as caught:
-        open_run(OTHER, where)
+        acquire_run(OTHER, where)
     assert "another job: train.epochs is 2 there and 3 now; give another folder" in str(
         caught.value
     )
     assert RunDir(tmp_path).job.read_text() == record
-    assert numbers(RunDir(tmp_path)) == [1]
+    assert attempt_numbers(RunDir(tmp_path)) == [1]
 
 
 def test_what_decides_no_number_may_differ(tmp_path):
-    where = Where(run_dir=tmp_path)
-    begin(where).end(75)
+    where = StartOptions(run_dir=tmp_path)
+    begin(where).release(75)
     often = TABLE["train"] | {"checkpoint_minutes": 1.0, "timeout_minutes": 2.0}
     job = Job.model_validate(TABLE | {"train": often, "expect": {"f1": 50.0}})
     assert begin(where, job).number == 2
@@ -96,37 +96,37 @@ def test_what_decides_no_number_may_differ(tmp_path):
 
 
 def test_a_finished_run_is_told_and_not_claimed(tmp_path):
-    where = Where(run_dir=tmp_path)
+    where = StartOptions(run_dir=tmp_path)
     attempt = begin(where)
     assert finished_run(JOB, where) is None
     finish(attempt.run)
-    attempt.end(0)
-    opened = open_run(JOB, where)
+    attempt.release(0)
+    opened = acquire_run(JOB, where)
     assert isinstance(opened, RunDir)
     found = finished_run(JOB, where)
     assert found is not None
     assert opened.path == found.path == tmp_path
-    assert numbers(opened) == [1]
+    assert attempt_numbers(opened) == [1]
     check_finished(JOB, opened)
     check_finished(EXPECTING, opened)
     finish(opened, f1=40.0)
     with pytest.raises(ExpectationError, match=r"already, but f1 is 40.00, 10.00 from"):
         check_finished(EXPECTING, opened)
-    for ask in (open_run, finished_run):
+    for ask in (acquire_run, finished_run):
         with pytest.raises(DataError, match=r"train\.epochs"):
             ask(OTHER, where)
 
 
 def test_resume_names_a_run_that_must_be_there(tmp_path):
     with pytest.raises(RunDirError, match="no run folder"):
-        open_run(JOB, Where(resume=tmp_path))
-    begin(Where(run_dir=tmp_path)).end(75)
-    attempt = begin(Where(resume=tmp_path))
+        acquire_run(JOB, StartOptions(resume=tmp_path))
+    begin(StartOptions(run_dir=tmp_path)).release(75)
+    attempt = begin(StartOptions(resume=tmp_path))
     assert (attempt.run.path, attempt.number) == (tmp_path, 2)
 
 
 def test_restart_begins_anew_and_loses_nothing(tmp_path):
-    where = Where(run_dir=tmp_path)
+    where = StartOptions(run_dir=tmp_path)
     first = begin(where)
     first.seal([])
     for path in first.run.written:
@@ -136,9 +136,9 @@ def test_restart_begins_anew_and_loses_nothing(tmp_path):
     first.run.model.mkdir()
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(RunDirError):
-        open_run(OTHER, Where(run_dir=tmp_path, restart=True))  # it is still running
-    first.end(0)
-    second = begin(Where(run_dir=tmp_path, restart=True), OTHER)
+        acquire_run(OTHER, StartOptions(run_dir=tmp_path, restart=True))  # it is still running
+    first.release(0)
+    second = begin(StartOptions(run_dir=tmp_path, restart=True), OTHER)
     assert second.number == 2
     assert sealed(second.run) == (2, [])
     assert "epochs = 3" in second.run.job.read_text()
@@ -156,10 +156,10 @@ def test_restart_begins_anew_and_loses_nothing(tmp_path):
 def test_a_requeued_job_never_begins_anew(tmp_path, monkeypatch):
     # The same command line, --restart included, runs again in each life of the job.
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    where = Where(run_dir=tmp_path, restart=True)
+    where = StartOptions(run_dir=tmp_path, restart=True)
     first = begin(where)
     first.run.train_table.write_text("rows")
-    first.end(75)
+    first.release(75)
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     second = begin(where)
     assert second.run.train_table.read_text() == "rows"
@@ -168,14 +168,14 @@ def test_a_requeued_job_never_begins_anew(tmp_path, monkeypatch):
 
 def test_a_requeued_job_finds_its_run(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    where = Where(tmp_path)
+    where = StartOptions(tmp_path)
     mine = begin(where)
-    mine.end(75)
+    mine.release(75)
     monkeypatch.setenv("SLURM_JOB_ID", "8")
     newer = begin(where)
-    newer.end(75)
+    newer.release(75)
     other_job = begin(where, OTHER)
-    other_job.end(75)
+    other_job.release(75)
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     assert begin(where).run.path == mine.run.path
@@ -188,13 +188,13 @@ def test_a_requeued_job_finds_its_run(tmp_path, monkeypatch):
 
 
 def test_an_unfinished_run_without_a_ledger_is_refused(tmp_path):
-    run = begin(Where(run_dir=tmp_path / "made")).run
+    run = begin(StartOptions(run_dir=tmp_path / "made")).run
     folder = tmp_path / "old"
     folder.mkdir()
     (folder / "job.toml").write_text(run.job.read_text())
     (folder / "train.csv").write_text("step\n1\n")
     with pytest.raises(DataError, match="older spantune"):
-        open_run(JOB, Where(run_dir=folder))
+        acquire_run(JOB, StartOptions(run_dir=folder))
     assert (folder / "train.csv").read_text() == "step\n1\n"
 
 
@@ -202,10 +202,10 @@ def test_an_unfinished_run_without_a_ledger_is_refused(tmp_path):
 def test_a_record_that_is_none_is_refused(tmp_path, text):
     (tmp_path / "job.toml").write_text(text)
     with pytest.raises(DataError, match=r"job\.toml: is not the record of a run"):
-        open_run(JOB, Where(run_dir=tmp_path))
+        acquire_run(JOB, StartOptions(run_dir=tmp_path))
 
 
 def test_a_folder_that_cannot_be_used(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="File exists"):
-        open_run(JOB, Where(run_dir=tmp_path / "file"))
+        acquire_run(JOB, StartOptions(run_dir=tmp_path / "file"))

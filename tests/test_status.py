@@ -14,10 +14,10 @@ import pytest
 from runner.cli import slurm as desk
 from runner.cli.command import main
 from runner.errors import Interrupted, RunDirError
-from runner.run.attempts import Owner, check_budget, entry_file
+from runner.run.attempts import AttemptRecord, check_budget, entry_file
 from runner.run.folder import RunDir
 from runner.slurm.client import Submission, write_submission
-from runner.slurm.status import find_runs, newest_start, standings
+from runner.slurm.status import find_runs, newest_start, run_statuses
 from runner.utils.tables import append_row
 
 UNKNOWN = {"squeue": "echo 'error: Invalid job id specified' >&2; exit 1", "sacct": "exit 1"}
@@ -45,7 +45,10 @@ def start(
     job: str | None = None,
 ):
     """Note a start in the ledger: of this process, or of another machine `age` seconds ago."""
-    owner = asdict(Owner.here(number, anew=False)) | {"from_step": step, "slurm_job_id": job}
+    owner = asdict(AttemptRecord.here(number, anew=False)) | {
+        "from_step": step,
+        "slurm_job_id": job,
+    }
     if age:
         owner |= {"machine": "another", "host": "node7"}
     files = [entry_file(run, number, kind) for kind in ("json", "alive")]
@@ -64,7 +67,7 @@ def submit(run: RunDir, job: str = "17", *, index: int | None = None, age: float
 
 
 def state(run: RunDir) -> str:
-    [found], _ = standings([run])
+    [found], _ = run_statuses([run])
     return found.state
 
 
@@ -85,10 +88,10 @@ def test_from_the_ledger(code, expected):
 def test_a_silent_start_on_another_machine_is_lost():
     run = make_run()
     start(run, age=60)
-    [found], _ = standings([run])
+    [found], _ = run_statuses([run])
     assert (found.state, found.over, found.place) == ("running", False, "node7")
     start(run, age=600)
-    [found], _ = standings([run])
+    [found], _ = run_statuses([run])
     assert (found.state, found.over, found.place) == ("lost: it was killed", True, "")
 
 
@@ -119,7 +122,7 @@ def test_a_folder_that_may_only_be_read(monkeypatch):
     def refuse(*_):
         raise PermissionError
 
-    monkeypatch.setattr("runner.slurm.status.life", refuse)
+    monkeypatch.setattr("runner.slurm.status.describe_if_alive", refuse)
     found = newest_start(run)
     assert found is not None
     assert found.alive
@@ -163,7 +166,7 @@ def test_an_old_job_says_nothing_of_a_newer_start(fake_slurm, ended):
     start(run, 1, code=75, job="17")
     assert state(run) == ended.lower()
     start(run, 2, code=65)  # on this machine, later
-    [found], _ = standings([run])
+    [found], _ = run_statuses([run])
     assert (found.state, found.over, found.job) == ("failed (65)", True, None)
     submit(run, age=-60)  # submitted again since
     assert state(run) == ended.lower()
@@ -193,7 +196,7 @@ def test_a_running_job(fake_slurm):
         row = {"step": number, "epoch": number * 0.25, "elapsed_seconds": seconds}
         append_row(run.train_table, row)
     append_row(run.eval_table, {"epoch": 1, "exact_match_percent": 20.5, "f1_percent": 31.25})
-    [found], silence = standings([run])
+    [found], silence = run_statuses([run])
     assert silence is None
     assert (found.state, found.over, found.job, found.limit) == ("running", False, "17", "1:02:03")
     assert (found.epoch, found.epochs, found.f1, found.place) == (2.0, 4, 31.25, "n[1-2]")
@@ -231,7 +234,7 @@ def test_without_an_answer_the_folders_speak(fake_slurm):
     run = make_run()
     submit(run)
     start(run, code=75)
-    [found], silence = standings([run])
+    [found], silence = run_statuses([run])
     assert found.state == "interrupted"
     assert silence is not None
     assert silence.startswith("squeue: error: Unable to contact slurm controller; what follows")
@@ -242,7 +245,7 @@ def test_all_jobs_are_asked_for_at_once(fake_slurm):
     runs = [make_run(f"n/{number}") for number in (1, 2)]
     for run, job in zip(runs, ("17", "18"), strict=True):
         submit(run, job)
-    assert [found.state for found in standings(runs)[0]] == ["starting", "pending (y)"]
+    assert [found.state for found in run_statuses(runs)[0]] == ["starting", "pending (y)"]
     assert len(calls.read_text().splitlines()) == 1
 
 

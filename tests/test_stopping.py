@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 
 from runner.job.schema import Stop
-from runner.train.state import Stopper
+from runner.train.state import EarlyStopping
 
 
 def verdicts(stop: Stop | None, *values: float) -> list[tuple[bool, bool]]:
     """(keep, stop) of one evaluation after another, whose metric has these values."""
-    stopper, asked = Stopper(stop), []
+    stopper, asked = EarlyStopping(stop), []
 
     def scores(value: float) -> Any:
         return SimpleNamespace(metric=lambda name: asked.append(name) or value)

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 
 from runner.cli.command import main
-from runner.errors import DataError, JobError, RunDirError, SlurmError, SlurmSilence, StorageError
+from runner.errors import DataError, JobError, RunDirError, SlurmError, SlurmTimeout, StorageError
 from runner.job.load import load_job
 from runner.job.sweep import load_trials
 from runner.run.folder import RunDir
 from runner.slurm import client as slurm_jobs
 from runner.slurm.client import read_submission
-from runner.slurm.request import check_order, expand, node_command
+from runner.slurm.request import expand, node_command, prepare
 from runner.slurm.submit import submit_run, submit_sweep
 
 ROOT = Path(__file__).parents[1]
@@ -49,7 +49,7 @@ def _own_folder(tmp_path, monkeypatch):
 
 
 def order(path: str = "job.toml", *overrides: str):
-    return check_order(path, overrides, "spantune submit")
+    return prepare(path, overrides, "spantune submit")
 
 
 # ---- checks
@@ -207,9 +207,9 @@ def test_a_refused_start_of_a_run_leaves_it_as_it_was(fake_slurm, tmp_path):
 def test_the_folder_of_a_job_that_slurm_may_have_taken_is_kept(
     fake_slurm, tmp_path, monkeypatch, path
 ):
-    monkeypatch.setattr(slurm_jobs, "SUBMITTING", 0.2)
+    monkeypatch.setattr(slurm_jobs, "SBATCH_ANSWER_S", 0.2)
     fake_slurm(sbatch="[ $1 = --test-only ] || exec sleep 5")
-    with pytest.raises(SlurmSilence, match="is kept for the job") as caught:
+    with pytest.raises(SlurmTimeout, match="is kept for the job") as caught:
         (submit_sweep if path == "sweep.toml" else submit_run)(order(path), tmp_path / "r", None)
     [folder] = (tmp_path / "r" / "n").iterdir()
     assert str(folder) in str(caught.value)
@@ -220,7 +220,7 @@ def test_the_folder_of_a_job_that_slurm_may_have_taken_is_kept(
 def test_a_controller_that_is_silent_before_anything_was_asked_leaves_nothing(
     fake_slurm, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(slurm_jobs, "PATIENCE", 0.2)
+    monkeypatch.setattr(slurm_jobs, "SLURM_ANSWER_S", 0.2)
     fake_slurm(sbatch="exec sleep 5")
     with pytest.raises(SlurmError, match="has not answered"):
         submit_run(order(), tmp_path / "runs", None)

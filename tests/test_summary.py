@@ -19,7 +19,7 @@ from runner.train.run_log import (
     latest_threshold,
     probe_changes,
 )
-from runner.utils.tables import append_row, terminal
+from runner.utils.tables import append_row, rich_table
 
 SCORES = {
     "train_loss_nats": 3.9456,
@@ -63,7 +63,7 @@ def test_the_table_of_epochs_fits_a_terminal_line_by_line(tmp_path):
     append_row(run.eval_table, {"epoch": 1, **SCORES})
     append_row(run.eval_table, {"epoch": 12, **SCORES, **wide})
     screen = Console(file=io.StringIO(), width=80)
-    screen.print(terminal("", epoch_rows(run), right=INTERVAL_COLUMNS))
+    screen.print(rich_table("", epoch_rows(run), right=INTERVAL_COLUMNS))
     lines = cast(io.StringIO, screen.file).getvalue().splitlines()
     assert max(map(len, lines)) <= 80
     head, *rows = (f"{line} " for line in lines if "±" in line)

@@ -9,7 +9,7 @@ import statistics
 import pytest
 
 from runner.errors import DataError
-from runner.report.sweep_table import compare
+from runner.report.sweep_table import compare_trials
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def sweep(tmp_path):
 
 
 def test_seeds_are_put_together(sweep):
-    rows = compare(
+    rows = compare_trials(
         sweep(
             [
                 ({"train.learning_rate": 1e-5, "seed": 1}, 50.0),
@@ -61,7 +61,7 @@ def test_seeds_are_put_together(sweep):
 
 def test_many_seeds_come_near_the_normal_quantile(sweep):
     scores = [50.0 + (n % 7) for n in range(60)]
-    [row] = compare(sweep([({"seed": n}, score) for n, score in enumerate(scores)]))
+    [row] = compare_trials(sweep([({"seed": n}, score) for n, score in enumerate(scores)]))
     # t(0.975, 59) = 2.00100
     expected = 2.001 * statistics.stdev(scores) / math.sqrt(60)
     assert row["± F1"] == pytest.approx(expected, rel=1e-3)
@@ -72,7 +72,7 @@ def test_one_seed_has_an_interval_over_questions(sweep):
     half = {"answer": "nine", "answers": ["nine hours"]}
     wrong = {"answer": "beech", "answers": ["nine hours"]}
     nothing = {"answer": "", "answers": []}
-    [row] = compare(sweep([({"train.epochs": 2}, 40.0)], [right, half, wrong, nothing]))
+    [row] = compare_trials(sweep([({"train.epochs": 2}, 40.0)], [right, half, wrong, nothing]))
     f1 = [100, 100 * 2 / 3, 0, 100]
     assert row["± F1"] == pytest.approx(1.959964 * statistics.stdev(f1) / 2)
     assert row["± EM"] == pytest.approx(1.959964 * statistics.stdev([100, 0, 0, 100]) / 2)
@@ -80,18 +80,20 @@ def test_one_seed_has_an_interval_over_questions(sweep):
 
 @pytest.mark.parametrize("questions", [[], [{"answer": "a"}], [{"answer": "a", "answers": ["a"]}]])
 def test_without_enough_questions_there_is_none(sweep, questions):
-    [row] = compare(sweep([({"train.epochs": 2}, 40.0)], questions))
+    [row] = compare_trials(sweep([({"train.epochs": 2}, 40.0)], questions))
     assert (row["F1 %"], row["± F1"]) == (40.0, None)
 
 
 def test_what_has_no_result_comes_last(sweep):
-    rows = compare(sweep([({"seed": 1, "a.b": "x"}, None), ({"seed": 1, "a.b": "y"}, 1.0)]))
+    rows = compare_trials(sweep([({"seed": 1, "a.b": "x"}, None), ({"seed": 1, "a.b": "y"}, 1.0)]))
     assert [row["b"] for row in rows] == ["y", "x"]
     assert (rows[1]["F1 %"], rows[1]["± F1"], rows[1]["runs"]) == (None, None, "0/1")
 
 
 def test_keys_of_one_name_stay_apart(sweep):
-    [row] = compare(sweep([({"train.batch_size": 8, "score.batch_size": 4, "a.c": [1]}, 1.0)]))
+    [row] = compare_trials(
+        sweep([({"train.batch_size": 8, "score.batch_size": 4, "a.c": [1]}, 1.0)])
+    )
     assert list(row)[:3] == ["train.batch_size", "score.batch_size", "c"]
     assert row["c"] == "[1]"
 
@@ -101,4 +103,4 @@ def test_a_result_that_cannot_be_read_is_named(sweep, text):
     folder = sweep([({"seed": 1}, 1.0)])
     (folder / "trial-0" / "result.json").write_text(text)
     with pytest.raises(DataError, match=r"trial-0/result\.json: cannot be read"):
-        compare(folder)
+        compare_trials(folder)

@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from runner.errors import StorageError
-from runner.utils.tables import append_row, markdown, read_rows, terminal
+from runner.utils.tables import append_row, markdown, read_rows, rich_table
 
 
 def on_screen(title, rows, width=80) -> str:
     screen = Console(file=io.StringIO(), width=width)
-    screen.print(terminal(title, rows))
+    screen.print(rich_table(title, rows))
     return screen.file.getvalue()
 
 
@@ -125,7 +125,7 @@ def test_a_terminal_shows_all_of_a_long_answer(width):
 def test_a_column_of_text_is_set_to_the_right_where_asked():
     rows = [{"F1 %": "57.0 ±5.8", "answer": "a"}, {"F1 %": "8.0 ±0.5", "answer": "b"}]
     screen = Console(file=io.StringIO(), width=80)
-    screen.print(terminal("t", rows, right=("F1 %",)))
+    screen.print(rich_table("t", rows, right=("F1 %",)))
     shown = screen.file.getvalue()
     assert " 57.0 ±5.8  a" in shown
     assert "  8.0 ±0.5  b" in shown

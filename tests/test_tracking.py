@@ -364,7 +364,7 @@ def test_an_outage_neither_blocks_nor_outlives_a_run(start, kind, monkeypatch):
 )
 def test_after_an_outage_the_run_folder_has_it_all(start, wandb, mlflow, monkeypatch):
     """In a SLURM job that wants its rows sent: the servers are asked, and give nothing."""
-    monkeypatch.setattr(tracking, "PATIENCE", 1)
+    monkeypatch.setattr(tracking, "TRACKER_START_S", 1)
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     monkeypatch.setenv("SLURM_JOB_ID", "17")
     with trouble(wandb) as url, trouble(mlflow) as uri:
@@ -384,9 +384,9 @@ def test_a_tracker_ends_with_a_run_that_was_killed(tmp_path):
     script = f"""
 import os, time
 from pathlib import Path
-from runner.job.schema import (Track)
-from runner.run.folder import (RunDir)
-from runner.tracking.client import (start_trackers)
+from runner.job.schema import Track
+from runner.run.folder import RunDir
+from runner.tracking.client import start_trackers
 run = RunDir({str(tmp_path / "run")!r})
 run.path.mkdir()
 trackers = start_trackers(Track(tools=("wandb",), mode="offline"), run, "job", {{}}, print)
@@ -447,7 +447,7 @@ context = "The shade is washable linen, the base beech."
 ONCE_BEGUN = """
 import time
 from pathlib import Path
-from runner.tracking.client import (Trackers)
+from runner.tracking.client import Trackers
 close = Trackers.close
 def close_once_begun(self, **options):
     while not [*Path({folder!r}).rglob("events.out.tfevents.*")]:

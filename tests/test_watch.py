@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from runner.distributed import watchdog as module
-from runner.distributed.heartbeat import Crew, Words
-from runner.distributed.watchdog import Watch
+from runner.distributed.heartbeat import ExitNote, RankHeartbeats
+from runner.distributed.watchdog import Watchdog
 from runner.errors import MachineError, RunnerError, StorageError
 from runner.run.folder import RunDir
 
@@ -24,82 +24,82 @@ class CutOff(Exception):
 
 
 @pytest.fixture
-def crews(tmp_path: Path) -> list[Crew]:
+def crews(tmp_path: Path) -> list[RankHeartbeats]:
     run = RunDir(tmp_path)
     run.attempts.mkdir()
-    found = [Crew(run, 1, rank, 2) for rank in range(2)]
-    found[1].appear()
+    found = [RankHeartbeats(run, 1, rank, 2) for rank in range(2)]
+    found[1].register()
     return found
 
 
 @pytest.fixture
 def watch(crews, monkeypatch):
-    monkeypatch.setattr(module, "PATIENCE", 0.5)
-    made = Watch(crews[0], 0, 60.0, None, lambda error: isinstance(error, CutOff))
+    monkeypatch.setattr(module, "SIGN_OF_LIFE_S", 0.5)
+    made = Watchdog(crews[0], 0, 60.0, None, lambda error: isinstance(error, CutOff))
     yield made
     made.close()
 
 
 def test_an_error_of_ones_own_is_left_for_the_others(watch, crews):
-    with pytest.raises(StorageError) as caught, watch.answering():
+    with pytest.raises(StorageError) as caught, watch.explaining():
         raise StorageError("train.csv: no space left")
     assert caught.value.speaks is True
-    assert crews[1].words() == {0: Words(74, "train.csv: no space left", waits=False)}
+    assert crews[1].notes() == {0: ExitNote(74, "train.csv: no space left", waits=False)}
 
 
 def test_a_mistake_of_ours_is_left_with_its_place(watch, crews):
-    watch.at("step 7 (epoch 1)")
-    with pytest.raises(KeyError), watch.answering():
+    watch.progress_at("step 7 (epoch 1)")
+    with pytest.raises(KeyError), watch.explaining():
         raise KeyError("x")
-    assert crews[1].words() == {0: Words(70, "at step 7 (epoch 1): KeyError: 'x'", waits=False)}
+    assert crews[1].notes() == {0: ExitNote(70, "at step 7 (epoch 1): KeyError: 'x'", waits=False)}
 
 
 def test_who_is_cut_off_takes_over_the_reason_and_the_code(watch, crews):
-    crews[1].leave(Words(74, "disk full", waits=False))
-    with pytest.raises(RunnerError, match=r"^rank 1: disk full$") as caught, watch.answering():
+    crews[1].leave_note(ExitNote(74, "disk full", waits=False))
+    with pytest.raises(RunnerError, match=r"^rank 1: disk full$") as caught, watch.explaining():
         raise CutOff("gloo says something")
     assert caught.value.exit_code == 74
     assert caught.value.speaks is True
 
 
 def test_who_is_cut_off_says_nothing_if_the_other_has(watch, crews, monkeypatch):
-    crews[1].leave(Words(65, "checkpoint refused", waits=False))
+    crews[1].leave_note(ExitNote(65, "checkpoint refused", waits=False))
     monkeypatch.setattr(time, "sleep", lambda _: None)
-    assert crews[1].speaks_first()
-    with pytest.raises(RunnerError) as caught, watch.answering():
+    assert crews[1].claim_output()
+    with pytest.raises(RunnerError) as caught, watch.explaining():
         raise CutOff("gloo says something")
     assert (caught.value.exit_code, caught.value.speaks) == (65, False)
 
 
 def test_a_rank_without_a_word_is_named(watch):
-    watch.at("step 7 (epoch 1)")
-    with pytest.raises(MachineError) as caught, watch.answering():
+    watch.progress_at("step 7 (epoch 1)")
+    with pytest.raises(MachineError) as caught, watch.explaining():
         raise CutOff("connection closed by peer")
     assert f"process {os.getpid()}) died without a word at step 7 (epoch 1)" in str(caught.value)
     assert str(caught.value).startswith("rank 1 (")
 
 
 def test_a_broken_connection_between_living_ranks_is_said(watch, crews):
-    crews[1].leave(Words(71, "cut off", waits=True))
-    watch.at("step 7 (epoch 1)")
-    with pytest.raises(MachineError) as caught, watch.answering():
+    crews[1].leave_note(ExitNote(71, "cut off", waits=True))
+    watch.progress_at("step 7 (epoch 1)")
+    with pytest.raises(MachineError) as caught, watch.explaining():
         raise CutOff("network is unreachable")
     assert "connection between ranks broke at step 7 (epoch 1): network" in str(caught.value)
 
 
 STUCK = """
 import sys, time
-from runner.distributed.heartbeat import (Crew)
-from runner.run.folder import (RunDir)
-from runner.distributed import (watchdog as watch)
-watch.PATIENCE = 0.5
-crew = Crew(RunDir(sys.argv[1]), 1, 0, {world})
-w = watch.Watch(crew, 0, 0.5, None, lambda error: False)
+from runner.distributed.heartbeat import RankHeartbeats
+from runner.run.folder import RunDir
+from runner.distributed import watchdog as watch
+watch.SIGN_OF_LIFE_S = 0.5
+crew = RankHeartbeats(RunDir(sys.argv[1]), 1, 0, {world})
+w = watch.Watchdog(crew, 0, 0.5, None, lambda error: False)
 {before}
 def take_a_nap():
     time.sleep({nap})
-watch.WIDE = {wide}
-w.at("step 7 (epoch 1)", bounded={bounded})
+watch.LONG_WORK_FACTOR = {wide}
+w.progress_at("step 7 (epoch 1)", bounded={bounded})
 take_a_nap()
 w.close()
 """
@@ -157,8 +157,8 @@ def test_a_rank_that_gives_no_sign_of_life_is_named_even_so(tmp_path):
     before = (
         "import dataclasses, os\n"
         "from runner import crew as c\n"
-        "other = Crew(RunDir(sys.argv[1]), 1, 1, 2)\n"
-        "other.appear()\n"
+        "other = RankHeartbeats(RunDir(sys.argv[1]), 1, 1, 2)\n"
+        "other.register()\n"
         "path = os.path.join(sys.argv[1], 'attempts', '0001.rank-0001')\n"
         "os.utime(path, (1, time.time() - 5))"
     )
@@ -171,11 +171,11 @@ def test_a_rank_that_gives_no_sign_of_life_is_named_even_so(tmp_path):
 
 def test_a_rank_that_does_not_notice_the_end_follows_with_its_code(tmp_path):
     before = (
-        "other = Crew(RunDir(sys.argv[1]), 1, 1, 2)\n"
-        "other.appear()\n"
-        "from runner.distributed.heartbeat import Words\n"
-        "other.leave(Words(76, 'the loss is nan', waits=False))\n"
-        "other.speaks_first(at_once=True)"
+        "other = RankHeartbeats(RunDir(sys.argv[1]), 1, 1, 2)\n"
+        "other.register()\n"
+        "from runner.distributed.heartbeat import ExitNote\n"
+        "other.leave_note(ExitNote(76, 'the loss is nan', waits=False))\n"
+        "other.claim_output(at_once=True)"
     )
     done = stuck(tmp_path, nap=60, bounded=False, world=2, before=before)
     assert (done.returncode, done.stderr) == (76, "")

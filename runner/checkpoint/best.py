@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from runner.errors import DataError
 from runner.eval.evaluation import Evaluation
 from runner.export.save import export_model
-from runner.job.inference import Answering
+from runner.job.inference import InferenceSettings
 
 MODEL = "model"
 
@@ -93,7 +93,7 @@ def _first_fitting(kinds: Sequence[Any], value: Any) -> Any:
 
 
 @dataclass
-class Kept:
+class BestEvaluation:
     """The evaluation whose weights stand in `model/`."""
 
     epoch: int
@@ -102,14 +102,14 @@ class Kept:
     logits: list[np.ndarray]
 
 
-def write_kept(
+def save_best(
     folder: Path,
-    kept: Kept,
+    kept: BestEvaluation,
     model: Any,
     state: Mapping[str, Tensor],
     tokenizer: PreTrainedTokenizerBase,
     card: str,
-    answering: Answering,
+    answering: InferenceSettings,
 ) -> None:
     """Write an evaluation and its exported model into a new folder.
 
@@ -121,13 +121,15 @@ def write_kept(
     (folder / _RECORD).write_text(json.dumps(to_plain(kept)), encoding="utf-8")
 
 
-def read_kept(folder: Path) -> Kept:
+def load_best(folder: Path) -> BestEvaluation:
     """Read an evaluation back; call it only for a folder that was held against its manifest.
 
     Raises:
         DataError: if it is none.
     """
     try:
-        return from_plain(Kept, json.loads((folder / _RECORD).read_text(encoding="utf-8")))
+        return from_plain(
+            BestEvaluation, json.loads((folder / _RECORD).read_text(encoding="utf-8"))
+        )
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise DataError(f"{folder / _RECORD}: cannot be read: {error}") from None

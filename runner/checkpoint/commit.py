@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
-from runner.checkpoint.store import DamagedError, Manifest, Stage, Store
+from runner.checkpoint.store import CheckpointStore, DamagedError, Manifest, Stage
 from runner.errors import DataError, StorageError
 from runner.run.attempts import sealed
-from runner.run.lease import Attempt
+from runner.run.lease import Lease
 
 Value = TypeVar("Value")
 
@@ -40,7 +40,7 @@ def agree(talk: Talk, work: Callable[[], object]) -> None:
 
 
 def save(
-    store: Store,
+    store: CheckpointStore,
     talk: Talk,
     name: str,
     write: Callable[[Stage], None],
@@ -86,7 +86,7 @@ def save(
     return needed
 
 
-def take_over(store: Store, talk: Talk, attempt: Attempt | None) -> list[str]:
+def adopt_checkpoints(store: CheckpointStore, talk: Talk, attempt: Lease | None) -> list[str]:
     """Settle which checkpoints count from now on, and remove what was never finished. Every rank
     must call this; `attempt` is rank 0's claim, None elsewhere.
 
@@ -120,8 +120,8 @@ def take_over(store: Store, talk: Talk, attempt: Attempt | None) -> list[str]:
 
 
 def rotate(
-    store: Store,
-    attempt: Attempt,
+    store: CheckpointStore,
+    attempt: Lease,
     best: str | None,
     best_of: Callable[[Manifest], str | None],
 ) -> None:
@@ -139,14 +139,14 @@ def rotate(
         OSError, DamagedError: nothing, or not everything, was removed.
     """
     names = store.names(*sealed(attempt.run))
-    attempt.check()
+    attempt.verify()
     if names[2:]:
         kept = {*names[:2], best, best_of(store.manifest(names[1]))}
         store.remove([name for name in names if name not in kept])
 
 
 def newest(
-    store: Store,
+    store: CheckpointStore,
     talk: Talk,
     names: Sequence[str],
     examine: Callable[[Manifest], None],
@@ -208,7 +208,7 @@ def newest(
     return None
 
 
-def _nothing_whole(store: Store, count: int) -> DataError:
+def _nothing_whole(store: CheckpointStore, count: int) -> DataError:
     return DataError(
         f"{store.folder}: none of its {count} checkpoints is whole and there; damaged-* is what is"
         " left of one; --restart begins anew"

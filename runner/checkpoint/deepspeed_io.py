@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 
 from runner.checkpoint.files import is_lasting
-from runner.checkpoint.store import Manifest, Stage, Store
+from runner.checkpoint.store import CheckpointStore, Manifest, Stage
 from runner.errors import DataError, StorageError
 from runner.utils.files import storage_errors
 
 _SCRIPTS = 2**18  # bytes that are more than enough for them
 
 
-class ShardEngine:
+class StoreCheckpointEngine:
     """Takes the place of DeepSpeed's checkpoint engine (`engine.checkpoint_engine`), whose methods
     it has.
 
@@ -35,7 +35,7 @@ class ShardEngine:
         differences: after `compare`, where the state in memory is not the one in `loaded`.
     """
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: CheckpointStore) -> None:
         self.failure: OSError | None = None
         self.loaded: dict[str, Any] = {}
         self.differences: list[str] = []
@@ -70,7 +70,7 @@ class ShardEngine:
         name = Path(path).name
         with storage_errors():
             self._store.check(self._manifest, [name])
-        self.loaded[name] = load_plain(self._store.folder / self._manifest.name / name)
+        self.loaded[name] = load_tensors(self._store.folder / self._manifest.name / name)
         return self.loaded[name]
 
     def commit(self, info: Any) -> bool:
@@ -158,7 +158,7 @@ class ShardEngine:
             engine.save_checkpoint(scratch.name, tag="files", save_latest=False)
 
 
-def load_plain(path: Path) -> Any:
+def load_tensors(path: Path) -> Any:
     """Read a file of tensors and plain values to the CPU; nothing else can be in it.
 
     Raises:

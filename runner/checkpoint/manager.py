@@ -16,14 +16,14 @@ from typing import Any
 import torch
 
 from runner.checkpoint import commit
-from runner.checkpoint.best import Kept, read_kept
-from runner.checkpoint.deepspeed_io import ShardEngine, load_plain
+from runner.checkpoint.best import BestEvaluation, load_best
+from runner.checkpoint.deepspeed_io import StoreCheckpointEngine, load_tensors
 from runner.checkpoint.files import Writer
-from runner.checkpoint.store import DamagedError, Manifest, Stage, Store
+from runner.checkpoint.store import CheckpointStore, DamagedError, Manifest, Stage
 from runner.distributed import collectives as control
 from runner.errors import DataError, StorageError
 from runner.run.folder import RunDir, checkpoint_name
-from runner.run.lease import Attempt
+from runner.run.lease import Lease
 from runner.train.state import Memory, random_state, restore_random_state
 from runner.utils.files import storage_errors
 from runner.utils.ranks import Rank
@@ -49,7 +49,7 @@ _IDENTITY = {
 _READ = ("train", "validation", "tuning", "windows", "model")  # of these, what each rank reads
 
 
-class Checkpoints:
+class CheckpointManager:
     """The checkpoints of a run, as one rank of an attempt sees them.
 
     Args:
@@ -67,7 +67,7 @@ class Checkpoints:
         self,
         run: RunDir,
         number: int,
-        attempt: Attempt | None,
+        attempt: Lease | None,
         rank: Rank,
         engine: Any,
         device: torch.device,
@@ -77,15 +77,15 @@ class Checkpoints:
         self.index = rank.index
         self._run, self._number, self._attempt = run, number, attempt
         self._engine, self._device, self._identity, self._warn = engine, device, identity, warn
-        self._store = Store(run.checkpoints, rank.index)
-        self._shards = ShardEngine(self._store)
+        self._store = CheckpointStore(run.checkpoints, rank.index)
+        self._shards = StoreCheckpointEngine(self._store)
         engine.checkpoint_engine = self._shards
         self._saved: tuple[int, bool] | None = None  # step and scored of the newest one
         self._failed = 0
 
     def everyone(self, value: Any) -> list[Any]:
         """How `commit` lets the ranks talk."""
-        return control.everyone(value)
+        return control.all_gather(value)
 
     # --- saving
 
@@ -172,7 +172,7 @@ class Checkpoints:
 
     def _fence(self) -> None:
         if self._attempt is not None:
-            self._attempt.check()
+            self._attempt.verify()
 
     def _free(self) -> str:
         try:
@@ -203,7 +203,7 @@ class Checkpoints:
                 f"{self._run.path}: the ranks have read different data or weights: the files"
                 " changed while they were read; start the same command again"
             )
-        names = commit.take_over(self._store, self, self._attempt)
+        names = commit.adopt_checkpoints(self._store, self, self._attempt)
         manifest = commit.newest(
             self._store, self, names, lambda found: self._examine(found, needs_best), self._warn
         )
@@ -212,7 +212,7 @@ class Checkpoints:
             self._began_at(0)
             return None
         self._shards.read(self._engine, manifest)
-        own = load_plain(self._store.folder / manifest.name / _rank_file(self.index))
+        own = load_tensors(self._store.folder / manifest.name / _rank_file(self.index))
         memory.restore(manifest.facts["memory"], own["progress"])
         self._saved = (memory.progress.step, memory.progress.scored)
         digests = self.everyone(self._digest(manifest))
@@ -224,11 +224,11 @@ class Checkpoints:
         restore_random_state(own["random"], self._device)
         return manifest
 
-    def kept(self, memory: Memory) -> Kept | None:
+    def kept(self, memory: Memory) -> BestEvaluation | None:
         """The best evaluation so far, read back (rank 0); None if there is none, or if it is
         damaged and the next evaluation takes its place anyway."""
         try:
-            return read_kept(self.best_folder(memory)) if memory.best else None
+            return load_best(self.best_folder(memory)) if memory.best else None
         except DataError:
             return None
 
@@ -291,7 +291,7 @@ class Checkpoints:
 
     def _began_at(self, step: int) -> None:
         if self._attempt is not None:
-            self._attempt.began_at(step)
+            self._attempt.note_resumed_step(step)
 
 
 def _best_of(manifest: Manifest) -> str | None:

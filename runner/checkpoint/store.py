@@ -29,7 +29,7 @@ from runner.checkpoint.files import (
 from runner.errors import DataError
 from runner.run.folder import checkpoint_place
 
-MANIFEST = "manifest.json"
+CHECKPOINT_MANIFEST = "manifest.json"
 FORMAT = 1
 _LIMIT = 2**26  # bytes of a manifest
 _STAGE, _TRASH, _DAMAGED = ".stage-", ".trash-", "damaged-"
@@ -96,7 +96,7 @@ class Stage:
         self.wanted += self.entries[name].bytes
 
 
-class Store:
+class CheckpointStore:
     """The checkpoints of one run, for one attempt at it.
 
     Args:
@@ -140,7 +140,7 @@ class Store:
         """Write the manifest and give the stage its name (rank 0): from then on it counts."""
         manifest = Manifest(name, dict(sorted(entries.items())), facts)
         stage = self.folder / f"{_STAGE}{name}"
-        writer = Writer(self._files, stage / MANIFEST, self._rank)
+        writer = Writer(self._files, stage / CHECKPOINT_MANIFEST, self._rank)
         writer.write(_spell(manifest))
         writer.close()
         writer.entry()
@@ -178,7 +178,7 @@ class Store:
             DamagedError: if it is not as it was committed.
             OSError: if it cannot be read now, which says nothing about it.
         """
-        path = self.folder / name / MANIFEST
+        path = self.folder / name / CHECKPOINT_MANIFEST
         try:
             raw = read_whole(self._files, path, _LIMIT)
             table = json.loads(raw)

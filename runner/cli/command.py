@@ -32,7 +32,7 @@ from runner.cli.run import (
 )
 from runner.cli.slurm import add_verbs
 from runner.errors import RunnerError, UsageError
-from runner.utils.console import complain
+from runner.utils.console import print_error
 from runner.utils.ranks import Rank, current_rank
 
 EPILOG = """\
@@ -57,16 +57,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return arguments.act(arguments)
     except RunnerError as error:
         if speaks:
-            complain(str(error))
+            print_error(str(error))
         return error.exit_code
     except UsageError as error:
-        complain(f"spantune: {error}")
+        print_error(f"spantune: {error}")
         return 2
     except KeyboardInterrupt:
         return 130
     except Exception:
         traceback.print_exc()
-        complain(OUR_MISTAKE)
+        print_error(OUR_MISTAKE)
         return RunnerError.exit_code
 
 

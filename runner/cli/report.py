@@ -6,9 +6,9 @@ import argparse
 from pathlib import Path
 
 from runner.cli.output import Words, _drawn, _say, _write
-from runner.report.sweep_table import NOTE, compare
+from runner.report.sweep_table import NOTE, compare_trials
 from runner.utils.files import below_here
-from runner.utils.tables import terminal
+from runner.utils.tables import rich_table
 
 
 def comparison(folder: Path) -> Words:
@@ -17,7 +17,7 @@ def comparison(folder: Path) -> Words:
     Raises:
         DataError: if it is no sweep, or a trial's result cannot be read.
     """
-    yield _drawn(terminal(below_here(folder), compare(folder)))
+    yield _drawn(rich_table(below_here(folder), compare_trials(folder)))
     yield f"{NOTE}\n"
 
 

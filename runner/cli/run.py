@@ -18,10 +18,10 @@ from runner.job.load import job_schema, load_job
 from runner.job.schema import Job
 from runner.job.sweep import Trial, load_trials
 from runner.run.folder import RunDir, new_stamp
-from runner.run.resume import Where, check_finished, finished_run, open_run
+from runner.run.resume import StartOptions, acquire_run, check_finished, finished_run
 from runner.run.sweep import open_trials
 from runner.utils import signals
-from runner.utils.console import complain
+from runner.utils.console import print_error
 from runner.utils.ranks import current_rank
 
 OUR_MISTAKE = "a mistake in spantune, not in your job; please report it with the lines above"
@@ -95,9 +95,9 @@ def _rank(arguments: argparse.Namespace) -> int:
     def leave_early(name: str) -> None:
         if attempt is not None:
             with suppress(RunnerError):
-                attempt.end(Interrupted.exit_code)
+                attempt.release(Interrupted.exit_code)
         if rank.is_main:
-            complain(f"stopped by {name} before training began; the same command begins again")
+            print_error(f"stopped by {name} before training began; the same command begins again")
         _leave(Interrupted.exit_code)
 
     signals.listen(leave_early)
@@ -105,7 +105,7 @@ def _rank(arguments: argparse.Namespace) -> int:
         job, where = _load(arguments), _where(arguments)
         if job.sweep is not None:
             raise JobError([f"{arguments.job}: has a [sweep]; start it with run or submit"])
-        opened = open_run(job, where) if rank.is_main else finished_run(job, where)
+        opened = acquire_run(job, where) if rank.is_main else finished_run(job, where)
         if isinstance(opened, RunDir):
             return _tell_finished(job, opened, speaks=rank.is_main)
         attempt = opened
@@ -120,21 +120,21 @@ def _rank(arguments: argparse.Namespace) -> int:
     except RunnerError as error:
         code = error.exit_code
         if rank.is_main if error.speaks is None else error.speaks:
-            complain(str(error))
+            print_error(str(error))
         elif error.speaks is None:
             time.sleep(1)  # the launcher ends all ranks at the first failure: let rank 0 speak
     except Exception:
         code = RunnerError.exit_code
         traceback.print_exc()
-        complain(f"rank {rank.index}: {OUR_MISTAKE}")
+        print_error(f"rank {rank.index}: {OUR_MISTAKE}")
     if attempt is not None:
         with suppress(RunnerError):  # the next start then waits for a silence
-            attempt.end(code)
+            attempt.release(code)
     return _leave(code)
 
 
-def _where(arguments: argparse.Namespace) -> Where:
-    return Where(arguments.runs, arguments.run_dir, arguments.resume, arguments.restart)
+def _where(arguments: argparse.Namespace) -> StartOptions:
+    return StartOptions(arguments.runs, arguments.run_dir, arguments.resume, arguments.restart)
 
 
 def _tell_finished(job: Job, run: RunDir, *, speaks: bool) -> int:
@@ -195,7 +195,7 @@ def _run_sweep(arguments: argparse.Namespace, job: Job, trials: list[Trial]) -> 
         try:
             return launch(words, arguments.ranks)
         except RunnerError as error:
-            complain(str(error))
+            print_error(str(error))
             return error.exit_code
 
     folder = (arguments.run_dir or arguments.runs / job.name / new_stamp()).absolute()

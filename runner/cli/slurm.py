@@ -17,12 +17,12 @@ from runner.cli.output import Words, _drawn
 from runner.errors import JobError, RunnerError
 from runner.run.attempts import check_budget
 from runner.run.folder import RunDir
-from runner.slurm.control import cancel, follow
-from runner.slurm.request import Order, check_order
-from runner.slurm.status import find_runs, named_runs, standings, table_rows
+from runner.slurm.control import cancel_runs, follow_log
+from runner.slurm.request import SubmitRequest, prepare
+from runner.slurm.status import find_runs, named_runs, run_statuses, table_rows
 from runner.slurm.submit import draft, submit_run, submit_sweep
 from runner.utils.files import below_here
-from runner.utils.tables import terminal
+from runner.utils.tables import rich_table
 
 
 def add_verbs(verbs: Any, act: Callable[[argparse.Namespace], int]) -> None:
@@ -83,7 +83,7 @@ def _submit(arguments: argparse.Namespace) -> Words:
     options = ["--dry-run"]
     written_by = shlex.join(["spantune", *(w for w in arguments.typed if w not in options)])
     # All are checked before the first is submitted.
-    orders = [check_order(path, arguments.set, written_by) for path in arguments.jobs]
+    orders = [prepare(path, arguments.set, written_by) for path in arguments.jobs]
     for order in orders:
         if arguments.dry_run:
             script = draft(order, arguments.runs, arguments.run_dir)
@@ -92,7 +92,7 @@ def _submit(arguments: argparse.Namespace) -> Words:
             yield from _submitted(order, arguments.runs, arguments.run_dir)
 
 
-def _submitted(order: Order, root: Path, run_dir: Path | None) -> Words:
+def _submitted(order: SubmitRequest, root: Path, run_dir: Path | None) -> Words:
     name = order.job.name
     done = (submit_sweep if order.trials else submit_run)(order, root, run_dir)
     if done is None:
@@ -109,15 +109,15 @@ def _submitted(order: Order, root: Path, run_dir: Path | None) -> Words:
         yield f"  {note}\n"
 
 
-def _finished(order: Order, run_dir: Path | None) -> str:
+def _finished(order: SubmitRequest, run_dir: Path | None) -> str:
     return f"{order.job.name}: finished already, {run_dir}\n"
 
 
 def _status(arguments: argparse.Namespace) -> Words:
     def look() -> tuple[RenderableType, bool]:
-        found, silence = standings(find_runs(arguments.named, arguments.runs))
+        found, silence = run_statuses(find_runs(arguments.named, arguments.runs))
         rows = table_rows(found, arguments.runs)
-        shown = terminal("", rows) if rows else Text(f"no runs in {arguments.runs}")
+        shown = rich_table("", rows) if rows else Text(f"no runs in {arguments.runs}")
         return Group(*([Text(silence)] if silence else []), shown), all(s.over for s in found)
 
     shown, over = look()
@@ -131,12 +131,12 @@ def _status(arguments: argparse.Namespace) -> Words:
 
 
 def _logs(arguments: argparse.Namespace) -> Words:
-    yield from follow(RunDir.open(arguments.run), forever=arguments.follow)
+    yield from follow_log(RunDir.open(arguments.run), forever=arguments.follow)
 
 
 def _cancel(arguments: argparse.Namespace) -> Words:
     failures: list[RunnerError] = []
-    for run, outcome in cancel(named_runs(arguments.named)):
+    for run, outcome in cancel_runs(named_runs(arguments.named)):
         if isinstance(outcome, RunnerError):
             failures.append(outcome)
         else:

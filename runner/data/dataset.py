@@ -14,7 +14,7 @@ from typing import Literal
 
 import numpy as np
 
-from runner.data.readers import Row, file_rows, hub_rows, kind, short
+from runner.data.readers import Row, file_rows, hub_rows, kind, short_value
 from runner.errors import DataError
 from runner.job.schema import Columns
 from runner.job.sources import parse_data
@@ -207,10 +207,10 @@ def _spans(row: Row) -> tuple[list[tuple[str, int]], str | None]:
             start = row.context.find(text)
             if start < 0:
                 why = f"{_other_form(text, row.context)}answer is not in the context"
-                return [], f"{why} ({short(text)})"
+                return [], f"{why} ({short_value(text)})"
             if row.context.find(text, start + 1) >= 0:
                 why = "answer occurs more than once and has no answer_start"
-                return [], f"{why} ({short(text)})"
+                return [], f"{why} ({short_value(text)})"
         if isinstance(start, float) and start.is_integer():
             start = int(start)
         if not isinstance(start, int) or isinstance(start, bool):
@@ -222,7 +222,10 @@ def _spans(row: Row) -> tuple[list[tuple[str, int]], str | None]:
         if found != text:
             form = _other_form(text, row.context[start : start + 4 * len(text)])
             why = f"{form}answer text not at answer_start"
-            return [], f"{why} ({short(text)} declared at {start}, {short(found)} found)"
+            return (
+                [],
+                f"{why} ({short_value(text)} declared at {start}, {short_value(found)} found)",
+            )
         spans.append((text, start))
     return spans, None
 

@@ -25,11 +25,11 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import disable_progress_bars, httpx
 
 from runner.errors import AssetError
-from runner.job.assets import UNWANTED, WANTED, Kind, fetch_command
+from runner.job.assets import UNWANTED, WANTED, AssetKind, fetch_command
 
 # Seconds to wait for the hub's first answer. Its client waits for ever by itself, and the firewalls
 # of compute nodes swallow packets without a word.
-PATIENCE = 10
+HUB_TIMEOUT_S = 10
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -42,7 +42,7 @@ class Snapshot:
 
 
 @functools.cache  # a run sees one commit, even if somebody pushes meanwhile
-def snapshot(kind: Kind, name: str, revision: str | None) -> Snapshot:
+def snapshot(kind: AssetKind, name: str, revision: str | None) -> Snapshot:
     """Get a model's configuration, tokenizer and safetensors, or a data set's card and data files.
 
     Raises:
@@ -55,7 +55,7 @@ def snapshot(kind: Kind, name: str, revision: str | None) -> Snapshot:
         disable_progress_bars()
     try:
         # Asked first because it takes a time limit; snapshot_download does not.
-        HfApi().repo_info(name, repo_type=kind, revision=revision, timeout=PATIENCE)
+        HfApi().repo_info(name, repo_type=kind, revision=revision, timeout=HUB_TIMEOUT_S)
         return _at(
             snapshot_download(
                 name,
@@ -81,7 +81,7 @@ def snapshot(kind: Kind, name: str, revision: str | None) -> Snapshot:
         ) from None
 
 
-def _cached(kind: Kind, name: str, revision: str | None) -> tuple[Snapshot | None, str | None]:
+def _cached(kind: AssetKind, name: str, revision: str | None) -> tuple[Snapshot | None, str | None]:
     """What the cache holds of a revision, and what of it is missing: "" for nothing, None where
     that cannot be told (another program fetched single files)."""
     try:

@@ -138,7 +138,7 @@ def _squad_rows(file: str, articles: Sequence[Any]) -> Iterator[Row]:
                     continue
                 identity = _identity(qa.get("id"))
                 yield Row(
-                    place=f"{file}: {plain(identity)} (article {a}, paragraph {p}, question {q})",
+                    place=f"{file}: {printable_id(identity)} (article {a}, paragraph {p}, question {q})",
                     id=identity,
                     question=qa.get("question"),
                     context=context,
@@ -269,15 +269,15 @@ def kind(value: Any) -> str:
     return "nothing" if value is None else names.get(type(value), type(value).__name__)
 
 
-def short(text: str) -> str:
+def short_value(text: str) -> str:
     shown = text if len(text) <= 40 else text[:37] + "..."
     return json.dumps(shown, ensure_ascii=not shown.isprintable())
 
 
-def plain(identity: Any) -> str:
+def printable_id(identity: Any) -> str:
     """An id as it may be printed: hostile ones escaped."""
     simple = isinstance(identity, str) and identity.isprintable() and 0 < len(identity) <= 80
-    return identity if simple else short(str(identity))
+    return identity if simple else short_value(str(identity))
 
 
 def _first_line(error: BaseException) -> str:

@@ -71,7 +71,7 @@ def _largest_first(lengths_N: np.ndarray, batches: list[np.ndarray]) -> list[np.
     return [batches[n] for n in front] + [batches[n] for n in places if n not in front]
 
 
-def rank_share(
+def rank_passes(
     rows: np.ndarray, rank: int, world: int, micro_batch_size: int, micro_batches: int
 ) -> list[np.ndarray]:
     """Deal one step's windows to a rank, as the rows of its forward passes.

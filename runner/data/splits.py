@@ -16,7 +16,7 @@ from runner.job.schema import Data, Probe
 
 
 @dataclass(frozen=True)
-class Questions:
+class Split:
     """A data set and its windows; `cached` tells whether the windows were there already."""
 
     dataset: Dataset
@@ -24,12 +24,12 @@ class Questions:
     cached: bool
 
 
-def load_questions(
+def load_splits(
     section: Data,
     seed: int,
     tokenizer: PreTrainedTokenizerBase,
     between: Callable[[], None] = lambda: None,
-) -> tuple[Questions, Questions, Questions | None]:
+) -> tuple[Split, Split, Split | None]:
     """Return training and validation questions, and those on which a null threshold is tuned.
 
     All data sets are read and checked before one is tokenised: what is wrong in the last must not
@@ -55,9 +55,9 @@ def load_questions(
         for name, sample in slices
     ]
     if section.tuning is not None:
-        refuse_shared(datasets[2], datasets[1])
+        refuse_shared_questions(datasets[2], datasets[1])
     parts = [
-        Questions(
+        Split(
             dataset,
             *cached_windows(
                 dataset.examples,
@@ -82,7 +82,7 @@ def load_questions(
     return parts[0], parts[1], parts[2] if len(parts) > 2 else None
 
 
-def refuse_shared(tuning: Dataset, validation: Dataset) -> None:
+def refuse_shared_questions(tuning: Dataset, validation: Dataset) -> None:
     """Hold tuning and reported questions apart, by their texts: ids say nothing across files.
 
     Raises:

@@ -53,7 +53,7 @@ def _backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
 
 
 @dataclass(frozen=True)
-class _Template:
+class Template:
     """The special tokens around a question and its context, read off the tokenizer itself."""
 
     ids: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
@@ -75,7 +75,7 @@ class _Template:
         return len(self.ids[1])
 
     @classmethod
-    def of(cls, backend: Tokenizer, tokenizer: PreTrainedTokenizerBase) -> _Template:
+    def of(cls, backend: Tokenizer, tokenizer: PreTrainedTokenizerBase) -> Template:
         pair = backend.encode("a", "b")
         sequence = list(pair.sequence_ids)
         first, last = sequence.index(0), len(sequence) - 1 - sequence[::-1].index(0)
@@ -92,7 +92,7 @@ class _Template:
 
 
 @dataclass(frozen=True)
-class _Encoded:
+class Encoded:
     """Texts as flat token ids; text i is ids[firsts[i]:firsts[i] + lengths[i]]."""
 
     ids: np.ndarray
@@ -101,7 +101,7 @@ class _Encoded:
     lengths: np.ndarray
 
 
-def _encode(backend: Tokenizer, texts: Sequence[str], *, offsets: bool) -> _Encoded:
+def encode(backend: Tokenizer, texts: Sequence[str], *, offsets: bool) -> Encoded:
     ids: list[np.ndarray] = []
     spans: list[np.ndarray] = []
     lengths: list[int] = []
@@ -118,7 +118,7 @@ def _encode(backend: Tokenizer, texts: Sequence[str], *, offsets: bool) -> _Enco
             flat = np.fromiter(chain.from_iterable(pairs), np.int32, 2 * sum(sizes))
             spans.append(flat.reshape(-1, 2))
     length = np.array(lengths, dtype=np.int64)
-    return _Encoded(
+    return Encoded(
         ids=np.concatenate(ids) if ids else np.zeros(0, np.int32),
         offsets=np.concatenate(spans) if spans else np.zeros((0, 2), np.int32),
         firsts=np.cumsum(length) - length,

@@ -17,13 +17,13 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from runner.data.dataset import Example
-from runner.data.tokenize import _encode, _Encoded, _Template, plain_backend
+from runner.data.tokenize import Encoded, Template, encode, plain_backend
 from runner.errors import DataError, RoomError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-BLOCK = 16_384  # questions whose windows are made together: it bounds the memory
+BLOCK_QUESTIONS = 16_384  # questions whose windows are made together: it bounds the memory
 
 _CONTEXT = 1 << 40  # more characters than a context has
 
@@ -116,7 +116,7 @@ def window_blocks(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     stride: int,
-    block: int = BLOCK,
+    block: int = BLOCK_QUESTIONS,
 ) -> Iterator[Windows]:
     """Make windows for a block of questions at a time; positions count on from block to block.
 
@@ -127,7 +127,7 @@ def window_blocks(
         DataError: as `build_windows`.
     """
     backend = plain_backend(tokenizer)
-    template = _Template.of(backend, tokenizer)
+    template = Template.of(backend, tokenizer)
     begin = tokens = characters = 0
     while begin == 0 or begin < len(examples):
         end = min(begin + block, len(examples))
@@ -155,7 +155,7 @@ def window_blocks(
 def _block(
     examples: Sequence[Example],
     backend: Tokenizer,
-    template: _Template,
+    template: Template,
     max_length: int,
     stride: int,
 ) -> Windows:
@@ -163,8 +163,8 @@ def _block(
     place_Q = np.array(
         [context_of.setdefault(e.context, len(context_of)) for e in examples], dtype=np.int64
     )
-    questions = _encode(backend, [e.question.lstrip() for e in examples], offsets=False)
-    contexts = _encode(backend, list(context_of), offsets=True)
+    questions = encode(backend, [e.question.lstrip() for e in examples], offsets=False)
+    contexts = encode(backend, list(context_of), offsets=True)
 
     room_Q = max_length - template.specials - questions.lengths
     tight = np.flatnonzero(
@@ -213,9 +213,9 @@ def _block(
 
 
 def _assemble(
-    template: _Template,
-    questions: _Encoded,
-    contexts: _Encoded,
+    template: Template,
+    questions: Encoded,
+    contexts: Encoded,
     place_Q: np.ndarray,
     questions_N: np.ndarray,
     from_N: np.ndarray,
@@ -269,7 +269,7 @@ def ranges(starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
 
 def _labels(
     examples: Sequence[Example],
-    contexts: _Encoded,
+    contexts: Encoded,
     place_Q: np.ndarray,
     questions_N: np.ndarray,
     from_N: np.ndarray,

@@ -19,16 +19,16 @@ Result = TypeVar("Result")
 
 # How long a collective may wait. Ranks wait for rank 0 to read and download as long as that takes;
 # `watch` knows better than a timeout which of them is stuck.
-PATIENCE = timedelta(hours=24)
+COLLECTIVE_TIMEOUT = timedelta(hours=24)
 
 _group: Any = None
 
 
-def open_control() -> None:
+def open_control_group() -> None:
     """Make the group; every rank must call this, once the process group is there."""
     global _group
     if _group is None and dist.get_world_size() > 1:
-        _group = dist.new_group(backend="gloo", timeout=PATIENCE)
+        _group = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
 
 
 def main_first(rank: Rank, work: Callable[[], Result]) -> Result:
@@ -56,7 +56,7 @@ def _announce(failure: list[Any]) -> None:
         dist.broadcast_object_list(failure, src=0, group=_group)
 
 
-def share(value: Result | None) -> Result:
+def broadcast(value: Result | None) -> Result:
     """Give rank 0's value to every rank."""
     box = [value]
     if _group is not None:
@@ -64,7 +64,7 @@ def share(value: Result | None) -> Result:
     return box[0]  # type: ignore[return-value]
 
 
-def gather(value: Result) -> list[Result] | None:
+def gather_to_main(value: Result) -> list[Result] | None:
     """Collect every rank's value on rank 0, in rank order; None elsewhere."""
     if _group is None:
         return [value]
@@ -73,7 +73,7 @@ def gather(value: Result) -> list[Result] | None:
     return box
 
 
-def everyone(value: Result) -> list[Result]:
+def all_gather(value: Result) -> list[Result]:
     """Give every rank's value to all ranks, in rank order."""
     if _group is None:
         return [value]
@@ -82,7 +82,7 @@ def everyone(value: Result) -> list[Result]:
     return box
 
 
-def is_cut_off(error: Exception) -> bool:
+def is_connection_lost(error: Exception) -> bool:
     """Whether an exception says that another rank can no longer be reached."""
     if isinstance(error, dist.DistError):
         return True

@@ -11,11 +11,11 @@ from torch import nn
 
 from runner.distributed.flat_zero import flat_engine
 from runner.errors import JobError
-from runner.job.schema import Layout, Train, Zero
+from runner.job.schema import BatchLayout, Train, Zero
 
 
 def deepspeed_config(
-    zero: Zero, train: Train, layout: Layout, precision: str, trained: int
+    zero: Zero, train: Train, layout: BatchLayout, precision: str, trained: int
 ) -> dict[str, Any]:
     """Build DeepSpeed's configuration; `[zero.deepspeed]` is laid over it key by key.
 

@@ -7,31 +7,31 @@ from contextlib import contextmanager
 
 import torch
 
-from runner.distributed.collectives import everyone, is_cut_off
-from runner.distributed.watchdog import Watch
+from runner.distributed.collectives import all_gather, is_connection_lost
+from runner.distributed.watchdog import Watchdog
 from runner.errors import Interrupted, MachineError
 from runner.run.folder import RunDir
 from runner.utils.files import below_here
-from runner.utils.signals import asked
+from runner.utils.signals import stop_reason
 
 
 @contextmanager
-def leaving_together() -> Iterator[None]:
+def before_rendezvous() -> Iterator[None]:
     """Explain why ranks do not meet, before there is a folder in which they could leave word."""
     try:
         yield
     except Exception as error:
-        if not is_cut_off(error):
+        if not is_connection_lost(error):
             raise
-        if asked():
-            raise Interrupted(f"stopped by {asked()} before training began") from None
+        if stop_reason():
+            raise Interrupted(f"stopped by {stop_reason()} before training began") from None
         first = " ".join(str(error).split())[:200]
         raise MachineError(f"the ranks have not met: {first}") from None
 
 
 def stop_if_asked(run: RunDir) -> None:
     """End before the first step, if a signal has reached any rank. Every rank must call this."""
-    reasons = [reason for reason in everyone(asked()) if reason is not None]
+    reasons = [reason for reason in all_gather(stop_reason()) if reason is not None]
     if reasons:
         raise _stopped_early(run, reasons[0])
 
@@ -39,7 +39,7 @@ def stop_if_asked(run: RunDir) -> None:
 def leave_if_asked(run: RunDir) -> None:
     """End this rank before the first step, if a signal has reached it: in the midst of long work
     that the ranks do one after another, or in shares. The others learn of it where they meet."""
-    if reason := asked():
+    if reason := stop_reason():
         raise _stopped_early(run, reason)
 
 
@@ -51,7 +51,7 @@ def _stopped_early(run: RunDir, reason: str) -> Interrupted:
 
 
 @contextmanager
-def memory_sentences(watch: Watch) -> Iterator[None]:
+def explaining_oom(watch: Watchdog) -> Iterator[None]:
     """Say in a sentence that memory ran out: on which rank, where, and, by the error's notes, over
     which questions."""
     remedy = (
@@ -63,7 +63,7 @@ def memory_sentences(watch: Watch) -> Iterator[None]:
 
 
 @contextmanager
-def memory_errors() -> Iterator[None]:
+def explaining_inference_oom() -> Iterator[None]:
     """Say in a sentence that memory ran out while a model was opened or asked."""
     with _told(lambda: "", "lower --batch-size, or take another --device"):
         yield

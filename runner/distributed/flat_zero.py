@@ -74,7 +74,7 @@ def _obstacle(stage: int, extra: dict[str, Any]) -> str | None:
 
 
 @dataclass
-class Group:
+class FlatGroup:
     """One parameter group on one rank.
 
     Attributes:
@@ -101,7 +101,7 @@ class Group:
 class FlatStep:
     """Gradients of all groups end to end, and the step that they lead to."""
 
-    def __init__(self, groups: Sequence[Group], dtype: torch.dtype, process_group: Any) -> None:
+    def __init__(self, groups: Sequence[FlatGroup], dtype: torch.dtype, process_group: Any) -> None:
         """
         Args:
             groups: one for each parameter group of the optimiser.
@@ -156,7 +156,7 @@ class FlatStep:
             not finite, else 0.0; and what the shares must be divided by to be that gradient. The
             two scalars are on the device and alike on every rank.
         """
-        shares = self.exchange.shares()
+        shares = self.exchange.reduce_scatter()
         self._filled = False
         found = [grad_norm_and_finite(share) for share in shares]
         squared = torch.stack([square.float() for square, _ in found]).sum()
@@ -182,7 +182,7 @@ class FlatStep:
             group.master.grad = None
             if not group.in_place:
                 group.mine.copy_(group.master)
-        self.exchange.hand_out()
+        self.exchange.publish_weights()
 
 
 def flat_engine(
@@ -202,7 +202,7 @@ def flat_engine(
             super().__init__(*args, **kwargs)
             rank = dist.get_rank(self.dp_process_group)
             groups = [
-                Group(parameters, offsets, weights, partitions[rank], master)
+                FlatGroup(parameters, offsets, weights, partitions[rank], master)
                 for parameters, offsets, weights, partitions, master in zip(
                     self.round_robin_bit16_groups,
                     self.round_robin_bit16_offsets,

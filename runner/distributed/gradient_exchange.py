@@ -23,7 +23,7 @@ _NONCE = 64  # bytes in front that tell it from another's; a cache line, so that
 
 def open_exchange(
     weights: Sequence[Tensor], dtype: torch.dtype, process_group: dist.ProcessGroup
-) -> Messages:
+) -> CollectiveExchange:
     """Choose what ranks exchange by. Every rank of the group must call this.
 
     Args:
@@ -36,11 +36,11 @@ def open_exchange(
         slots = dist.get_world_size(process_group) * count * dtype.itemsize
         memory = shared_bytes(slots + count * weights[0].element_size(), process_group)
         if memory is not None:
-            return SharedMemory(weights, dtype, process_group, memory)
-    return Messages(weights, dtype, process_group)
+            return SharedMemoryExchange(weights, dtype, process_group, memory)
+    return CollectiveExchange(weights, dtype, process_group)
 
 
-class Messages:
+class CollectiveExchange:
     """By collectives.
 
     Attributes:
@@ -63,7 +63,7 @@ class Messages:
     def _new_gradients(self, dtype: torch.dtype) -> list[Tensor]:
         return [torch.zeros_like(weights, dtype=dtype) for weights in self.weights]
 
-    def shares(self) -> list[Tensor]:
+    def reduce_scatter(self) -> list[Tensor]:
         """Sum (or average) all ranks' gradients; return this rank's part of each."""
         return [self._share(gradient) for gradient in self.gradients]
 
@@ -78,7 +78,7 @@ class Messages:
         dist.reduce_scatter_tensor(share, gradient, op=operation, group=self.process_group)
         return share
 
-    def hand_out(self) -> None:
+    def publish_weights(self) -> None:
         """Give each rank's part of the weights to all."""
         if self.world == 1:
             return
@@ -97,7 +97,7 @@ class Messages:
         return flat.narrow(0, (self.rank if rank is None else rank) * size, size)
 
 
-class SharedMemory(Messages):
+class SharedMemoryExchange(CollectiveExchange):
     """By memory of one machine, for ranks on CPUs.
 
     Who writes while others read is kept apart by three meetings in a step: before the sums all
@@ -127,7 +127,7 @@ class SharedMemory(Messages):
     def _new_gradients(self, dtype: torch.dtype) -> list[Tensor]:
         return list(self._slots[self.rank])
 
-    def shares(self) -> list[Tensor]:
+    def reduce_scatter(self) -> list[Tensor]:
         dist.barrier(self.process_group)
         others = [slot for rank, slot in enumerate(self._slots) if rank != self.rank]
         found = []
@@ -139,7 +139,7 @@ class SharedMemory(Messages):
             found.append(mine.copy_(total))
         return found
 
-    def hand_out(self) -> None:
+    def publish_weights(self) -> None:
         for weights, published in zip(self.weights, self._published, strict=True):
             self._part(published).copy_(self._part(weights))
         dist.barrier(self.process_group)

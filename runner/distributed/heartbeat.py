@@ -15,16 +15,16 @@ from dataclasses import asdict, dataclass
 
 import psutil
 
-from runner.run.attempts import entry_file, machine, same_process
+from runner.run.attempts import entry_file, machine_id, same_process
 from runner.run.folder import RunDir
 from runner.utils.files import storage_errors
 
-BEAT = 5.0  # seconds between signs of life
+RANK_BEAT_S = 5.0  # seconds between signs of life
 _HEAD, _WHOLE = 1024, 8192  # bytes: who it is, then its last words
 
 
 @dataclass(frozen=True)
-class Member:
+class RankRecord:
     """Where a rank runs."""
 
     rank: int
@@ -38,11 +38,11 @@ class Member:
 
     def is_dead(self) -> bool:
         """Whether its process has ended, as far as this machine can see."""
-        return self.machine == machine() and not same_process(self.pid, self.born)
+        return self.machine == machine_id() and not same_process(self.pid, self.born)
 
 
 @dataclass(frozen=True)
-class Words:
+class ExitNote:
     """What a rank says at its end.
 
     Attributes:
@@ -57,7 +57,7 @@ class Words:
     waits: bool
 
 
-class Crew:
+class RankHeartbeats:
     """The ranks' files, as one rank sees them.
 
     Args:
@@ -68,17 +68,17 @@ class Crew:
     def __init__(self, run: RunDir, attempt: int, rank: int, world: int) -> None:
         self._run, self._attempt, self._rank, self.world = run, attempt, rank, world
 
-    def appear(self) -> None:
+    def register(self) -> None:
         """Make this rank's file.
 
         Raises:
             StorageError: if it cannot be made.
         """
-        here = Member(
+        here = RankRecord(
             self._rank,
             socket.gethostname(),
             os.getpid(),
-            machine(),
+            machine_id(),
             psutil.Process().create_time(),
         )
         path = entry_file(self._run, self._attempt, self._name(self._rank))
@@ -91,10 +91,10 @@ class Crew:
         """Show that this rank lives."""
         os.utime(entry_file(self._run, self._attempt, self._name(self._rank)))
 
-    def leave(self, words: Words) -> None:
+    def leave_note(self, words: ExitNote) -> None:
         """Leave this rank's last words, if the file system lets it; only the first count."""
         path = entry_file(self._run, self._attempt, self._name(self._rank))
-        if self._rank in self.words():
+        if self._rank in self.notes():
             return
         text = words.text
         while len(spelled := json.dumps(asdict(words) | {"text": text}).encode()) > _WHOLE - _HEAD:
@@ -108,28 +108,28 @@ class Crew:
         except OSError:
             return
 
-    def words(self) -> dict[int, Words]:
+    def notes(self) -> dict[int, ExitNote]:
         """The last words that were left, by rank."""
         found = {}
         for rank in range(self.world):
             content = self._read(rank)[_HEAD:].strip()
             try:
                 if content:
-                    found[rank] = Words(**json.loads(content))
+                    found[rank] = ExitNote(**json.loads(content))
             except (ValueError, TypeError):
                 continue  # being written just now
         return found
 
-    def member(self, rank: int) -> Member | None:
+    def rank_record(self, rank: int) -> RankRecord | None:
         """Where a rank runs; None if it has not appeared."""
         try:
-            return Member(**json.loads(self._read(rank)[:_HEAD]))
+            return RankRecord(**json.loads(self._read(rank)[:_HEAD]))
         except (ValueError, TypeError):
             return None
 
     def name(self, rank: int) -> str:
         """What to call a rank."""
-        return str(self.member(rank) or f"rank {rank}")
+        return str(self.rank_record(rank) or f"rank {rank}")
 
     def silence(self, rank: int) -> float | None:
         """Seconds between a rank's last sign of life and this rank's; None if it has not
@@ -147,7 +147,7 @@ class Crew:
         except OSError:
             return None
 
-    def speaks_first(self, *, at_once: bool = False) -> bool:
+    def claim_output(self, *, at_once: bool = False) -> bool:
         """Whether this rank is the one that tells the user, where one line is enough. Rank 0 is let
         first, unless it has to be another one `at_once`."""
         if self._rank and not at_once:
@@ -161,7 +161,7 @@ class Crew:
             return True
         return True
 
-    def has_spoken(self) -> bool:
+    def output_is_claimed(self) -> bool:
         """Whether some rank has told the user why the run ends."""
         return entry_file(self._run, self._attempt, "spoken").exists()
 
@@ -175,7 +175,9 @@ class Crew:
             return b""
 
 
-def find_fault(crew: Crew, rank: int, patience: float) -> tuple[dict[int, Words], list[int]]:
+def diagnose(
+    crew: RankHeartbeats, rank: int, patience: float
+) -> tuple[dict[int, ExitNote], list[int]]:
     """Wait until it is clear what became of each other rank: it left words, is dead, or lives.
 
     Args:
@@ -188,10 +190,10 @@ def find_fault(crew: Crew, rank: int, patience: float) -> tuple[dict[int, Words]
     """
     started, seen = time.monotonic(), {r: crew.last_sign(r) for r in range(crew.world)}
     while True:
-        words = crew.words()
+        words = crew.notes()
         open_ones, gone = [], []
         for other in range(crew.world):
-            member = crew.member(other)
+            member = crew.rank_record(other)
             if other == rank or other in words:
                 continue
             if member is not None and member.is_dead():

@@ -13,18 +13,18 @@ from runner.distributed.collectives import _group
 from runner.utils import signals
 from runner.utils.ranks import Rank
 
-RETRY = 0.25  # of the time between two checkpoints, after one that failed
+RETRY_SHARE = 0.25  # of the time between two checkpoints, after one that failed
 
 
 @dataclass(frozen=True)
-class Agreed:
+class StopSave:
     """What all ranks do at this step: stop, or save."""
 
     stop: bool
     save: bool
 
 
-class Boundary:
+class StopSaveSync:
     """Lets the ranks agree, step by step, on stopping and saving.
 
     Each call starts a reduction of a few bytes and takes the result of the one before, which has
@@ -39,22 +39,22 @@ class Boundary:
         self._pending: tuple[torch.Tensor, Any] | None = None
         self._saved = time.monotonic()
 
-    def agree(self) -> Agreed:
+    def poll(self) -> StopSave:
         """What to do now. Every rank must call this equally often."""
         due = self._rank.is_main and time.monotonic() - self._saved >= self._seconds
-        wishes_2 = torch.tensor([signals.asked() is not None, due], dtype=torch.uint8)
+        wishes_2 = torch.tensor([signals.stop_reason() is not None, due], dtype=torch.uint8)
         if _group is None:
             stop, save = wishes_2.tolist()
-            return Agreed(bool(stop), bool(save))
+            return StopSave(bool(stop), bool(save))
         pending = self._pending
         work = dist.all_reduce(wishes_2, op=dist.ReduceOp.MAX, group=_group, async_op=True)
         self._pending = (wishes_2, work)
         if pending is None:
-            return Agreed(stop=False, save=False)
+            return StopSave(stop=False, save=False)
         found_2, work = pending
         work.wait()
         stop, save = found_2.tolist()
-        return Agreed(bool(stop), bool(save))
+        return StopSave(bool(stop), bool(save))
 
     def saved(self, *, whole: bool = True) -> None:
         """Note that everything was saved: what was wished until now is done. Every rank must call
@@ -64,7 +64,7 @@ class Boundary:
             whole: False after a save that failed: the next is due sooner, for what a kill costs
                 grows meanwhile.
         """
-        self._saved = time.monotonic() - (0 if whole else (1 - RETRY) * self._seconds)
+        self._saved = time.monotonic() - (0 if whole else (1 - RETRY_SHARE) * self._seconds)
         if self._pending is not None:
             # A wish to stop stays one: the signal is still there at the next step.
             self._pending[1].wait()

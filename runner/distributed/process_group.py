@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from runner.distributed.collectives import PATIENCE, open_control
+from runner.distributed.collectives import COLLECTIVE_TIMEOUT, open_control_group
 from runner.errors import Interrupted
-from runner.utils.ranks import Rank, meeting_point
-from runner.utils.signals import asked
+from runner.utils.ranks import Rank, rendezvous_address
+from runner.utils.signals import stop_reason
 
 
 def start_distributed(
@@ -39,7 +39,7 @@ def start_distributed(
         if threads is not None or "OMP_NUM_THREADS" not in os.environ:
             # Ranks of one machine share its cores; a thread for each core in each would fight.
             torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // rank.local_world))
-    address, port = meeting_point(rank)
+    address, port = rendezvous_address(rank)
     for name, value in (
         ("RANK", rank.index),
         ("LOCAL_RANK", rank.local),
@@ -64,10 +64,10 @@ def start_distributed(
         store, index, world = _meet(meeting)
         backend = "nccl" if on_cuda else "gloo"
         dist.init_process_group(
-            backend, store=store, rank=index, world_size=world, timeout=PATIENCE
+            backend, store=store, rank=index, world_size=world, timeout=COLLECTIVE_TIMEOUT
         )
         deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
-    open_control()
+    open_control_group()
     return torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")
 
 
@@ -86,7 +86,7 @@ def _meet(patience: timedelta) -> tuple[Any, int, int]:
     thread.start()
     while thread.is_alive():
         thread.join(0.05)
-        if reason := asked():
+        if reason := stop_reason():
             raise Interrupted(f"stopped by {reason} before training began")
     if isinstance(found[0], Exception):
         raise found[0]

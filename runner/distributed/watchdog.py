@@ -11,21 +11,23 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
-from runner.distributed.heartbeat import BEAT, Crew, Words, find_fault
+from runner.distributed.heartbeat import RANK_BEAT_S, ExitNote, RankHeartbeats, diagnose
 from runner.errors import MachineError, RunnerError
-from runner.run.lease import Attempt
+from runner.run.lease import Lease
 from runner.utils import signals
-from runner.utils.console import complain
+from runner.utils.console import print_error
 from runner.utils.text import duration
 
-TICK = 1.0  # seconds between two looks
-PATIENCE = 2 * BEAT + 2  # seconds in which a living rank surely shows itself
-WIDE = 12  # times as long as a step may take long work, such as reading the data or saving
+TICK_S = 1.0  # seconds between two looks
+SIGN_OF_LIFE_S = 2 * RANK_BEAT_S + 2  # seconds in which a living rank surely shows itself
+LONG_WORK_FACTOR = (
+    12  # times as long as a step may take long work, such as reading the data or saving
+)
 # Where a main thread stands that waits for other ranks.
 _WAITING = ("torch/distributed", "deepspeed/comm", "runner/distributed/collectives")
 
 
-class Watch:
+class Watchdog:
     """Follows this rank's main thread from a thread of its own.
 
     Args:
@@ -38,10 +40,10 @@ class Watch:
 
     def __init__(
         self,
-        crew: Crew,
+        crew: RankHeartbeats,
         rank: int,
         seconds: float,
-        attempt: Attempt | None,
+        attempt: Lease | None,
         cut_off: Callable[[Exception], bool],
     ) -> None:
         self._crew, self._rank, self._seconds = crew, rank, seconds
@@ -50,10 +52,10 @@ class Watch:
         self._launcher = signals.Launcher()
         self.place, self._since, self._bounded = "the start", time.monotonic(), False
         self._over = threading.Event()
-        crew.appear()
+        crew.register()
         threading.Thread(target=self._follow, daemon=True, name="watch").start()
 
-    def at(self, place: str, *, bounded: bool = True) -> None:
+    def progress_at(self, place: str, *, bounded: bool = True) -> None:
         """Note progress: where the main thread is now.
 
         Args:
@@ -68,15 +70,15 @@ class Watch:
         self._over.set()
 
     @contextmanager
-    def answering(self) -> Iterator[None]:
+    def explaining(self) -> Iterator[None]:
         """Let the ranks end with one code and one explanation, whatever ends the block on any of
         them."""
         try:
             yield
         except RunnerError as error:
             self._over.set()
-            self._crew.leave(Words(error.exit_code, str(error), waits=False))
-            error.speaks = self._crew.speaks_first()
+            self._crew.leave_note(ExitNote(error.exit_code, str(error), waits=False))
+            error.speaks = self._crew.claim_output()
             raise
         except Exception as error:
             self._over.set()
@@ -84,15 +86,17 @@ class Watch:
                 raise self._explained(error) from None
             first = (str(error).splitlines() or [""])[0]
             text = f"at {self.place}: {type(error).__name__}: {first}"
-            self._crew.speaks_first(at_once=True)  # with its traceback
-            self._crew.leave(Words(RunnerError.exit_code, text, waits=False))
+            self._crew.claim_output(at_once=True)  # with its traceback
+            self._crew.leave_note(ExitNote(RunnerError.exit_code, text, waits=False))
             raise
 
     def _explained(self, error: Exception) -> RunnerError:
         """Why other ranks can no longer be reached."""
         first = " ".join(str(error).split())[:200]
-        self._crew.leave(Words(MachineError.exit_code, f"cut off at {self.place}", waits=True))
-        words, gone = find_fault(self._crew, self._rank, PATIENCE)
+        self._crew.leave_note(
+            ExitNote(MachineError.exit_code, f"cut off at {self.place}", waits=True)
+        )
+        words, gone = diagnose(self._crew, self._rank, SIGN_OF_LIFE_S)
         said = next(((r, w) for r, w in sorted(words.items()) if not w.waits), None)
         if said is not None:
             name = f"rank {said[0]}"
@@ -106,68 +110,74 @@ class Watch:
             )
         else:
             found = MachineError(f"the connection between ranks broke at {self.place}: {first}")
-        found.speaks = self._crew.speaks_first()
+        found.speaks = self._crew.claim_output()
         return found
 
     # --- the watching thread
 
     def _follow(self) -> None:
         beaten, spoken = time.monotonic(), None
-        while not self._over.wait(min(TICK, self._seconds / 4)):
-            if time.monotonic() > beaten + min(BEAT, self._seconds / 4):
+        while not self._over.wait(min(TICK_S, self._seconds / 4)):
+            if time.monotonic() > beaten + min(RANK_BEAT_S, self._seconds / 4):
                 beaten = time.monotonic()
                 with suppress(OSError):  # away for a moment; where it matters, writing says so
                     self._crew.beat()
-            if spoken is None and self._crew.has_spoken():
+            if spoken is None and self._crew.output_is_claimed():
                 spoken = time.monotonic()
-            if spoken is not None and time.monotonic() > spoken + PATIENCE:
+            if spoken is not None and time.monotonic() > spoken + SIGN_OF_LIFE_S:
                 self._follow_out()
             if self._launcher.is_gone():
-                signals.ask("the end of its launcher")
+                signals.request_stop("the end of its launcher")
             quiet = time.monotonic() - self._since
             if quiet > self._limit():
                 self._give_up(self._own_place())
             silent = {r for r in self._others() if (self._crew.silence(r) or 0) > self._seconds}
-            if silent and not silent <= set(self._crew.words()):
-                self._give_up(Words(MachineError.exit_code, f"waited at {self.place}", waits=True))
+            if silent and not silent <= set(self._crew.notes()):
+                self._give_up(
+                    ExitNote(MachineError.exit_code, f"waited at {self.place}", waits=True)
+                )
 
     def _limit(self) -> float:
         """Seconds without a note that are too many here."""
-        return self._seconds * (1 if self._bounded else WIDE)
+        return self._seconds * (1 if self._bounded else LONG_WORK_FACTOR)
 
     def _follow_out(self) -> None:
         """End this rank after the run has ended elsewhere: its main thread does not notice, waiting
         on a device for a rank that is gone."""
         if not self._over.is_set():
-            words = sorted(self._crew.words().items())
+            words = sorted(self._crew.notes().items())
             codes = [said.code for _, said in words if not said.waits]
             self._leave(codes[0] if codes else MachineError.exit_code)
 
     def _leave(self, code: int) -> None:
         if self._attempt is not None:
             with suppress(RunnerError):  # the next start then waits for a silence
-                self._attempt.end(code)
+                self._attempt.release(code)
         os._exit(code)
 
     def _others(self) -> list[int]:
         """The ranks that this one looks after: rank 0 after all, rank 1 after rank 0."""
         return list(range(1, self._crew.world)) if self._rank == 0 else [0][: self._rank == 1]
 
-    def _own_place(self) -> Words:
+    def _own_place(self) -> ExitNote:
         """Where this rank's main thread is."""
         frame = sys._current_frames()[threading.main_thread().ident or 0]
         stack = traceback.extract_stack(frame)
         waits = any(part in call.filename for call in stack[-6:] for part in _WAITING)
         ours = next((c for c in reversed(stack) if "site-packages" not in c.filename), stack[-1])
         text = f"hangs in {ours.name} ({os.path.basename(ours.filename)}:{ours.lineno})"
-        return Words(MachineError.exit_code, text, waits)
+        return ExitNote(MachineError.exit_code, text, waits)
 
-    def _give_up(self, mine: Words) -> None:
+    def _give_up(self, mine: ExitNote) -> None:
         """End this rank: it or another one is stuck."""
         place, limit = self.place, self._limit()
-        key = "train.timeout_minutes" if self._bounded else f"{WIDE} train.timeout_minutes"
-        self._crew.leave(mine)
-        words, gone = find_fault(self._crew, self._rank, PATIENCE)
+        key = (
+            "train.timeout_minutes"
+            if self._bounded
+            else f"{LONG_WORK_FACTOR} train.timeout_minutes"
+        )
+        self._crew.leave_note(mine)
+        words, gone = diagnose(self._crew, self._rank, SIGN_OF_LIFE_S)
         faults = [f"{self._crew.name(rank)} gives no sign of life" for rank in gone]
         # Ranks that hang by themselves; where all of them wait for each other, each is named.
         hanging = {r: said for r, said in words.items() if not said.waits}
@@ -179,6 +189,6 @@ class Watch:
         )
         if self._over.is_set():
             return  # the main thread has come to an end meanwhile, and explains it
-        if self._crew.speaks_first():
-            complain(str(error))
+        if self._crew.claim_output():
+            print_error(str(error))
         self._leave(error.exit_code)

@@ -14,13 +14,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from runner.eval.span_search import NEVER, Mode, Spans, join, search
+from runner.eval.span_search import NEVER, BestSpans, Mode, join, search
 
 __all__ = [
     "Answer",
+    "BestSpans",
     "Candidate",
     "Mode",
-    "Spans",
     "answers",
     "decide",
     "join",
@@ -112,7 +112,7 @@ def _collector_paused() -> Iterator[None]:
 
 
 def answers(
-    spans: Spans,
+    spans: BestSpans,
     question_N: np.ndarray,
     *,
     segments_N2: np.ndarray,
@@ -169,7 +169,7 @@ def answers(
 
 
 def stream_answers(
-    spans: Spans,
+    spans: BestSpans,
     question_N: np.ndarray,
     *,
     segments_N2: np.ndarray,
@@ -215,7 +215,7 @@ def stream_answers(
 
 @_collector_paused()
 def _merged(
-    spans: Spans,
+    spans: BestSpans,
     question_N: np.ndarray,
     offset_N: np.ndarray,
     chars_T2: np.ndarray,

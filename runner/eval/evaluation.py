@@ -12,8 +12,8 @@ import numpy as np
 from runner.data.dataset import Dataset, Example
 from runner.eval.answers import Answer, Mode, decide
 from runner.eval.hf_metrics import Squad, SquadV2
-from runner.eval.inference import Readings
-from runner.job.inference import Tuned
+from runner.eval.inference import Predictions
+from runner.job.inference import TunedOn
 from runner.job.schema import Score
 from runner.metrics.squad import Best, ScoresV2, squad_v2_scores, tune_null_threshold
 from runner.metrics.statistics import Interval, intervals
@@ -35,7 +35,7 @@ class Evaluation:
         tuned: on what it was tuned; None where it is the job's own.
     """
 
-    readings: Readings
+    readings: Predictions
     exact_match: float
     f1: float
     details: dict[str, float]
@@ -43,7 +43,7 @@ class Evaluation:
     exact_N: np.ndarray
     f1_N: np.ndarray
     null_threshold: float | None
-    tuned: Tuned | None
+    tuned: TunedOn | None
 
     def metric(self, name: str) -> float:
         """A score by the name that [stop] and [expect] use."""
@@ -62,10 +62,10 @@ class TunedThreshold:
     """A null threshold and where it comes from."""
 
     threshold: float
-    tuned: Tuned
+    tuned: TunedOn
 
 
-def tune(readings: Readings, dataset: Dataset, score: Score) -> TunedThreshold:
+def tune(readings: Predictions, dataset: Dataset, score: Score) -> TunedThreshold:
     """Find the null threshold that suits the answers to the tuning questions best."""
     examples = dataset.examples
     found = tune_null_threshold(
@@ -76,7 +76,7 @@ def tune(readings: Readings, dataset: Dataset, score: Score) -> TunedThreshold:
     )
     return TunedThreshold(
         found.threshold,
-        Tuned(
+        TunedOn(
             source=dataset.source,
             sha256=dataset.sha256,
             questions=len(examples),
@@ -88,7 +88,7 @@ def tune(readings: Readings, dataset: Dataset, score: Score) -> TunedThreshold:
 
 
 def evaluate(
-    readings: Readings,
+    readings: Predictions,
     examples: Sequence[Example],
     score: Score,
     *,

@@ -18,21 +18,21 @@ from torch import Tensor
 from runner.data.dataset import Example
 from runner.data.sampler import score_batches
 from runner.data.windows import Windows
-from runner.distributed.collectives import gather
-from runner.eval.answers import Answer, Spans, answers, join, search
+from runner.distributed.collectives import gather_to_main
+from runner.eval.answers import Answer, BestSpans, answers, join, search
 from runner.job.schema import Score
 from runner.model.forward import Read, Reader, token_accuracy
 from runner.utils.console import Step
 from runner.utils.ranks import Rank
 
-BLOCK = 32_768  # windows whose candidates are in memory together
+BLOCK_WINDOWS = 32_768  # windows whose candidates are in memory together
 # Devices whose memory is tried before training. On a CPU a rehearsal would cost seconds, where
 # scoring, which keeps no activations, has more room than a step.
-REHEARSED = ("cuda",)
+DRY_RUN_DEVICES = ("cuda",)
 
 
 @dataclass(frozen=True)
-class Readings:
+class Predictions:
     """What a model says about a set of windows.
 
     Attributes:
@@ -52,7 +52,7 @@ class Readings:
 
 
 @torch.no_grad()
-def read_windows(
+def predict_windows(
     reader: Reader,
     windows: Windows,
     examples: Sequence[Example],
@@ -62,7 +62,7 @@ def read_windows(
     unanswerable: bool,
     keep: int | None = None,
     step: Step | None = None,
-) -> Readings | None:
+) -> Predictions | None:
     """Run the model over all windows and find each question's answer.
 
     Every rank must call this; only rank 0 gets the result. Candidate spans are kept for a block of
@@ -84,7 +84,7 @@ def read_windows(
     found: list[Answer] = []
     done = 0
     for rows in _blocks(windows.questions_N):
-        parts: list[tuple[np.ndarray, Spans]] = []
+        parts: list[tuple[np.ndarray, BestSpans]] = []
         block_4 = torch.zeros(4, dtype=torch.float64, device=reader.device)
         batches = score_batches(windows.lengths_N[rows], score.batch_size, rank.index, rank.world)
         for batch, read in _read_ahead(reader, windows, rows.start, batches):
@@ -97,7 +97,7 @@ def read_windows(
             if step is not None:
                 step(done)
         mine = block_4.cpu(), parts
-        everything = gather(mine) if rank.world > 1 else [mine]
+        everything = gather_to_main(mine) if rank.world > 1 else [mine]
         if everything is None:
             continue
         totals_4 += sum(totals for totals, _ in everything)
@@ -120,7 +120,7 @@ def read_windows(
     if not rank.is_main:
         return None
     loss, *right_3 = (totals_4 / max(1, len(windows))).tolist()
-    return Readings(
+    return Predictions(
         loss=loss,
         start_accuracy=100 * right_3[0],
         end_accuracy=100 * right_3[1],
@@ -137,12 +137,12 @@ def batch_count(windows: Windows, batch_size: int) -> int:
 
 
 @torch.no_grad()
-def rehearse(reader: Reader, windows: Windows, score: Score) -> None:
+def dry_run(reader: Reader, windows: Windows, score: Score) -> None:
     """Read the batch that needs the most memory and search it, for nothing: what does not fit fails
     before training, not after its first epoch. On a CPU nothing is tried. Every rank must call
     this."""
     batches = score_batches(windows.lengths_N, score.batch_size, 0, 1)
-    if not batches or reader.device.type not in REHEARSED:
+    if not batches or reader.device.type not in DRY_RUN_DEVICES:
         return
     was_training = reader.model.training
     reader.model.eval()
@@ -167,7 +167,7 @@ def _read_ahead(
         yield batch, read
 
 
-def _candidates(read: Read, windows: Windows, rows: np.ndarray, score: Score) -> Spans:
+def _candidates(read: Read, windows: Windows, rows: np.ndarray, score: Score) -> BestSpans:
     """The best spans of a batch, on its device."""
     return search(
         read.logits_T2,
@@ -185,7 +185,7 @@ def _blocks(questions_N: np.ndarray) -> Iterator[slice]:
     question has more."""
     first = 0
     while first < len(questions_N):
-        last = min(first + BLOCK, len(questions_N))
+        last = min(first + BLOCK_WINDOWS, len(questions_N))
         if last < len(questions_N):
             begin = int(np.searchsorted(questions_N, questions_N[last]))
             last = (
@@ -204,7 +204,7 @@ def _right(read: Read) -> Tensor:
     return torch.cat([loss[None] * read.counted, right_3]).double()
 
 
-def _in_order(parts: Sequence[tuple[np.ndarray, Spans]]) -> Spans:
+def _in_order(parts: Sequence[tuple[np.ndarray, BestSpans]]) -> BestSpans:
     """Put the ranks' batches back into the windows' order."""
     place_N = torch.from_numpy(np.concatenate([rows for rows, _ in parts])).argsort()
     return join([spans for _, spans in parts])[place_N]

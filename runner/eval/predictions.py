@@ -21,7 +21,7 @@ LISTED = 3  # candidates of a question
 AROUND = 90  # characters of context on each side of an answer
 LONGEST = 400  # characters of one stretch of context
 
-Record = dict[str, Any]
+AnswerRecord = dict[str, Any]
 
 
 def prediction_records(
@@ -32,7 +32,7 @@ def prediction_records(
     f1_N: np.ndarray,
     *,
     unanswerable: bool,
-) -> Iterator[Record]:
+) -> Iterator[AnswerRecord]:
     """Yield one record for each question, in order.
 
     Args:
@@ -47,7 +47,7 @@ def prediction_records(
         exact_N.tolist(), f1_N.tolist(), strict=True,
     )  # fmt: skip
     for answer, example, count, tokens, exact, f1 in rows:
-        record: Record = {
+        record: AnswerRecord = {
             "id": answer.id,
             "question": example.question,
             "answer": answer.text,
@@ -71,12 +71,12 @@ def prediction_records(
         yield record
 
 
-def as_lines(records: Iterable[Record]) -> str:
+def as_lines(records: Iterable[AnswerRecord]) -> str:
     """JSON Lines."""
     return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
-def listed(candidate: Candidate) -> Record:
+def listed(candidate: Candidate) -> AnswerRecord:
     """An entry of an n-best list."""
     return {
         "answer": candidate.text,
@@ -98,7 +98,7 @@ def window_counts(windows: Windows, questions: int) -> tuple[np.ndarray, np.ndar
     return end_Q - begin_Q, last_N[end_Q - 1] - first_N[begin_Q]
 
 
-def excerpts(example: Example, answer: Answer) -> list[Record]:
+def excerpts(example: Example, answer: Answer) -> list[AnswerRecord]:
     """Stretches of the context around the model's and the first right answer, at word boundaries.
 
     Returns:

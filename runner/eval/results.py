@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from runner.eval.evaluation import Evaluation, in_use
-from runner.job.inference import Answering, job_answering
+from runner.job.inference import InferenceSettings, settings_of_job
 from runner.job.schema import Job
 from runner.job.sources import public_name
 from runner.metrics.statistics import LEVEL, RESAMPLES
@@ -57,13 +57,13 @@ def result_scores(scores: Evaluation, default_threshold: float, seed: int) -> di
     return table
 
 
-def answering_of(job: Job, scores: Evaluation) -> Answering:
+def settings_of_run(job: Job, scores: Evaluation) -> InferenceSettings:
     """How the exported model is to be asked; folders of this machine are left out."""
     tuned = scores.tuned
     if tuned is not None:
         tuned = replace(tuned, source=public_name(tuned.source))
     score = in_use(job.score, scores.null_threshold)
-    return job_answering(job.data, score).model_copy(update={"tuned": tuned})
+    return settings_of_job(job.data, score).model_copy(update={"tuned": tuned})
 
 
 def score_line(result: Mapping[str, Any], prefix: str) -> str:

@@ -27,7 +27,7 @@ _PROBABILITY, _DIFFERENCE = "no_answer_probability", "null_difference"
 
 
 @dataclass(frozen=True)
-class Spans:
+class SubmittedSpans:
     """Where a file comes from spantune: the best span's text of each question id, also where the
     model answered nothing, and by how much "no answer" scored better (null_difference, logits)."""
 
@@ -36,13 +36,13 @@ class Spans:
 
 
 @dataclass(frozen=True)
-class Predictions:
+class SubmittedAnswers:
     """Predicted text of each question id, and no-answer probabilities or spans where the file has
     them."""
 
     texts: Mapping[str, str]
     no_answer: Mapping[str, float] | None
-    spans: Spans | None = None
+    spans: SubmittedSpans | None = None
 
 
 def score_file(
@@ -62,7 +62,7 @@ def score_file(
     """
     predictions = read_predictions(path)
     if no_answer is not None:
-        predictions, v2 = Predictions(predictions.texts, read_no_answer(no_answer)), True
+        predictions, v2 = SubmittedAnswers(predictions.texts, read_no_answer(no_answer)), True
     if threshold is not None and predictions.no_answer is None:
         raise UsageError(
             f"--no-answer-threshold is for no-answer probabilities; {path} has none, and there is"
@@ -93,7 +93,7 @@ def file_lines(result: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def read_predictions(path: Path) -> Predictions:
+def read_predictions(path: Path) -> SubmittedAnswers:
     """Read the official form, one JSON object of id and text; or lines (or a list) of objects with
     an id and a text called answer, prediction_text or text, perhaps with no_answer_probability;
     or what spantune itself writes, with null_difference and n_best.
@@ -115,7 +115,7 @@ def read_predictions(path: Path) -> Predictions:
         return _from_rows(path, [(f"{path}, entry {n}", row) for n, row in enumerate(table, 1)])
     if not isinstance(table, dict) or not all(isinstance(v, str) for v in table.values()):
         raise DataError(f"{path}: is no object of question ids and predicted texts")
-    return Predictions(table, None)
+    return SubmittedAnswers(table, None)
 
 
 def read_no_answer(path: Path) -> dict[str, float]:
@@ -131,7 +131,7 @@ def read_no_answer(path: Path) -> dict[str, float]:
 
 
 def score_predictions(
-    predictions: Predictions, dataset: Dataset, *, v2: bool, threshold: float, seed: int
+    predictions: SubmittedAnswers, dataset: Dataset, *, v2: bool, threshold: float, seed: int
 ) -> dict[str, Any]:
     """The official table, intervals beside it.
 
@@ -169,7 +169,7 @@ def score_predictions(
     }
 
 
-def _from_rows(path: Path, rows: list[tuple[str, Any]]) -> Predictions:
+def _from_rows(path: Path, rows: list[tuple[str, Any]]) -> SubmittedAnswers:
     texts: dict[str, str] = {}
     best: dict[str, str | None] = {}
     numbers: dict[str, dict[str, float]] = {_PROBABILITY: {}, _DIFFERENCE: {}}
@@ -192,8 +192,10 @@ def _from_rows(path: Path, rows: list[tuple[str, Any]]) -> Predictions:
         if found and len(found) != len(texts):
             raise DataError(f"{path}: only {len(found)} of {len(texts)} have {name}")
     spans = {id: text for id, text in best.items() if text is not None}
-    searched = Spans(spans, numbers[_DIFFERENCE]) if spans and len(spans) == len(texts) else None
-    return Predictions(texts, numbers[_PROBABILITY] or None, searched)
+    searched = (
+        SubmittedSpans(spans, numbers[_DIFFERENCE]) if spans and len(spans) == len(texts) else None
+    )
+    return SubmittedAnswers(texts, numbers[_PROBABILITY] or None, searched)
 
 
 def _best_span(row: Mapping[str, Any]) -> str | None:

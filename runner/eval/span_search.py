@@ -33,7 +33,7 @@ _HALF_OF_MAX = torch.finfo(torch.float32).max / 2
 
 
 @dataclass(frozen=True, slots=True)
-class Spans:
+class BestSpans:
     """The best spans of every window, best first; an absent span scores -inf and stands at -1.
 
     score_NK: float32, start logit + end logit. start_NK, end_NK: int32 positions in the window, end
@@ -45,22 +45,22 @@ class Spans:
     end_NK: Tensor
     null_score_N: Tensor
 
-    def cpu(self) -> Spans:
+    def cpu(self) -> BestSpans:
         """The same spans in main memory."""
-        return Spans(
+        return BestSpans(
             self.score_NK.cpu(), self.start_NK.cpu(), self.end_NK.cpu(), self.null_score_N.cpu()
         )
 
-    def __getitem__(self, rows: slice | Tensor) -> Spans:
+    def __getitem__(self, rows: slice | Tensor) -> BestSpans:
         """The spans of some windows, by a slice (then they are views) or by positions."""
-        return Spans(
+        return BestSpans(
             self.score_NK[rows], self.start_NK[rows], self.end_NK[rows], self.null_score_N[rows]
         )
 
 
-def join(parts: Sequence[Spans]) -> Spans:
+def join(parts: Sequence[BestSpans]) -> BestSpans:
     """Put the spans of several batches, at least one and all of the same K, below one another."""
-    return Spans(
+    return BestSpans(
         torch.cat([part.score_NK for part in parts]),
         torch.cat([part.start_NK for part in parts]),
         torch.cat([part.end_NK for part in parts]),
@@ -78,7 +78,7 @@ def search(
     mode: Mode = "exact",
     chunk: int = 1024,
     cls_N: Tensor | None = None,
-) -> Spans:
+) -> BestSpans:
     """Find the best spans of each window: start <= end, not too long, inside the context.
 
     Mode "exact" looks at all valid spans; equal scores go to the lowest start, then the lowest end.
@@ -155,7 +155,7 @@ def search(
         score_NK[row_R, columns] = score_RK
         start_NK[row_R, columns] = torch.where(exists_RK, first_RK + shift_R1, -1).int()
         end_NK[row_R, columns] = torch.where(exists_RK, last_RK + shift_R1, -1).int()
-    return Spans(score_NK, start_NK, end_NK, null_score_N)
+    return BestSpans(score_NK, start_NK, end_NK, null_score_N)
 
 
 def _check(logits_T2: Tensor, segments_N2: Tensor, contexts_N2: Tensor, cls_N: Tensor) -> None:

@@ -7,9 +7,9 @@ import json
 import re
 from collections.abc import Mapping
 
-from runner.job.inference import KEY, Answering
+from runner.job.inference import KEY, InferenceSettings
 from runner.job.schema import Job
-from runner.job.sources import drawn, parse_data, public_name
+from runner.job.sources import describe_sample, parse_data, public_name
 
 
 def model_card(
@@ -19,7 +19,7 @@ def model_card(
     job_text: str,
     *,
     intervals: Mapping[str, tuple[float, float]],
-    asked: Answering,
+    asked: InferenceSettings,
 ) -> str:
     """Write the card in the hub's format: YAML front matter, then Markdown. Folders of this machine
     are left out: a card is made to be published.
@@ -35,7 +35,7 @@ def model_card(
     train, validation, name = map(
         public_name, (job.data.train, job.data.validation, job.model.name)
     )
-    scored = drawn(job.data.validation_sample)
+    scored = describe_sample(job.data.validation_sample)
     declared = {
         "training": (job.data.train, job.data.sample),
         "validation": (job.data.validation, job.data.validation_sample),
@@ -56,7 +56,7 @@ def model_card(
         for metric, value in scores.items()
     )
     slices = "\n".join(
-        f"| {part} | `{public_name(declared[part][0])}`{drawn(declared[part][1])} | `{digest}` |"
+        f"| {part} | `{public_name(declared[part][0])}`{describe_sample(declared[part][1])} | `{digest}` |"
         for part, digest in data.items()
     )
     return f"""---
@@ -79,7 +79,7 @@ model-index:
 
 An extractive question-answering model: given a question and a text, it points at the span of the
 text that answers it. Fine-tuned with spantune from `{name}`
-on `{train}`{drawn(job.data.sample)}.
+on `{train}`{describe_sample(job.data.sample)}.
 
 ## Scores
 
@@ -134,7 +134,7 @@ def _interval(intervals: Mapping[str, tuple[float, float]], metric: str) -> str:
     return f"{low:.2f} to {high:.2f}"
 
 
-def _nothing(answering: Answering) -> str:
+def _nothing(answering: InferenceSettings) -> str:
     if not answering.unanswerable:
         return "The model always answers, also where the text holds no answer."
     tuned = answering.tuned
@@ -179,7 +179,7 @@ def _recipe(job: Job) -> str:
     warmup = f" after a warm-up of {100 * train.warmup:g} % of the steps" if train.warmup else ""
     stop = f"; until {job.stop.metric} stops improving" if job.stop else ""
     rows = {
-        "questions": f"`{public_name(job.data.train)}`{drawn(job.data.sample)}",
+        "questions": f"`{public_name(job.data.train)}`{describe_sample(job.data.sample)}",
         "windows": f"{job.data.max_length} tokens, stride {job.data.stride}",
         "frozen": frozen or "nothing",
         "epochs": f"at most {train.epochs}{stop}" if stop else f"{train.epochs}",

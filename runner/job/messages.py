@@ -14,7 +14,7 @@ from pydantic_core import ErrorDetails
 
 from runner.job.schema import Job
 from runner.job.toml_lines import Path as KeyPath
-from runner.utils.text import one_of, short
+from runner.utils.text import one_of, shorten
 
 
 def schema_problems(error: ValidationError, within: KeyPath = ()) -> list[tuple[KeyPath, str]]:
@@ -37,24 +37,24 @@ def schema_problems(error: ValidationError, within: KeyPath = ()) -> list[tuple[
     return problems
 
 
-def spell(loc: KeyPath) -> str:
+def key_path(loc: KeyPath) -> str:
     """Spell the path of a key; elements of lists count from 1."""
     return ".".join(str(part + 1) if isinstance(part, int) else part for part in loc)
 
 
-def show(value: Any) -> str:
+def shown(value: Any) -> str:
     """Spell a value as it stands in the file, in a few words."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
-        return json.dumps(short(value), ensure_ascii=True)
+        return json.dumps(shorten(value), ensure_ascii=True)
     if isinstance(value, Mapping):
         return "a table"
     if isinstance(value, list | tuple):
         return "a list"
     if isinstance(value, int) and value.bit_length() > 200:
         return f"a number of {value.bit_length()} bits"
-    return short(str(value))
+    return shorten(str(value))
 
 
 def accepts_text(path: KeyPath) -> bool:
@@ -77,24 +77,24 @@ def _problem(error: ErrorDetails) -> str:
         return f"is missing{_description(error['loc'])}"
     if kind == "literal_error":
         allowed = context["expected"].replace(" or ", ", ").replace("'", "")
-        return f"{show(found)} is not one of {allowed}"
+        return f"{shown(found)} is not one of {allowed}"
     if kind == "value_error":
         return str(context["error"])
     if kind == "string_pattern_mismatch":
         if not found.strip():
-            return f"expected some text, found {show(found)}"
+            return f"expected some text, found {shown(found)}"
         described = _description(error["loc"])
-        return f"{show(found)} does not match {context['pattern']}{described}"
+        return f"{shown(found)} does not match {context['pattern']}{described}"
     if kind in _BOUNDS:
         words, bound = _BOUNDS[kind]
-        return f"must be {words} {_bound(context[bound])}, found {show(found)}"
+        return f"must be {words} {_bound(context[bound])}, found {shown(found)}"
     if kind == "tuple_type" and _section_at(error["loc"]) and isinstance(found, Mapping):
         return f"is a list of tables; write [[{error['loc'][-1]}]] for each"
     if kind == "too_long":
         return f"takes {context['max_length']} values, found {context['actual_length']}"
     if kind in _EXPECTED:
-        return f"expected {_EXPECTED[kind]}, found {show(found)}"
-    return f"{error['msg'][:1].lower()}{error['msg'][1:]}, found {show(found)}"
+        return f"expected {_EXPECTED[kind]}, found {shown(found)}"
+    return f"{error['msg'][:1].lower()}{error['msg'][1:]}, found {shown(found)}"
 
 
 _BOUNDS = {
@@ -153,7 +153,7 @@ def _header(path: KeyPath) -> str:
     if not path:
         return "the top of the file, before the first [section]"
     is_list = tuple in _flat(Job.model_fields[str(path[0])].annotation)
-    return f"[[{spell(path)}]]" if is_list else f"[{spell(path)}]"
+    return f"[[{key_path(path)}]]" if is_list else f"[{key_path(path)}]"
 
 
 def _description(loc: KeyPath) -> str:

@@ -410,13 +410,15 @@ class Slurm(Section):
     """What `submit` asks SLURM for; keys that are unset come from the cluster's own defaults
     (~/.config/spantune/slurm.toml), which has the same keys."""
 
-    partition: Annotated[str, allowed.NAME] | None = Field(
+    partition: Annotated[str, allowed.SLURM_NAME] | None = Field(
         default=None, description="partition, or several separated by commas"
     )
-    account: Annotated[str, allowed.NAME] | None = Field(
+    account: Annotated[str, allowed.SLURM_NAME] | None = Field(
         default=None, description="account that pays"
     )
-    qos: Annotated[str, allowed.NAME] | None = Field(default=None, description="quality of service")
+    qos: Annotated[str, allowed.SLURM_NAME] | None = Field(
+        default=None, description="quality of service"
+    )
     nodes: Count = Field(default=1, description="nodes of a run")
     gpus_per_node: int | None = Field(
         default=None,
@@ -514,7 +516,7 @@ class Slurm(Section):
             )
         if not gpus and self.gpu_type is not None:
             raise ValueError("gpu_type says which GPUs, gpus_per_node must say how many")
-        limit = 0 if self.time is None else allowed.seconds(self.time)
+        limit = 0 if self.time is None else allowed.time_limit_seconds(self.time)
         if limit and self.signal_seconds >= limit:
             raise ValueError(
                 f"signal_seconds {self.signal_seconds} must be less than the time limit of"
@@ -586,7 +588,7 @@ class Job(Section):
 
 
 @dataclass(frozen=True)
-class Layout:
+class BatchLayout:
     """How one optimiser step's windows are spread: batch_size = world * micro_batch_size *
     micro_batches."""
 
@@ -595,7 +597,7 @@ class Layout:
     micro_batches: int
 
 
-def batch_layout(train: Train, world: int) -> Layout:
+def batch_layout(train: Train, world: int) -> BatchLayout:
     """Divide the global batch over the ranks.
 
     Raises:
@@ -620,7 +622,7 @@ def batch_layout(train: Train, world: int) -> Layout:
                 f" multiple of {micro}; micro_batch_size may be {one_of(divisors(share))}"
             ]
         )
-    return Layout(world, micro, share // micro)
+    return BatchLayout(world, micro, share // micro)
 
 
 def missed_expectation(expect: Expect | None, metrics: Mapping[str, float]) -> str | None:

@@ -15,7 +15,7 @@ from pydantic_core import CoreSchema, core_schema
 
 
 @dataclass(frozen=True)
-class Kind:
+class ValueKind:
     """A kind of value: the pattern that all of it must match, and the sentence for what does not.
 
     Calling it checks a text, returns it, and raises ValueError with the sentence. In the schema,
@@ -42,38 +42,40 @@ class Kind:
         return {**handler(schema), "pattern": f"^(?:{self.pattern})$"}
 
 
-NAME = Kind(
+SLURM_NAME = ValueKind(
     "a name made of letters, digits and . _ + / - (several: with commas)",
     r"[A-Za-z0-9_][A-Za-z0-9_.+/-]*(,[A-Za-z0-9_][A-Za-z0-9_.+/-]*)*",
 )
-MEMORY = Kind('an amount such as "64G" (K, M, G or T; 0 is all of a node)', r"\d{1,12}[KMGT]?")
-TIME = Kind(
+MEMORY = ValueKind('an amount such as "64G" (K, M, G or T; 0 is all of a node)', r"\d{1,12}[KMGT]?")
+TIME = ValueKind(
     'a time such as "4:00:00", "2-12" (days-hours), or "90" (minutes)',
     r"\d{1,6}|\d{1,6}:\d{1,2}|\d{1,4}:\d{1,2}:\d{1,2}|\d{1,4}-\d{1,2}(:\d{1,2}){0,2}",
 )
-FEATURES = Kind(
+FEATURES = ValueKind(
     'node features such as "a100" or "a100|h100"',
     r"[A-Za-z0-9_(\[][A-Za-z0-9_.:,&|*()\[\]-]*",
 )
-HOSTS = Kind(
+HOSTS = ValueKind(
     'names of nodes such as "gpu[01-04],gpu07"',
     r"[A-Za-z0-9][A-Za-z0-9_.,-]*(\[[0-9,-]+\][\w.,-]*)*",
 )
-MAIL = Kind("a mail address or a user's name", r"[A-Za-z0-9][A-Za-z0-9._+-]*(@[A-Za-z0-9.-]+)?")
-MODULE = Kind('a module such as "cuda/12.4"', r"[A-Za-z0-9_][A-Za-z0-9_.+/-]*")
-FOLDER = Kind(
+MAIL = ValueKind(
+    "a mail address or a user's name", r"[A-Za-z0-9][A-Za-z0-9._+-]*(@[A-Za-z0-9.-]+)?"
+)
+MODULE = ValueKind('a module such as "cuda/12.4"', r"[A-Za-z0-9_][A-Za-z0-9_.+/-]*")
+FOLDER = ValueKind(
     'a folder such as "~/envs/spantune" or "$WORK/envs/spantune"',
     r"(~|/|\$[A-Za-z_][A-Za-z0-9_]*/|\$\{[A-Za-z_][A-Za-z0-9_]*\}/)[A-Za-z0-9_./+,=@$-]*",
 )
-WORD = Kind(
+WORD = ValueKind(
     "one word of a command, made of letters, digits and . _ / : , = @ % + - ~ $NAME",
     r"(~/)?([A-Za-z0-9_./:,=@%+-]|\$[A-Za-z_][A-Za-z0-9_]*|\$\{[A-Za-z_][A-Za-z0-9_]*\})*",
 )
-OPTION = Kind(
+OPTION = ValueKind(
     "a value of letters, digits and . _ : , = + @ / & | * ( ) [ ] % -",
     r"[A-Za-z0-9_.:,=+@/&|*()\[\]%-]+",
 )
-VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
+ENVIRONMENT_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
 
 # Options of sbatch that a job may add under [slurm.sbatch]. What is not here either has a key of
 # its own in [slurm], is what submit itself decides (output, signal, array, ...), or runs something
@@ -96,7 +98,7 @@ _OF_THE_SCRIPT = {
 def check_variables(names: Iterable[str]) -> None:
     """Check names of environment variables; ValueError names the first wrong one."""
     for name in names:
-        if not VARIABLE.fullmatch(name):
+        if not ENVIRONMENT_VARIABLE.fullmatch(name):
             raise ValueError(f"{json.dumps(name)} is no name of an environment variable")
         if _RESERVED.fullmatch(name):
             raise ValueError(f"{name} is set by SLURM or by the ranks themselves")
@@ -123,7 +125,7 @@ def check_options(table: Mapping[str, Any]) -> None:
             raise ValueError(f"{name}: expected a string, a whole number or true")
 
 
-def seconds(time: str) -> int:
+def time_limit_seconds(time: str) -> int:
     """Read a time limit of SLURM's: minutes, M:S, H:M:S, D-H, D-H:M or D-H:M:S."""
     days, dash, rest = time.rpartition("-")
     parts = [int(part) for part in rest.split(":")]
@@ -136,7 +138,7 @@ def seconds(time: str) -> int:
     return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + secs
 
 
-def expanded(text: str) -> str:
+def expand_hosts(text: str) -> str:
     """Put the values of `~` and `$NAME` into a word, as they are where the job is submitted.
 
     Raises:

@@ -153,6 +153,6 @@ def public_name(name: str) -> str:
     return name.rpartition("/")[2] if name.startswith("/") else name
 
 
-def drawn(sample: int | None) -> str:
+def describe_sample(sample: int | None) -> str:
     """What must follow the name of a slice of which only a sample was taken."""
     return "" if sample is None else f", {sample:,} of its questions drawn with the seed"

@@ -14,10 +14,10 @@ from typing import Any
 
 from runner.errors import JobError
 from runner.job.load import (
-    NO_MATTER,
+    MAY_DIFFER,
     Source,
     check_table,
-    in_order,
+    format_problems,
     load_job,
     read_source,
 )
@@ -76,13 +76,13 @@ def _trials(sweep: Sweep, source: Source) -> Iterator[Trial]:
             (("sweep", "over"), f"zip takes lists of one length, these have {sorted(lengths)}")
         )
     if problems:
-        raise JobError(in_order(problems, source))
+        raise JobError(format_problems(problems, source))
     combine = itertools.product if sweep.mode == "grid" else zip
     places = list(combine(*(range(len(values)) for values in axes.values()))) if axes else [()]
     count = len(places) * max(1, len(sweep.seeds))
     if count > MAX_TRIALS:
         raise JobError(
-            in_order([(("sweep",), f"{count} trials are more than {MAX_TRIALS}")], source)
+            format_problems([(("sweep",), f"{count} trials are more than {MAX_TRIALS}")], source)
         )
     found: dict[tuple[KeyPath, str], None] = {}
     seen: dict[str, str] = {}
@@ -109,7 +109,7 @@ def _trials(sweep: Sweep, source: Source) -> Iterator[Trial]:
             seen[name] = ", ".join(f"{key} = {value}" for key, value in values.items())
             trials.append(Trial(name, values, job))
     if found:
-        raise JobError(in_order(found, source))
+        raise JobError(format_problems(found, source))
     yield from trials
 
 
@@ -156,7 +156,7 @@ def _name(values: Mapping[str, Any], job: Job, table: Mapping[str, Any]) -> str:
     run. Files are hashed by the names that the job file has for them, which are the same in every
     checkout; keys at their defaults are left out, so that a new key of the schema renames none."""
     whole = job.model_dump(mode="json", exclude_defaults=True)
-    for path in NO_MATTER:
+    for path in MAY_DIFFER:
         _drop(whole, path)
     for section, key in _FILES:
         if key in whole[section]:

@@ -18,7 +18,7 @@ import numpy as np
 from runner.errors import DataError
 from runner.metrics.squad import Scores, ScoresV2
 
-Record = Mapping[str, Any]
+PredictionRecord = Mapping[str, Any]
 
 FLIPS = 10_000  # of the signs, in the permutation test
 
@@ -72,7 +72,7 @@ class Gap:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class PairedTest:
     """What became of the questions from the first model to the second.
 
     Attributes:
@@ -87,7 +87,7 @@ class Verdict:
     lost: tuple[str, ...]
 
 
-def paired(first: Sequence[Record], second: Sequence[Record]) -> Pairs:
+def paired(first: Sequence[PredictionRecord], second: Sequence[PredictionRecord]) -> Pairs:
     """Pair the predictions of two models by question.
 
     Raises:
@@ -109,13 +109,13 @@ def paired(first: Sequence[Record], second: Sequence[Record]) -> Pairs:
     )
 
 
-def judge(pairs: Pairs, seed: int) -> Verdict:
+def paired_tests(pairs: Pairs, seed: int) -> PairedTest:
     """Compare two models."""
     first_N, second_N = pairs.exact_N2.T
     gained_N, lost_N = ~first_N & second_N, first_N & ~second_N
     exact_gap_N = 100.0 * (second_N.astype(np.float64) - first_N)
     f1_gap_N = pairs.f1_N2[:, 1] - pairs.f1_N2[:, 0]
-    return Verdict(
+    return PairedTest(
         exact_match=Gap(
             float(exact_gap_N.mean()),
             *bootstrap_interval(exact_gap_N, seed),
@@ -161,7 +161,7 @@ def sign_flip(gap_N: np.ndarray, seed: int, flips: int = FLIPS) -> float:
     return float((1 + reached.sum()) / (1 + flips))
 
 
-def adjusted(p_values: Sequence[float]) -> list[float]:
+def holm_adjusted(p_values: Sequence[float]) -> list[float]:
     """Holm's correction (1979): several comparisons find something by chance more easily."""
     order = sorted(range(len(p_values)), key=p_values.__getitem__)
     found, largest = [0.0] * len(p_values), 0.0
@@ -171,7 +171,7 @@ def adjusted(p_values: Sequence[float]) -> list[float]:
     return found
 
 
-def sentence(name: str, base: str, gap: Gap, metric: str, p: float) -> str:
+def describe_gap(name: str, base: str, gap: Gap, metric: str, p: float) -> str:
     """The verdict in words.
 
     Args:

@@ -21,9 +21,9 @@ from transformers import AttentionInterface
 
 from runner.data.collate import Bounds, Packing
 from runner.errors import JobError
-from runner.model.dropout import CpuDropout, Noise, keep_scale, masked
+from runner.model.dropout import CpuDropout, DropoutMasks, keep_scale, masked
 
-NAME = "spantune_packed"
+PACKED_ATTENTION = "spantune_packed"
 
 # Families whose layers look at other tokens through attention alone, and take positions as given;
 # tests hold each of them, packed, against its windows one by one.
@@ -49,7 +49,7 @@ def packed_attention(
     `packed` travels as a keyword argument of the model's forward pass.
     """
     if packed is None or attention_mask is not None:
-        raise AssertionError(f"{NAME} attention takes packed batches and no mask")
+        raise AssertionError(f"{PACKED_ATTENTION} attention takes packed batches and no mask")
     query_THD, key_THD, value_THD = (x.select(0, 0).transpose(0, 1) for x in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if query.device.type == "cpu":
@@ -59,7 +59,7 @@ def packed_attention(
     return out_THD.unsqueeze(0), None
 
 
-AttentionInterface.register(NAME, packed_attention)
+AttentionInterface.register(PACKED_ATTENTION, packed_attention)
 
 
 def _flash(
@@ -135,7 +135,7 @@ class _CpuAttention(torch.autograd.Function):
         ends: tuple[int, ...],
         scale: float,
         dropout: float,
-        noise: Noise,
+        noise: DropoutMasks,
     ) -> Tensor:
         out_THD = torch.empty_like(query_THD, memory_format=torch.contiguous_format)
         keep = keep_scale(dropout)
@@ -146,7 +146,7 @@ class _CpuAttention(torch.autograd.Function):
                 x[low:high].transpose(0, 1) for x in (query_THD, key_THD, value_THD)
             )
             weights_HLL = torch.softmax((query * scale) @ key.transpose(1, 2), dim=-1)
-            kept_HLL = noise.kept(weights_HLL.shape, dropout)
+            kept_HLL = noise.keep_mask(weights_HLL.shape, dropout)
             out = masked(weights_HLL, kept_HLL) @ value
             torch.mul(out.transpose(0, 1), keep, out=out_THD[low:high])
             probabilities.append(weights_HLL)
@@ -205,7 +205,7 @@ def choose_packing(
         if wanted == "on":
             raise JobError([f'model.packing: "on" is not possible: {obstacle}'])
         return None, obstacle
-    model.set_attn_implementation(NAME)
+    model.set_attn_implementation(PACKED_ATTENTION)
     table = _position_table(model)
     first = 0 if table.padding_idx is None else table.padding_idx + 1
     if device.type == "cuda":

@@ -21,7 +21,7 @@ _LEVELS = 1 << 16  # how finely a probability is told apart
 _WORD = 4  # elements that one 64-bit number of the generator serves
 
 
-class Noise:
+class DropoutMasks:
     """The source of all masks of one rank.
 
     A resumed run draws the masks of an uninterrupted one: nothing depends on what was drawn before
@@ -30,15 +30,15 @@ class Noise:
 
     def __init__(self, seed: int, rank: int) -> None:
         self._place = (seed, rank)
-        self.restart()
+        self.reseed()
 
-    def restart(self, *position: int) -> None:
+    def reseed(self, *position: int) -> None:
         """Begin the masks of a forward pass, named by numbers such as epoch, step and pass."""
         entropy = np.random.SeedSequence([*self._place, *position])
         self._bits = np.random.SFC64(entropy)
         torch.manual_seed(int(entropy.generate_state(1, np.uint64)[0]))
 
-    def kept(self, shape: Sequence[int], p: float) -> np.ndarray:
+    def keep_mask(self, shape: Sequence[int], p: float) -> np.ndarray:
         """Which elements are kept, bool of `shape`; each is dropped with probability p."""
         count = math.prod(shape)
         words = self._bits.random_raw(-(-count // _WORD))
@@ -65,7 +65,7 @@ def masked(values: Tensor, kept: np.ndarray) -> Tensor:
 class CpuDropout(nn.Dropout):
     """`nn.Dropout` with masks from a `Noise`."""
 
-    def __init__(self, p: float, noise: Noise) -> None:
+    def __init__(self, p: float, noise: DropoutMasks) -> None:
         super().__init__(p)
         self.noise = noise
 
@@ -73,21 +73,21 @@ class CpuDropout(nn.Dropout):
         """Drop elements of a CPU tensor of any shape while training."""
         if not self.training or self.p == 0.0:
             return input
-        return _Drop.apply(input, self.noise.kept(input.shape, self.p), keep_scale(self.p))
+        return _Drop.apply(input, self.noise.keep_mask(input.shape, self.p), keep_scale(self.p))
 
 
 class _Drop(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, kept: np.ndarray, scale: float) -> Tensor:
-        ctx.kept, ctx.scale = kept, scale
+        ctx.keep_mask, ctx.scale = kept, scale
         return masked(values.contiguous(), kept).mul_(scale)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return masked(grads[0].contiguous(), ctx.kept).mul_(ctx.scale), None, None
+        return masked(grads[0].contiguous(), ctx.keep_mask).mul_(ctx.scale), None, None
 
 
-def install(model: nn.Module, noise: Noise) -> int:
+def install_dropout(model: nn.Module, noise: DropoutMasks) -> int:
     """Let every `nn.Dropout` of a model draw from `noise`; returns how many there are.
 
     Weights and their names stay as they are.

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from runner.data.collate import Packed, Packing, Padded, collate, outline, pack, pad
 from runner.data.loader import Prepared, Resident, _Assembled, to_device
 from runner.data.windows import Windows
-from runner.model.frozen import Store, Trunk
+from runner.model.frozen import FrozenLayers, HiddenCache
 
 # Batches that are assembled in a row: after each training step the code and the data of assembling
 # have to come back from main memory, which takes several times as long as the work itself
@@ -90,8 +90,8 @@ class Reader:
     segment_ids: bool
     multiple: int
     packing: Packing | None = None
-    trunk: Trunk | None = None
-    stores: tuple[Store, ...] = ()
+    trunk: FrozenLayers | None = None
+    stores: tuple[HiddenCache, ...] = ()
     residents: tuple[Resident, ...] = ()
 
     def read(self, windows: Windows, rows: np.ndarray) -> Read:
@@ -203,7 +203,7 @@ def _slots(batch: Padded | Packed, tokens: int) -> Tensor:
 
 
 @torch.no_grad()
-def fill(reader: Reader, store: Store, batches: Iterable[np.ndarray]) -> None:
+def fill_cache(reader: Reader, store: HiddenCache, batches: Iterable[np.ndarray]) -> None:
     """Compute the frozen bottom's outputs for these windows, and keep them."""
     if reader.trunk is None:
         raise AssertionError("there is no frozen bottom to fill a store from")

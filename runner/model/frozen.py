@@ -35,7 +35,7 @@ _SHARED_MEMORY = Path("/dev/shm")
 
 
 @dataclass(frozen=True)
-class Trunk:
+class FrozenLayers:
     """The frozen bottom of an encoder.
 
     Attributes:
@@ -49,7 +49,7 @@ class Trunk:
     depth: int
 
     @classmethod
-    def of(cls, model: Any) -> Trunk | None:
+    def of(cls, model: Any) -> FrozenLayers | None:
         """Find it; None where embeddings are trained, or the encoder is built in another way."""
         base = model.base_model
         stack = getattr(base, "encoder", None) or getattr(base, "transformer", None)
@@ -112,7 +112,7 @@ def _projects(base: Any) -> bool:
 
 
 @dataclass(frozen=True)
-class Store:
+class HiddenCache:
     """The trunk's outputs for all windows of a data set.
 
     Attributes:
@@ -143,7 +143,7 @@ class Store:
         return torch.from_numpy(index_T).to(self.hidden_TD.device, non_blocking=True)
 
 
-def make_room(
+def allocate(
     windows: Windows,
     width: int,
     dtype: torch.dtype,
@@ -152,7 +152,7 @@ def make_room(
     rank: Rank,
     agree: Callable[[Any], Any],
     everyone: Callable[[str | None], Sequence[str | None]],
-) -> Store | None:
+) -> HiddenCache | None:
     """Find room for a store: on the GPU, else in memory, else on disk; None without any.
 
     The ranks of one machine share one copy, since each epoch deals windows to other ranks. Every
@@ -177,9 +177,9 @@ def make_room(
     if place is None:
         return None
     if place == "GPU memory":
-        return Store(windows, torch.empty(tokens, width, dtype=dtype, device=device), place)
+        return HiddenCache(windows, torch.empty(tokens, width, dtype=dtype, device=device), place)
     if rank.local_world == 1 and place == "memory":
-        return Store(windows, torch.empty(tokens, width, dtype=dtype), place)
+        return HiddenCache(windows, torch.empty(tokens, width, dtype=dtype), place)
     # Named after the machine: `folder` may be one of several machines'.
     at = folder if place == "disk" else _SHARED_MEMORY
     path = at / f".spantune-{name}-{platform.node()}"
@@ -192,7 +192,7 @@ def make_room(
         everyone(None)
         if rank.local == 0:
             path.unlink()  # the mapping stays; nothing is left behind, however the run ends
-    return Store(windows, hidden.view(tokens, width), place)
+    return HiddenCache(windows, hidden.view(tokens, width), place)
 
 
 def _reserve(path: Path, size: int) -> str | None:
@@ -219,7 +219,7 @@ def _place(size: int, device: torch.device, folder: Path, rank: Rank) -> str | N
     return "disk" if size <= _SHARE_OF_FREE * shutil.disk_usage(folder).free else None
 
 
-def check_cacheable(trunk: Trunk | None, zero_stage: int) -> Trunk:
+def check_cacheable(trunk: FrozenLayers | None, zero_stage: int) -> FrozenLayers:
     """Refuse `model.cache_frozen` where there is nothing to cache.
 
     Raises:

@@ -78,7 +78,7 @@ def load_config(section: Model) -> PreTrainedConfig:
         JobError: if it has no such dropout.
     """
     location = model_location(section)
-    refuse_code(section.name, Path(location))
+    refuse_remote_code(section.name, Path(location))
     quiet_libraries()
     with _loading(section):
         config = AutoConfig.from_pretrained(location, trust_remote_code=False)
@@ -283,7 +283,7 @@ def _loading(section: Model) -> Iterator[None]:
         raise DataError(f"model.name: {section.name}: cannot be read: {first}") from error
 
 
-def refuse_code(name: str, folder: Path) -> None:
+def refuse_remote_code(name: str, folder: Path) -> None:
     """Look through a model folder's configurations before any library reads them.
 
     Args:

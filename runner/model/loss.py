@@ -22,7 +22,7 @@ from runner.errors import JobError, RunnerError
 from runner.model.forward import Read
 
 # Share of the largest gradient by which a kernel may differ from plain PyTorch in the same dtype.
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
+LOSS_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 
 
 @dataclass
@@ -71,7 +71,7 @@ class SpanLoss:
             kernel, reference = qa_head_loss, reference_qa_head_loss
             self._hidden_BLD = None
         if not self.checked:
-            compare(kernel, reference, inputs, labels)
+            compare_with_reference(kernel, reference, inputs, labels)
             self.checked = True
         return kernel(*inputs, *labels)
 
@@ -112,7 +112,7 @@ def choose_span_loss(wanted: str, model: Any, device: torch.device, zero_stage: 
     return SpanLoss("fused head", how, head)
 
 
-def compare(
+def compare_with_reference(
     kernel: Any, reference: Any, inputs: tuple[Tensor, ...], labels: tuple[Tensor, ...]
 ) -> None:
     """Hold a kernel's loss and gradients against plain PyTorch's on one batch.
@@ -122,7 +122,7 @@ def compare(
     """
     found = _with_gradients(kernel, inputs, labels)
     right = _with_gradients(reference, inputs, labels)
-    tolerance = TOLERANCE.get(inputs[0].dtype, 1e-4)
+    tolerance = LOSS_TOLERANCE.get(inputs[0].dtype, 1e-4)
     names = (
         ("loss", "logits' gradient") if len(inputs) == 1 else ("loss", "hidden", "weight", "bias")
     )

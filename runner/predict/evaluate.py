@@ -14,13 +14,13 @@ import torch
 
 from runner.data.dataset import Dataset
 from runner.data.windows import Windows, build_windows
-from runner.distributed.failures import memory_errors
+from runner.distributed.failures import explaining_inference_oom
 from runner.errors import DataError, UsageError
 from runner.eval.evaluation import Evaluation, TunedThreshold, evaluate, in_use
-from runner.eval.inference import batch_count, read_windows
+from runner.eval.inference import batch_count, predict_windows
 from runner.eval.predictions import LISTED, as_lines, prediction_records
 from runner.eval.results import result_scores, score_line, threshold_lines
-from runner.job.inference import Answering, Opening
+from runner.job.inference import InferenceSettings, Opening
 from runner.job.sources import parse_data, public_name
 from runner.predict.predictor import ALONE, Predictor, open_model
 from runner.report.render import write_report
@@ -29,7 +29,7 @@ from runner.run.folder import RunDir
 from runner.utils.console import progress
 from runner.utils.files import below_here, file_sha256, storage_errors, write_atomic, write_json
 
-NEVER = float("inf")  # a null threshold that nothing exceeds
+ALWAYS_ANSWERED = float("inf")  # a null threshold that nothing exceeds
 
 
 def evaluate_model(
@@ -57,7 +57,7 @@ def evaluate_model(
     predictor = open_model(opening, listed=None)
     refuse_tuned(predictor.answering, dataset)
     v2 = v2 or predictor.answering.unanswerable
-    with memory_errors():
+    with explaining_inference_oom():
         scores, windows = assess(predictor, dataset, v2=v2, seed=seed)
     result = result_of(predictor, dataset, scores, seed)
     run = RunDir(opening.name)
@@ -68,7 +68,7 @@ def evaluate_model(
     return result, output
 
 
-def refuse_tuned(answering: Answering, dataset: Dataset) -> None:
+def refuse_tuned(answering: InferenceSettings, dataset: Dataset) -> None:
     """Hold the questions that are scored apart from those the null threshold was tuned on.
 
     Only the very same questions are found: a model keeps their hash, not their texts.
@@ -128,12 +128,12 @@ def assess(
     )
     score, tuned = answering.score, None
     if not answering.unanswerable:
-        score = in_use(score, NEVER)
+        score = in_use(score, ALWAYS_ANSWERED)
     elif answering.tuned is not None:
         tuned = TunedThreshold(score.null_threshold, answering.tuned)
         score = in_use(score, answering.tuned.default)
     with progress("answering", batch_count(windows, score.batch_size)) as step:
-        readings = read_windows(
+        readings = predict_windows(
             predictor.reader,
             windows,
             dataset.examples,

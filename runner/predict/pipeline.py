@@ -28,8 +28,8 @@ from runner.data.dataset import Example
 from runner.data.sampler import score_batches
 from runner.data.tokenize import plain_backend
 from runner.data.windows import Windows, build_windows
-from runner.eval.answers import Spans, join, search
-from runner.job.inference import usual_answering
+from runner.eval.answers import BestSpans, join, search
+from runner.job.inference import default_settings
 from runner.job.schema import Model
 from runner.model.forward import Read
 from runner.model.load import load_tokenizer
@@ -96,7 +96,7 @@ def pipeline(
         found = Predictor(
             model,
             tokenizer,
-            usual_answering(tokenizer.model_max_length),
+            default_settings(tokenizer.model_max_length),
             name=type(model).__name__,
             location="",
             device=torch.device(device) if device is not None else model.device,
@@ -176,10 +176,10 @@ class QuestionAnsweringPipeline:
 
     def _read(
         self, windows: Windows, n_best: int, max_answer_len: int
-    ) -> tuple[Spans, np.ndarray, np.ndarray]:
+    ) -> tuple[BestSpans, np.ndarray, np.ndarray]:
         """Best spans of each window; the log of what turns a logit score into a probability; and
         the probability of no answer."""
-        parts: list[Spans] = []
+        parts: list[BestSpans] = []
         sums: list[torch.Tensor] = []
         order: list[np.ndarray] = []
         batch_size = self.predictor.answering.score.batch_size
@@ -235,7 +235,7 @@ def _words(
 
 def _candidates(
     windows: Windows,
-    spans: Spans,
+    spans: BestSpans,
     log_sum_N: np.ndarray,
     places_C2: np.ndarray,
     rows: np.ndarray,

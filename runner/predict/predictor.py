@@ -19,12 +19,12 @@ from transformers import AutoModelForQuestionAnswering, PreTrainedModel, PreTrai
 
 from runner.data.dataset import Example
 from runner.data.windows import build_windows
-from runner.distributed.failures import memory_errors
+from runner.distributed.failures import explaining_inference_oom
 from runner.errors import AssetError, DataError, UsageError
 from runner.eval.answers import Answer, Candidate
-from runner.eval.inference import read_windows
+from runner.eval.inference import predict_windows
 from runner.eval.predictions import listed, window_counts
-from runner.job.inference import Answering, Opening, read_answering
+from runner.job.inference import InferenceSettings, Opening, read_settings
 from runner.job.schema import Model
 from runner.job.sources import is_hub_model
 from runner.model.forward import Reader, takes_segment_ids
@@ -112,7 +112,7 @@ class Predictor:
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        answering: Answering,
+        answering: InferenceSettings,
         *,
         name: str,
         location: str,
@@ -173,7 +173,7 @@ class Predictor:
             tokenizer = load_tokenizer(section)
         except (AssetError, DataError) as error:
             raise type(error)(str(error).removeprefix("model.name: ")) from None
-        answering = read_answering(config.to_dict(), tokenizer.model_max_length, name)
+        answering = read_settings(config.to_dict(), tokenizer.model_max_length, name)
         default_threshold = answering.default_threshold
         answering = answering.with_score(
             null_threshold=null_threshold,
@@ -221,7 +221,7 @@ class Predictor:
             return []
         answering = self.answering
         windows = build_windows(examples, self.tokenizer, answering.max_length, answering.stride)
-        readings = read_windows(
+        readings = predict_windows(
             self.reader,
             windows,
             examples,
@@ -269,7 +269,7 @@ def open_model(opening: Opening, *, listed: int | None) -> Predictor:
     if opening.threads:
         torch.set_num_threads(opening.threads)
     try:
-        with memory_errors():
+        with explaining_inference_oom():
             if opening.device is not None:
                 torch.zeros(1, device=opening.device)
             return Predictor.load(

@@ -22,7 +22,7 @@ _TEXT = 4_000_000  # bytes of lines that wait at most, the last of them aside
 _READ = 1 << 16
 
 
-def file_questions(name: str, columns: Columns) -> Iterator[list[Asked]]:
+def file_questions(name: str, columns: Columns) -> Iterator[list[QuestionRow]]:
     """Yield the questions of a file in groups; of JSON Lines only a group is in memory.
 
     Args:
@@ -35,7 +35,7 @@ def file_questions(name: str, columns: Columns) -> Iterator[list[Asked]]:
     if Path(name).suffix.lower() == ".jsonl":
         yield from _grouped_lines(Path(name), columns)
         return
-    rows = read_asked(name, columns)
+    rows = read_question_rows(name, columns)
     for place in range(0, len(rows), GROUP):
         yield rows[place : place + GROUP]
 
@@ -52,7 +52,7 @@ def survey(name: str, columns: Columns) -> tuple[int, list[tuple[str, str]]]:
     return good, bad
 
 
-def live_questions(descriptor: int, name: str, columns: Columns) -> Iterator[list[Asked]]:
+def live_questions(descriptor: int, name: str, columns: Columns) -> Iterator[list[QuestionRow]]:
     """Yield groups of questions from lines of JSON as they arrive.
 
     A group holds what has arrived while the one before it was answered, so that a person's single
@@ -76,7 +76,7 @@ def live_questions(descriptor: int, name: str, columns: Columns) -> Iterator[lis
         for line in lines:
             number += 1
             if line.strip():
-                group.append(parse_asked(line, name, number, columns))
+                group.append(parse_question_row(line, name, number, columns))
         if group:
             yield group
     if waiting.error is not None:
@@ -133,13 +133,13 @@ def _read_lines(descriptor: int, waiting: _Waiting) -> None:
     waiting.end(None)
 
 
-def _grouped_lines(path: Path, columns: Columns) -> Iterator[list[Asked]]:
+def _grouped_lines(path: Path, columns: Columns) -> Iterator[list[QuestionRow]]:
     try:
         with path.open("rb") as file:
-            group: list[Asked] = []
+            group: list[QuestionRow] = []
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    group.append(parse_asked(line, path.name, number, columns))
+                    group.append(parse_question_row(line, path.name, number, columns))
                 if len(group) == GROUP:
                     yield group
                     group = []
@@ -164,7 +164,7 @@ def refused(name: str, bad: Sequence[tuple[str, str]]) -> str:
 
 
 @dataclass(frozen=True)
-class Asked:
+class QuestionRow:
     """A question without right answers, and where it stands; `problem` says why it cannot be asked,
     and is None where it can."""
 
@@ -175,7 +175,7 @@ class Asked:
     problem: str | None
 
 
-def read_asked(name: str, columns: Columns) -> list[Asked]:
+def read_question_rows(name: str, columns: Columns) -> list[QuestionRow]:
     """Read the questions of a file, or of a slice of it, whatever answers stand beside them.
 
     Raises:
@@ -197,17 +197,17 @@ def read_asked(name: str, columns: Columns) -> list[Asked]:
     return [_asked(row, str(number), texts) for number, row in enumerate(rows, 1)]
 
 
-def parse_asked(line: bytes, file: str, number: int, columns: Columns) -> Asked:
+def parse_question_row(line: bytes, file: str, number: int, columns: Columns) -> QuestionRow:
     """Read a question from a line of JSON; what is wrong with it is its problem."""
     place = f"{file}:{number}"
     try:
         table = [parse_json(line.decode("utf-8-sig" if number == 1 else "utf-8"), place)]
         row, *_ = flat_rows(file, table, None, columns, answers=False, first=number)
     except UnicodeDecodeError as error:
-        return Asked(place, "", "", "", f"byte 0x{line[error.start]:02x} is not UTF-8")
+        return QuestionRow(place, "", "", "", f"byte 0x{line[error.start]:02x} is not UTF-8")
     except DataError as error:
         why = _for_command(error).removeprefix(f"{place}: ").removeprefix(f"{file}: ")
-        return Asked(place, "", "", "", why)
+        return QuestionRow(place, "", "", "", why)
     return _asked(row, str(number), {})
 
 
@@ -216,10 +216,10 @@ def _for_command(error: DataError) -> str:
     return str(error).replace("in [data.columns]", "with --column KEY=NAME")
 
 
-def _asked(row: Row, number: str, texts: dict[str, str | None]) -> Asked:
+def _asked(row: Row, number: str, texts: dict[str, str | None]) -> QuestionRow:
     row = row if row.id is not None else dataclasses.replace(row, id=number)
     bad = isinstance(row.answers, str) and row.question is None and row.context is None
     why = str(row.answers) if bad else row_problem(row, texts)
     if why is not None:
-        return Asked(row.place, number, "", "", why)
-    return Asked(row.place, str(row.id), str(row.question), str(row.context), None)
+        return QuestionRow(row.place, number, "", "", why)
+    return QuestionRow(row.place, str(row.id), str(row.question), str(row.context), None)

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from runner.distributed.failures import memory_errors
+from runner.distributed.failures import explaining_inference_oom
 from runner.errors import DataError, RoomError
 from runner.job.inference import Opening
 from runner.job.schema import Columns
 from runner.predict.predictor import Prediction, Predictor, Question, open_model
-from runner.predict.questions import Asked, file_questions, live_questions, refused, survey
-from runner.utils.console import Step, complain, progress
+from runner.predict.questions import QuestionRow, file_questions, live_questions, refused, survey
+from runner.utils.console import Step, print_error, progress
 from runner.utils.files import storage_errors
 
 
@@ -56,7 +56,7 @@ def predict_questions(
     total = None
     if isinstance(source, tuple):
         name, total = "the question", 1
-        groups = iter([[Asked(name, "1", *source, None)]])
+        groups = iter([[QuestionRow(name, "1", *source, None)]])
     elif isinstance(source, int):
         name = "stdin"
         groups = live_questions(source, name, columns)
@@ -70,19 +70,19 @@ def predict_questions(
     with (
         lines_to(output) if output else nullcontext(say) as write,
         progress("answering", total) as step,
-        memory_errors(),
+        explaining_inference_oom(),
     ):
         counts = predict_lines(
             predictor, groups, write, name=name, on_bad_row=on_bad_row, step=step
         )
     if counts.bad:
-        complain(f"{len(counts.bad)} left out, {counts.answered} answered")
+        print_error(f"{len(counts.bad)} left out, {counts.answered} answered")
     return counts
 
 
 def predict_lines(
     predictor: Predictor,
-    groups: Iterable[list[Asked]],
+    groups: Iterable[list[QuestionRow]],
     write: Callable[[str], None],
     *,
     name: str,
@@ -110,7 +110,7 @@ def predict_lines(
                 counts.bad.append((row.place, found))
                 if on_bad_row == "fail":
                     raise DataError(refused(name, counts.bad))
-                complain(f"left out: {row.place}: {found}")
+                print_error(f"left out: {row.place}: {found}")
                 continue
             write(json.dumps(found.record(), ensure_ascii=False))
             counts.answered += 1
@@ -118,7 +118,9 @@ def predict_lines(
     return counts
 
 
-def _answered(predictor: Predictor, group: list[Asked]) -> Iterator[tuple[Asked, Prediction | str]]:
+def _answered(
+    predictor: Predictor, group: list[QuestionRow]
+) -> Iterator[tuple[QuestionRow, Prediction | str]]:
     """Each row with its answer, or with what is wrong with it."""
     good = [row for row in group if row.problem is None]
     questions = [Question(row.id, row.question, row.context) for row in good]

@@ -8,7 +8,15 @@ from typing import Any
 
 from runner.errors import DataError
 from runner.job.sources import public_name
-from runner.metrics.statistics import Pairs, Verdict, adjusted, judge, paired, sentence, spell_p
+from runner.metrics.statistics import (
+    PairedTest,
+    Pairs,
+    describe_gap,
+    holm_adjusted,
+    paired,
+    paired_tests,
+    spell_p,
+)
 from runner.report.error_analysis import miss, percent
 from runner.report.page import (
     Cell,
@@ -17,12 +25,12 @@ from runner.report.page import (
     Miss,
     Misses,
     Page,
+    PageSection,
     Paragraph,
-    Section,
     Series,
     Table,
 )
-from runner.report.read import Scored
+from runner.report.read import RunRecord
 from runner.report.run_page import SEED, scored_on
 
 FLIPPED = 8  # questions shown of each kind
@@ -36,7 +44,7 @@ ABOUT = (
 )
 
 
-def comparison_page(runs: Sequence[Scored]) -> Page:
+def comparison_page(runs: Sequence[RunRecord]) -> Page:
     """Compare runs, or evaluations, with the first of them.
 
     Args:
@@ -51,19 +59,19 @@ def comparison_page(runs: Sequence[Scored]) -> Page:
             raise DataError(f"{run.path}: has no predictions.jsonl to compare")
     base, *others = runs
     pairs = [_paired(base, other) for other in others]
-    verdicts = [judge(pair, SEED) for pair in pairs]
+    verdicts = [paired_tests(pair, SEED) for pair in pairs]
     sections = [
-        Section(
+        PageSection(
             "Side by side", [Table("Scores on the questions that all share", _side(runs, names))]
         ),
-        Section(NOISE, list(_verdicts(names, pairs, verdicts))),
+        PageSection(NOISE, list(_verdicts(names, pairs, verdicts))),
     ]
     differing = _settings(runs, names)
     if differing:
-        sections.append(Section("What differs", [Table("Keys of the job files", differing)]))
+        sections.append(PageSection("What differs", [Table("Keys of the job files", differing)]))
     curves = _curves(runs, names)
     if curves is not None:
-        sections.append(Section("Training", [curves]))
+        sections.append(PageSection("Training", [curves]))
     for name, other, verdict in zip(names[1:], others, verdicts, strict=True):
         sections += _flips(base, names[0], other, name, verdict)
     return Page(
@@ -77,7 +85,7 @@ def comparison_page(runs: Sequence[Scored]) -> Page:
     )
 
 
-def short_names(runs: Sequence[Scored]) -> list[str]:
+def short_names(runs: Sequence[RunRecord]) -> list[str]:
     """Names that tell the runs apart: the job's, with the folder's where jobs are alike."""
     plain = [run.name for run in runs]
     names = [
@@ -90,14 +98,14 @@ def short_names(runs: Sequence[Scored]) -> list[str]:
     ]
 
 
-def _paired(base: Scored, other: Scored) -> Pairs:
+def _paired(base: RunRecord, other: RunRecord) -> Pairs:
     try:
         return paired(base.predictions, other.predictions)
     except DataError as error:
         raise DataError(f"{base.path} and {other.path}: {error}") from None
 
 
-def _shared(runs: Sequence[Scored]) -> list[list[Mapping[str, Any]]]:
+def _shared(runs: Sequence[RunRecord]) -> list[list[Mapping[str, Any]]]:
     """Each run's records of the questions that all runs have, in the first one's order."""
     tables = [{record["id"]: record for record in run.predictions} for run in runs]
     ids = [id for id in tables[0] if all(id in table for table in tables)]
@@ -106,7 +114,7 @@ def _shared(runs: Sequence[Scored]) -> list[list[Mapping[str, Any]]]:
     return [[table[id] for id in ids] for table in tables]
 
 
-def _side(runs: Sequence[Scored], names: Sequence[str]) -> list[dict[str, Cell]]:
+def _side(runs: Sequence[RunRecord], names: Sequence[str]) -> list[dict[str, Cell]]:
     rows = []
     for name, run, records in zip(names, runs, _shared(runs), strict=True):
         exact = percent(_column(records, "exact_match"), SEED)
@@ -123,16 +131,16 @@ def _side(runs: Sequence[Scored], names: Sequence[str]) -> list[dict[str, Cell]]
 
 
 def _verdicts(
-    names: Sequence[str], pairs: Sequence[Pairs], verdicts: Sequence[Verdict]
+    names: Sequence[str], pairs: Sequence[Pairs], verdicts: Sequence[PairedTest]
 ) -> Iterator[Paragraph | Table]:
-    p_exact = adjusted([verdict.exact_match.p for verdict in verdicts])
-    p_f1 = adjusted([verdict.f1.p for verdict in verdicts])
+    p_exact = holm_adjusted([verdict.exact_match.p for verdict in verdicts])
+    p_f1 = holm_adjusted([verdict.f1.p for verdict in verdicts])
     rows: list[dict[str, Cell]] = []
     for name, pair, verdict, exact, f1 in zip(
         names[1:], pairs, verdicts, p_exact, p_f1, strict=True
     ):
-        yield Paragraph(sentence(name, names[0], verdict.f1, "F1", f1))
-        yield Paragraph(sentence(name, names[0], verdict.exact_match, "exact match", exact))
+        yield Paragraph(describe_gap(name, names[0], verdict.f1, "F1", f1))
+        yield Paragraph(describe_gap(name, names[0], verdict.exact_match, "exact match", exact))
         for metric, gap, p in (("exact match", verdict.exact_match, exact), ("F1", verdict.f1, f1)):
             rows.append(
                 {
@@ -151,7 +159,7 @@ def _verdicts(
     yield Paragraph(ABOUT + holm)
 
 
-def _settings(runs: Sequence[Scored], names: Sequence[str]) -> list[dict[str, Cell]]:
+def _settings(runs: Sequence[RunRecord], names: Sequence[str]) -> list[dict[str, Cell]]:
     if any(run.job is None for run in runs):
         return []
     tables = [dict(_leaves(run.job or {}, "")) for run in runs]
@@ -172,7 +180,7 @@ def _leaves(table: Mapping[str, Any], above: str) -> Iterator[tuple[str, str]]:
             yield f"{above}{key}", public_name(str(value))
 
 
-def _curves(runs: Sequence[Scored], names: Sequence[str]) -> Charts | None:
+def _curves(runs: Sequence[RunRecord], names: Sequence[str]) -> Charts | None:
     shown = [(n, r) for n, r in zip(names, runs, strict=True) if r.epochs][: len(STYLES)]
     if len(shown) < 2:
         return None
@@ -196,8 +204,8 @@ def _curves(runs: Sequence[Scored], names: Sequence[str]) -> Charts | None:
 
 
 def _flips(
-    base: Scored, base_name: str, other: Scored, name: str, verdict: Verdict
-) -> Iterator[Section]:
+    base: RunRecord, base_name: str, other: RunRecord, name: str, verdict: PairedTest
+) -> Iterator[PageSection]:
     mine = {record["id"]: record for record in base.predictions}
     theirs = {record["id"]: record for record in other.predictions}
     for title, ids, shown in (
@@ -213,7 +221,7 @@ def _flips(
         ]
         count = f"{len(ids)} question{'' if len(ids) == 1 else 's'}"
         first = f"; the {len(misses)} furthest off" if len(misses) < len(ids) else ""
-        yield Section(title, [Paragraph(f"{count}{first}."), Misses(misses)])
+        yield PageSection(title, [Paragraph(f"{count}{first}."), Misses(misses)])
 
 
 def _column(records: Sequence[Mapping[str, Any]], key: str) -> Any:

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from runner.metrics.statistics import bootstrap_interval
-from runner.report.page import Cell, Miss, Percent, Span, Table
+from runner.report.page import Cell, Miss, PercentCell, Span, Table
 
-Record = Mapping[str, Any]
+MissRecord = Mapping[str, Any]
 
 QUESTION_WORDS = ("what", "who", "which", "when", "where", "why", "how")
 _ALIKE = {"whom": "who", "whose": "who"}
@@ -56,7 +56,7 @@ def bucket(number: int, buckets: Sequence[tuple[int | None, str]]) -> str:
     return next(label for top, label in buckets if top is None or number <= top)
 
 
-def error_tables(records: Sequence[Record], seed: int) -> list[Table]:
+def error_tables(records: Sequence[MissRecord], seed: int) -> list[Table]:
     """Exact match and F1 of each group of questions, with intervals.
 
     Args:
@@ -98,15 +98,15 @@ def _labels(buckets: Sequence[tuple[int | None, str]]) -> list[str]:
 
 
 def _grouped(
-    records: Sequence[Record], group_of: Callable[[Record], str]
-) -> dict[str, list[Record]]:
-    groups: dict[str, list[Record]] = {}
+    records: Sequence[MissRecord], group_of: Callable[[MissRecord], str]
+) -> dict[str, list[MissRecord]]:
+    groups: dict[str, list[MissRecord]] = {}
     for record in records:
         groups.setdefault(group_of(record), []).append(record)
     return groups
 
 
-def _row(name: str, label: str, records: Sequence[Record], seed: int) -> dict[str, Cell]:
+def _row(name: str, label: str, records: Sequence[MissRecord], seed: int) -> dict[str, Cell]:
     exact_N = 100.0 * np.array([record["exact_match"] for record in records], dtype=np.float64)
     f1_N = 100.0 * np.array([record["f1"] for record in records], dtype=np.float64)
     return {
@@ -118,16 +118,16 @@ def _row(name: str, label: str, records: Sequence[Record], seed: int) -> dict[st
     }
 
 
-def percent(values: Sequence[float] | np.ndarray, seed: int) -> Percent:
+def percent(values: Sequence[float] | np.ndarray, seed: int) -> PercentCell:
     """The mean of percentages and its interval, where there are enough different ones for it: of
     few questions, or of all right ones, the bootstrap knows too little."""
     value_N = np.asarray(values, dtype=np.float64)
     if len(value_N) < FEWEST or value_N.min() == value_N.max():
-        return Percent(float(value_N.mean()))
-    return Percent(float(value_N.mean()), *bootstrap_interval(value_N, seed))
+        return PercentCell(float(value_N.mean()))
+    return PercentCell(float(value_N.mean()), *bootstrap_interval(value_N, seed))
 
 
-def decision_table(records: Sequence[Record]) -> Table:
+def decision_table(records: Sequence[MissRecord]) -> Table:
     """SQuAD v2: how often the model answered, and whether it should have."""
     rows: list[dict[str, Cell]] = []
     for label, wanted in zip(ANSWERABLE, (True, False), strict=True):
@@ -146,7 +146,7 @@ def decision_table(records: Sequence[Record]) -> Table:
     return Table("Answered or not", rows)
 
 
-def worst(records: Sequence[Record], most: int) -> list[Miss]:
+def worst(records: Sequence[MissRecord], most: int) -> list[Miss]:
     """The misses with the least overlap with a right answer, of these the ones that the model was
     surest of."""
     missed = [record for record in records if not record["exact_match"]]
@@ -154,7 +154,7 @@ def worst(records: Sequence[Record], most: int) -> list[Miss]:
     return [miss(record, {"answered": record["answer"]}) for record in missed[:most]]
 
 
-def miss(record: Record, answers: Mapping[str, str]) -> Miss:
+def miss(record: MissRecord, answers: Mapping[str, str]) -> Miss:
     """A missed question as a page shows it."""
     windows = record["windows"]
     facts = [f"F1 {100 * record['f1']:.0f} %", f"score {record['score']:.2f}"]
@@ -170,7 +170,7 @@ def miss(record: Record, answers: Mapping[str, str]) -> Miss:
     )
 
 
-def marked(record: Record, excerpt: Mapping[str, Any]) -> list[Span]:
+def marked(record: MissRecord, excerpt: Mapping[str, Any]) -> list[Span]:
     """Cut a stretch of context where the model's answer and the first right one begin and end."""
     begin, text = excerpt["start"], excerpt["text"]
     places = {"answer": (record["start"], record["end"]) if record["answer"] else (0, 0)}

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from html import escape
 
-from runner.report.page import Chart, Series, plain
+from runner.report.page import Chart, Series, strip_controls
 
 WIDTH, HEIGHT = 460, 300
 LEFT, RIGHT, TOP, BOTTOM = 46, 14, 14, 44
@@ -86,7 +86,7 @@ def line_chart(chart: Chart, identity: str) -> str:
 
 def text(value: str) -> str:
     """Text as HTML: escaped, a number and its unit on one line."""
-    return escape(plain(value).replace(" %", "\N{NO-BREAK SPACE}%"))
+    return escape(strip_controls(value).replace(" %", "\N{NO-BREAK SPACE}%"))
 
 
 def ticks(low: float, high: float, most: int, *, whole: bool = False) -> list[float]:

@@ -9,11 +9,11 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from runner.utils.tables import Value
+from runner.utils.tables import CellValue
 
 
 @dataclass(frozen=True)
-class Percent:
+class PercentCell:
     """A score in percent and, where it has one, its interval."""
 
     value: float
@@ -27,7 +27,7 @@ class Percent:
         return f"{self.low:.1f} to {self.high:.1f}"
 
 
-Cell = Value | Percent
+Cell = CellValue | PercentCell
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Paragraph:
 class Headline:
     """The two or three numbers that matter most."""
 
-    scores: Mapping[str, Percent]
+    scores: Mapping[str, PercentCell]
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ Block = Paragraph | Headline | Table | Charts | Misses | Code
 
 
 @dataclass(frozen=True)
-class Section:
+class PageSection:
     """A heading and what stands below it."""
 
     title: str
@@ -150,7 +150,7 @@ class Page:
     title: str
     lead: str
     facts: Mapping[str, str]
-    sections: Sequence[Section] = field(default_factory=tuple)
+    sections: Sequence[PageSection] = field(default_factory=tuple)
 
 
 # Control characters, lone surrogates, and what overrides the direction of writing.
@@ -159,6 +159,6 @@ _FORBIDDEN = re.compile(
 )
 
 
-def plain(text: str) -> str:
+def strip_controls(text: str) -> str:
     """Text of data without characters that no page may hold or that turn its lines round."""
     return _FORBIDDEN.sub("\N{REPLACEMENT CHARACTER}", text)

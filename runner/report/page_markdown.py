@@ -14,12 +14,12 @@ from runner.report.page import (
     Misses,
     Page,
     Paragraph,
-    Percent,
+    PercentCell,
     Span,
     Table,
-    plain,
+    strip_controls,
 )
-from runner.utils.tables import spelled
+from runner.utils.tables import format_value
 
 _MARKUP = re.compile(r"([\\`*\[\]<>#|~&]|(?<!\w)_|_(?!\w))")
 
@@ -38,7 +38,7 @@ def page_markdown(page: Page) -> str:
 
 def inline(text: str) -> str:
     """Text of data as it may stand in a line of Markdown: nothing in it is markup."""
-    return _MARKUP.sub(r"\\\1", " ".join(plain(text).split()))
+    return _MARKUP.sub(r"\\\1", " ".join(strip_controls(text).split()))
 
 
 def _paragraph(text: str) -> str:
@@ -50,7 +50,8 @@ def table_markdown(rows: Sequence[Mapping[str, Cell]]) -> str:
     """Rows as a Markdown table: numbers to the right, a score's interval in brackets behind it."""
     keys = list(rows[0]) if rows else []
     right = {
-        key: all(isinstance(row[key], int | float | Percent | None) for row in rows) for key in keys
+        key: all(isinstance(row[key], int | float | PercentCell | None) for row in rows)
+        for key in keys
     }
     lines = ["| " + " | ".join(map(inline, keys)) + " |"]
     lines.append("|" + "|".join("---:" if right[key] else "---" for key in keys) + "|")
@@ -59,9 +60,9 @@ def table_markdown(rows: Sequence[Mapping[str, Cell]]) -> str:
 
 
 def _cell(cell: Cell, column: str) -> str:
-    if isinstance(cell, Percent):
+    if isinstance(cell, PercentCell):
         return f"{cell.value:.1f}" + (f" ({cell.interval()})" if cell.interval() else "")
-    return f"{cell:,}" if isinstance(cell, int) else inline(spelled(cell, column))
+    return f"{cell:,}" if isinstance(cell, int) else inline(format_value(cell, column))
 
 
 def _block(block: object) -> Iterator[str]:
@@ -80,7 +81,7 @@ def _block(block: object) -> Iterator[str]:
     elif isinstance(block, Code):
         fence = "`" * max([3, *(len(run) + 1 for run in re.findall("`{3,}", block.text))])
         yield f"{_paragraph(block.title)}:"
-        yield f"{fence}{block.language}\n{plain(block.text).rstrip()}\n{fence}"
+        yield f"{fence}{block.language}\n{strip_controls(block.text).rstrip()}\n{fence}"
 
 
 def _miss(miss: Miss) -> str:
@@ -98,7 +99,7 @@ def _miss(miss: Miss) -> str:
 
 def _marked(span: Span) -> str:
     # Emphasis must begin and end with a letter; blanks stay outside.
-    text = _MARKUP.sub(r"\\\1", re.sub(r"\s+", " ", plain(span.text)))
+    text = _MARKUP.sub(r"\\\1", re.sub(r"\s+", " ", strip_controls(span.text)))
     if not span.kind or not text.strip():
         return text
     core = text.strip()

@@ -14,7 +14,7 @@ from runner.utils.tables import read_rows
 # Okabe and Ito's colours differ for every kind of colour blindness; markers and dashes differ in
 # black and white.
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#8A8A8A"
-STYLE: dict[Any, Any] = {
+PLOT_STYLE: dict[Any, Any] = {
     "font.size": 9,
     "axes.spines.right": False,
     "axes.grid": True,
@@ -50,11 +50,11 @@ class Curve(NamedTuple):
     hatch: str | None = None
 
 
-LOSSES = (
+LOSS_CURVES = (
     Curve("train_loss_nats", "training, epoch mean", "o", "--", BLUE),
     Curve("validation_loss_nats", "validation", "s", "-", ORANGE),
 )
-SCORES = (
+SCORE_CURVES = (
     Curve("f1_percent", "validation F1", "o", "-", BLUE, "////"),
     Curve("exact_match_percent", "validation exact match", "s", "--", ORANGE, "\\\\\\\\"),
     Curve("span_accuracy_percent", "validation span accuracy", "^", "-.", GREEN),
@@ -79,13 +79,13 @@ def draw_curves(run: RunDir, title: str) -> None:
     if not steps:
         return
     epochs = _column(evals, "epoch")
-    with plt.rc_context(STYLE):
+    with plt.rc_context(PLOT_STYLE):
         figure, (left, right) = plt.subplots(1, 2, figsize=(8.4, 4.4), layout="constrained")
         places = _column(steps, "epoch")
         left.plot(
             places, _column(steps, "loss_nats"), color=GREY, lw=0.8, label="training, by step"
         )
-        for axes, curves in ((left, LOSSES), (right, SCORES)):
+        for axes, curves in ((left, LOSS_CURVES), (right, SCORE_CURVES)):
             for curve in curves:
                 _draw_curve(axes, epochs, evals, curve)
         right.plot(

@@ -35,7 +35,7 @@ _KINDS: Mapping[str, type | tuple[type, ...]] = {
 
 
 @dataclass(frozen=True)
-class Scored:
+class RunRecord:
     """A run, or an evaluation: what was scored, how well, and each question's answer.
 
     Attributes:
@@ -59,7 +59,7 @@ class Scored:
     steps: Rows
     probes: Rows
     predictions: Sequence[Mapping[str, Any]]
-    elsewhere: Sequence[Scored]
+    elsewhere: Sequence[RunRecord]
 
     @property
     def source(self) -> str:
@@ -69,7 +69,7 @@ class Scored:
         return str(self.result["data"]["source"]) if self.result else ""
 
 
-def read_scored(path: str | Path, result: Mapping[str, Any] | None = None) -> Scored:
+def read_run(path: str | Path, result: Mapping[str, Any] | None = None) -> RunRecord:
     """Read the folder of a run or of an evaluation.
 
     Args:
@@ -91,7 +91,7 @@ def read_scored(path: str | Path, result: Mapping[str, Any] | None = None) -> Sc
     if result is None and run.result.is_file():
         result = _json(run.result, _text(run.result))
     elsewhere = sorted(p.parent for p in run.evaluations.glob("*/result.json"))
-    return Scored(
+    return RunRecord(
         name=str(job["name"]) if job else run.path.name,
         path=run.path,
         job=job,
@@ -104,7 +104,7 @@ def read_scored(path: str | Path, result: Mapping[str, Any] | None = None) -> Sc
         steps=read_rows(run.train_table),
         probes=read_rows(run.probe_table),
         predictions=_predictions(run.predictions),
-        elsewhere=[read_scored(folder) for folder in elsewhere],
+        elsewhere=[read_run(folder) for folder in elsewhere],
     )
 
 

@@ -20,16 +20,16 @@ from runner.report.page import (
     Misses,
     Page,
     Paragraph,
-    Percent,
+    PercentCell,
     Span,
     Table,
 )
 from runner.report.page_markdown import page_markdown
-from runner.report.read import read_scored
+from runner.report.read import read_run
 from runner.report.run_page import run_page, scores_of
 from runner.run.folder import RunDir
 from runner.utils.files import storage_errors, write_atomic
-from runner.utils.tables import spelled
+from runner.utils.tables import format_value
 
 # Nothing may be fetched or run, whatever a data set says.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
@@ -65,7 +65,9 @@ def page_html(page: Page) -> str:
             body += _block(block, f"s{n}-{place}")
         body.append("</section>")
     body.append("</main>")
-    return _FRAME.format(title=text(page.title), policy=_POLICY, style=STYLE, body="\n".join(body))
+    return _FRAME.format(
+        title=text(page.title), policy=_POLICY, style=PAGE_STYLE, body="\n".join(body)
+    )
 
 
 def _block(block: object, identity: str) -> Iterator[str]:
@@ -105,7 +107,7 @@ def _headline(block: Headline) -> Iterator[str]:
 def _table(block: Table, identity: str) -> Iterator[str]:
     keys = list(block.rows[0]) if block.rows else []
     numeric = {
-        key: all(isinstance(row[key], int | float | Percent | None) for row in block.rows)
+        key: all(isinstance(row[key], int | float | PercentCell | None) for row in block.rows)
         for key in keys
     }
     # Wide tables scroll by themselves, with the keyboard too; the page never does.
@@ -124,13 +126,13 @@ def _table(block: Table, identity: str) -> Iterator[str]:
 
 
 def _cell(cell: Cell, column: str) -> str:
-    if isinstance(cell, Percent):
+    if isinstance(cell, PercentCell):
         ends = f' <span class="ends">{cell.interval()}</span>' if cell.interval() else ""
         return f"{cell.value:.1f}{ends}{_bar(cell)}"
-    return f"{cell:,}" if isinstance(cell, int) else text(spelled(cell, column))
+    return f"{cell:,}" if isinstance(cell, int) else text(format_value(cell, column))
 
 
-def _bar(score: Percent) -> str:
+def _bar(score: PercentCell) -> str:
     """The score as a bar, its interval as a line over it; the numbers stand beside it."""
     value, ends = max(0.0, min(100.0, score.value)), ""
     if score.low is not None and score.high is not None:
@@ -228,7 +230,7 @@ def _colours(palette: dict[str, str]) -> str:
     return "".join(f"--{name}:{colour};" for name, colour in palette.items())
 
 
-STYLE = (
+PAGE_STYLE = (
     f":root{{color-scheme:light dark;{_colours(LIGHT)}}}"
     f"@media (prefers-color-scheme:dark){{:root{{{_colours(DARK)}}}}}"
     f"@media print{{:root{{{_colours(LIGHT)}}}}}"
@@ -338,7 +340,7 @@ def write_report(
     Raises:
         RunDirError, DataError, StorageError: as `read_scored` and `write_atomic`.
     """
-    scored = read_scored(path, result)
+    scored = read_run(path, result)
     own = RunDir(path)
     run = RunDir(folder) if folder is not None else own
     _write(run_page(scored), run.report, run.report_page)
@@ -363,7 +365,7 @@ def write_comparison(paths: Sequence[str | Path], folder: Path) -> list[str]:
     Raises:
         RunDirError, DataError, StorageError: as `read_scored`, `comparison_page`, `write_atomic`.
     """
-    page = comparison_page([read_scored(path) for path in paths])
+    page = comparison_page([read_run(path) for path in paths])
     markdown, html = (folder / name for name in COMPARISON)
     _write(page, markdown, html)
     verdicts = next(section for section in page.sections if section.title == NOISE)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from runner.job.sources import drawn, public_name
+from runner.job.sources import describe_sample, public_name
 from runner.report.error_analysis import FEWEST, decision_table, error_tables, worst
 from runner.report.page import (
     Block,
@@ -16,13 +16,13 @@ from runner.report.page import (
     Headline,
     Misses,
     Page,
+    PageSection,
     Paragraph,
-    Percent,
-    Section,
+    PercentCell,
     Series,
     Table,
 )
-from runner.report.read import Rows, Scored
+from runner.report.read import Rows, RunRecord
 from runner.utils.text import duration
 
 MISSES = 15
@@ -48,7 +48,7 @@ NAMES = {
 }
 
 
-def run_page(scored: Scored) -> Page:
+def run_page(scored: RunRecord) -> Page:
     """The page of a run or of an evaluation, from what its folder holds."""
     return Page(
         title=scored.name,
@@ -58,19 +58,19 @@ def run_page(scored: Scored) -> Page:
     )
 
 
-def scores_of(result: Mapping[str, Any]) -> dict[str, Percent]:
+def scores_of(result: Mapping[str, Any]) -> dict[str, PercentCell]:
     """Exact match and F1 of result.json, with their intervals."""
     return {NAMES[key]: percent_of(result, key) for key in ("exact_match", "f1")}
 
 
-def percent_of(result: Mapping[str, Any], key: str) -> Percent:
+def percent_of(result: Mapping[str, Any], key: str) -> PercentCell:
     """A score of result.json; one without an interval has none."""
     intervals = result["intervals"]
     ends = intervals.get(key, (None, None))
-    return Percent(result["metrics"][key], *ends)
+    return PercentCell(result["metrics"][key], *ends)
 
 
-def scored_on(scored: Scored) -> str:
+def scored_on(scored: RunRecord) -> str:
     """The questions that were scored; a sample of a slice says that it is one."""
     source = public_name(scored.source)
     return source if scored.job is None else f"{source}{_drawn(scored.job, 'validation_sample')}"
@@ -79,10 +79,10 @@ def scored_on(scored: Scored) -> str:
 def _drawn(job: Mapping[str, Any], key: str) -> str:
     # The job is a table as it stands in the run folder: nobody has checked it.
     sample = job["data"].get(key)
-    return drawn(sample if isinstance(sample, int) else None)
+    return describe_sample(sample if isinstance(sample, int) else None)
 
 
-def _lead(scored: Scored) -> str:
+def _lead(scored: RunRecord) -> str:
     if scored.job is None:
         model = "" if scored.result is None else scored.result["model"]["name"]
         return f"{public_name(model)}, scored on {scored_on(scored)}."
@@ -94,7 +94,7 @@ def _lead(scored: Scored) -> str:
     return f"{trained}, scored on {scored_on(scored)}."
 
 
-def _facts(scored: Scored) -> dict[str, str]:
+def _facts(scored: RunRecord) -> dict[str, str]:
     facts: dict[str, str] = {}
     if scored.predictions:
         facts["questions"] = f"{len(scored.predictions):,}"
@@ -115,15 +115,15 @@ def _facts(scored: Scored) -> dict[str, str]:
     return facts
 
 
-def _sections(scored: Scored) -> Iterator[Section]:
+def _sections(scored: RunRecord) -> Iterator[PageSection]:
     if scored.result is not None:
         own = scored.job is not None
-        yield Section("Scores", list(_scores(scored.result, own)))
+        yield PageSection("Scores", list(_scores(scored.result, own)))
     if scored.epochs:
         table = Table("Epochs", _epochs(scored.epochs))
-        yield Section("Training", [*_curves(scored), table, Paragraph(_ACCURACY)])
+        yield PageSection("Training", [*_curves(scored), table, Paragraph(_ACCURACY)])
     if scored.probes:
-        yield Section("Probes", list(_probes(scored.probes)))
+        yield PageSection("Probes", list(_probes(scored.probes)))
     if scored.predictions:
         seed = SEED if scored.result is None else int(scored.result["bootstrap"]["seed"])
         few = (
@@ -132,7 +132,7 @@ def _sections(scored: Scored) -> Iterator[Section]:
         tables: list[Block] = [*error_tables(scored.predictions, seed), Paragraph(few)]
         if any(not record["answers"] for record in scored.predictions):
             tables.insert(0, decision_table(scored.predictions))
-        yield Section("Where it is wrong", tables)
+        yield PageSection("Where it is wrong", tables)
         misses = worst(scored.predictions, MISSES)
         if misses:
             missed = sum(not record["exact_match"] for record in scored.predictions)
@@ -141,17 +141,17 @@ def _sections(scored: Scored) -> Iterator[Section]:
                 " share least with a right answer; of equal ones the model was surest of the"
                 " first."
             )
-            yield Section("Worst misses", [Paragraph(about), Misses(misses)])
+            yield PageSection("Worst misses", [Paragraph(about), Misses(misses)])
     if scored.elsewhere:
-        yield Section("Other data", [Table("Scored elsewhere", _elsewhere(scored.elsewhere))])
+        yield PageSection("Other data", [Table("Scored elsewhere", _elsewhere(scored.elsewhere))])
     if scored.result is not None and "seconds" in scored.result:
         rows = [
             {"phase": name.replace("_", " "), "seconds": seconds}
             for name, seconds in scored.result["seconds"].items()
         ]
-        yield Section("Time", [Table("Seconds by phase", rows)])
+        yield PageSection("Time", [Table("Seconds by phase", rows)])
     if scored.job_text:
-        yield Section("Job", [Code("The job as it ran", "toml", scored.job_text)])
+        yield PageSection("Job", [Code("The job as it ran", "toml", scored.job_text)])
 
 
 def _scores(result: Mapping[str, Any], own: bool) -> Iterator[Block]:
@@ -221,7 +221,7 @@ def _threshold_row(
     }
 
 
-def _curves(scored: Scored) -> Iterator[Block]:
+def _curves(scored: RunRecord) -> Iterator[Block]:
     epochs, steps = scored.epochs, scored.steps
     loss = Chart(
         title="Loss",
@@ -287,9 +287,11 @@ def _epochs(rows: Rows) -> list[dict[str, Cell]]:
     ]
 
 
-def _between(row: Mapping[str, str], name: str) -> Percent:
+def _between(row: Mapping[str, str], name: str) -> PercentCell:
     ends = (f"{name}_low_percent", f"{name}_high_percent")
-    return Percent(float(row[f"{name}_percent"]), *(float(row[end]) for end in ends if end in row))
+    return PercentCell(
+        float(row[f"{name}_percent"]), *(float(row[end]) for end in ends if end in row)
+    )
 
 
 def _probes(rows: Rows) -> Iterator[Block]:
@@ -311,7 +313,7 @@ def _probes(rows: Rows) -> Iterator[Block]:
         yield Table(f"{answers[0]['question']}{wanted}", lines)
 
 
-def _elsewhere(evaluations: Sequence[Scored]) -> list[dict[str, Cell]]:
+def _elsewhere(evaluations: Sequence[RunRecord]) -> list[dict[str, Cell]]:
     rows: list[dict[str, Cell]] = []
     for evaluation in evaluations:
         result = evaluation.result

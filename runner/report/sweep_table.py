@@ -14,9 +14,9 @@ from runner.metrics.squad import match_v2
 from runner.metrics.statistics import _Z, _over_seeds
 from runner.run.folder import RunDir
 from runner.run.sweep import read_manifest
-from runner.utils.tables import Value
+from runner.utils.tables import CellValue
 
-METRICS = {"f1": "F1 %", "exact_match": "EM %"}
+SWEEP_METRICS = {"f1": "F1 %", "exact_match": "EM %"}
 
 NOTE = (
     "± is half a 95 % interval: over seeds, of the mean (Student's t); with one seed, over the"
@@ -24,7 +24,7 @@ NOTE = (
 )
 
 
-def compare(folder: Path) -> list[dict[str, Value]]:
+def compare_trials(folder: Path) -> list[dict[str, CellValue]]:
     """Rows of the comparison, best F1 first, combinations without any finished trial last.
 
     Args:
@@ -45,12 +45,12 @@ def compare(folder: Path) -> list[dict[str, Value]]:
     for combination, trials in groups.items():
         runs = [RunDir(folder / trial["name"]) for trial in trials]
         results = {run: _metrics(run) for run in runs if run.finished()}
-        row: dict[str, Value] = {
+        row: dict[str, CellValue] = {
             key: value if isinstance(value, str | int | float) else json.dumps(value)
             for key, value in _short(json.loads(combination)).items()
         }
         row["runs"] = f"{len(results)}/{len(runs)}"
-        for metric, label in METRICS.items():
+        for metric, label in SWEEP_METRICS.items():
             values = [result[metric] for result in results.values()]
             half = _over_seeds(values)
             if len(values) == 1:
@@ -60,10 +60,10 @@ def compare(folder: Path) -> list[dict[str, Value]]:
         losses = [result["loss"] for result in results.values()]
         row["loss"] = statistics.fmean(losses) if losses else None
         rows.append(row)
-    return sorted(rows, key=lambda row: _rank(row[METRICS["f1"]]))
+    return sorted(rows, key=lambda row: _rank(row[SWEEP_METRICS["f1"]]))
 
 
-def _rank(score: Value) -> float:
+def _rank(score: CellValue) -> float:
     return -score if isinstance(score, int | float) else math.inf
 
 
@@ -79,7 +79,7 @@ def _short(values: Mapping[str, Any]) -> dict[str, Any]:
 def _metrics(run: RunDir) -> dict[str, float]:
     try:
         metrics = json.loads(run.result.read_text(encoding="utf-8"))["metrics"]
-        return {name: float(metrics[name]) for name in (*METRICS, "loss")}
+        return {name: float(metrics[name]) for name in (*SWEEP_METRICS, "loss")}
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise DataError(f"{run.result}: cannot be read: {error}") from None
 

@@ -23,13 +23,13 @@ from runner.run.folder import RunDir, committed_steps
 from runner.utils.files import storage_errors
 from runner.utils.text import duration
 
-SILENT = 120.0  # seconds without one after which an owner on another machine counts as dead
+SILENT_S = 120.0  # seconds without one after which an owner on another machine counts as dead
 MAX_IDLE = 3  # starts in a row without progress, after which a run is not requeued
 MAX_STARTS = 50  # starts after which it is not requeued in any case
 
 
 @dataclass(frozen=True)
-class Owner:
+class AttemptRecord:
     """Who made a start: the content of `attempts/NNNN.json`.
 
     Attributes:
@@ -55,7 +55,7 @@ class Owner:
     anew: bool
 
     @classmethod
-    def here(cls, attempt: int, *, anew: bool) -> Owner:
+    def here(cls, attempt: int, *, anew: bool) -> AttemptRecord:
         """This process, as the owner of an attempt."""
         return cls(
             attempt=attempt,
@@ -65,13 +65,13 @@ class Owner:
             slurm_restart_count=_restarts(),
             started=time.time(),
             from_step=None,
-            machine=machine(),
+            machine=machine_id(),
             born=psutil.Process().create_time(),
             anew=anew,
         )
 
 
-def numbers(run: RunDir) -> list[int]:
+def attempt_numbers(run: RunDir) -> list[int]:
     """Numbers of all attempts, ascending."""
     try:
         with storage_errors(run.attempts):
@@ -83,20 +83,20 @@ def numbers(run: RunDir) -> list[int]:
     return sorted(int(name[:-5]) for name in names if re.fullmatch(r"\d{4,}\.json", name, re.ASCII))
 
 
-def owners(run: RunDir) -> list[Owner]:
+def attempts(run: RunDir) -> list[AttemptRecord]:
     """Every start whose entry can be read, the newest last."""
-    return [entry for number in numbers(run) if (entry := read_owner(run, number))]
+    return [entry for number in attempt_numbers(run) if (entry := read_attempt(run, number))]
 
 
 def sealed(run: RunDir) -> tuple[int, list[str]]:
     """The newest attempt that could commit anything, and the earlier attempts' checkpoints that
     count; attempt 0 if there is none."""
-    for number in reversed(numbers(run)):
+    for number in reversed(attempt_numbers(run)):
         try:
             found = json.loads(entry_file(run, number, "sealed").read_text(encoding="utf-8"))
             return number, [str(name) for name in found]
         except (OSError, ValueError, TypeError):
-            entry = read_owner(run, number)
+            entry = read_attempt(run, number)
             if entry is not None and entry.anew:
                 return number, []  # it came no further than putting the earlier run aside
     return 0, []
@@ -104,15 +104,15 @@ def sealed(run: RunDir) -> tuple[int, list[str]]:
 
 def is_alive(run: RunDir) -> bool:
     """Whether somebody runs in the folder now."""
-    newest = max(numbers(run), default=0)
-    return bool(newest) and life(run, newest) is not None
+    newest = max(attempt_numbers(run), default=0)
+    return bool(newest) and describe_if_alive(run, newest) is not None
 
 
 def attempts_without_progress(run: RunDir) -> int:
     """How many starts in a row, the newest included, began where the run still stands: none of them
     has committed a step. A start that never got as far as loading counts as one."""
-    starts: list[Owner] = []
-    for entry in owners(run):
+    starts: list[AttemptRecord] = []
+    for entry in attempts(run):
         starts = [entry] if entry.anew else [*starts, entry]
     stands_at = max([0, *(entry.from_step or 0 for entry in starts), *committed_steps(run)])
     idle = 0
@@ -129,7 +129,7 @@ def check_budget(run: RunDir) -> None:
     Raises:
         Interrupted: if its last starts have brought it no further, or there were too many.
     """
-    starts, idle = len(numbers(run)), attempts_without_progress(run)
+    starts, idle = len(attempt_numbers(run)), attempts_without_progress(run)
     if idle >= MAX_IDLE:
         raise Interrupted(
             f"{run.path}: the last {idle} starts have saved nothing new, so it is not requeued; see"
@@ -139,7 +139,7 @@ def check_budget(run: RunDir) -> None:
         raise Interrupted(f"{run.path}: {starts} starts are too many; it is not requeued")
 
 
-def is_earlier_life(entry: Owner) -> bool:
+def is_earlier_life(entry: AttemptRecord) -> bool:
     """Whether a start was made by this very SLURM job before it was requeued."""
     mine = os.environ.get("SLURM_JOB_ID")
     if mine is None or mine != entry.slurm_job_id:
@@ -150,16 +150,16 @@ def is_earlier_life(entry: Owner) -> bool:
 # --- who is alive --------------------------------------------------------------------------------
 
 
-def life(run: RunDir, number: int) -> str | None:
+def describe_if_alive(run: RunDir, number: int) -> str | None:
     """Describe the living owner of an attempt; None if it is over."""
     if entry_file(run, number, "end.json").exists():
         return None
-    entry, silence = read_owner(run, number), _silence(run, number)
-    if silence > SILENT:
+    entry, silence = read_attempt(run, number), _silence(run, number)
+    if silence > SILENT_S:
         return None
     if entry is None:
         return f"a start that just began ({duration(silence)} ago)"
-    if entry.machine == machine() and not same_process(entry.pid, entry.born):
+    if entry.machine == machine_id() and not same_process(entry.pid, entry.born):
         return None
     # A job that SLURM starts again has ended before, whatever its last sign of life.
     if is_earlier_life(entry):
@@ -167,7 +167,7 @@ def life(run: RunDir, number: int) -> str | None:
     return f"{describe(entry)}, whose last sign of life is {duration(silence)} old"
 
 
-def describe(entry: Owner) -> str:
+def describe(entry: AttemptRecord) -> str:
     """Host, job, process and age of a start."""
     job = f"job {entry.slurm_job_id}, " if entry.slurm_job_id else ""
     age = duration(max(0.0, time.time() - entry.started))
@@ -202,7 +202,7 @@ def same_process(pid: int, born: float) -> bool:
         return True
 
 
-def machine() -> str:
+def machine_id() -> str:
     """Where process ids can be compared: this boot of the kernel, this namespace of processes."""
     parts = [socket.gethostname()]
     try:
@@ -227,9 +227,11 @@ def entry_file(run: RunDir, number: int, kind: str) -> Path:
     return run.attempts / f"{number:04d}.{kind}"
 
 
-def read_owner(run: RunDir, number: int) -> Owner | None:
+def read_attempt(run: RunDir, number: int) -> AttemptRecord | None:
     """Who made a start; None while its entry is being written, or if it is damaged."""
     try:
-        return Owner(**json.loads(entry_file(run, number, "json").read_text(encoding="utf-8")))
+        return AttemptRecord(
+            **json.loads(entry_file(run, number, "json").read_text(encoding="utf-8"))
+        )
     except (OSError, ValueError, TypeError):
         return None  # being written just now

@@ -23,7 +23,7 @@ from runner.utils.ranks import free_port
 from runner.utils.signals import SIGNALS
 
 MAIN = Path(__file__).parents[1] / "main.py"
-GRACE = 60.0  # seconds that ranks have to come to an end by themselves after the first has failed
+GRACE_S = 60.0  # seconds that ranks have to come to an end by themselves after the first has failed
 _POLL = 0.1
 
 
@@ -113,7 +113,7 @@ def _wait(children: list[subprocess.Popen[bytes]]) -> list[int]:
             left.remove(child)
             codes.append(child.returncode)
             if child.returncode and deadline is None:
-                deadline = time.monotonic() + GRACE
+                deadline = time.monotonic() + GRACE_S
                 for other in left:  # one that is still at its start would wait for it in vain
                     other.send_signal(signal.SIGTERM)
         if deadline is not None and time.monotonic() > deadline:

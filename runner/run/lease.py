@@ -17,15 +17,23 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 
 from runner.errors import RunDirError
-from runner.run.attempts import SILENT, Owner, describe, entry_file, life, numbers, read_owner
+from runner.run.attempts import (
+    SILENT_S,
+    AttemptRecord,
+    attempt_numbers,
+    describe,
+    describe_if_alive,
+    entry_file,
+    read_attempt,
+)
 from runner.run.folder import RunDir
 from runner.utils.files import storage_errors, write_json
 from runner.utils.text import duration
 
-BEAT = 10.0  # seconds between signs of life
+LEASE_BEAT_S = 10.0  # seconds between signs of life
 
 
-class Attempt:
+class Lease:
     """One start's claim on a run folder, held by its rank 0.
 
     Attributes:
@@ -33,7 +41,7 @@ class Attempt:
         number: counts the starts of the run, from 1.
     """
 
-    def __init__(self, run: RunDir, owner: Owner) -> None:
+    def __init__(self, run: RunDir, owner: AttemptRecord) -> None:
         self.run = run
         self.number = owner.attempt
         self.step: int | None = None  # the newest step that is committed, as far as we know
@@ -41,7 +49,7 @@ class Attempt:
         self._over = threading.Event()
 
     @classmethod
-    def claim(cls, run: RunDir, *, anew: bool = False) -> Attempt:
+    def acquire(cls, run: RunDir, *, anew: bool = False) -> Lease:
         """Take a run folder, or take it over from an owner that is dead.
 
         Args:
@@ -55,11 +63,11 @@ class Attempt:
         with storage_errors(run.attempts):
             run.attempts.mkdir(exist_ok=True)
             while True:
-                newest = max(numbers(run), default=0)
-                alive = life(run, newest) if newest else None
+                newest = max(attempt_numbers(run), default=0)
+                alive = describe_if_alive(run, newest) if newest else None
                 if alive is not None:
                     raise RunDirError(f"{run.path} is being run by {alive}; nothing was started")
-                owner = Owner.here(newest + 1, anew=anew)
+                owner = AttemptRecord.here(newest + 1, anew=anew)
                 try:
                     _enter(run, owner)
                 except FileExistsError:
@@ -69,25 +77,25 @@ class Attempt:
                 threading.Thread(target=attempt._live, daemon=True, name="heartbeat").start()
                 return attempt
 
-    def check(self) -> None:
+    def verify(self) -> None:
         """Make sure that nobody has taken the run over, before anything is written into it.
 
         Raises:
             RunDirError: naming who has.
         """
-        if not self.is_ours():
-            heir = read_owner(self.run, self.number + 1)
+        if not self.is_held():
+            heir = read_attempt(self.run, self.number + 1)
             name = describe(heir) if heir else "another start"
             raise RunDirError(
                 f"{self.run.path} was taken over by {name}, because this start gave no sign of life"
-                f" for {duration(SILENT)}; it ends without writing anything more"
+                f" for {duration(SILENT_S)}; it ends without writing anything more"
             )
 
-    def is_ours(self) -> bool:
+    def is_held(self) -> bool:
         """Whether no later start has claimed the run."""
         return not entry_file(self.run, self.number + 1, "json").exists()
 
-    def began_at(self, step: int) -> None:
+    def note_resumed_step(self, step: int) -> None:
         """Note the committed step that this start goes on from, 0 if there is none."""
         self.step = step
         self._owner = replace(self._owner, from_step=step)
@@ -100,14 +108,14 @@ class Attempt:
             if int(path.name.partition(".")[0]) < self.number:
                 path.unlink(missing_ok=True)
 
-    def end(self, exit_code: int) -> None:
+    def release(self, exit_code: int) -> None:
         """Note the end of this start; the next one then need not wait for a silence."""
         self._over.set()
         note = {"exit_code": exit_code, "step": self.step, "ended": time.time()}
         write_json(entry_file(self.run, self.number, "end.json"), note)
 
     def _live(self) -> None:
-        while not self._over.wait(BEAT):
+        while not self._over.wait(LEASE_BEAT_S):
             try:
                 self._beat()
             except OSError:
@@ -117,7 +125,7 @@ class Attempt:
         entry_file(self.run, self.number, "alive").touch()
 
 
-def _enter(run: RunDir, owner: Owner) -> None:
+def _enter(run: RunDir, owner: AttemptRecord) -> None:
     """Write the entry of a new attempt: whole, and only if nobody has that number.
 
     Raises:

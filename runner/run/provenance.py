@@ -16,7 +16,7 @@ from typing import Any
 
 from runner.errors import DataError
 from runner.run.folder import RunDir
-from runner.utils.signals import meant_for_us
+from runner.utils.signals import children_ignore_signals
 from runner.utils.tables import read_rows
 
 PACKAGES = (
@@ -117,7 +117,7 @@ def cpu_features() -> frozenset[str]:
 
 def _git(*arguments: str) -> bytes | None:
     try:
-        with meant_for_us():
+        with children_ignore_signals():
             done = subprocess.run(
                 ["git", "-C", str(CHECKOUT), *arguments],
                 capture_output=True,

@@ -15,8 +15,8 @@ from runner.run.folder import RunDir, new_stamp
 from runner.run.launch import launch
 from runner.run.provenance import differing_fields, differing_results, read_record
 
-TOLERANCE = 0.5  # percent, or nats for the loss, where the job's [expect] names no other
-SCORES = ("exact_match", "f1", "span_accuracy", "loss")
+SCORE_TOLERANCE = 0.5  # percent, or nats for the loss, where the job's [expect] names no other
+REPRODUCED_SCORES = ("exact_match", "f1", "span_accuracy", "loss")
 
 
 @dataclass(frozen=True)
@@ -102,18 +102,18 @@ def reproduce(
     code = start(arguments, ranks or world)
     if not again.finished():
         raise MachineError(f"{again.path}: the new run has not finished (exit code {code})")
-    return compare(run, again, job)
+    return compare_runs(run, again, job)
 
 
-def compare(run: RunDir, again: RunDir, job: Job) -> Reproduction:
+def compare_runs(run: RunDir, again: RunDir, job: Job) -> Reproduction:
     """Compare two finished runs of a job."""
     origin = read_record(run.provenance)
     environment = differing_fields(origin, read_record(again.provenance))
     scores = [read_record(folder.result)["metrics"] for folder in (run, again)]
-    tolerance = job.expect.tolerance if job.expect else TOLERANCE
+    tolerance = job.expect.tolerance if job.expect else SCORE_TOLERANCE
     outside = [
         f"{name} is {scores[0][name]:.2f}, now {scores[1][name]:.2f} (tolerance {tolerance:g})"
-        for name in SCORES
+        for name in REPRODUCED_SCORES
         if not abs(scores[0][name] - scores[1][name]) <= tolerance
     ]
     exact = job.train.deterministic or _on_cpu(origin)

@@ -9,15 +9,15 @@ from pathlib import Path
 from runner.errors import DataError, ExpectationError
 from runner.job.load import dump_job, first_difference, recorded_job
 from runner.job.schema import Job, missed_expectation
-from runner.run.attempts import is_alive, is_earlier_life, numbers, owners
+from runner.run.attempts import attempt_numbers, attempts, is_alive, is_earlier_life
 from runner.run.folder import RunDir
-from runner.run.lease import Attempt
+from runner.run.lease import Lease
 from runner.run.provenance import read_record
 from runner.utils.files import storage_errors, write_atomic
 
 
 @dataclass(frozen=True)
-class Where:
+class StartOptions:
     """What the command line says about the run folder.
 
     Attributes:
@@ -33,7 +33,7 @@ class Where:
     restart: bool = False
 
 
-def open_run(job: Job, where: Where) -> Attempt | RunDir:
+def acquire_run(job: Job, where: StartOptions) -> Lease | RunDir:
     """Claim the folder that a job is to run in, for rank 0; a run that is finished is returned as
     it is, unclaimed.
 
@@ -43,24 +43,24 @@ def open_run(job: Job, where: Where) -> Attempt | RunDir:
         StorageError: if it cannot be made or written.
     """
     run = _folder(job, where)
-    anew = where.restart and not any(map(is_earlier_life, owners(run)))
+    anew = where.restart and not any(map(is_earlier_life, attempts(run)))
     if not anew:
         _check_job(run, job)
         if run.finished():
             return run
-        if not numbers(run) and (run.checkpoints.exists() or run.train_table.exists()):
+        if not attempt_numbers(run) and (run.checkpoints.exists() or run.train_table.exists()):
             raise DataError(
                 f"{run.path}: holds a run that an older spantune left unfinished and that cannot go"
                 " on; give another folder, or --restart to begin anew"
             )
-    attempt = Attempt.claim(run, anew=anew)
+    attempt = Lease.acquire(run, anew=anew)
     if anew:
         _put_aside(run, attempt.number)
     write_atomic(run.job, dump_job(job))
     return attempt
 
 
-def finished_run(job: Job, where: Where) -> RunDir | None:
+def finished_run(job: Job, where: StartOptions) -> RunDir | None:
     """The folder that is named, if its run is finished already and was the same job's: what every
     rank can see for itself."""
     named = where.run_dir or where.resume
@@ -81,7 +81,7 @@ def check_finished(job: Job, run: RunDir) -> None:
         raise ExpectationError(f"{run.path}: the run is finished already, but {missed}")
 
 
-def _folder(job: Job, where: Where) -> RunDir:
+def _folder(job: Job, where: StartOptions) -> RunDir:
     if where.run_dir is not None:
         with storage_errors():
             where.run_dir.mkdir(parents=True, exist_ok=True)
@@ -101,8 +101,8 @@ def _requeued(job: Job, runs: Path) -> RunDir | None:
         for run in reversed(RunDir.all(runs, job.name))
         if not run.finished() and _is_of(run, job)
     ]
-    mine = (run for run in unfinished if any(map(is_earlier_life, owners(run))))
-    free = (run for run in unfinished if numbers(run) and not is_alive(run))
+    mine = (run for run in unfinished if any(map(is_earlier_life, attempts(run))))
+    free = (run for run in unfinished if attempt_numbers(run) and not is_alive(run))
     return next(mine, None) or next(free, None)
 
 

@@ -17,7 +17,7 @@ from runner.utils.files import storage_errors, write_atomic, write_json
 # Ended by a signal, or told to save: the person wants the machine back, not the next trial.
 _STOPPED = {Interrupted.exit_code, 128 + 2, 128 + 9, 128 + 15}
 
-MANIFEST = "sweep.json"
+SWEEP_MANIFEST = "sweep.json"
 
 JOB = "sweep.toml"
 
@@ -69,7 +69,7 @@ def write_manifest(folder: Path, job: Job, trials: Sequence[Trial]) -> list[str]
     entries = manifest_entries(folder, job, trials)
     write_atomic(folder / JOB, dump_job(job))
     write_json(
-        folder / MANIFEST,
+        folder / SWEEP_MANIFEST,
         {
             "name": job.name,
             "trials": [{"name": name, "values": values} for name, values in entries.items()],
@@ -85,7 +85,7 @@ def manifest_entries(folder: Path, job: Job, trials: Sequence[Trial]) -> dict[st
     Raises:
         DataError: if it holds the sweep of another job.
     """
-    known = read_manifest(folder) if (folder / MANIFEST).is_file() else {}
+    known = read_manifest(folder) if (folder / SWEEP_MANIFEST).is_file() else {}
     if known and known["name"] != job.name:
         raise DataError(
             f"{folder} holds the sweep of another job, {known['name']}; give another folder"
@@ -101,12 +101,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         DataError: if there is none, or none that can be read.
     """
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = json.loads((folder / SWEEP_MANIFEST).read_text(encoding="utf-8"))
         _ = manifest["name"], [(entry["name"], entry["values"]) for entry in manifest["trials"]]
     except FileNotFoundError:
-        raise DataError(f"{folder} is no folder of a sweep: it has no {MANIFEST}") from None
+        raise DataError(f"{folder} is no folder of a sweep: it has no {SWEEP_MANIFEST}") from None
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise DataError(f"{folder / MANIFEST}: cannot be read: {error}") from None
+        raise DataError(f"{folder / SWEEP_MANIFEST}: cannot be read: {error}") from None
     return manifest
 
 

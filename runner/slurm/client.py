@@ -12,11 +12,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from runner.errors import SlurmError, SlurmSilence, printable
+from runner.errors import SlurmError, SlurmTimeout, printable
 from runner.utils.files import write_json
 
-PATIENCE = 20.0  # seconds for an answer; clients of a dead controller would try for minutes
-SUBMITTING = 60.0  # seconds for sbatch, after which nobody knows whether there is a job
+SLURM_ANSWER_S = 20.0  # seconds for an answer; clients of a dead controller would try for minutes
+SBATCH_ANSWER_S = 60.0  # seconds for sbatch, after which nobody knows whether there is a job
 _ENDED = {
     *("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "DEADLINE"),
     *("OUT_OF_MEMORY", "BOOT_FAIL", "REVOKED", "FORGOTTEN"),
@@ -121,22 +121,22 @@ def sbatch(script: Path, options: Iterable[str]) -> str:
         SlurmError: with SLURM's own words, if it refuses.
         SlurmSilence: if it does not answer, and may have taken the job.
     """
-    done = _ask(["sbatch", "--parsable", str(script)], SUBMITTING, _environment(options))
+    done = _ask(["sbatch", "--parsable", str(script)], SBATCH_ANSWER_S, _environment(options))
     if done.returncode != 0:
         words = _words(done.stderr)
         if _UNSURE.search(words):
-            raise SlurmSilence(f"sbatch: {words}; `squeue --me` shows whether the job is there")
+            raise SlurmTimeout(f"sbatch: {words}; `squeue --me` shows whether the job is there")
         raise SlurmError(f"SLURM refuses the job: {words}")
     return done.stdout.strip().partition(";")[0]  # a federation appends its cluster's name
 
 
 def never_starts(script: Path, options: Iterable[str]) -> str | None:
     """Why SLURM could not start this script on the nodes as they are now; None where it could."""
-    done = _ask(["sbatch", "--test-only", str(script)], PATIENCE, _environment(options))
+    done = _ask(["sbatch", "--test-only", str(script)], SLURM_ANSWER_S, _environment(options))
     return None if done.returncode == 0 else _words(done.stderr)
 
 
-def ask_jobs(names: Sequence[str]) -> dict[str, SlurmJob]:
+def job_states(names: Sequence[str]) -> dict[str, SlurmJob]:
     """Ask for the state of jobs by name (17, or 17_3); those that SLURM no longer knows are left
     out.
 
@@ -146,7 +146,7 @@ def ask_jobs(names: Sequence[str]) -> dict[str, SlurmJob]:
     if not names:
         return {}
     command = ["squeue", "--noheader", "--array", "--states=all", "--format=%i|%T|%r|%L|%N"]
-    done = _ask([*command, f"--jobs={','.join(names)}"], PATIENCE)
+    done = _ask([*command, f"--jobs={','.join(names)}"], SLURM_ANSWER_S)
     # squeue fails if there is only one and it is not known; otherwise it says nothing of such.
     if done.returncode != 0 and "Invalid job id" not in done.stderr:
         raise SlurmError(f"squeue: {_words(done.stderr)}")
@@ -165,7 +165,7 @@ def scancel(name: str) -> None:
     Raises:
         SlurmError: with SLURM's own words, if it refuses.
     """
-    done = _ask(["scancel", name], PATIENCE)
+    done = _ask(["scancel", name], SLURM_ANSWER_S)
     if done.returncode != 0:
         raise SlurmError(f"SLURM does not cancel job {name}: {_words(done.stderr)}")
 
@@ -174,7 +174,7 @@ def _accounted(names: Sequence[str]) -> dict[str, SlurmJob]:
     """What the accounting says of ended jobs; many clusters have none, and that is no error."""
     command = ["sacct", "--noheader", "--allocations", "--parsable2", "--format=JobID,State"]
     try:
-        done = _ask([*command, f"--jobs={','.join(names)}"], PATIENCE)
+        done = _ask([*command, f"--jobs={','.join(names)}"], SLURM_ANSWER_S)
     except SlurmError:
         return {}
     jobs = {}
@@ -224,7 +224,7 @@ def _ask(
             " `spantune run JOB.toml` trains on this machine"
         ) from None
     except subprocess.TimeoutExpired:
-        raise SlurmSilence(
+        raise SlurmTimeout(
             f"{command[0]} has not answered for {seconds:.0f} s; SLURM's controller may be down:"
             " try again later, and see `squeue --me` for what it has done meanwhile"
         ) from None

@@ -10,15 +10,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from runner.errors import RunDirError, RunnerError, SlurmError
-from runner.run.attempts import Owner, describe
+from runner.run.attempts import AttemptRecord, describe
 from runner.run.folder import RunDir
 from runner.slurm.client import read_submission, scancel
-from runner.slurm.status import newest_start, standings, started_elsewhere
-from runner.slurm.submit import queued
+from runner.slurm.status import newest_start, run_statuses, started_elsewhere
+from runner.slurm.submit import in_queue
 from runner.utils.files import storage_errors
 
-LOOK = 0.5  # seconds between looks at a file that grows
-ASK = 10.0  # seconds between questions to SLURM
+LOG_POLL_S = 0.5  # seconds between looks at a file that grows
+STATE_POLL_S = 10.0  # seconds between questions to SLURM
 
 
 def log_file(run: RunDir) -> Path:
@@ -30,7 +30,7 @@ def log_file(run: RunDir) -> Path:
     return Path(submission.output)
 
 
-def follow(run: RunDir, *, forever: bool) -> Iterator[str]:
+def follow_log(run: RunDir, *, forever: bool) -> Iterator[str]:
     """Yield what a run has said so far, and with `forever` also what it goes on to say, until it is
     over. While there is nothing yet, its state is said once.
 
@@ -51,9 +51,9 @@ def follow(run: RunDir, *, forever: bool) -> Iterator[str]:
             if place == 0:
                 raise RunDirError(f"{run.path} has said nothing yet: there is no {path.name}")
             return
-        if time.monotonic() - asked > ASK or not asked:
+        if time.monotonic() - asked > STATE_POLL_S or not asked:
             asked = time.monotonic()
-            [now], silence = standings([run])
+            [now], silence = run_statuses([run])
             if _bytes_from(path, place):  # it has spoken while we asked
                 continue
             if place == 0 and told != now.state:
@@ -62,17 +62,17 @@ def follow(run: RunDir, *, forever: bool) -> Iterator[str]:
             if now.over and not silence:
                 yield decode(b"", final=True)
                 return
-        time.sleep(LOOK)
+        time.sleep(LOG_POLL_S)
 
 
-def cancel(runs: Sequence[RunDir]) -> Iterator[tuple[RunDir, str | RunnerError]]:
+def cancel_runs(runs: Sequence[RunDir]) -> Iterator[tuple[RunDir, str | RunnerError]]:
     """Tell runs to save and end, whatever started them. Yields for each what was done, in a
     sentence, or why it could not be (SlurmError; RunDirError, if it runs on another machine outside
     of SLURM): one that cannot be told does not keep the others going. SLURM is asked once."""
     unfinished = [run for run in runs if not run.finished()]
     silence, waiting = None, {}
     try:
-        waiting = queued(unfinished)
+        waiting = in_queue(unfinished)
     except SlurmError as error:
         silence = error
     for run in runs:
@@ -98,7 +98,9 @@ def _cancel(run: RunDir, *, in_queue: bool) -> str:
     if start is None or not start.alive:
         return "is not running"
     owner = start.owner
-    if owner.machine != Owner.here(0, anew=False).machine:  # its pid means something else here
+    if (
+        owner.machine != AttemptRecord.here(0, anew=False).machine
+    ):  # its pid means something else here
         raise RunDirError(f"{run.path} is being run by {describe(owner)}: cancel it there")
     try:
         os.kill(owner.pid, signal.SIGTERM)

@@ -8,18 +8,18 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from runner.errors import JobError
-from runner.job.load import in_order, read_source
+from runner.job.load import format_problems, read_source
 from runner.job.messages import schema_problems
 from runner.job.schema import Slurm
 from runner.job.toml_lines import Path as KeyPath
 
-VARIABLE = "SPANTUNE_SLURM"
+DEFAULTS_VARIABLE = "SPANTUNE_SLURM"
 
 
 def defaults_file() -> Path | None:
     """The file of defaults: what SPANTUNE_SLURM names (nothing, if it is empty), or
     `spantune/slurm.toml` in the user's configuration folder if that is there."""
-    named = os.environ.get(VARIABLE)
+    named = os.environ.get(DEFAULTS_VARIABLE)
     if named is not None:
         return Path(named).expanduser() if named else None
     home = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
@@ -48,7 +48,7 @@ def load_defaults(path: Path) -> Slurm:
         except ValidationError as error:
             problems += schema_problems(error, within=("slurm",))
     if section is None or problems:
-        raise JobError(in_order(problems, source))
+        raise JobError(format_problems(problems, source))
     return section
 
 

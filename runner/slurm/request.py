@@ -11,7 +11,7 @@ from pathlib import Path
 from runner.errors import JobError
 from runner.job.assets import not_cached
 from runner.job.schema import Job, Slurm, batch_layout
-from runner.job.slurm_values import expanded
+from runner.job.slurm_values import expand_hosts
 from runner.job.sweep import Trial, load_trials
 from runner.run.launch import MAIN
 from runner.slurm.defaults import defaults_file, resolve
@@ -19,7 +19,7 @@ from runner.slurm.script import sbatch_script
 
 
 @dataclass(frozen=True)
-class Order:
+class SubmitRequest:
     """A checked job and what SLURM is to be asked for it.
 
     Attributes:
@@ -70,7 +70,7 @@ class Order:
         ]
 
 
-def check_order(path: str, overrides: Sequence[str], written_by: str) -> Order:
+def prepare(path: str, overrides: Sequence[str], written_by: str) -> SubmitRequest:
     """Check all of a job that can be checked without its data: the file, the cluster's defaults,
     how the batch divides over the ranks, the environment.
 
@@ -92,7 +92,7 @@ def check_order(path: str, overrides: Sequence[str], written_by: str) -> Order:
         problems += error.problems
     if problems:
         raise JobError([f"{path}: {problem}" for problem in dict.fromkeys(problems)])
-    return Order(job, trials, section, defaults, written_by)
+    return SubmitRequest(job, trials, section, defaults, written_by)
 
 
 def expand(section: Slurm) -> Slurm:
@@ -106,7 +106,7 @@ def expand(section: Slurm) -> Slurm:
 
     def put(key: str, text: str) -> str:
         try:
-            return expanded(text)
+            return expand_hosts(text)
         except ValueError as error:
             problems.append(f"slurm.{key}: {error}")
             return text

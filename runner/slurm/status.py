@@ -15,19 +15,19 @@ from typing import Any
 import tomli
 
 from runner.errors import RunDirError, SlurmError
-from runner.run.attempts import SILENT, Owner, entry_file, life, owners
+from runner.run.attempts import SILENT_S, AttemptRecord, attempts, describe_if_alive, entry_file
 from runner.run.folder import RunDir
-from runner.run.sweep import MANIFEST, read_manifest
-from runner.slurm.client import FORGOTTEN, SlurmJob, Submission, ask_jobs, read_submission
+from runner.run.sweep import SWEEP_MANIFEST, read_manifest
+from runner.slurm.client import FORGOTTEN, SlurmJob, Submission, job_states, read_submission
 from runner.utils.files import below_here
-from runner.utils.tables import Value, read_rows
+from runner.utils.tables import CellValue, read_rows
 from runner.utils.text import duration
 
 SHOWN = 20  # runs that are listed if none is named
 
 
 @dataclass(frozen=True)
-class Start:
+class NewestStart:
     """The newest start of a run, as its ledger tells.
 
     Attributes:
@@ -36,13 +36,13 @@ class Start:
         alive: whether it is going on.
     """
 
-    owner: Owner
+    owner: AttemptRecord
     exit_code: int | None
     alive: bool
 
 
 @dataclass(frozen=True)
-class Standing:
+class RunStatus:
     """Where a run stands.
 
     Attributes:
@@ -68,7 +68,7 @@ class Standing:
     limit: str
     place: str
 
-    def row(self, root: Path) -> dict[str, Value]:
+    def row(self, root: Path) -> dict[str, CellValue]:
         """One row of the table; runs below `root` are called by what follows it."""
         path, root = self.run.path, root.absolute()
         done = "0" if self.epoch is None else f"{self.epoch:.3g}"
@@ -95,7 +95,9 @@ def find_runs(named: Sequence[Path], root: Path) -> list[RunDir]:
         found = ((path, _runs_at(path)) for path in named)
         return [run for path, at in found for run in (_runs_below(path) if at is None else at)]
     runs = [RunDir(path.parent) for path in root.glob("*/*/job.toml")]
-    runs += [run for path in root.glob(f"*/*/{MANIFEST}") for run in _runs_at(path.parent) or ()]
+    runs += [
+        run for path in root.glob(f"*/*/{SWEEP_MANIFEST}") for run in _runs_at(path.parent) or ()
+    ]
     return sorted(runs, key=lambda run: _age(run.job))[-SHOWN:]
 
 
@@ -117,29 +119,29 @@ def named_runs(named: Sequence[Path]) -> list[RunDir]:
     return found
 
 
-def standings(runs: Iterable[RunDir]) -> tuple[list[Standing], str | None]:
+def run_statuses(runs: Iterable[RunDir]) -> tuple[list[RunStatus], str | None]:
     """Where each run stands; and a sentence if SLURM was asked and did not answer."""
     pairs = [(run, read_submission(run.slurm)) for run in runs]
     asked = [sub.name for run, sub in pairs if sub is not None and not run.finished()]
     jobs: Mapping[str, SlurmJob] = {}
     silence = None
     try:
-        jobs = ask_jobs(asked)
+        jobs = job_states(asked)
     except SlurmError as error:
         silence = f"{error}; what follows is from the run folders alone"
     return [_standing(run, sub, jobs, answered=silence is None) for run, sub in pairs], silence
 
 
-def table_rows(found: Sequence[Standing], root: Path) -> list[dict[str, Value]]:
+def table_rows(found: Sequence[RunStatus], root: Path) -> list[dict[str, CellValue]]:
     """The table of these runs, without columns that would be empty."""
     rows = [standing.row(root) for standing in found]
     empty = {key for key in (rows[0] if rows else ()) if all(row[key] is None for row in rows)}
     return [{key: value for key, value in row.items() if key not in empty} for row in rows]
 
 
-def newest_start(run: RunDir) -> Start | None:
+def newest_start(run: RunDir) -> NewestStart | None:
     """Read the newest start from the ledger; None before the first."""
-    started = owners(run)
+    started = attempts(run)
     if not started:
         return None
     owner = started[-1]
@@ -148,16 +150,16 @@ def newest_start(run: RunDir) -> Start | None:
         text = entry_file(run, owner.attempt, "end.json").read_text(encoding="utf-8")
         code = int(json.loads(text)["exit_code"])
     if code is not None:
-        return Start(owner, code, alive=False)
+        return NewestStart(owner, code, alive=False)
     try:
-        return Start(owner, None, life(run, owner.attempt) is not None)
+        return NewestStart(owner, None, describe_if_alive(run, owner.attempt) is not None)
     except OSError:  # somebody else's folder, which we may only read
-        return Start(
-            owner, None, time.time() - _age(entry_file(run, owner.attempt, "alive")) < SILENT
+        return NewestStart(
+            owner, None, time.time() - _age(entry_file(run, owner.attempt, "alive")) < SILENT_S
         )
 
 
-def started_elsewhere(start: Start, submission: Submission) -> bool:
+def started_elsewhere(start: NewestStart, submission: Submission) -> bool:
     """Whether a start is no life of the job that was submitted last, and began later: what SLURM
     says of that job, and what the job said, is then not about it. (A trial's SLURM_JOB_ID is not
     its name in the array, so of an array every job counts.)"""
@@ -172,7 +174,7 @@ def started_elsewhere(start: Start, submission: Submission) -> bool:
 
 def _standing(
     run: RunDir, submission: Submission | None, jobs: Mapping[str, SlurmJob], *, answered: bool
-) -> Standing:
+) -> RunStatus:
     start, job = newest_start(run), None
     if submission is not None and answered and not run.finished():
         job = {submission.name: FORGOTTEN, **jobs}[submission.name]
@@ -186,7 +188,7 @@ def _standing(
     epochs = _epochs(run)
     runs = start is not None and start.alive
     speed = _speed(training) if runs else None
-    return Standing(
+    return RunStatus(
         run,
         state,
         over,
@@ -200,7 +202,7 @@ def _standing(
     )
 
 
-def _state(run: RunDir, start: Start | None, job: SlurmJob | None) -> tuple[str, bool]:
+def _state(run: RunDir, start: NewestStart | None, job: SlurmJob | None) -> tuple[str, bool]:
     """A run's state in a few words, and whether it is over."""
     alive = start is not None and start.alive
     if run.finished():
@@ -228,7 +230,7 @@ def _state(run: RunDir, start: Start | None, job: SlurmJob | None) -> tuple[str,
 
 def _runs_at(path: Path) -> list[RunDir] | None:
     """The run in a folder, or those of the sweep in it; None if there is neither."""
-    if (path / MANIFEST).is_file():
+    if (path / SWEEP_MANIFEST).is_file():
         trials = [RunDir(path / trial["name"]) for trial in read_manifest(path)["trials"]]
         return [run for run in trials if run.job.is_file()]
     run = RunDir(path)
@@ -240,7 +242,7 @@ def _runs_below(path: Path) -> list[RunDir]:
     return [RunDir(job.parent) for job in inner] or [RunDir.open(path)]  # which says what it lacks
 
 
-def _where(start: Start) -> str:
+def _where(start: NewestStart) -> str:
     return "here" if start.owner.host == socket.gethostname() else start.owner.host
 
 

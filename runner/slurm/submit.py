@@ -12,21 +12,21 @@ from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 
-from runner.errors import DataError, RunDirError, RunnerError, SlurmSilence, StorageError
+from runner.errors import DataError, RunDirError, RunnerError, SlurmTimeout, StorageError
 from runner.job.load import dump_job, first_difference, recorded_job
 from runner.job.sweep import Trial
-from runner.run.attempts import life, numbers
+from runner.run.attempts import attempt_numbers, describe_if_alive
 from runner.run.folder import RunDir, new_stamp
-from runner.run.sweep import JOB, MANIFEST, manifest_entries, open_trials, write_manifest
+from runner.run.sweep import JOB, SWEEP_MANIFEST, manifest_entries, open_trials, write_manifest
 from runner.slurm.client import (
     Submission,
-    ask_jobs,
+    job_states,
     never_starts,
     read_submission,
     sbatch,
     write_submission,
 )
-from runner.slurm.request import Order
+from runner.slurm.request import SubmitRequest
 from runner.slurm.script import script_options
 from runner.utils.files import storage_errors, write_atomic
 
@@ -48,7 +48,7 @@ class Submitted:
     doubt: str | None
 
 
-def submit_run(order: Order, root: Path, run_dir: Path | None) -> Submitted | None:
+def submit_run(order: SubmitRequest, root: Path, run_dir: Path | None) -> Submitted | None:
     """Submit one run: a new one below `root`, or the one in `run_dir`, which goes on. None if that
     is finished.
 
@@ -75,7 +75,7 @@ def submit_run(order: Order, root: Path, run_dir: Path | None) -> Submitted | No
                     raise DataError(f"{run.path}: holds a run of another job: {difference}")
                 if run.finished():
                     return None
-                for reason in busy([run]).values():
+                for reason in taken_runs([run]).values():
                     raise RunDirError(reason)
             undo.file(run.job)
             # Also of a run that goes on: what two starts may differ in, the newest submission says.
@@ -83,7 +83,7 @@ def submit_run(order: Order, root: Path, run_dir: Path | None) -> Submitted | No
             return _submit(order, run.path, {0: run}, order.script(run.path), undo)
 
 
-def submit_sweep(order: Order, root: Path, folder: Path | None) -> Submitted | None:
+def submit_sweep(order: SubmitRequest, root: Path, folder: Path | None) -> Submitted | None:
     """Submit a sweep as an array job: those of its trials that have no result and are not in the
     queue. None if all have results.
 
@@ -96,7 +96,7 @@ def submit_sweep(order: Order, root: Path, folder: Path | None) -> Submitted | N
     """
     folder = (folder or root / order.job.name / new_stamp()).absolute()
     with Undo() as undo, storage_errors():
-        for name in (JOB, MANIFEST):
+        for name in (JOB, SWEEP_MANIFEST):
             undo.file(folder / name)
         folder.mkdir(parents=True, exist_ok=True)
         with _alone(folder):
@@ -112,7 +112,7 @@ def submit_sweep(order: Order, root: Path, folder: Path | None) -> Submitted | N
             return _submit(order, folder, runs, order.script(folder, names, list(runs)), undo)
 
 
-def draft(order: Order, root: Path, run_dir: Path | None) -> str | None:
+def draft(order: SubmitRequest, root: Path, run_dir: Path | None) -> str | None:
     """The script as it would be submitted now, None if there is nothing left to run; nothing is
     written.
 
@@ -126,7 +126,7 @@ def draft(order: Order, root: Path, run_dir: Path | None) -> str | None:
     return order.script(folder, names, list(left)) if left else None
 
 
-def queued(runs: Iterable[RunDir]) -> dict[Path, str]:
+def in_queue(runs: Iterable[RunDir]) -> dict[Path, str]:
     """Say where those of the runs that are in SLURM's queue stand there, by run folder. SLURM is
     asked once for all, and not at all if none was submitted.
 
@@ -138,7 +138,7 @@ def queued(runs: Iterable[RunDir]) -> dict[Path, str]:
         submission = read_submission(run.slurm)
         if submission is not None:
             names[run.path] = submission.name
-    jobs = ask_jobs(list(names.values()))
+    jobs = job_states(list(names.values()))
     return {
         path: f"job {name} is {jobs[name].state}"
         for path, name in names.items()
@@ -146,23 +146,25 @@ def queued(runs: Iterable[RunDir]) -> dict[Path, str]:
     }
 
 
-def busy(runs: Iterable[RunDir]) -> dict[Path, str]:
+def taken_runs(runs: Iterable[RunDir]) -> dict[Path, str]:
     """Say by whom, or by which job in the queue, those of the runs are taken that are.
 
     Raises:
         SlurmError: if SLURM cannot be asked.
     """
     runs = list(runs)
-    found = {path: f"{path} is submitted already: {where}" for path, where in queued(runs).items()}
+    found = {
+        path: f"{path} is submitted already: {where}" for path, where in in_queue(runs).items()
+    }
     for run in runs:
-        newest = max(numbers(run), default=0)
-        alive = life(run, newest) if newest and run.path not in found else None
+        newest = max(attempt_numbers(run), default=0)
+        alive = describe_if_alive(run, newest) if newest and run.path not in found else None
         if alive is not None:
             found[run.path] = f"{run.path} is being run by {alive}"
     return found
 
 
-def _left(order: Order, folder: Path) -> tuple[list[str], dict[int, Trial]]:
+def _left(order: SubmitRequest, folder: Path) -> tuple[list[str], dict[int, Trial]]:
     """The names of all trials of a sweep in the order of their array indices, and by index the
     trials that are to run: those without a result that nobody runs.
 
@@ -172,7 +174,7 @@ def _left(order: Order, folder: Path) -> tuple[list[str], dict[int, Trial]]:
     names = list(manifest_entries(folder, order.job, order.trials))
     places = {name: index for index, name in enumerate(names)}
     unfinished = open_trials(folder, order.trials)
-    taken = busy(RunDir(folder / trial.name) for trial in unfinished)
+    taken = taken_runs(RunDir(folder / trial.name) for trial in unfinished)
     free = [trial for trial in unfinished if folder / trial.name not in taken]
     if unfinished and not free:
         raise RunDirError(
@@ -203,7 +205,7 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def _submit(
-    order: Order, folder: Path, runs: dict[int, RunDir], script: str, undo: Undo
+    order: SubmitRequest, folder: Path, runs: dict[int, RunDir], script: str, undo: Undo
 ) -> Submitted:
     at = RunDir(folder).submit_script
     undo.file(at)
@@ -212,9 +214,9 @@ def _submit(
     doubt = never_starts(at, options)
     try:
         job_id = sbatch(at, options)
-    except SlurmSilence as error:
+    except SlurmTimeout as error:
         undo.forget()
-        raise SlurmSilence(
+        raise SlurmTimeout(
             f"{error}; {folder} is kept for the job, and takes another one with --run-dir"
         ) from None
     undo.forget()
@@ -225,7 +227,7 @@ def _submit(
     return Submitted(folder, job_id, len(runs), doubt)
 
 
-def _record(order: Order, folder: Path, runs: dict[int, RunDir], job_id: str) -> None:
+def _record(order: SubmitRequest, folder: Path, runs: dict[int, RunDir], job_id: str) -> None:
     """Write beside each run which job it is in."""
     is_array = bool(order.trials)
     pattern = "slurm-{}_{}.out" if is_array else "slurm-{}.out"

@@ -25,13 +25,13 @@ import psutil
 
 from runner.job.schema import Track
 from runner.run.folder import RunDir
-from runner.utils.tables import Value
+from runner.utils.tables import CellValue
 
 BUFFER_BYTES = 1 << 20  # some thousands of rows
 # Seconds that a server is given to take up a run before it is kept in the run folder.
-PATIENCE = 15
+TRACKER_START_S = 15
 CHECKOUT = Path(__file__).resolve().parents[2]
-PACKAGES = {"wandb": "wandb", "tensorboard": "tensorboard", "mlflow": "mlflow-skinny"}
+TRACKER_PACKAGES = {"wandb": "wandb", "tensorboard": "tensorboard", "mlflow": "mlflow-skinny"}
 Say = Callable[[str], None]
 
 
@@ -39,17 +39,17 @@ class Trackers:
     """All trackers of a run, on rank 0; no method raises or waits, but `close`, for so long as the
     job allows."""
 
-    def __init__(self, children: Sequence[_Child], wait: float, say: Say) -> None:
+    def __init__(self, children: Sequence[TrackerProcess], wait: float, say: Say) -> None:
         self._children = list(children)
         self._wait = wait
         self._say = say
 
-    def log(self, table: str, row: Mapping[str, Value]) -> None:
+    def log(self, table: str, row: Mapping[str, CellValue]) -> None:
         """Pass on a row of a table ("train", "eval", "probes"), or the run's "result"."""
         for child in self._children:
             self._guarded(child, lambda c: c.send({"table": table, "row": dict(row)}))
 
-    def resume(self, probe_rows: Sequence[Mapping[str, Value]]) -> None:
+    def resume(self, probe_rows: Sequence[Mapping[str, CellValue]]) -> None:
         """Pass on what earlier attempts have logged of probes.csv: W&B and MLflow get that table
         whole at the end, and it must not begin with this attempt."""
         for row in probe_rows:
@@ -63,12 +63,12 @@ class Trackers:
             self._guarded(child, lambda c: c.send({"end": finished}))
         while any(child.busy for child in self._children) and time.monotonic() < deadline:
             for child in self._children:
-                self._guarded(child, _Child.finish)
+                self._guarded(child, TrackerProcess.finish)
             time.sleep(0.02)
         for child in self._children:
             self._guarded(child, lambda c: c.stop(self._wait))
 
-    def _guarded(self, child: _Child, act: Callable[[_Child], None]) -> None:
+    def _guarded(self, child: TrackerProcess, act: Callable[[TrackerProcess], None]) -> None:
         if child.gone:
             return
         try:
@@ -81,7 +81,7 @@ class Trackers:
                 child.abandon()
 
 
-class _Child:
+class TrackerProcess:
     """One tracker's process and what waits to be read by it."""
 
     def __init__(self, tool: str, process: subprocess.Popen[bytes], log: Path, say: Say) -> None:
@@ -191,7 +191,9 @@ def start_trackers(
     children = []
     for tool in dict.fromkeys(section.tools):
         if importlib.util.find_spec(tool) is None:
-            say(f"{tool}: not installed (pip install {PACKAGES[tool]}); the run goes on without it")
+            say(
+                f"{tool}: not installed (pip install {TRACKER_PACKAGES[tool]}); the run goes on without it"
+            )
             continue
         settings = {
             "tool": tool,
@@ -204,7 +206,7 @@ def start_trackers(
             "entity": section.entity,
             "uri": section.mlflow_uri,
             "wait": section.wait,
-            "patience": PATIENCE,
+            "patience": TRACKER_START_S,
             "pid": os.getpid(),
             "config": config,
         }
@@ -215,7 +217,7 @@ def start_trackers(
     return Trackers(children, section.wait, say)
 
 
-def _start(tool: str, settings: Mapping[str, Any], run: RunDir, say: Say) -> _Child:
+def _start(tool: str, settings: Mapping[str, Any], run: RunDir, say: Say) -> TrackerProcess:
     run.trackers.mkdir(exist_ok=True)
     log = run.trackers / f"{tool}.log"
     path = os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")]))
@@ -229,6 +231,6 @@ def _start(tool: str, settings: Mapping[str, Any], run: RunDir, say: Say) -> _Ch
             env={**os.environ, "PYTHONPATH": path},
             start_new_session=True,  # Ctrl-C is for the run, which then closes the pipe
         )
-    child = _Child(tool, process, log, say)
+    child = TrackerProcess(tool, process, log, say)
     child.send(settings)
     return child

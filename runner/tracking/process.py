@@ -18,16 +18,16 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 PARAMETERS = 100  # that MLflow takes in one call
-Row = Mapping[str, Any]
+TrackerRow = Mapping[str, Any]
 Say = Callable[[str], None]
 
 
 class Tool(Protocol):
     """A tracker's library behind three calls."""
 
-    def log(self, table: str, row: Row, step: int) -> None: ...
+    def log(self, table: str, row: TrackerRow, step: int) -> None: ...
 
-    def recall(self, probe: Row) -> None:
+    def recall(self, probe: TrackerRow) -> None:
         """Take a row of probes.csv that an earlier attempt has logged: its curves have it, a table
         that is sent whole at the end must have it again."""
         ...
@@ -38,7 +38,7 @@ class Tool(Protocol):
 class Wandb:
     """Weights & Biases: a run whose values are drawn over the optimiser step."""
 
-    def __init__(self, settings: Row, say: Say) -> None:
+    def __init__(self, settings: TrackerRow, say: Say) -> None:
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb
 
@@ -77,15 +77,15 @@ class Wandb:
         else:
             say(f"{self._run.url}")
 
-    def log(self, table: str, row: Row, step: int) -> None:
+    def log(self, table: str, row: TrackerRow, step: int) -> None:
         if table == "result":
-            self._run.summary.update(numbers(row))
+            self._run.summary.update(numeric_values(row))
             return
         if table == "probes":
             self.recall(row)
         self._run.log({"step": step, **values(table, row)})
 
-    def recall(self, probe: Row) -> None:
+    def recall(self, probe: TrackerRow) -> None:
         self._columns = list(probe)
         self._probes.append(list(probe.values()))
 
@@ -99,7 +99,7 @@ class Wandb:
 class Tensorboard:
     """TensorBoard: an event file, written without TensorFlow or torch."""
 
-    def __init__(self, settings: Row, say: Say) -> None:
+    def __init__(self, settings: TrackerRow, say: Say) -> None:
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
         event, summary, tensor, types = (
@@ -114,7 +114,7 @@ class Tensorboard:
         self._text("job", f"```json\n{json.dumps(settings['config'], indent=2)}\n```", 0)
         say(f"to look at it: tensorboard --logdir {folder}")
 
-    def log(self, table: str, row: Row, step: int) -> None:
+    def log(self, table: str, row: TrackerRow, step: int) -> None:
         scalars = [
             self._summary.Value(tag=tag, simple_value=value)
             for tag, value in values(table, row).items()
@@ -123,7 +123,7 @@ class Tensorboard:
         if table == "probes":
             self._text(f"probes/{row['probe']}", f"{row['question']} **{row['answer']}**", step)
 
-    def recall(self, probe: Row) -> None:
+    def recall(self, probe: TrackerRow) -> None:
         pass  # what earlier attempts wrote lies in the same folder, and is shown with the rest
 
     def close(self, *, finished: bool) -> None:
@@ -142,7 +142,7 @@ class Tensorboard:
 class Mlflow:
     """MLflow: a run on a tracking server, or in files of the run folder."""
 
-    def __init__(self, settings: Row, say: Say) -> None:
+    def __init__(self, settings: TrackerRow, say: Say) -> None:
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         # Without these a call waits for two minutes, and is tried seven times.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(settings["patience"]))
@@ -173,18 +173,18 @@ class Mlflow:
         parameters = [entities.Param(k, v) for k, v in flat if k not in known]
         for place in range(0, len(parameters), PARAMETERS):
             self._client.log_batch(self._run, params=parameters[place : place + PARAMETERS])
-        self._probes: list[Row] = []
+        self._probes: list[TrackerRow] = []
         local = f"to look at it: MLFLOW_ALLOW_FILE_STORE=true mlflow ui --backend-store-uri {uri}"
         say(local if uri.startswith("file:") else f"run {self._run} on {uri}")
 
-    def log(self, table: str, row: Row, step: int) -> None:
+    def log(self, table: str, row: TrackerRow, step: int) -> None:
         now = int(time.time() * 1000)
         found = [self._metric(key, value, now, step) for key, value in values(table, row).items()]
         self._client.log_batch(self._run, metrics=found)
         if table == "probes":
             self.recall(row)
 
-    def recall(self, probe: Row) -> None:
+    def recall(self, probe: TrackerRow) -> None:
         self._probes.append(probe)
 
     def close(self, *, finished: bool) -> None:
@@ -193,14 +193,14 @@ class Mlflow:
         self._client.set_terminated(self._run, "FINISHED" if finished else "FAILED")
 
 
-TOOLS: dict[str, Callable[[Row, Say], Tool]] = {
+TOOLS: dict[str, Callable[[TrackerRow, Say], Tool]] = {
     "wandb": Wandb,
     "tensorboard": Tensorboard,
     "mlflow": Mlflow,
 }
 
 
-def numbers(row: Row) -> dict[str, float]:
+def numeric_values(row: TrackerRow) -> dict[str, float]:
     """The numbers of a row by their names; the step is no value but the place of the others."""
     return {
         key: float(value)
@@ -209,14 +209,14 @@ def numbers(row: Row) -> dict[str, float]:
     }
 
 
-def values(table: str, row: Row) -> dict[str, float]:
+def values(table: str, row: TrackerRow) -> dict[str, float]:
     """What a row adds to curves: `train/loss_nats`, `eval/f1_percent`, `probes/1/score`."""
     if table == "probes":
         return {f"probes/{row['probe']}/score": float(row["score"])}
-    return {f"{table}/{key}": value for key, value in numbers(row).items()}
+    return {f"{table}/{key}": value for key, value in numeric_values(row).items()}
 
 
-def flatten(table: Row, prefix: str = "") -> dict[str, str]:
+def flatten(table: TrackerRow, prefix: str = "") -> dict[str, str]:
     """Nested settings as `train.learning_rate`: text, cut to what MLflow takes."""
     flat: dict[str, str] = {}
     for key, value in table.items():
@@ -228,7 +228,7 @@ def flatten(table: Row, prefix: str = "") -> dict[str, str]:
     return flat
 
 
-def begin(settings: Row, say: Say) -> Tool:
+def begin(settings: TrackerRow, say: Say) -> Tool:
     """Open the tracker; where that fails online, in the run folder."""
     make = TOOLS[settings["tool"]]
     try:
@@ -236,18 +236,18 @@ def begin(settings: Row, say: Say) -> Tool:
     except Exception as error:
         if settings["offline"]:
             raise
-        say(f"kept in the run folder ({sentence(error)})")
+        say(f"kept in the run folder ({first_sentence(error)})")
         return make({**settings, "offline": True}, say)
 
 
-def sentence(error: BaseException) -> str:
+def first_sentence(error: BaseException) -> str:
     """The first line of an error, not too long."""
     first = (str(error).strip().splitlines() or [type(error).__name__])[0]
     first = first.partition(" with exception")[0]  # MLflow adds three libraries' accounts of it
     return first if len(first) <= 120 else f"{first[:117]}..."
 
 
-def follow(lines: Any, say: Say) -> None:
+def follow_rows(lines: Any, say: Say) -> None:
     """Pass on rows from the pipe until it is closed; without word of an end before, the run is
     taken for a failed one."""
     settings = json.loads(next(lines))
@@ -269,7 +269,7 @@ def follow(lines: Any, say: Say) -> None:
         except Exception as error:  # one row that is not taken does not end the others
             failures += 1
             if failures == 1:
-                say(f"{sentence(error)}; some rows are in the run's tables only")
+                say(f"{first_sentence(error)}; some rows are in the run's tables only")
     # The run that started us may be dead: nobody else ends a library that hangs.
     watch = threading.Timer(settings["wait"] + 5, os._exit, [1])
     watch.daemon = True
@@ -293,9 +293,9 @@ def main() -> None:
             sys.stderr.write(f"{text}\n")
 
     try:
-        follow(iter(sys.stdin.buffer), say)
+        follow_rows(iter(sys.stdin.buffer), say)
     except Exception as error:
-        say(f"{sentence(error)}; the run goes on without it")
+        say(f"{first_sentence(error)}; the run goes on without it")
         raise
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from runner.checkpoint.best import Kept
-from runner.data.splits import Questions
+from runner.checkpoint.best import BestEvaluation
+from runner.data.splits import Split
 from runner.data.windows import windows_sha256
 from runner.eval.results import result_scores
 from runner.export.verify import verify_export
@@ -18,20 +18,20 @@ from runner.report.render import write_report
 from runner.run import provenance
 from runner.run.folder import RunDir
 from runner.train.run_log import closing_lines, probe_changes, write_predictions
-from runner.train.setup import Material
+from runner.train.setup import Session
 from runner.utils.console import Reporter
 from runner.utils.files import file_sha256, write_json
 from runner.utils.ranks import Rank
-from runner.utils.tables import Value, terminal
-from runner.utils.timing import Clock
+from runner.utils.tables import CellValue, rich_table
+from runner.utils.timing import PhaseTimer
 
 
 def verified_result(
     job: Job,
     run: RunDir,
-    kept: Kept,
-    validation: Questions,
-    clock: Clock,
+    kept: BestEvaluation,
+    validation: Split,
+    clock: PhaseTimer,
     peaks: Sequence[dict[str, int]],
 ) -> dict[str, Any]:
     """result.json: scores, the weights' hash, seconds and memory, after a fresh process has agreed.
@@ -63,9 +63,9 @@ def finish(
     job: Job,
     run: RunDir,
     reporter: Reporter,
-    kept: Kept,
-    validation: Questions,
-    probe_rows: Sequence[dict[str, Value]],
+    kept: BestEvaluation,
+    validation: Split,
+    probe_rows: Sequence[dict[str, CellValue]],
     result: dict[str, Any],
 ) -> None:
     """Write predictions, report and, last of all, result.json; show the outcome."""
@@ -74,9 +74,9 @@ def finish(
     write_report(run.path, result)
     write_json(run.result, result)
     if shown:
-        reporter.show(terminal("What the model answers", shown))
+        reporter.table(rich_table("What the model answers", shown))
     for line in closing_lines(job, run, result):
-        reporter.say(line)
+        reporter.line(line)
 
 
 def peak_memory(device: torch.device) -> dict[str, int]:
@@ -87,7 +87,7 @@ def peak_memory(device: torch.device) -> dict[str, int]:
     return peak
 
 
-def record(job: Job, rank: Rank, device: torch.device, have: Material) -> dict[str, Any]:
+def record(job: Job, rank: Rank, device: torch.device, have: Session) -> dict[str, Any]:
     """provenance.json: all that could make a second run differ."""
     name = (
         torch.cuda.get_device_name(device) if device.type == "cuda" else provenance.processor_name()
@@ -119,7 +119,7 @@ def record(job: Job, rank: Rank, device: torch.device, have: Material) -> dict[s
     }
 
 
-def identity(job: Job, rank: Rank, have: Material) -> dict[str, Any]:
+def identity(job: Job, rank: Rank, have: Session) -> dict[str, Any]:
     """What a checkpoint must share with this start to be its own."""
     tuning = have.tuning
     return {

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from runner.distributed.collectives import everyone
+from runner.distributed.collectives import all_gather
 from runner.errors import DivergedError
 from runner.utils.ranks import Rank
 
@@ -29,7 +29,7 @@ class Pass:
     loss: Tensor
 
 
-class Health:
+class NanMonitor:
     """Keeps what the passes since the last look gave. Nothing is read from the device before there
     is a reason to wait for it anyway.
 
@@ -49,7 +49,7 @@ class Health:
         self._passes: list[Pass] = []
         self._norms: list[tuple[int, np.ndarray, Any]] = []
 
-    def begins(self, rows: np.ndarray) -> None:
+    def begin_pass(self, rows: np.ndarray) -> None:
         """Note the windows of the pass that is next."""
         self._now = rows
 
@@ -63,17 +63,17 @@ class Health:
                 error.add_note(f"over {self._questions(self._now)}")
             raise
 
-    def passed(self, step: int, rows: np.ndarray, loss: Tensor) -> None:
+    def record(self, step: int, rows: np.ndarray, loss: Tensor) -> None:
         """Note a forward pass with its loss."""
         self._passes.append(Pass(step, rows, loss.detach()))
 
-    def stepped(self, step: int, rows: np.ndarray, norm: Any) -> None:
+    def record_step(self, step: int, rows: np.ndarray, norm: Any) -> None:
         """Note an optimiser step over the windows of all ranks, with the norm of its gradients."""
         self._now = None
         if norm is not None and not self._scaled:
             self._norms.append((step, rows, norm))
 
-    def look(self, loss: float) -> None:
+    def check_loss(self, loss: float) -> None:
         """Look at everything noted since the last time, where a row is written anyway. Every rank
         must call this.
 
@@ -89,16 +89,16 @@ class Health:
         self._passes.clear()
         self._norms.clear()
 
-    def check(self, model: nn.Module) -> None:
+    def check_weights(self, model: nn.Module) -> None:
         """The same before a checkpoint, where no sum is at hand; the weights are looked at too."""
         losses = [noted.loss for noted in self._passes]
         good = not losses or bool(torch.isfinite(torch.stack(losses)).all())
         good = good and all(map(math.isfinite, self._norm_values())) and _finite(model.parameters())
-        if not all(everyone(good)):
+        if not all(all_gather(good)):
             self._explain()
 
     def _explain(self) -> None:
-        found = [place for place in everyone(self._first()) if place is not None]
+        found = [place for place in all_gather(self._first()) if place is not None]
         # Of the same step, the loss comes before the gradients that it leads to.
         text = min(found)[2] if found else "the weights are no longer numbers"
         raise DivergedError(

@@ -15,8 +15,8 @@ from runner.data.window_cache import cache_root
 from runner.distributed.flat_zero import choose_optimiser
 from runner.job.schema import Model, Zero
 from runner.model.attention import choose_packing
-from runner.model.dropout import Noise, install
-from runner.model.frozen import Trunk, check_cacheable
+from runner.model.dropout import DropoutMasks, install_dropout
+from runner.model.frozen import FrozenLayers, check_cacheable
 
 # Where compiling pays: a cold start costs about a minute and saves some tenths of a step. Until
 # both are measured on a GPU, only jobs of much arithmetic compile by themselves: some ten minutes
@@ -25,7 +25,7 @@ _WORTH_COMPILING = 1.2e17
 
 
 @dataclass(frozen=True)
-class Computing:
+class ExecutionPlan:
     """How a run computes.
 
     Attributes:
@@ -37,9 +37,9 @@ class Computing:
     """
 
     packing: Packing | None
-    noise: Noise
+    noise: DropoutMasks
     optimiser: str
-    trunk: Trunk | None
+    trunk: FrozenLayers | None
     choices: dict[str, tuple[str, str]]
 
     def described(self) -> list[str]:
@@ -58,7 +58,7 @@ class Computing:
         }
 
 
-def choose_computing(
+def choose_plan(
     section: Model,
     zero: Zero,
     model: Any,
@@ -67,8 +67,8 @@ def choose_computing(
     *,
     longest: int,
     tokens: int,
-    noise: Noise,
-) -> Computing:
+    noise: DropoutMasks,
+) -> ExecutionPlan:
     """Decide once for a run, and prepare the model for it.
 
     Parts of it are frozen before, and DeepSpeed wraps it afterwards.
@@ -92,7 +92,7 @@ def choose_computing(
     choices["step"] = (optimiser, reason)
     compiled, reason = _choose_compile(section.compile, model, device, tokens)
     choices["compile"] = ("each layer" if compiled else "off", reason)
-    trunk = Trunk.of(model)
+    trunk = FrozenLayers.of(model)
     if section.cache_frozen:
         trunk = check_cacheable(trunk, zero.stage)
         reason = "as the job says; dropout in them is off"
@@ -104,11 +104,11 @@ def choose_computing(
         )
         trunk = None
     if device.type == "cpu":
-        install(model, noise)
+        install_dropout(model, noise)
         choices["dropout"] = ("16 bits an element", "torch's own takes a fifth of a step on a CPU")
     if compiled:
         compile_layers(model)
-    return Computing(packing, noise, optimiser, trunk, choices)
+    return ExecutionPlan(packing, noise, optimiser, trunk, choices)
 
 
 def _choose_compile(wanted: str, model: Any, device: torch.device, tokens: int) -> tuple[bool, str]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from runner.data.sampler import epoch_batches
-from runner.data.splits import Questions, load_questions
+from runner.data.splits import Split, load_splits
 from runner.data.windows import Windows
 from runner.distributed.engine import learning_rate_factor
 from runner.job.schema import Job, batch_layout
@@ -28,7 +28,7 @@ def check_data(job: Job, ranks: int) -> Iterator[str]:
     model = empty_model(job.model)
     freeze(model, job.model.freeze)
     tokenizer = load_tokenizer(job.model)
-    training, validation, tuning = load_questions(job.data, job.seed, tokenizer)
+    training, validation, tuning = load_splits(job.data, job.seed, tokenizer)
     yield f"{job.name}: {job.model.name} on {job.data.train}"
     yield ""
     parts = {"train": training, "validation": validation}
@@ -74,7 +74,7 @@ def check_data(job: Job, ranks: int) -> Iterator[str]:
     )
 
 
-def _data_row(name: str, part: Questions) -> dict[str, str | int | float | None]:
+def _data_row(name: str, part: Split) -> dict[str, str | int | float | None]:
     windows = part.windows
     return {
         "slice": name,
@@ -87,7 +87,7 @@ def _data_row(name: str, part: Questions) -> dict[str, str | int | float | None]
     }
 
 
-def _cut_answers(part: Questions, windows: Windows) -> int:
+def _cut_answers(part: Split, windows: Windows) -> int:
     """Questions with an answer that no window holds whole: longer than the stride, or than a
     window."""
     found_Q = np.zeros(len(part.dataset.examples), dtype=bool)

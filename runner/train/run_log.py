@@ -6,17 +6,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from runner.data.splits import Questions
+from runner.data.splits import Split
 from runner.eval.evaluation import Evaluation
-from runner.eval.inference import Readings
+from runner.eval.inference import Predictions
 from runner.eval.predictions import as_lines, prediction_records
 from runner.eval.results import score_line, threshold_lines
-from runner.job.schema import Job, Layout, Probe
-from runner.job.sources import drawn
+from runner.job.schema import BatchLayout, Job, Probe
+from runner.job.sources import describe_sample
 from runner.run.folder import RunDir
 from runner.train.state import Totals
 from runner.utils.files import below_here, write_atomic
-from runner.utils.tables import Value, read_rows
+from runner.utils.tables import CellValue, read_rows
 from runner.utils.text import duration
 
 THRESHOLD = "null_threshold_logits"  # column of eval.csv
@@ -24,16 +24,14 @@ THRESHOLD = "null_threshold_logits"  # column of eval.csv
 INTERVAL_COLUMNS = ("EM %\n±95 % CI", "F1 %\n±95 % CI")  # of the table of epochs
 
 
-def data_hashes(
-    training: Questions, validation: Questions, tuning: Questions | None
-) -> dict[str, str]:
+def data_hashes(training: Split, validation: Split, tuning: Split | None) -> dict[str, str]:
     """What questions are for to the hash of their content, for the model card: two samples may be
     of one slice."""
     parts = {"training": training, "validation": validation, "tuning": tuning}
     return {part: found.dataset.sha256 for part, found in parts.items() if found is not None}
 
 
-def eval_row(epoch: int, step: int, totals: Totals, scores: Evaluation) -> dict[str, Value]:
+def eval_row(epoch: int, step: int, totals: Totals, scores: Evaluation) -> dict[str, CellValue]:
     """One row of eval.csv."""
     readings = scores.readings
     return {
@@ -57,7 +55,7 @@ def eval_row(epoch: int, step: int, totals: Totals, scores: Evaluation) -> dict[
     }
 
 
-def _ends(name: str, scores: Evaluation) -> dict[str, Value]:
+def _ends(name: str, scores: Evaluation) -> dict[str, CellValue]:
     low, high = scores.intervals[name]
     return {f"{name}_low_percent": low, f"{name}_high_percent": high}
 
@@ -70,12 +68,14 @@ def latest_threshold(run: RunDir) -> float | None:
     return float(rows[-1][THRESHOLD]) if rows and THRESHOLD in rows[-1] else None
 
 
-def _threshold(scores: Evaluation) -> dict[str, Value]:
+def _threshold(scores: Evaluation) -> dict[str, CellValue]:
     threshold = scores.null_threshold
     return {} if threshold is None else {THRESHOLD: threshold}
 
 
-def probe_table(epoch: int, readings: Readings, probes: Sequence[Probe]) -> list[dict[str, Value]]:
+def probe_table(
+    epoch: int, readings: Predictions, probes: Sequence[Probe]
+) -> list[dict[str, CellValue]]:
     """Rows of probes.csv: what the model answers after `epoch` epochs, with score and character
     offsets."""
     return [
@@ -94,7 +94,7 @@ def probe_table(epoch: int, readings: Readings, probes: Sequence[Probe]) -> list
 
 
 def write_predictions(
-    run: RunDir, scores: Evaluation, validation: Questions, *, unanswerable: bool
+    run: RunDir, scores: Evaluation, validation: Split, *, unanswerable: bool
 ) -> None:
     """Write predictions.jsonl: one question a line, with the right answers beside the model's."""
     records = prediction_records(
@@ -110,12 +110,12 @@ def write_predictions(
 
 def announcement(
     job: Job,
-    training: Questions,
-    validation: Questions,
-    tuning: Questions | None,
-    parameters: Mapping[str, Value],
+    training: Split,
+    validation: Split,
+    tuning: Split | None,
+    parameters: Mapping[str, CellValue],
     precision: str,
-    layout: Layout,
+    layout: BatchLayout,
 ) -> list[str]:
     """Say what is about to happen, in a few lines."""
     lines = []
@@ -143,7 +143,7 @@ def announcement(
     return lines
 
 
-def epoch_rows(run: RunDir) -> list[dict[str, Value]]:
+def epoch_rows(run: RunDir) -> list[dict[str, CellValue]]:
     """What eval.csv tells of each epoch, to fit a terminal of 80 columns: losses in nats, accuracy
     of whole spans over windows, scores with half the width of their 95 % intervals, the epoch's
     wall seconds, windows trained a second."""
@@ -174,7 +174,7 @@ def closing_lines(job: Job, run: RunDir, result: Mapping[str, Any]) -> list[str]
     lines = [
         (
             f"{score_line(result, '')} on"
-            f" {below_here(job.data.validation)}{drawn(job.data.validation_sample)}"
+            f" {below_here(job.data.validation)}{describe_sample(job.data.validation_sample)}"
         ),
         *threshold_lines(result),
         f"In brackets: 95 % intervals over the {result['questions']:,} questions",
@@ -197,10 +197,10 @@ def closing_lines(job: Job, run: RunDir, result: Mapping[str, Any]) -> list[str]
     return lines
 
 
-def probe_changes(rows: Sequence[Mapping[str, Value]]) -> list[dict[str, Value]]:
+def probe_changes(rows: Sequence[Mapping[str, CellValue]]) -> list[dict[str, CellValue]]:
     """Each probe's answer before training and after each evaluation, repeats left out."""
-    shown: list[dict[str, Value]] = []
-    latest: dict[Value, Value] = {}
+    shown: list[dict[str, CellValue]] = []
+    latest: dict[CellValue, CellValue] = {}
     final = max((int(str(row["epoch"])) for row in rows), default=0)
     for row in sorted(rows, key=lambda r: (int(str(r["probe"])), int(str(r["epoch"])))):
         if latest.get(row["probe"]) == row["answer"] and row["epoch"] != final:

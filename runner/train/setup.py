@@ -16,32 +16,32 @@ from transformers import PreTrainedTokenizerBase
 from runner.data.dataset import Example
 from runner.data.loader import make_resident
 from runner.data.sampler import score_batches
-from runner.data.splits import Questions, load_questions, probe_examples
+from runner.data.splits import Split, load_splits, probe_examples
 from runner.data.windows import Windows, build_windows
-from runner.distributed.collectives import everyone, main_first, share
+from runner.distributed.collectives import all_gather, broadcast, main_first
 from runner.distributed.engine import deepspeed_config, start_engine
 from runner.distributed.failures import leave_if_asked, stop_if_asked
-from runner.distributed.gradient_exchange import SharedMemory
-from runner.distributed.watchdog import Watch
+from runner.distributed.gradient_exchange import SharedMemoryExchange
+from runner.distributed.watchdog import Watchdog
 from runner.errors import StorageError
-from runner.job.schema import Job, Layout, batch_layout
-from runner.model.dropout import Noise
-from runner.model.forward import Reader, fill, takes_segment_ids
+from runner.job.schema import BatchLayout, Job, batch_layout
+from runner.model.dropout import DropoutMasks
+from runner.model.forward import Reader, fill_cache, takes_segment_ids
 from runner.model.freeze import freeze, optimiser_groups, parameter_table
-from runner.model.frozen import Trunk, make_room
+from runner.model.frozen import FrozenLayers, allocate
 from runner.model.load import Pretrained, choose_precision, load_pretrained, load_tokenizer
 from runner.model.loss import SpanLoss, choose_span_loss
 from runner.run.folder import RunDir
-from runner.train.plan import Computing, choose_computing
+from runner.train.plan import ExecutionPlan, choose_plan
 from runner.train.run_log import announcement
 from runner.train.state import seed_everything
 from runner.utils.ranks import Rank
-from runner.utils.tables import Value
-from runner.utils.timing import Clock
+from runner.utils.tables import CellValue
+from runner.utils.timing import PhaseTimer
 
 
 @dataclass(frozen=True)
-class Material:
+class Session:
     """What a rank trains with.
 
     Attributes:
@@ -63,18 +63,18 @@ class Material:
     """
 
     tokenizer: PreTrainedTokenizerBase
-    training: Questions
-    validation: Questions
-    tuning: Questions | None
+    training: Split
+    validation: Split
+    tuning: Split | None
     probes: Sequence[Example]
     probe_windows: Windows
-    layout: Layout
+    layout: BatchLayout
     pretrained: Pretrained
-    parameters: Sequence[dict[str, Value]]
+    parameters: Sequence[dict[str, CellValue]]
     precision: str
     config: dict[str, Any]
     total_steps: int
-    computing: Computing
+    computing: ExecutionPlan
     span_loss: SpanLoss
     engine: Any
     reader: Reader
@@ -93,14 +93,14 @@ class Material:
         )
         yield self.span_loss.described()
         yield from self.computing.described()
-        if getattr(self.engine.optimizer, "exchanged_by", "") == SharedMemory.kind:
+        if getattr(self.engine.optimizer, "exchanged_by", "") == SharedMemoryExchange.kind:
             yield "exchange: shared memory (all ranks are on CPUs of one machine)"
         yield from self.kept
 
 
-def load_material(
-    job: Job, run: RunDir, rank: Rank, device: torch.device, clock: Clock, watch: Watch
-) -> Material:
+def build_session(
+    job: Job, run: RunDir, rank: Rank, device: torch.device, clock: PhaseTimer, watch: Watchdog
+) -> Session:
     """Load everything on this rank; all ranks call it together.
 
     Raises:
@@ -110,20 +110,20 @@ def load_material(
 
     def between() -> None:
         """Between two blocks of questions, or two batches, of which there may be many."""
-        watch.at(watch.place, bounded=False)
+        watch.progress_at(watch.place, bounded=False)
         leave_if_asked(run)
 
-    watch.at("reading the data", bounded=False)
+    watch.progress_at("reading the data", bounded=False)
     with clock("data"):
         tokenizer = main_first(rank, lambda: load_tokenizer(job.model))
         training, validation, tuning = main_first(
-            rank, lambda: load_questions(job.data, job.seed, tokenizer, between)
+            rank, lambda: load_splits(job.data, job.seed, tokenizer, between)
         )
         probes = probe_examples(job.probe)
         probe_windows = build_windows(probes, tokenizer, job.data.max_length, job.data.stride)
         sets = [part.windows for part in (training, validation, tuning) if part is not None]
     stop_if_asked(run)
-    watch.at("loading the model", bounded=False)
+    watch.progress_at("loading the model", bounded=False)
     with clock("model"):
         pretrained = main_first(rank, lambda: load_pretrained(job.model, job.seed))
         freeze(pretrained.model, job.model.freeze)
@@ -134,7 +134,7 @@ def load_material(
         total_steps = -(-len(training.windows) // job.train.batch_size) * job.train.epochs
         # From here on each rank draws its own dropout.
         seed_everything(job.seed * 1_000_003 + rank.index)
-        computing = choose_computing(
+        computing = choose_plan(
             job.model,
             job.zero,
             pretrained.model,
@@ -142,7 +142,7 @@ def load_material(
             precision,
             longest=max(int(windows.lengths_N.max()) for windows in sets),
             tokens=len(training.windows.tokens_T) * job.train.epochs,
-            noise=Noise(job.seed, rank.index),
+            noise=DropoutMasks(job.seed, rank.index),
         )
         groups = optimiser_groups(pretrained.model, job.train.weight_decay)
         span_loss = choose_span_loss(job.model.span_loss, pretrained.model, device, job.zero.stage)
@@ -160,12 +160,12 @@ def load_material(
         packing=computing.packing,
         residents=make_resident(sets, device),
     )
-    watch.at("computing the frozen layers", bounded=False)
+    watch.progress_at("computing the frozen layers", bounded=False)
     with clock("frozen"):
-        reader, kept = keep_frozen(
+        reader, kept = cache_frozen_layers(
             reader, computing.trunk, sets, job.score.batch_size, run.path, rank, between
         )
-    return Material(
+    return Session(
         tokenizer=tokenizer,
         training=training,
         validation=validation,
@@ -186,9 +186,9 @@ def load_material(
     )
 
 
-def keep_frozen(
+def cache_frozen_layers(
     reader: Reader,
-    trunk: Trunk | None,
+    trunk: FrozenLayers | None,
     sets: Sequence[Windows],
     batch_size: int,
     folder: Path,
@@ -224,15 +224,15 @@ def keep_frozen(
     for windows in sets:
         width = trunk.base.config.hidden_size
         size = len(windows.tokens_T) * width * dtype.itemsize / 2**30
-        store = make_room(windows, width, dtype, reader.device, folder, rank, share, everyone)
+        store = allocate(windows, width, dtype, reader.device, folder, rank, broadcast, all_gather)
         if store is None:
             raise StorageError(
                 f"model.cache_frozen: {size:.1f} GiB of frozen layers' outputs fit neither into"
                 f" free memory nor below {folder}; set it to false, or train on fewer questions"
             )
         mine = score_batches(windows.lengths_N, batch_size, rank.local, rank.local_world)
-        fill(reader, store, _asking(mine, between))
-        everyone(None)  # the windows of one rank are read by others
+        fill_cache(reader, store, _asking(mine, between))
+        all_gather(None)  # the windows of one rank are read by others
         stores.append((store, size))
     held = ", ".join(f"{size:.2f} GiB in {store.place}" for store, size in stores)
     line = f"outputs of frozen layers: {held}, computed in {time.monotonic() - began:.1f} s"

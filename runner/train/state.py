@@ -13,8 +13,8 @@ from torch import Tensor
 
 from runner.eval.evaluation import Evaluation
 from runner.job.schema import Stop
-from runner.utils.tables import Value
-from runner.utils.timing import Clock
+from runner.utils.tables import CellValue
+from runner.utils.timing import PhaseTimer
 
 
 @dataclass
@@ -120,9 +120,9 @@ class Memory:
     """
 
     progress: Progress
-    stopper: Stopper
-    clock: Clock
-    probe_rows: list[dict[str, Value]] = field(default_factory=list)
+    stopper: EarlyStopping
+    clock: PhaseTimer
+    probe_rows: list[dict[str, CellValue]] = field(default_factory=list)
     best: str | None = None
 
     def facts(self) -> dict[str, Any]:
@@ -177,14 +177,14 @@ def restore_random_state(state: dict[str, Any], device: torch.device) -> None:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class StopDecision:
     """What an evaluation leads to: its weights become the exported ones; training ends."""
 
     keep: bool
     stop: bool
 
 
-class Stopper:
+class EarlyStopping:
     """Keeps the best evaluation by the metric of [stop]; without [stop] the newest one."""
 
     def __init__(self, stop: Stop | None) -> None:
@@ -192,14 +192,14 @@ class Stopper:
         self.best: float | None = None
         self.waited = 0
 
-    def judge(self, scores: Evaluation) -> Verdict:
+    def judge(self, scores: Evaluation) -> StopDecision:
         """Decide on a new evaluation."""
         if self.stop is None:
-            return Verdict(keep=True, stop=False)
+            return StopDecision(keep=True, stop=False)
         value = scores.metric(self.stop.metric)
         gain = -value if self.stop.metric == "loss" else value
         if self.best is None or gain > self.best + self.stop.min_delta:
             self.best, self.waited = gain, 0
-            return Verdict(keep=True, stop=False)
+            return StopDecision(keep=True, stop=False)
         self.waited += 1
-        return Verdict(keep=False, stop=self.waited > self.stop.patience)
+        return StopDecision(keep=False, stop=self.waited > self.stop.patience)

@@ -14,37 +14,37 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from runner.checkpoint.best import MODEL, Kept, write_kept
-from runner.checkpoint.manager import BEST, Checkpoints
+from runner.checkpoint.best import MODEL, BestEvaluation, save_best
+from runner.checkpoint.manager import BEST, CheckpointManager
 from runner.checkpoint.store import Stage
-from runner.data.sampler import epoch_batches, rank_share
+from runner.data.sampler import epoch_batches, rank_passes
 from runner.data.windows import Windows
-from runner.distributed.collectives import gather, is_cut_off, main_first, share
-from runner.distributed.failures import leaving_together, memory_sentences
-from runner.distributed.heartbeat import Crew
-from runner.distributed.preemption import Boundary
+from runner.distributed.collectives import broadcast, gather_to_main, is_connection_lost, main_first
+from runner.distributed.failures import before_rendezvous, explaining_oom
+from runner.distributed.heartbeat import RankHeartbeats
+from runner.distributed.preemption import StopSaveSync
 from runner.distributed.process_group import start_distributed
-from runner.distributed.watchdog import Watch
+from runner.distributed.watchdog import Watchdog
 from runner.errors import DivergedError, ExpectationError, Interrupted, StorageError
 from runner.eval.evaluation import TunedThreshold, evaluate, in_use, tune
-from runner.eval.inference import read_windows, rehearse
+from runner.eval.inference import dry_run, predict_windows
 from runner.eval.predictions import LISTED
-from runner.eval.results import answering_of, headline, reported
+from runner.eval.results import headline, reported, settings_of_run
 from runner.export.model_card import model_card
 from runner.export.save import gathered_state, publish_model
 from runner.export.verify import own_logits
 from runner.job.load import dump_job
-from runner.job.schema import Job, Layout, Train, missed_expectation
-from runner.model.dropout import Noise
+from runner.job.schema import BatchLayout, Job, Train, missed_expectation
+from runner.model.dropout import DropoutMasks
 from runner.model.forward import Reader, token_accuracy
 from runner.model.loss import SpanLoss
 from runner.report.plots import draw_curves
 from runner.run.folder import RunDir
-from runner.run.lease import Attempt
+from runner.run.lease import Lease
 from runner.run.provenance import differing_fields, read_record
 from runner.tracking.client import Trackers, start_trackers
 from runner.train.finish import finish, identity, peak_memory, record, verified_result
-from runner.train.nan_monitor import Health
+from runner.train.nan_monitor import NanMonitor
 from runner.train.run_log import (
     INTERVAL_COLUMNS,
     data_hashes,
@@ -53,17 +53,17 @@ from runner.train.run_log import (
     latest_threshold,
     probe_table,
 )
-from runner.train.setup import load_material
-from runner.train.state import Memory, Progress, Stopper, Totals
+from runner.train.setup import build_session
+from runner.train.state import EarlyStopping, Memory, Progress, Totals
 from runner.utils.console import Reporter, Step
 from runner.utils.files import below_here, write_json
 from runner.utils.ranks import Rank, current_rank
-from runner.utils.signals import asked, hold
-from runner.utils.tables import Value, append_row, terminal
-from runner.utils.timing import Clock
+from runner.utils.signals import defer_stop, stop_reason
+from runner.utils.tables import CellValue, append_row, rich_table
+from runner.utils.timing import PhaseTimer
 
 
-def train(job: Job, *, attempt: Attempt | None, threads: int | None = None) -> RunDir:
+def train(job: Job, *, attempt: Lease | None, threads: int | None = None) -> RunDir:
     """Run a job on this process's rank, from where its folder's newest checkpoint left it; every
     rank of the run calls this with the same job.
 
@@ -79,21 +79,21 @@ def train(job: Job, *, attempt: Attempt | None, threads: int | None = None) -> R
         RunnerError: of the kind that says what is wrong; the run folder keeps what was written
             until then. `Interrupted`, if a signal asked for an end: after everything was saved.
     """
-    clock = Clock()
+    clock = PhaseTimer()
     rank = current_rank()
     if job.train.deterministic:
         # cuBLAS reads this when CUDA starts; without it the strict mode below refuses its products.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    with leaving_together():
+    with before_rendezvous():
         with clock("deepspeed"):
             device = start_distributed(rank, threads, job.train.timeout_minutes)
-        hold()
-        folder, number = share((str(attempt.run.path), attempt.number) if attempt else None)
+        defer_stop()
+        folder, number = broadcast((str(attempt.run.path), attempt.number) if attempt else None)
     run = RunDir(folder)
-    crew = Crew(run, number, rank.index, rank.world)
-    watch = Watch(crew, rank.index, 60 * job.train.timeout_minutes, attempt, is_cut_off)
-    with watch.answering(), memory_sentences(watch):
+    crew = RankHeartbeats(run, number, rank.index, rank.world)
+    watch = Watchdog(crew, rank.index, 60 * job.train.timeout_minutes, attempt, is_connection_lost)
+    with watch.explaining(), explaining_oom(watch):
         train_watched(job, run, rank, device, number, attempt, clock, watch)
     watch.close()
     return run
@@ -105,21 +105,21 @@ def train_watched(
     rank: Rank,
     device: torch.device,
     number: int,
-    attempt: Attempt | None,
-    clock: Clock,
-    watch: Watch,
+    attempt: Lease | None,
+    clock: PhaseTimer,
+    watch: Watchdog,
 ) -> None:
     """The job from its data to its result; `watch` is told where it is, and explains what fails."""
     reporter = Reporter(run.log, speaks=rank.is_main)
-    reporter.say(f"{job.name}: {below_here(str(run.path))}")
+    reporter.line(f"{job.name}: {below_here(str(run.path))}")
     trackers = begin_tracking(job, run, rank, reporter)
-    have = load_material(job, run, rank, device, clock, watch)
+    have = build_session(job, run, rank, device, clock, watch)
     training, validation = have.training, have.validation
 
     # What is remembered, how it is saved, and when.
     progress = Progress(torch.zeros(2, device=device), have.total_steps // job.train.epochs)
-    memory = Memory(progress, Stopper(job.stop), clock)
-    checkpoints = Checkpoints(
+    memory = Memory(progress, EarlyStopping(job.stop), clock)
+    checkpoints = CheckpointManager(
         run,
         number,
         attempt,
@@ -127,32 +127,32 @@ def train_watched(
         have.engine,
         device,
         identity(job, rank, have),
-        reporter.say,
+        reporter.line,
     )
-    health = Health(
+    health = NanMonitor(
         rank,
         training.windows.questions_N,
         [example.id for example in training.dataset.examples],
         scaled=have.precision == "fp16",
     )
-    meeting = Boundary(rank, 60 * job.train.checkpoint_minutes)
+    meeting = StopSaveSync(rank, 60 * job.train.checkpoint_minutes)
 
     def save(best: Callable[[Stage], None] | None = None, *, required: bool) -> None:
-        watch.at(f"saving after step {progress.step}", bounded=False)
+        watch.progress_at(f"saving after step {progress.step}", bounded=False)
         with clock("saving"):
-            health.check(have.engine.module)
+            health.check_weights(have.engine.module)
             whole = checkpoints.save(memory, best, required=required)
         meeting.saved(whole=whole)
 
     def boundary(ahead: str | None = None) -> None:
         """Between two steps, or two batches of an evaluation: save or stop, if the ranks agree."""
-        watch.at(ahead or f"step {progress.step + 1} (epoch {progress.epoch})")
-        agreed = meeting.agree()
+        watch.progress_at(ahead or f"step {progress.step + 1} (epoch {progress.epoch})")
+        agreed = meeting.poll()
         if agreed.stop or agreed.save:
             save(required=agreed.stop)
         if agreed.stop:
             raise Interrupted(
-                f"{below_here(str(run.path))}: stopped by {asked() or 'a signal to another rank'};"
+                f"{below_here(str(run.path))}: stopped by {stop_reason() or 'a signal to another rank'};"
                 f" step {progress.step} of {have.total_steps} is saved, and the same command goes"
                 " on from there"
             )
@@ -162,11 +162,11 @@ def train_watched(
         try:
             draw_curves(run, job.name)
         except StorageError as error:
-            reporter.say(f"  no curves: {error}")
+            reporter.line(f"  no curves: {error}")
 
-    def write_row(table: Path, row: dict[str, Value]) -> None:
+    def write_row(table: Path, row: dict[str, CellValue]) -> None:
         if attempt is not None:
-            attempt.check()
+            attempt.verify()
         append_row(table, row)
         trackers.log(table.stem, row)
 
@@ -181,16 +181,16 @@ def train_watched(
         have.computing.noise,
         clock,
         health,
-        lambda text: reporter.say(f"  {text}"),
+        lambda text: reporter.line(f"  {text}"),
         lambda row: write_row(run.train_table, row),
         boundary,
     )
     if rank.is_main:
         write_json(run.deepspeed, have.config)
         for line in have.described(job):
-            reporter.say(f"  {line}")
+            reporter.line(f"  {line}")
         if job.model.freeze:
-            reporter.show(terminal("Frozen layers", have.parameters))
+            reporter.table(rich_table("Frozen layers", have.parameters))
 
     def ask_probes(epoch: int, tuned: TunedThreshold | None) -> None:
         asked_before = any(row["epoch"] == epoch for row in memory.probe_rows)
@@ -200,7 +200,7 @@ def train_watched(
         if tuned is None and rank.is_main:
             # An epoch that is not scored is asked at the threshold of the last one that was.
             threshold = latest_threshold(run)
-        readings = read_windows(
+        readings = predict_windows(
             have.reader,
             have.probe_windows,
             have.probes,
@@ -218,7 +218,7 @@ def train_watched(
         tuning = have.tuning
         if tuning is None:
             return None
-        readings = read_windows(
+        readings = predict_windows(
             have.reader,
             tuning.windows,
             tuning.dataset.examples,
@@ -230,8 +230,8 @@ def train_watched(
         )
         return None if readings is None else tune(readings, tuning.dataset, job.score)
 
-    watch.at("loading the checkpoint", bounded=False)
-    kept: Kept | None = None
+    watch.progress_at("loading the checkpoint", bounded=False)
+    kept: BestEvaluation | None = None
     with clock("loading"):
         found = checkpoints.load(memory, needs_best=job.stop is not None)
         if found is not None and rank.is_main:
@@ -244,20 +244,20 @@ def train_watched(
             ask_probes(0, None)
     else:
         trackers.resume(memory.probe_rows)
-        reporter.say(f"  goes on after step {progress.step} of {have.total_steps} ({found.name})")
+        reporter.line(f"  goes on after step {progress.step} of {have.total_steps} ({found.name})")
         if rank.is_main:
             for field in differing_fields(read_record(run.provenance), origin):
-                reporter.say(f"  other than at the beginning, so bits may differ: {field}")
-    watch.at("the longest batch of the scoring")
+                reporter.line(f"  other than at the beginning, so bits may differ: {field}")
+    watch.progress_at("the longest batch of the scoring")
     with clock("evaluation"):
         for part in (validation, have.tuning):
             if part is not None:
-                rehearse(have.reader, part.windows, job.score)
+                dry_run(have.reader, part.windows, job.score)
     while not progress.over:
         if progress.scored:
             progress.next_epoch()
         epoch, last = progress.epoch, progress.epoch == job.train.epochs
-        watch.at(f"step {progress.step + 1} (epoch {epoch})")
+        watch.progress_at(f"step {progress.step + 1} (epoch {epoch})")
         with (
             clock("training"),
             health.naming_questions(),
@@ -278,7 +278,7 @@ def train_watched(
             progress.next_epoch()
             continue
         with clock("evaluation"):
-            readings = read_windows(
+            readings = predict_windows(
                 have.reader,
                 validation.windows,
                 validation.dataset.examples,
@@ -288,7 +288,7 @@ def train_watched(
                 keep=LISTED,
                 step=lambda done, note="": boundary("the scoring of the model"),
             )
-        watch.at(f"scoring after epoch {epoch}", bounded=False)
+        watch.progress_at(f"scoring after epoch {epoch}", bounded=False)
         scores = verdict = None
         if readings is not None:
             scores = evaluate(
@@ -302,21 +302,23 @@ def train_watched(
             verdict = memory.stopper.judge(scores)
             write_row(run.eval_table, eval_row(epoch, progress.step, progress.totals, scores))
             draw()
-            reporter.show(terminal("", epoch_rows(run), right=INTERVAL_COLUMNS))
-        verdict = share(verdict)
+            reporter.table(rich_table("", epoch_rows(run), right=INTERVAL_COLUMNS))
+        verdict = broadcast(verdict)
         progress.scored, progress.over = True, verdict.stop or last
         if verdict.keep:
             state = gathered_state(have.engine, job.zero.stage)
             logits = own_logits(have.reader, validation.windows)
             if scores is not None:
-                kept = Kept(epoch, progress.step, scores, logits)
+                kept = BestEvaluation(epoch, progress.step, scores, logits)
 
-            def write_best(stage: Stage, kept: Kept | None = kept, state: Any = state) -> None:
+            def write_best(
+                stage: Stage, kept: BestEvaluation | None = kept, state: Any = state
+            ) -> None:
                 if kept is None:
                     raise AssertionError("rank 0 has scored the model")
                 # A card is made to be published: on whose cluster it ran is not for it.
                 public = job.model_copy(update={"slurm": None})
-                scores, answering = kept.scores, answering_of(job, kept.scores)
+                scores, answering = kept.scores, settings_of_run(job, kept.scores)
                 card = model_card(
                     job,
                     reported(scores),
@@ -326,7 +328,7 @@ def train_watched(
                     asked=answering,
                 )
                 folder = stage.folder / BEST
-                write_kept(folder, kept, have.engine.module, state, have.tokenizer, card, answering)
+                save_best(folder, kept, have.engine.module, state, have.tokenizer, card, answering)
 
             save(write_best, required=True)
             if rank.is_main:
@@ -334,12 +336,12 @@ def train_watched(
         else:
             save(required=progress.over)
         if verdict.stop and job.stop is not None and not last:
-            reporter.say(
+            reporter.line(
                 f"{job.stop.metric} has stopped improving: training ends early, after epoch {epoch}"
             )
 
-    watch.at("the last checks", bounded=False)
-    peaks = gather(peak_memory(device))
+    watch.progress_at("the last checks", bounded=False)
+    peaks = gather_to_main(peak_memory(device))
 
     def conclude() -> str | None:
         if kept is None or peaks is None:
@@ -347,13 +349,13 @@ def train_watched(
         publish_model(checkpoints.best_folder(memory) / MODEL, run.model)
         result = verified_result(job, run, kept, validation, clock, peaks)
         if attempt is not None:
-            attempt.check()
+            attempt.verify()
         finish(job, run, reporter, kept, validation, memory.probe_rows, result)
         trackers.log("result", headline(kept.scores))
         trackers.close()
         return missed_expectation(job.expect, result["metrics"])
 
-    missed = share(main_only(rank, conclude))
+    missed = broadcast(main_only(rank, conclude))
     if missed:
         raise ExpectationError(f"{run.path}: the run finished, but {missed}")
 
@@ -361,9 +363,9 @@ def train_watched(
 def begin_tracking(job: Job, run: RunDir, rank: Rank, reporter: Reporter) -> Trackers:
     """Start the job's trackers on rank 0; elsewhere there are none."""
     if not rank.is_main:
-        return Trackers((), 0, reporter.say)
+        return Trackers((), 0, reporter.line)
     config = job.model_dump(mode="json", exclude_none=True, exclude={"probe", "track"})
-    return start_trackers(job.track, run, job.name, config, lambda text: reporter.say(f"  {text}"))
+    return start_trackers(job.track, run, job.name, config, lambda text: reporter.line(f"  {text}"))
 
 
 def main_only(rank: Rank, work: Any) -> Any:
@@ -397,12 +399,12 @@ class Course:
     section: Train
     seed: int
     rank: Rank
-    layout: Layout
-    noise: Noise
-    clock: Clock
-    health: Health
+    layout: BatchLayout
+    noise: DropoutMasks
+    clock: PhaseTimer
+    health: NanMonitor
     say: Callable[[str], None]
-    write_row: Callable[[dict[str, Value]], None]
+    write_row: Callable[[dict[str, CellValue]], None]
     boundary: Callable[[], None]
 
     @property
@@ -440,7 +442,7 @@ def train_steps(
     """Train what is left of an epoch, whose optimiser steps see these windows; as `train_epoch`."""
     engine, windows, layout = course.reader.model, course.windows, course.layout
     shares = [
-        rank_share(
+        rank_passes(
             rows, course.rank.index, layout.world, layout.micro_batch_size, layout.micro_batches
         )
         for rows in batches[progress.done :]
@@ -452,8 +454,8 @@ def train_steps(
         step = progress.step + 1
         for number, micro in enumerate(mine):
             # Dropout depends on the place in training alone, so that a resumed run repeats it.
-            course.noise.restart(progress.epoch, done, number)
-            course.health.begins(micro)
+            course.noise.reseed(progress.epoch, done, number)
+            course.health.begin_pass(micro)
             read = course.reader.run(next(prepared))
             loss = course.span_loss(read)
             # DeepSpeed averages over ranks and micro-batches; weighted so, a step's gradient is the
@@ -466,8 +468,8 @@ def train_steps(
                 progress.mine.windows += read.counted
                 progress.mine.tokens += int(windows.lengths_N[micro].sum())
                 progress.mine.slots += len(read.logits_T2)
-                course.health.passed(step, micro, loss)
-        course.health.stepped(step, rows, engine.get_global_grad_norm())
+                course.health.record(step, micro, loss)
+        course.health.record_step(step, rows, engine.get_global_grad_norm())
         if course.clock.step_done():
             course.say(course.clock.first_step())
         progress.done = done
@@ -475,7 +477,7 @@ def train_steps(
         progress.mine.seconds += now - began
         if done % course.section.log_every == 0 or done == len(batches):
             row = over_ranks(progress)
-            course.health.look(row.loss)
+            course.health.check_loss(row.loss)
             progress.start_row(row)
             if course.rank.is_main:
                 norm = engine.get_global_grad_norm()

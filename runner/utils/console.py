@@ -72,7 +72,7 @@ class Reporter:
             )
         self.live = speaks and self._screen.is_terminal
 
-    def say(self, text: str = "") -> None:
+    def line(self, text: str = "") -> None:
         """Print one line, as it is (no markup: texts hold brackets)."""
         self._screen.print(text, markup=False, soft_wrap=True)
         if self._log:
@@ -81,7 +81,7 @@ class Reporter:
             )
             self._admit()
 
-    def show(self, renderable: RenderableType) -> None:
+    def table(self, renderable: RenderableType) -> None:
         """Print a table."""
         self._screen.print(renderable)
         if self._log:
@@ -130,7 +130,7 @@ class Reporter:
         def line(done: int, note: str = "") -> None:
             if note and (done % every == 0 or done == total):
                 left = (time.monotonic() - began) / max(1, done) * (total - done)
-                self.say(f"{title} {done}/{total}  {note}  {duration(left)} left")
+                self.line(f"{title} {done}/{total}  {note}  {duration(left)} left")
 
         yield line
 
@@ -156,7 +156,7 @@ def progress(title: str, total: int | None) -> Iterator[Step]:
         yield lambda done, note="": bar.update(task, completed=done, note=note)
 
 
-def complain(text: str) -> None:
+def print_error(text: str) -> None:
     """Write an error sentence to stderr."""
     lines = "\n".join(printable(line) for line in text.split("\n"))
     Console(file=sys.stderr, highlight=False, emoji=False).print(

@@ -77,7 +77,7 @@ def is_launched() -> bool:
     return "RANK" in os.environ or "SLURM_STEP_ID" in os.environ
 
 
-def meeting_point(rank: Rank) -> tuple[str, int]:
+def rendezvous_address(rank: Rank) -> tuple[str, int]:
     """Host and TCP port at which all ranks meet where the launcher has not named them.
 
     Under plain `srun` it is the step's first node, at a port by the numbers of the job and of the

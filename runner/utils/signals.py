@@ -42,32 +42,32 @@ def leave_early(_: str) -> None:
     os._exit(Interrupted.exit_code)
 
 
-def hold() -> None:
+def defer_stop() -> None:
     """From here on a request waits until training comes to it. A second Ctrl-C still ends the
     process at once."""
     global _leave
     _leave = None
 
 
-def ask(reason: str) -> None:
+def request_stop(reason: str) -> None:
     """Request an end for a reason that completes "stopped by ..."; only the first one counts."""
     global _request
     _request = _request or reason
 
 
-def asked() -> str | None:
+def stop_reason() -> str | None:
     """Why this process is to come to an end, None while it may go on."""
     return _request
 
 
-def forget() -> None:
+def forget_stop() -> None:
     """Take the request back: a process that runs several jobs begins the next one."""
     global _request
     _request = None
 
 
 @contextmanager
-def meant_for_us() -> Iterator[None]:
+def children_ignore_signals() -> Iterator[None]:
     """Processes that are started within never hear the signals: SLURM sends them to every process
     of a step, and a helper must not die of what is meant for the rank."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # which children inherit
@@ -107,7 +107,7 @@ def _ancestors() -> list[int]:
 
 
 def _note(number: int, _: FrameType | None) -> None:
-    ask(signal.Signals(number).name)
+    request_stop(signal.Signals(number).name)
     if _leave is not None:
         _leave(signal.Signals(number).name)
     if number == signal.SIGINT:

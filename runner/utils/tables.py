@@ -15,10 +15,10 @@ from rich.text import Text
 
 from runner.utils.files import open_own, storage_errors
 
-Value = str | int | float | None
+CellValue = str | int | float | None
 
 
-def append_row(path: Path, row: Mapping[str, Value]) -> None:
+def append_row(path: Path, row: Mapping[str, CellValue]) -> None:
     """Append one row; the first row's keys become the header, and every later row must have the
     same keys.
 
@@ -47,7 +47,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def markdown(rows: Sequence[Mapping[str, Value]]) -> str:
+def markdown(rows: Sequence[Mapping[str, CellValue]]) -> str:
     """Show rows as a Markdown table, numbers to the right."""
     if not rows:
         return ""
@@ -57,13 +57,13 @@ def markdown(rows: Sequence[Mapping[str, Value]]) -> str:
     out.write("| " + " | ".join(keys) + " |\n")
     out.write("|" + "|".join("---:" if right else "---" for right in numeric) + "|\n")
     for row in rows:
-        cells = (" ".join(spelled(row[key], key).split()).replace("|", "\\|") for key in keys)
+        cells = (" ".join(format_value(row[key], key).split()).replace("|", "\\|") for key in keys)
         out.write("| " + " | ".join(cells) + " |\n")
     return out.getvalue()
 
 
-def terminal(
-    title: str, rows: Sequence[Mapping[str, Value]], *, right: Collection[str] = ()
+def rich_table(
+    title: str, rows: Sequence[Mapping[str, CellValue]], *, right: Collection[str] = ()
 ) -> Table:
     """Show rows as a rich table that stays readable at 80 columns.
 
@@ -90,17 +90,19 @@ def terminal(
             no_wrap=key in right,
         )
     for row in rows:
-        cells = (Text(spelled(value, key)) for key, value in row.items())  # no markup: [CLS] stays
+        cells = (
+            Text(format_value(value, key)) for key, value in row.items()
+        )  # no markup: [CLS] stays
         table.add_row(*cells)
     return table
 
 
-def _cell(value: Value) -> Value:
+def _cell(value: CellValue) -> CellValue:
     # Full precision for other programs; `repr` of a float round-trips.
     return "" if value is None else repr(float(value)) if isinstance(value, float) else value
 
 
-def spelled(value: Value, column: str) -> str:
+def format_value(value: CellValue, column: str) -> str:
     """A value as tables show it: three figures or one decimal, percent with one decimal always."""
     if value is None:
         return "-"

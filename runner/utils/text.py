@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 
-def short(text: str) -> str:
+def shorten(text: str) -> str:
     """Cut a long text."""
     return text if len(text) <= 60 else text[:57] + "..."
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import psutil
 
 
-class Clock:
+class PhaseTimer:
     """`with clock("data"): ...` adds the block's wall time to the phase "data"; what a phase inside
     of it takes counts only there."""
 

@@ -90,7 +90,7 @@ def answer(windows: Any, examples: list[Any]) -> None:
     """What evaluation does with logits: `read_windows` with a model that draws them at random."""
     import torch
 
-    from runner.eval.inference import read_windows
+    from runner.eval.inference import predict_windows
     from runner.eval.predictions import LISTED
     from runner.job.schema import Score
     from runner.model.forward import Read
@@ -116,7 +116,7 @@ def answer(windows: Any, examples: list[Any]) -> None:
             labels = (torch.from_numpy(x[rows]).long() for x in (windows.starts_N, windows.ends_N))
             return Read(logits_T2, segments_B2, *labels, len(rows), 384)
 
-    read_windows(
+    predict_windows(
         GuessingReader(),  # type: ignore[arg-type]
         windows,
         examples,

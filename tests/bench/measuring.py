@@ -17,7 +17,7 @@ sys.path[:0] = [str(CHECKOUT), str(CHECKOUT / "kernels")]
 import psutil  # noqa: E402
 
 from runner.run import provenance  # noqa: E402
-from runner.utils.tables import Value, markdown  # noqa: E402
+from runner.utils.tables import CellValue, markdown  # noqa: E402
 
 
 def interleaved(
@@ -53,7 +53,7 @@ def machine() -> str:
     return line
 
 
-def report(title: str, rows: Sequence[Mapping[str, Value]], notes: Sequence[str] = ()) -> str:
+def report(title: str, rows: Sequence[Mapping[str, CellValue]], notes: Sequence[str] = ()) -> str:
     """A Markdown section: title, when and where, the table, notes."""
     today = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
     versions = ", ".join(f"{name} {value}" for name, value in provenance.versions().items())

@@ -45,12 +45,12 @@ def timed(owner, name, title):
         finally:
             times.setdefault(title, []).append(time.perf_counter() - began)
     setattr(owner, name, call)
-timed(runner.checkpoint.manager.Checkpoints, "save", "whole")
-timed(runner.checkpoint.deepspeed_io.ShardEngine, "write", "write, hash, sync")
-timed(runner.checkpoint.store.Store, "check_staged", "read back")
-timed(runner.checkpoint.store.Store, "commit", "manifest and rename")
+timed(runner.checkpoint.manager.CheckpointManager, "save", "whole")
+timed(runner.checkpoint.deepspeed_io.StoreCheckpointEngine, "write", "write, hash, sync")
+timed(runner.checkpoint.store.CheckpointStore, "check_staged", "read back")
+timed(runner.checkpoint.store.CheckpointStore, "commit", "manifest and rename")
 timed(runner.checkpoint.commit, "rotate", "remove old ones")
-timed(runner.distributed.preemption.Boundary, "agree", "agree")
+timed(runner.distributed.preemption.StopSaveSync, "agree", "agree")
 timed(runner.train.trainer, "take_step", "optimiser step")
 finish = runner.train.trainer.finish
 def finish_and_tell(*arguments):

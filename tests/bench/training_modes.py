@@ -23,19 +23,19 @@ from runner.data.loader import Prepared, make_resident
 from runner.data.sampler import epoch_batches
 from runner.data.windows import Windows
 from runner.distributed.engine import deepspeed_config, start_engine
-from runner.distributed.preemption import Boundary
+from runner.distributed.preemption import StopSaveSync
 from runner.job.schema import Model, Train, Zero, batch_layout
-from runner.model.dropout import CpuDropout, Noise
+from runner.model.dropout import CpuDropout, DropoutMasks
 from runner.model.forward import Reader
 from runner.model.freeze import freeze, optimiser_groups
 from runner.model.loss import choose_span_loss
-from runner.train.nan_monitor import Health
-from runner.train.plan import choose_computing
-from runner.train.setup import keep_frozen
+from runner.train.nan_monitor import NanMonitor
+from runner.train.plan import choose_plan
+from runner.train.setup import cache_frozen_layers
 from runner.train.state import Progress
 from runner.train.trainer import Course, train_steps
 from runner.utils.ranks import Rank
-from runner.utils.timing import Clock
+from runner.utils.timing import PhaseTimer
 
 SHAPES = {  # width, layers, heads, inner width
     "base": (768, 12, 12, 3072),
@@ -198,10 +198,10 @@ class Modes:
                     if isinstance(child, CpuDropout):
                         parent.register_module(name, nn.Dropout(child.p))
         ids = [str(n) for n in range(len(self.windows))]
-        meeting = Boundary(RANK, float("inf"))
+        meeting = StopSaveSync(RANK, float("inf"))
 
         def boundary() -> None:
-            meeting.agree()
+            meeting.poll()
 
         course = Course(
             reader,
@@ -212,8 +212,8 @@ class Modes:
             rank=RANK,
             layout=batch_layout(self.section, 1),
             noise=noise,
-            clock=Clock(),
-            health=Health(RANK, self.windows.questions_N, ids, scaled=False),
+            clock=PhaseTimer(),
+            health=NanMonitor(RANK, self.windows.questions_N, ids, scaled=False),
             say=lambda text: None,
             write_row=lambda row: None,
             boundary=boundary,
@@ -225,11 +225,11 @@ class Modes:
 
         return steps
 
-    def _engine(self, zero: Zero, **section: Any) -> tuple[Reader, Any, Noise]:
+    def _engine(self, zero: Zero, **section: Any) -> tuple[Reader, Any, DropoutMasks]:
         job = Model(name="none", precision=self.precision, **section)
-        model, noise = new_model(self.args.shape).train(), Noise(1, 0)
+        model, noise = new_model(self.args.shape).train(), DropoutMasks(1, 0)
         freeze(model, job.freeze)
-        computing = choose_computing(
+        computing = choose_plan(
             job,
             zero,
             model,
@@ -251,7 +251,9 @@ class Modes:
         with tempfile.TemporaryDirectory() as folder:
             size = self.args.batch_size
             sets = (self.windows,)
-            reader, lines = keep_frozen(reader, computing.trunk, sets, size, Path(folder), RANK)
+            reader, lines = cache_frozen_layers(
+                reader, computing.trunk, sets, size, Path(folder), RANK
+            )
         for line in lines:
             print(f"  {line}", file=sys.stderr)
         engine.train()
@@ -266,7 +268,7 @@ class Modes:
         """DeepSpeed's ZeRO-2 with nothing configured but what it must be told."""
         import deepspeed
 
-        model, noise = new_model(self.args.shape).train(), Noise(1, 0)
+        model, noise = new_model(self.args.shape).train(), DropoutMasks(1, 0)
         reader, span_loss = self._packed(model, noise)
         config: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": self.args.batch_size,
@@ -297,7 +299,7 @@ class Modes:
 
     def plain(self) -> Steps:
         """PyTorch alone: the same packed model and loss, bf16 weights, fused AdamW."""
-        model, noise = new_model(self.args.shape).train(), Noise(1, 0)
+        model, noise = new_model(self.args.shape).train(), DropoutMasks(1, 0)
         model = model.to(self.device, torch.bfloat16 if self.on_gpu else torch.float32)
         reader, span_loss = self._packed(model, noise)
         optimiser = torch.optim.AdamW(optimiser_groups(model, 0.01), lr=3e-5, fused=True)
@@ -310,8 +312,8 @@ class Modes:
 
         return self._ahead(reader, step)
 
-    def _packed(self, model: Any, noise: Noise) -> tuple[Reader, Any]:
-        computing = choose_computing(
+    def _packed(self, model: Any, noise: DropoutMasks) -> tuple[Reader, Any]:
+        computing = choose_plan(
             Model(name="none", precision=self.precision, compile="off"),
             Zero(),
             model,

@@ -29,12 +29,12 @@ def exchanged(dtype: torch.dtype, group: dist.ProcessGroup) -> list[str]:
         for gradient in by.gradients:
             gradient.copy_(torch.randn(gradient.shape))
         time.sleep(LATE * ((step + rank) % 3))  # each is late once
-        norm = torch.stack([share.float().square().sum() for share in by.shares()]).sum()
+        norm = torch.stack([share.float().square().sum() for share in by.reduce_scatter()]).sum()
         dist.all_reduce(norm, group=group)
         time.sleep(LATE * ((step - rank) % 3))
         for flat, gradient in zip(weights, by.gradients, strict=True):
             by._part(flat).sub_(by._part(gradient) * 0.1)
-        by.hand_out()
+        by.publish_weights()
     found = hashlib.sha256(b"".join(w.float().numpy().tobytes() for w in weights)).hexdigest()
     dist.barrier(group)
     return [by.kind.split()[0], found]

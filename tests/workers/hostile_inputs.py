@@ -27,9 +27,9 @@ os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE"
 import deepspeed  # noqa: F401
 import torch
 
-from runner.checkpoint.best import read_kept
-from runner.checkpoint.deepspeed_io import load_plain
-from runner.checkpoint.store import Store
+from runner.checkpoint.best import load_best
+from runner.checkpoint.deepspeed_io import load_tensors
+from runner.checkpoint.store import CheckpointStore
 from runner.data.dataset import load_dataset
 from runner.errors import RunnerError
 from runner.job.load import load_job
@@ -37,8 +37,8 @@ from runner.job.schema import Columns, Job, Model
 from runner.model.load import load_pretrained, load_tokenizer
 from runner.run.folder import RunDir
 from runner.run.provenance import read_record
-from runner.run.resume import Where, open_run
-from runner.utils.console import Reporter, complain
+from runner.run.resume import StartOptions, acquire_run
+from runner.utils.console import Reporter, print_error
 
 FOLDER, MODEL = map(Path, sys.argv[1:])
 CANARY, VICTIM = FOLDER / "canary", FOLDER / "victim"
@@ -277,7 +277,7 @@ def _(folder: Path) -> object:
 
 def checkpoint_file(folder: Path, name: str, content: bytes) -> Path:
     """A file of a whole checkpoint."""
-    store = Store(folder / "checkpoints", 0)
+    store = CheckpointStore(folder / "checkpoints", 0)
     store.begin("step-000010-a0001")
     stage = store.stage("step-000010-a0001")
     stage.put(name, lambda file: file.write(content) and None)
@@ -305,7 +305,7 @@ for slot in SLOTS:
         @case(f"checkpoint: {slot} runs code ({'archive' if archive else 'legacy'})")
         def _(folder: Path, slot: str = slot, archive: bool = archive) -> object:
             content = saved({"module": {}, "optimizer": Bomb()}, archive=archive)
-            return load_plain(checkpoint_file(folder, slot, content))
+            return load_tensors(checkpoint_file(folder, slot, content))
 
 
 for title, function, argument in (
@@ -317,12 +317,14 @@ for title, function, argument in (
 
     @case(f"checkpoint: asks for {title}")
     def _(folder: Path, function: Callable = function, argument: str = argument) -> object:
-        return load_plain(checkpoint_file(folder, "rank-0000.pt", saved(Bomb(function, argument))))
+        return load_tensors(
+            checkpoint_file(folder, "rank-0000.pt", saved(Bomb(function, argument)))
+        )
 
 
 @case("checkpoint: a bare pickle")
 def _(folder: Path) -> object:
-    return load_plain(checkpoint_file(folder, "rank-0000.pt", pickle.dumps(Bomb())))
+    return load_tensors(checkpoint_file(folder, "rank-0000.pt", pickle.dumps(Bomb())))
 
 
 @case("checkpoint: a zip bomb")
@@ -333,13 +335,13 @@ def _(folder: Path) -> object:
     with zipfile.ZipFile(source) as old, bomb as new:
         for name in old.namelist():
             new.writestr(name, bytes(2**28) if name.endswith("data/0") else old.read(name))
-    return load_plain(checkpoint_file(folder, "rank-0000.pt", target.getvalue()))
+    return load_tensors(checkpoint_file(folder, "rank-0000.pt", target.getvalue()))
 
 
 @case("checkpoint: kept.json that is another type")
 def _(folder: Path) -> object:
     (folder / "kept.json").write_text(json.dumps({"__class__": "os.system", "args": [CODE]}))
-    return read_kept(folder)
+    return load_best(folder)
 
 
 # ---- run folders
@@ -355,21 +357,21 @@ def run_folder(folder: Path) -> RunDir:
 def _(folder: Path) -> object:
     run = run_folder(folder)
     run.job.symlink_to(VICTIM)
-    return open_run(Job.model_validate(JOB_TABLE), Where(run_dir=run.path))
+    return acquire_run(Job.model_validate(JOB_TABLE), StartOptions(run_dir=run.path))
 
 
 @case("run folder: attempts is a file")
 def _(folder: Path) -> object:
     run = run_folder(folder)
     run.attempts.write_text("x")
-    return open_run(Job.model_validate(JOB_TABLE), Where(run_dir=run.path))
+    return acquire_run(Job.model_validate(JOB_TABLE), StartOptions(run_dir=run.path))
 
 
 @case("run folder: log.txt is a link out of it")
 def _(folder: Path) -> object:
     run = run_folder(folder)
     run.log.symlink_to(VICTIM)
-    return Reporter(run.log, speaks=True).say("more")
+    return Reporter(run.log, speaks=True).line("more")
 
 
 @case("run folder: result.json is a bomb")
@@ -475,7 +477,7 @@ def attempt(name: str, number: int) -> dict[str, object]:
             found = {"code": 0, "text": ""}
         except RunnerError as error:
             sys.stderr = io.StringIO()
-            complain(str(error))
+            print_error(str(error))
             found = {"code": error.exit_code, "text": sys.stderr.getvalue().rstrip("\n")}
         except BaseException as error:
             found = {"code": -1, "text": f"{type(error).__name__}: {error}"}

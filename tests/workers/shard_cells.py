@@ -12,8 +12,8 @@ os.environ |= {"DS_ACCELERATOR": "cpu", "DEEPSPEED_LOG_LEVEL": "error"}
 
 import torch
 
-from runner.checkpoint.deepspeed_io import ShardEngine
-from runner.checkpoint.store import Store
+from runner.checkpoint.deepspeed_io import StoreCheckpointEngine
+from runner.checkpoint.store import CheckpointStore
 from runner.distributed.engine import deepspeed_config, start_engine
 from runner.distributed.process_group import start_distributed
 from runner.errors import DataError
@@ -73,8 +73,8 @@ def same(one, other) -> bool:
 def cell(folder: Path, stage: int, precision: str, several: int, device) -> dict[str, object]:
     engine = build(1, stage, precision, several, device)
     steps(engine, 5, several, precision)
-    store = Store(folder, 0)
-    shards = ShardEngine(store)
+    store = CheckpointStore(folder, 0)
+    shards = StoreCheckpointEngine(store)
     engine.checkpoint_engine = shards
     store.begin(NAME)
     stage_folder = store.stage(NAME)
@@ -85,7 +85,7 @@ def cell(folder: Path, stage: int, precision: str, several: int, device) -> dict
 
     other = build(2, stage, precision, several, device)  # other weights, frozen ones too
     before = same(engine, other)
-    reader = ShardEngine(store)
+    reader = StoreCheckpointEngine(store)
     other.checkpoint_engine = reader
     reader.read(other, store.manifest(NAME))
     loaded = same(engine, other)

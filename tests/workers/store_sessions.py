@@ -34,13 +34,13 @@ from pathlib import Path
 CHECKOUT = Path(__file__).resolve().parents[2]
 sys.path[:1] = [str(CHECKOUT)]
 
-from runner.checkpoint.commit import newest, rotate, save, take_over
+from runner.checkpoint.commit import adopt_checkpoints, newest, rotate, save
 from runner.checkpoint.files import Files
-from runner.checkpoint.store import DamagedError, Manifest, Store
+from runner.checkpoint.store import CheckpointStore, DamagedError, Manifest
 from runner.errors import DataError, RunnerError, StorageError
-from runner.run.attempts import numbers
+from runner.run.attempts import attempt_numbers
 from runner.run.folder import RunDir, checkpoint_name, checkpoint_place
-from runner.run.lease import Attempt
+from runner.run.lease import Lease
 
 STEPS, EVERY, BEST = 10, 2, 4  # steps of a session, steps between commits, the best until the last
 WRITING = ("make_folder", "create", "write", "sync", "close", "rename", "sync_folder")
@@ -119,11 +119,11 @@ def state_after(state: bytes, rank: int) -> bytes:
 def session(path: Path, talk: Pipes, files: Watched) -> dict:
     """One start: resume from what is there, go on to the end, commit and rotate on the way."""
     run, main = RunDir(path), talk.index == 0
-    store = Store(run.checkpoints, talk.index, files)
-    attempt = Attempt.claim(run) if main else None
+    store = CheckpointStore(run.checkpoints, talk.index, files)
+    attempt = Lease.acquire(run) if main else None
     if main:
         files.mark("claimed")
-    names = take_over(store, talk, attempt)
+    names = adopt_checkpoints(store, talk, attempt)
     if main:
         files.mark("sealed")
     number = talk.everyone(attempt.number if attempt else 0)[0]
@@ -146,7 +146,7 @@ def session(path: Path, talk: Pipes, files: Watched) -> dict:
         state = (run.checkpoints / manifest.name / f"rank-{talk.index}").read_bytes()[:32]
         assert state == expected(step, talk.index), f"loaded step {step} is damaged"
     if attempt:
-        attempt.began_at(step)
+        attempt.note_resumed_step(step)
     best = manifest.facts["best"] if manifest else None
     began, failures = step, []
 
@@ -183,7 +183,7 @@ def session(path: Path, talk: Pipes, files: Watched) -> dict:
             continue
         tidied()
     if attempt:
-        attempt.end(0)
+        attempt.release(0)
     return {
         "state": state.hex(),
         "began": began,
@@ -268,7 +268,7 @@ def whole(path: Path, but: str = "") -> int:
     """Step of the newest whole checkpoint; every one that stands must be whole, `but` one."""
     newest_step = 0
     for rank in range(RANKS):
-        store = Store(path / "checkpoints", rank)
+        store = CheckpointStore(path / "checkpoints", rank)
         for name in standing(path):
             if name == but:
                 continue
@@ -590,7 +590,7 @@ def thaw_zombies(root: Path) -> dict[str, int]:
         finished(heir)
         # The zombie has noticed, or had nothing left to write.
         assert found[0][0] in (0, 71, 73), found
-        assert len(numbers(RunDir(path))) == 2
+        assert len(attempt_numbers(RunDir(path))) == 2
         finished(start(path), began=STEPS)
         late = [n for n in standing(path) if checkpoint_place(n)[2] == 1 and n not in earlier]
         assert when != "finished" or not late, late

@@ -230,7 +230,7 @@ def prepare() -> None:
         transformers.BertForQuestionAnswering(config).save_pretrained(folder)
         transformers.BertForQuestionAnswering.from_pretrained(folder)
         transformers.logging.enable_progress_bar()
-        drawn, curves = RunDir(Path(folder)), (*plots.LOSSES, *plots.SCORES)
+        drawn, curves = RunDir(Path(folder)), (*plots.LOSS_CURVES, *plots.SCORE_CURVES)
         append_row(
             drawn.train_table, {"step": 1, "epoch": 1, "loss_nats": 1, "span_accuracy_percent": 1}
         )
@@ -254,7 +254,7 @@ def reap() -> None:
 
 def launch(request: dict, writes: int) -> None:
     """Be the launcher of one run."""
-    from runner.run.launch import GRACE
+    from runner.run.launch import GRACE_S
     from runner.utils.ranks import free_port
 
     count = request["ranks"]
@@ -286,7 +286,7 @@ def launch(request: dict, writes: int) -> None:
         left = [child for child in children if child not in codes]
         # As `runner.launch` does: who waits for a dead rank where no signal is heard is killed.
         if pid and codes[pid] and left:
-            deadline = min(deadline, time.monotonic() + GRACE)
+            deadline = min(deadline, time.monotonic() + GRACE_S)
             for child in left:
                 os.kill(child, signal.SIGTERM)
         if time.monotonic() > deadline:
