@@ -26,8 +26,7 @@ from runner.report.page import (
     Table,
     strip_controls,
 )
-from runner.report.page_markdown import inline, page_markdown, table_markdown
-from runner.report.render import DARK, LIGHT, page_html
+from runner.report.render import escape_markdown, page_html, page_markdown
 from tests.sample_runs import HOSTILE
 
 GOLDEN = Path(__file__).with_name("golden")
@@ -129,7 +128,20 @@ def contrast(one: str, other: str) -> float:
     return (light + 0.05) / (dark + 0.05)
 
 
-@pytest.mark.parametrize("palette", [LIGHT, DARK])
+def palettes() -> list[dict[str, str]]:
+    """Colours by name, in the light, in the dark and on paper."""
+    rules = re.findall(r":root\{(.*?)\}", page_html(page()), flags=re.DOTALL)
+    return [dict(re.findall(r"--(\w+):(#\w{6});", rule)) for rule in rules]
+
+
+def test_a_page_is_printed_as_in_the_light():
+    light, dark, paper = palettes()
+    assert light == paper
+    assert light.keys() == dark.keys()
+    assert len(light) == 12
+
+
+@pytest.mark.parametrize("palette", palettes())
 def test_texts_and_lines_stand_out(palette):
     """WCAG 2.2: 4.5 for text, 3 for graphics."""
     grounds = [palette["ground"], palette["raised"]]
@@ -151,7 +163,8 @@ def test_scores_stand_with_their_intervals_and_numbers_to_the_right():
         {"run": "a|b", "F1 %": PercentCell(61.25, 50.0, 72.34), "n": 7, "seconds": None},
         {"run": "c", "F1 %": PercentCell(5.0), "n": 1200, "seconds": 0.25},
     ]
-    assert table_markdown(rows).splitlines() == [
+    text = page_markdown(Page("t", "l", {}, [PageSection("s", [Table("c", rows)])]))
+    assert text.partition("**c**\n\n")[2].splitlines() == [
         "| run | F1 % | n | seconds |",
         "|---|---:|---:|---:|",
         "| a\\|b | 61.2 (50.0 to 72.3) | 7 | - |",
@@ -170,7 +183,7 @@ def test_scores_stand_with_their_intervals_and_numbers_to_the_right():
     ],
 )
 def test_no_text_is_markup(text, written):
-    assert inline(text) == written
+    assert escape_markdown(text) == written
 
 
 def test_a_code_block_is_longer_than_the_fences_in_it():

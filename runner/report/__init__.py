@@ -6,8 +6,7 @@
 - `error_analysis`: where a model is wrong
 - `sweep_table`: a sweep's trials
 - `page`: what a page is made of
-- `render`: a page as HTML
-- `page_markdown`: a page as Markdown
+- `render`: a page as HTML and as Markdown, by the templates in `templates/`
 - `plots`: curves.svg and curves.png
 - `line_chart`: an interactive chart
 """

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from html import escape
 
-from runner.report.page import Chart, Series, strip_controls
+from runner.report.page import Chart, Series, display_text
 
 WIDTH, HEIGHT = 460, 300
 LEFT, RIGHT, TOP, BOTTOM = 46, 14, 14, 44
@@ -85,8 +85,8 @@ def line_chart(chart: Chart, identity: str) -> str:
 
 
 def text(value: str) -> str:
-    """Text as HTML: escaped, a number and its unit on one line."""
-    return escape(strip_controls(value).replace(" %", "\N{NO-BREAK SPACE}%"))
+    """Text of data as SVG."""
+    return escape(display_text(value))
 
 
 def ticks(low: float, high: float, most: int, *, whole: bool = False) -> list[float]:

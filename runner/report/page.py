@@ -1,6 +1,6 @@
 """What a page is made of, whatever it is written in: sections of tables, charts, missed questions.
 
-`page_markdown` and `page_html` write it; `run_report` and `comparison_report` make it.
+`run_page` and `comparison_page` make it, `render` writes it.
 """
 
 from __future__ import annotations
@@ -162,3 +162,8 @@ _FORBIDDEN = re.compile(
 def strip_controls(text: str) -> str:
     """Text of data without characters that no page may hold or that turn its lines round."""
     return _FORBIDDEN.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
+def display_text(text: str) -> str:
+    """Text of data for a page that breaks its lines: a number and its unit stay on one line."""
+    return strip_controls(text).replace(" %", "\N{NO-BREAK SPACE}%")

@@ -7,4 +7,5 @@
 - `ranks`: which rank this process is
 - `timing`: seconds by phase
 - `text`: small spellings
+- `templates`: Jinja templates of a package
 """
