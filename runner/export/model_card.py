@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCardData
 
@@ -13,8 +12,6 @@ from runner.job.inference import KEY, InferenceSettings
 from runner.job.schema import Job
 from runner.job.sources import describe_sample, parse_data, public_name
 from runner.utils.templates import template_environment
-
-TEMPLATES = Path(__file__).parent / "templates"
 
 
 def model_card(
@@ -40,7 +37,7 @@ def model_card(
     paths = (job.data.train, job.data.validation, job.data.tuning, job.model.name)
     for path in filter(None, paths):
         job_text = job_text.replace(_toml_string(path), _toml_string(public_name(path)))
-    environment = template_environment(TEMPLATES, autoescape=False)
+    environment = template_environment(__file__, autoescape=False)
     environment.filters |= {"public_name": public_name, "describe_sample": describe_sample}
     return environment.get_template("model_card.md.j2").render(
         front_matter=_front_matter(job, scores),

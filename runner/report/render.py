@@ -29,7 +29,6 @@ from runner.utils.templates import template_environment
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-TEMPLATES = Path(__file__).parent / "templates"
 COMPARISON = ("comparison.md", "comparison.html")
 _MARKUP = re.compile(r"([\\`*\[\]<>#|~&]|(?<!\w)_|_(?!\w))")
 
@@ -38,7 +37,7 @@ _MARKUP = re.compile(r"([\\`*\[\]<>#|~&]|(?<!\w)_|_(?!\w))")
 def _environment() -> Environment:
     from markupsafe import Markup
 
-    environment = template_environment(TEMPLATES, autoescape=True)
+    environment = template_environment(__file__, autoescape=True)
     environment.tests["percent"] = lambda value: isinstance(value, PercentCell)
     environment.filters |= {
         "kind": lambda block: type(block).__name__,
@@ -57,10 +56,7 @@ def _environment() -> Environment:
 
 def page_html(page: Page) -> str:
     """The whole page; it is well-formed XML too."""
-    from markupsafe import Markup
-
-    style = Markup((TEMPLATES / "report.css").read_text(encoding="utf-8"))
-    return _environment().get_template("report.html.j2").render(page=page, style=style)
+    return _environment().get_template("report.html.j2").render(page=page)
 
 
 def page_markdown(page: Page) -> str:

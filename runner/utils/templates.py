@@ -1,4 +1,4 @@
-"""Jinja templates that lie in a package's folder `templates`."""
+"""Jinja templates of a package."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ if TYPE_CHECKING:
     from jinja2 import Environment
 
 
-def template_environment(folder: Path, *, autoescape: bool, **options: Any) -> Environment:
-    """Load templates from `folder`. A line of nothing but a tag leaves no line behind; a name that
-    was given no value is an error.
+def template_environment(module: str, *, autoescape: bool, **options: Any) -> Environment:
+    """Load templates from the folder `templates` beside a module. A line that holds only a tag
+    leaves no line behind; a name that was given no value is an error.
 
     Args:
-        folder: of the templates.
+        module: its `__file__`.
         autoescape: whether what is put in is escaped for HTML.
         options: further ones of `jinja2.Environment`.
     """
-    # Half of a short command's time, so it is spent only where something is drawn.
+    # Imported where something is drawn: `--help` and `check` need not wait for it.
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
-        loader=FileSystemLoader(folder),
+        loader=FileSystemLoader(Path(module).with_name("templates")),
         autoescape=autoescape,
         undefined=StrictUndefined,
         trim_blocks=True,
