@@ -93,17 +93,17 @@ def paired(first: Sequence[PredictionRecord], second: Sequence[PredictionRecord]
     Raises:
         DataError: if they share no question, or one of an id has another text or right answer.
     """
-    theirs = {record["id"]: record for record in second}
-    both = [(record, theirs[record["id"]]) for record in first if record["id"] in theirs]
+    by_id = {record["id"]: record for record in second}
+    both = [(record, by_id[record["id"]]) for record in first if record["id"] in by_id]
     if not both:
         raise DataError("they were scored on different data: no question is in both")
-    for mine, other in both:
-        if (mine["question"], mine["answers"]) != (other["question"], other["answers"]):
+    for one, other in both:
+        if (one["question"], one["answers"]) != (other["question"], other["answers"]):
             raise DataError(
-                f"they were scored on different data: question {mine['id']} is not the same in both"
+                f"they were scored on different data: question {one['id']} is not the same in both"
             )
     return Pairs(
-        ids=tuple(mine["id"] for mine, _ in both),
+        ids=tuple(one["id"] for one, _ in both),
         exact_N2=np.array([[bool(r["exact_match"]) for r in pair] for pair in both]),
         f1_N2=100.0 * np.array([[r["f1"] for r in pair] for pair in both], dtype=np.float64),
     )
@@ -163,16 +163,16 @@ def sign_flip(gap_N: np.ndarray, seed: int, flips: int = FLIPS) -> float:
 
 def holm_adjusted(p_values: Sequence[float]) -> list[float]:
     """Holm's correction (1979): several comparisons find something by chance more easily."""
-    order = sorted(range(len(p_values)), key=p_values.__getitem__)
-    found, largest = [0.0] * len(p_values), 0.0
-    for rank, place in enumerate(order):
-        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[place]))
-        found[place] = largest
-    return found
+    ascending = sorted(range(len(p_values)), key=p_values.__getitem__)
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for nth, place in enumerate(ascending):
+        largest = max(largest, min(1.0, (len(p_values) - nth) * p_values[place]))
+        adjusted[place] = largest
+    return adjusted
 
 
 def describe_gap(name: str, base: str, gap: Gap, metric: str, p: float) -> str:
-    """The verdict in words.
+    """What a test of a gap says, as a sentence.
 
     Args:
         name, base: the second and the first model.
@@ -250,11 +250,18 @@ def intervals(scores: Scores | ScoresV2, seed: int) -> dict[str, Interval]:
     return found
 
 
-def _over_seeds(values: Sequence[float]) -> float | None:
-    """Half the 95 % interval of the mean of independent runs."""
+def half_interval(values: Sequence[float]) -> float | None:
+    """Half the 95 % interval of a mean of few values (Student's t); None of fewer than two."""
     if len(values) < 2:
         return None
     freedom = len(values) - 1
     # Beyond the table, the first term of the expansion around the normal quantile.
     t = _T[freedom - 1] if freedom <= len(_T) else _Z + (_Z**3 + _Z) / (4 * freedom)
     return t * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def half_interval_of_many(values: Sequence[float]) -> float | None:
+    """The same of many values, by the normal distribution."""
+    if len(values) < 2:
+        return None
+    return _Z * statistics.stdev(values) / math.sqrt(len(values))

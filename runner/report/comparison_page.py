@@ -22,7 +22,6 @@ from runner.report.page import (
     Cell,
     Chart,
     Charts,
-    Miss,
     Misses,
     Page,
     PageSection,
@@ -35,7 +34,7 @@ from runner.report.run_page import SEED, scored_on
 
 FLIPPED = 8  # questions shown of each kind
 STYLES = ("blue", "orange", "green")
-NOISE = "Is the gap noise?"
+TESTS_TITLE = "Is the gap noise?"
 ABOUT = (
     "Tests are paired by question: for exact match McNemar's exact test on the questions that"
     " flipped, for F1 a permutation of signs; intervals are 95 % paired bootstrap. They ask whether"
@@ -59,21 +58,20 @@ def comparison_page(runs: Sequence[RunRecord]) -> Page:
             raise DataError(f"{run.path}: has no predictions.jsonl to compare")
     base, *others = runs
     pairs = [_paired(base, other) for other in others]
-    verdicts = [paired_tests(pair, SEED) for pair in pairs]
+    tests = [paired_tests(pair, SEED) for pair in pairs]
+    scores = Table("Scores on the questions that all share", _score_rows(runs, names))
     sections = [
-        PageSection(
-            "Side by side", [Table("Scores on the questions that all share", _side(runs, names))]
-        ),
-        PageSection(NOISE, list(_verdicts(names, pairs, verdicts))),
+        PageSection("Side by side", [scores]),
+        PageSection(TESTS_TITLE, list(_test_blocks(names, pairs, tests))),
     ]
-    differing = _settings(runs, names)
+    differing = _differing_settings(runs, names)
     if differing:
         sections.append(PageSection("What differs", [Table("Keys of the job files", differing)]))
     curves = _curves(runs, names)
     if curves is not None:
         sections.append(PageSection("Training", [curves]))
-    for name, other, verdict in zip(names[1:], others, verdicts, strict=True):
-        sections += _flips(base, names[0], other, name, verdict)
+    for name, other, test in zip(names[1:], others, tests, strict=True):
+        sections += _flips(base, names[0], other, name, test)
     return Page(
         title=" against ".join(names) if len(names) == 2 else "Comparison of runs",
         lead=f"Scored on {scored_on(base)}; each run is compared with {names[0]}.",
@@ -87,10 +85,10 @@ def comparison_page(runs: Sequence[RunRecord]) -> Page:
 
 def short_names(runs: Sequence[RunRecord]) -> list[str]:
     """Names that tell the runs apart: the job's, with the folder's where jobs are alike."""
-    plain = [run.name for run in runs]
+    job_names = [run.name for run in runs]
     names = [
-        name if plain.count(name) == 1 else f"{name} {run.path.name}"
-        for name, run in zip(plain, runs, strict=True)
+        name if job_names.count(name) == 1 else f"{name} {run.path.name}"
+        for name, run in zip(job_names, runs, strict=True)
     ]
     return [
         name if names.count(name) == 1 else f"{name} ({place})"
@@ -105,8 +103,8 @@ def _paired(base: RunRecord, other: RunRecord) -> Pairs:
         raise DataError(f"{base.path} and {other.path}: {error}") from None
 
 
-def _shared(runs: Sequence[RunRecord]) -> list[list[Mapping[str, Any]]]:
-    """Each run's records of the questions that all runs have, in the first one's order."""
+def _common_records(runs: Sequence[RunRecord]) -> list[list[Mapping[str, Any]]]:
+    """Each run's predictions for the questions that all runs have, in the first one's order."""
     tables = [{record["id"]: record for record in run.predictions} for run in runs]
     ids = [id for id in tables[0] if all(id in table for table in tables)]
     if not ids:
@@ -114,34 +112,32 @@ def _shared(runs: Sequence[RunRecord]) -> list[list[Mapping[str, Any]]]:
     return [[table[id] for id in ids] for table in tables]
 
 
-def _side(runs: Sequence[RunRecord], names: Sequence[str]) -> list[dict[str, Cell]]:
-    rows = []
-    for name, run, records in zip(names, runs, _shared(runs), strict=True):
-        exact = percent(_column(records, "exact_match"), SEED)
-        row: dict[str, Cell] = {
-            "run": name,
-            "questions": len(records),
-            "exact match %": exact,
-            "F1 %": percent(_column(records, "f1"), SEED),
-        }
-        timed = run.result is not None and "seconds" in run.result
-        row["seconds"] = float(run.result["seconds"]["total"]) if timed and run.result else None
-        rows.append(row)
+def _score_rows(runs: Sequence[RunRecord], names: Sequence[str]) -> list[dict[str, Cell]]:
+    rows: list[dict[str, Cell]] = []
+    for name, run, records in zip(names, runs, _common_records(runs), strict=True):
+        seconds = run.result["seconds"] if run.result and "seconds" in run.result else None
+        rows.append(
+            {
+                "run": name,
+                "questions": len(records),
+                "exact match %": percent(_percentages(records, "exact_match"), SEED),
+                "F1 %": percent(_percentages(records, "f1"), SEED),
+                "seconds": None if seconds is None else float(seconds["total"]),
+            }
+        )
     return rows
 
 
-def _verdicts(
-    names: Sequence[str], pairs: Sequence[Pairs], verdicts: Sequence[PairedTest]
+def _test_blocks(
+    names: Sequence[str], pairs: Sequence[Pairs], tests: Sequence[PairedTest]
 ) -> Iterator[Paragraph | Table]:
-    p_exact = holm_adjusted([verdict.exact_match.p for verdict in verdicts])
-    p_f1 = holm_adjusted([verdict.f1.p for verdict in verdicts])
+    p_exact = holm_adjusted([test.exact_match.p for test in tests])
+    p_f1 = holm_adjusted([test.f1.p for test in tests])
     rows: list[dict[str, Cell]] = []
-    for name, pair, verdict, exact, f1 in zip(
-        names[1:], pairs, verdicts, p_exact, p_f1, strict=True
-    ):
-        yield Paragraph(describe_gap(name, names[0], verdict.f1, "F1", f1))
-        yield Paragraph(describe_gap(name, names[0], verdict.exact_match, "exact match", exact))
-        for metric, gap, p in (("exact match", verdict.exact_match, exact), ("F1", verdict.f1, f1)):
+    for name, pair, test, exact, f1 in zip(names[1:], pairs, tests, p_exact, p_f1, strict=True):
+        yield Paragraph(describe_gap(name, names[0], test.f1, "F1", f1))
+        yield Paragraph(describe_gap(name, names[0], test.exact_match, "exact match", exact))
+        for metric, gap, p in (("exact match", test.exact_match, exact), ("F1", test.f1, f1)):
             rows.append(
                 {
                     "run": name,
@@ -149,26 +145,26 @@ def _verdicts(
                     "points": f"{gap.points:+.2f}",
                     "95 % interval": f"{gap.low:+.2f} to {gap.high:+.2f}",
                     "p": spell_p(p).removeprefix("= "),
-                    "gained": len(verdict.gained),
-                    "lost": len(verdict.lost),
+                    "gained": len(test.gained),
+                    "lost": len(test.lost),
                     "questions": len(pair.ids),
                 }
             )
     yield Table(f"Against {names[0]}", rows)
-    holm = " p is adjusted for the number of comparisons (Holm)." if len(verdicts) > 1 else ""
+    holm = " p is adjusted for the number of comparisons (Holm)." if len(tests) > 1 else ""
     yield Paragraph(ABOUT + holm)
 
 
-def _settings(runs: Sequence[RunRecord], names: Sequence[str]) -> list[dict[str, Cell]]:
+def _differing_settings(runs: Sequence[RunRecord], names: Sequence[str]) -> list[dict[str, Cell]]:
     if any(run.job is None for run in runs):
         return []
     tables = [dict(_leaves(run.job or {}, "")) for run in runs]
     keys = dict.fromkeys(key for table in tables for key in table)
     rows: list[dict[str, Cell]] = []
     for key in keys:
-        spelled = [table.get(key, "-") for table in tables]
-        if len(set(spelled)) > 1:
-            rows.append({"key": key, **dict(zip(names, spelled, strict=True))})
+        values = [table.get(key, "-") for table in tables]
+        if len(set(values)) > 1:
+            rows.append({"key": key, **dict(zip(names, values, strict=True))})
     return rows
 
 
@@ -204,25 +200,25 @@ def _curves(runs: Sequence[RunRecord], names: Sequence[str]) -> Charts | None:
 
 
 def _flips(
-    base: RunRecord, base_name: str, other: RunRecord, name: str, verdict: PairedTest
+    base: RunRecord, base_name: str, other: RunRecord, name: str, test: PairedTest
 ) -> Iterator[PageSection]:
-    mine = {record["id"]: record for record in base.predictions}
-    theirs = {record["id"]: record for record in other.predictions}
-    for title, ids, shown in (
-        (f"Only {base_name} answers exactly", verdict.lost, theirs),
-        (f"Only {name} answers exactly", verdict.gained, mine),
+    of_base = {record["id"]: record for record in base.predictions}
+    of_other = {record["id"]: record for record in other.predictions}
+    for title, ids, missed in (
+        (f"Only {base_name} answers exactly", test.lost, of_other),
+        (f"Only {name} answers exactly", test.gained, of_base),
     ):
         if not ids:
             continue
-        worst = sorted(ids, key=lambda id: (shown[id]["f1"], id))[:FLIPPED]
-        misses: list[Miss] = [
-            miss(shown[id], {base_name: mine[id]["answer"], name: theirs[id]["answer"]})
-            for id in worst
+        furthest = sorted(ids, key=lambda id: (missed[id]["f1"], id))[:FLIPPED]
+        misses = [
+            miss(missed[id], {base_name: of_base[id]["answer"], name: of_other[id]["answer"]})
+            for id in furthest
         ]
         count = f"{len(ids)} question{'' if len(ids) == 1 else 's'}"
         first = f"; the {len(misses)} furthest off" if len(misses) < len(ids) else ""
         yield PageSection(title, [Paragraph(f"{count}{first}."), Misses(misses)])
 
 
-def _column(records: Sequence[Mapping[str, Any]], key: str) -> Any:
+def _percentages(records: Sequence[Mapping[str, Any]], key: str) -> list[float]:
     return [100.0 * record[key] for record in records]

@@ -87,9 +87,9 @@ def error_tables(records: Sequence[MissRecord], seed: int) -> list[Table]:
     return [
         Table(
             f"By {name}",
-            [_row(name, label, groups[label], seed) for label in order if label in groups],
+            [_row(name, label, groups[label], seed) for label in labels if label in groups],
         )
-        for name, groups, order in groupings
+        for name, groups, labels in groupings
     ]
 
 
@@ -130,16 +130,16 @@ def percent(values: Sequence[float] | np.ndarray, seed: int) -> PercentCell:
 def decision_table(records: Sequence[MissRecord]) -> Table:
     """SQuAD v2: how often the model answered, and whether it should have."""
     rows: list[dict[str, Cell]] = []
-    for label, wanted in zip(ANSWERABLE, (True, False), strict=True):
-        mine = [record for record in records if bool(record["answers"]) == wanted]
-        empty = sum(not record["answer"] for record in mine)
-        right = sum(bool(record["exact_match"]) for record in mine if record["answer"])
+    for label, answerable in zip(ANSWERABLE, (True, False), strict=True):
+        group = [record for record in records if bool(record["answers"]) == answerable]
+        empty = sum(not record["answer"] for record in group)
+        right = sum(bool(record["exact_match"]) for record in group if record["answer"])
         rows.append(
             {
                 "question": label,
-                "questions": len(mine),
+                "questions": len(group),
                 "answered rightly": right,
-                "answered otherwise": len(mine) - empty - right,
+                "answered otherwise": len(group) - empty - right,
                 "left unanswered": empty,
             }
         )

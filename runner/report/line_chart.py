@@ -7,7 +7,7 @@ its own mark and dash, for readers and printers without colours.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from html import escape
 
 from runner.report.page import Chart, Series, display_text
@@ -45,43 +45,14 @@ def line_chart(chart: Chart, identity: str) -> str:
         f'<svg class="chart" viewBox="0 0 {WIDTH} {height}" role="img"'
         f' aria-labelledby="{identity}-title {identity}-text" xmlns="http://www.w3.org/2000/svg">',
         f'<title id="{identity}-title">{text(chart.title)}</title>',
-        f'<desc id="{identity}-text">{text(_told(chart, drawn))}</desc>',
+        f'<desc id="{identity}-text">{text(_description(chart, drawn))}</desc>',
+        *_axes(chart, x_ticks, y_ticks, place),
     ]
-    for value in y_ticks:
-        _, y = place(0, value)
-        parts.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}" />')
-        parts.append(
-            f'<text class="tick" x="{LEFT - 7}" y="{y + 4:.1f}" text-anchor="end">'
-            f"{number(value)}</text>"
-        )
-    for value in x_ticks:
-        x, _ = place(value, 0)
-        parts.append(
-            f'<text class="tick" x="{x:.1f}" y="{bottom + 17}" text-anchor="middle">'
-            f"{number(value)}</text>"
-        )
-    parts.append(f'<path class="axis" d="M{LEFT} {bottom}H{WIDTH - RIGHT}" />')
-    middle = (LEFT + WIDTH - RIGHT) / 2
-    parts.append(
-        f'<text class="label" x="{middle:.0f}" y="{bottom + 35}" text-anchor="middle">'
-        f"{text(chart.x_label)}</text>"
-    )
-    parts.append(
-        f'<text class="label" transform="translate(11 {(TOP + bottom) / 2:.0f}) rotate(-90)"'
-        f' text-anchor="middle">{text(chart.y_label)}</text>'
-    )
     for series in drawn:
         parts += _band(series, place)
     for series in drawn:
         parts += _line(series, place)
-    for nth, series in enumerate(drawn):
-        x = LEFT + nth % 2 * (WIDTH - LEFT - RIGHT) / 2
-        y = HEIGHT + nth // 2 * LEGEND + 4
-        parts.append(_stroke(series.style, f"M{x:.1f} {y}h26"))
-        if series.style != "grey":
-            parts.append(_mark(series.style, x + 13, y))
-        parts.append(f'<text class="label" x="{x + 34:.1f}" y="{y + 4}">{text(series.name)}</text>')
-    return "".join([*parts, "</svg>"])
+    return "".join([*parts, *_legend(drawn), "</svg>"])
 
 
 def text(value: str) -> str:
@@ -105,6 +76,45 @@ def number(value: float) -> str:
     return f"{value:.4g}"
 
 
+def _axes(
+    chart: Chart, x_ticks: Sequence[float], y_ticks: Sequence[float], place: Place
+) -> Iterator[str]:
+    bottom = HEIGHT - BOTTOM
+    for value in y_ticks:
+        _, y = place(0, value)
+        yield f'<path class="grid" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}" />'
+        yield (
+            f'<text class="tick" x="{LEFT - 7}" y="{y + 4:.1f}" text-anchor="end">'
+            f"{number(value)}</text>"
+        )
+    for value in x_ticks:
+        x, _ = place(value, 0)
+        yield (
+            f'<text class="tick" x="{x:.1f}" y="{bottom + 17}" text-anchor="middle">'
+            f"{number(value)}</text>"
+        )
+    yield f'<path class="axis" d="M{LEFT} {bottom}H{WIDTH - RIGHT}" />'
+    middle = (LEFT + WIDTH - RIGHT) / 2
+    yield (
+        f'<text class="label" x="{middle:.0f}" y="{bottom + 35}" text-anchor="middle">'
+        f"{text(chart.x_label)}</text>"
+    )
+    yield (
+        f'<text class="label" transform="translate(11 {(TOP + bottom) / 2:.0f}) rotate(-90)"'
+        f' text-anchor="middle">{text(chart.y_label)}</text>'
+    )
+
+
+def _legend(drawn: Sequence[Series]) -> Iterator[str]:
+    for nth, series in enumerate(drawn):
+        x = LEFT + nth % 2 * (WIDTH - LEFT - RIGHT) / 2
+        y = HEIGHT + nth // 2 * LEGEND + 4
+        yield _stroke(series.style, f"M{x:.1f} {y}h26")
+        if series.style != "grey":
+            yield _mark(series.style, x + 13, y)
+        yield f'<text class="label" x="{x + 34:.1f}" y="{y + 4}">{text(series.name)}</text>'
+
+
 def _band(series: Series, place: Place) -> list[str]:
     if len(series.band) < 2:
         return []
@@ -125,8 +135,8 @@ def _line(series: Series, place: Place) -> list[str]:
             f'<path class="line {series.style}" d="M{across:.1f} {foot:.1f}V{head:.1f}" />'
         )
     for (x, y), (across, up) in zip(series.points, places, strict=True):
-        told = text(f"{series.name}: {number(y)} at {number(x)}")
-        parts.append(f"<g><title>{told}</title>{_mark(series.style, across, up)}</g>")
+        label = text(f"{series.name}: {number(y)} at {number(x)}")
+        parts.append(f"<g><title>{label}</title>{_mark(series.style, across, up)}</g>")
     return parts
 
 
@@ -146,7 +156,7 @@ def _mark(style: str, x: float, y: float) -> str:
     return shapes[style]
 
 
-def _told(chart: Chart, drawn: Sequence[Series]) -> str:
+def _description(chart: Chart, drawn: Sequence[Series]) -> str:
     """The chart in words: first and last value of each line."""
     lines = [
         f"{series.name} from {number(series.points[0][1])} to {number(series.points[-1][1])}"

@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runner.report.comparison_page import NOISE, comparison_page
+from runner.report.comparison_page import TESTS_TITLE, comparison_page
 from runner.report.line_chart import line_chart
 from runner.report.page import (
     Cell,
@@ -111,19 +111,19 @@ def write_report(
     Raises:
         RunDirError, DataError, StorageError: as `read_run` and `write_atomic`.
     """
-    record = read_run(path, result)
+    run = read_run(path, result)
     source = RunDir(path)
     target = RunDir(folder) if folder is not None else source
-    _write(run_page(record), target.report, target.report_page)
+    _write(run_page(run), target.report, target.report_page)
     if target.path != source.path and source.curves_svg.is_file():
         with storage_errors(source.curves_svg):
             picture = source.curves_svg.read_text(encoding="utf-8", errors="replace")
         write_atomic(target.curves_svg, picture)  # report.md shows it
-    line = f"{record.name}: not finished, no score yet"
-    if record.result is not None:
-        scores = scores_of(record.result).items()
+    line = f"{run.name}: not finished, no score yet"
+    if run.result is not None:
+        scores = scores_of(run.result).items()
         spelled = ", ".join(f"{name} {s.value:.1f} % [{s.interval()}]" for name, s in scores)
-        line = f"{record.name}: {spelled}"
+        line = f"{run.name}: {spelled}"
     return [line, f"Written: {target.report_page}", f"         {target.report}"]
 
 
@@ -139,7 +139,7 @@ def write_comparison(paths: Sequence[str | Path], folder: Path) -> list[str]:
     page = comparison_page([read_run(path) for path in paths])
     markdown, html = (folder / name for name in COMPARISON)
     _write(page, markdown, html)
-    tests = next(section for section in page.sections if section.title == NOISE)
+    tests = next(section for section in page.sections if section.title == TESTS_TITLE)
     paragraphs = [block.text for block in tests.blocks if isinstance(block, Paragraph)]
     return [*paragraphs[:-1], f"Written: {html}", f"         {markdown}"]
 

@@ -48,13 +48,13 @@ NAMES = {
 }
 
 
-def run_page(scored: RunRecord) -> Page:
+def run_page(run: RunRecord) -> Page:
     """The page of a run or of an evaluation, from what its folder holds."""
     return Page(
-        title=scored.name,
-        lead=_lead(scored),
-        facts=_facts(scored),
-        sections=list(_sections(scored)),
+        title=run.name,
+        lead=_lead(run),
+        facts=_facts(run),
+        sections=list(_sections(run)),
     )
 
 
@@ -70,10 +70,10 @@ def percent_of(result: Mapping[str, Any], key: str) -> PercentCell:
     return PercentCell(result["metrics"][key], *ends)
 
 
-def scored_on(scored: RunRecord) -> str:
+def scored_on(run: RunRecord) -> str:
     """The questions that were scored; a sample of a slice says that it is one."""
-    source = public_name(scored.source)
-    return source if scored.job is None else f"{source}{_drawn(scored.job, 'validation_sample')}"
+    source = public_name(run.source)
+    return source if run.job is None else f"{source}{_drawn(run.job, 'validation_sample')}"
 
 
 def _drawn(job: Mapping[str, Any], key: str) -> str:
@@ -82,79 +82,79 @@ def _drawn(job: Mapping[str, Any], key: str) -> str:
     return describe_sample(sample if isinstance(sample, int) else None)
 
 
-def _lead(scored: RunRecord) -> str:
-    if scored.job is None:
-        model = "" if scored.result is None else scored.result["model"]["name"]
-        return f"{public_name(model)}, scored on {scored_on(scored)}."
-    model, train = scored.job["model"]["name"], scored.job["data"]["train"]
-    questions = f"{public_name(train)}{_drawn(scored.job, 'sample')}"
+def _lead(run: RunRecord) -> str:
+    if run.job is None:
+        model = "" if run.result is None else run.result["model"]["name"]
+        return f"{public_name(model)}, scored on {scored_on(run)}."
+    model, train = run.job["model"]["name"], run.job["data"]["train"]
+    questions = f"{public_name(train)}{_drawn(run.job, 'sample')}"
     trained = f"{public_name(model)}, fine-tuned on {questions}"
-    if scored.result is None:
+    if run.result is None:
         return f"{trained}; not finished, so there is no score yet."
-    return f"{trained}, scored on {scored_on(scored)}."
+    return f"{trained}, scored on {scored_on(run)}."
 
 
-def _facts(scored: RunRecord) -> dict[str, str]:
+def _facts(run: RunRecord) -> dict[str, str]:
     facts: dict[str, str] = {}
-    if scored.predictions:
-        facts["questions"] = f"{len(scored.predictions):,}"
-    result = scored.result
+    if run.predictions:
+        facts["questions"] = f"{len(run.predictions):,}"
+    result = run.result
     if result is not None and "epoch" in result:
         facts["weights of"] = f"epoch {result['epoch']}, step {result['step']:,}"
-    record = scored.provenance
-    if record is not None:
-        machine = record["machine"]
-        facts["machine"] = f"{record['ranks']} x {machine['devices'][0]}"
-        facts["seed"] = str(record["seed"])
-        commit = record["git"]["commit"]
+    provenance = run.provenance
+    if provenance is not None:
+        machine = provenance["machine"]
+        facts["machine"] = f"{provenance['ranks']} x {machine['devices'][0]}"
+        facts["seed"] = str(provenance["seed"])
+        commit = provenance["git"]["commit"]
         if commit:
-            changed = " with changes" if record["git"]["diff_sha256"] else ""
+            changed = " with changes" if provenance["git"]["diff_sha256"] else ""
             facts["commit"] = f"{commit[:12]}{changed}"
     if result is not None and "seconds" in result:
         facts["time"] = duration(result["seconds"]["total"])
     return facts
 
 
-def _sections(scored: RunRecord) -> Iterator[PageSection]:
-    if scored.result is not None:
-        own = scored.job is not None
-        yield PageSection("Scores", list(_scores(scored.result, own)))
-    if scored.epochs:
-        table = Table("Epochs", _epochs(scored.epochs))
-        yield PageSection("Training", [*_curves(scored), table, Paragraph(_ACCURACY)])
-    if scored.probes:
-        yield PageSection("Probes", list(_probes(scored.probes)))
-    if scored.predictions:
-        seed = SEED if scored.result is None else int(scored.result["bootstrap"]["seed"])
+def _sections(run: RunRecord) -> Iterator[PageSection]:
+    if run.result is not None:
+        is_run = run.job is not None
+        yield PageSection("Scores", list(_scores(run.result, is_run)))
+    if run.epochs:
+        table = Table("Epochs", _epochs(run.epochs))
+        yield PageSection("Training", [*_curves(run), table, Paragraph(_ACCURACY)])
+    if run.probes:
+        yield PageSection("Probes", list(_probes(run.probes)))
+    if run.predictions:
+        seed = SEED if run.result is None else int(run.result["bootstrap"]["seed"])
         few = (
             f"Groups of fewer than {FEWEST} questions, or all right or all wrong, have no interval."
         )
-        tables: list[Block] = [*error_tables(scored.predictions, seed), Paragraph(few)]
-        if any(not record["answers"] for record in scored.predictions):
-            tables.insert(0, decision_table(scored.predictions))
+        tables: list[Block] = [*error_tables(run.predictions, seed), Paragraph(few)]
+        if any(not record["answers"] for record in run.predictions):
+            tables.insert(0, decision_table(run.predictions))
         yield PageSection("Where it is wrong", tables)
-        misses = worst(scored.predictions, MISSES)
+        misses = worst(run.predictions, MISSES)
         if misses:
-            missed = sum(not record["exact_match"] for record in scored.predictions)
+            missed = sum(not record["exact_match"] for record in run.predictions)
             about = (
-                f"{missed:,} of {len(scored.predictions):,} questions have no exact match. These"
+                f"{missed:,} of {len(run.predictions):,} questions have no exact match. These"
                 " share least with a right answer; of equal ones the model was surest of the"
                 " first."
             )
             yield PageSection("Worst misses", [Paragraph(about), Misses(misses)])
-    if scored.elsewhere:
-        yield PageSection("Other data", [Table("Scored elsewhere", _elsewhere(scored.elsewhere))])
-    if scored.result is not None and "seconds" in scored.result:
+    if run.elsewhere:
+        yield PageSection("Other data", [Table("Scored elsewhere", _elsewhere(run.elsewhere))])
+    if run.result is not None and "seconds" in run.result:
         rows = [
             {"phase": name.replace("_", " "), "seconds": seconds}
-            for name, seconds in scored.result["seconds"].items()
+            for name, seconds in run.result["seconds"].items()
         ]
         yield PageSection("Time", [Table("Seconds by phase", rows)])
-    if scored.job_text:
-        yield PageSection("Job", [Code("The job as it ran", "toml", scored.job_text)])
+    if run.job_text:
+        yield PageSection("Job", [Code("The job as it ran", "toml", run.job_text)])
 
 
-def _scores(result: Mapping[str, Any], own: bool) -> Iterator[Block]:
+def _scores(result: Mapping[str, Any], is_run: bool) -> Iterator[Block]:
     yield Headline(scores_of(result))
     level, resamples = result["bootstrap"]["level"], result["bootstrap"]["resamples"]
     yield Paragraph(
@@ -163,7 +163,7 @@ def _scores(result: Mapping[str, Any], own: bool) -> Iterator[Block]:
         " would."
     )
     if "null_threshold" in result:
-        yield from _thresholds(result, own)
+        yield from _thresholds(result, is_run)
     rest = [
         {
             "score": NAMES[key] if key in NAMES else key.replace("_", " "),
@@ -176,13 +176,13 @@ def _scores(result: Mapping[str, Any], own: bool) -> Iterator[Block]:
         yield Table("Further scores", rest)
 
 
-def _thresholds(result: Mapping[str, Any], own: bool) -> Iterator[Block]:
+def _thresholds(result: Mapping[str, Any], is_run: bool) -> Iterator[Block]:
     """The null threshold in use, beside the default one where it was tuned.
 
     Args:
         result: result.json.
-        own: whether it is a run's own, not an evaluation's on other data: only a run has held its
-            tuning questions apart from those it scores.
+        is_run: whether it is a run's, not that of an evaluation on other data: only a run has held
+            its tuning questions apart from those it scores.
     """
     threshold, tuned = result["null_threshold"], result["null_threshold"]["tuned"]
     rows: list[dict[str, Cell]] = []
@@ -193,14 +193,14 @@ def _thresholds(result: Mapping[str, Any], own: bool) -> Iterator[Block]:
         rows.append(_threshold_row("default, in use", threshold["in_use"], result, ""))
         about = (
             "Nothing was tuned: data.tuning names no questions for it."
-            if own
+            if is_run
             else "No tuned threshold is in use."
         )
     else:
         rows.append(_threshold_row("tuned, in use", threshold["in_use"], result, ""))
         rows.append(_threshold_row("default", threshold["default"], result, "default_"))
         metric = NAMES[tuned["metric"]]
-        apart = "; none of them is scored here" if own else ""
+        apart = "; none of them is scored here" if is_run else ""
         about = (
             f"The threshold was tuned for {metric} on {tuned['questions']:,} questions of"
             f" {public_name(tuned['source'])}, where it reaches {tuned['percent']:.1f} %{apart}. It"
@@ -221,8 +221,8 @@ def _threshold_row(
     }
 
 
-def _curves(scored: RunRecord) -> Iterator[Block]:
-    epochs, steps = scored.epochs, scored.steps
+def _curves(run: RunRecord) -> Iterator[Block]:
+    epochs, steps = run.epochs, run.steps
     loss = Chart(
         title="Loss",
         x_label="epoch",
@@ -295,10 +295,10 @@ def _between(row: Mapping[str, str], name: str) -> PercentCell:
 
 
 def _probes(rows: Rows) -> Iterator[Block]:
-    asked: dict[str, list[Mapping[str, str]]] = {}
+    by_probe: dict[str, list[Mapping[str, str]]] = {}
     for row in rows:
-        asked.setdefault(row["probe"], []).append(row)
-    for answers in asked.values():
+        by_probe.setdefault(row["probe"], []).append(row)
+    for answers in by_probe.values():
         lines: list[dict[str, Cell]] = [
             {
                 "after": "no training" if row["epoch"] == "0" else f"epoch {row['epoch']}",
@@ -309,8 +309,8 @@ def _probes(rows: Rows) -> Iterator[Block]:
             for row in answers
         ]
         expected = answers[0]["expected"]
-        wanted = f" (expected: {expected})" if expected else ""
-        yield Table(f"{answers[0]['question']}{wanted}", lines)
+        suffix = f" (expected: {expected})" if expected else ""
+        yield Table(f"{answers[0]['question']}{suffix}", lines)
 
 
 def _elsewhere(evaluations: Sequence[RunRecord]) -> list[dict[str, Cell]]:

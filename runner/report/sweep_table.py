@@ -11,7 +11,7 @@ from typing import Any
 
 from runner.errors import DataError
 from runner.metrics.squad import match_v2
-from runner.metrics.statistics import _Z, _over_seeds
+from runner.metrics.statistics import half_interval, half_interval_of_many
 from runner.run.folder import RunDir
 from runner.run.sweep import read_manifest
 from runner.utils.tables import CellValue
@@ -52,18 +52,18 @@ def compare_trials(folder: Path) -> list[dict[str, CellValue]]:
         row["runs"] = f"{len(results)}/{len(runs)}"
         for metric, label in SWEEP_METRICS.items():
             values = [result[metric] for result in results.values()]
-            half = _over_seeds(values)
+            half = half_interval(values)
             if len(values) == 1:
-                half = _over_questions(next(iter(results)), metric)
+                half = _half_interval_over_questions(next(iter(results)), metric)
             row[label] = statistics.fmean(values) if values else None
             row[f"± {label.split()[0]}"] = half
         losses = [result["loss"] for result in results.values()]
         row["loss"] = statistics.fmean(losses) if losses else None
         rows.append(row)
-    return sorted(rows, key=lambda row: _rank(row[SWEEP_METRICS["f1"]]))
+    return sorted(rows, key=lambda row: _best_first(row[SWEEP_METRICS["f1"]]))
 
 
-def _rank(score: CellValue) -> float:
+def _best_first(score: CellValue) -> float:
     return -score if isinstance(score, int | float) else math.inf
 
 
@@ -84,7 +84,7 @@ def _metrics(run: RunDir) -> dict[str, float]:
         raise DataError(f"{run.result}: cannot be read: {error}") from None
 
 
-def _over_questions(run: RunDir, metric: str) -> float | None:
+def _half_interval_over_questions(run: RunDir, metric: str) -> float | None:
     """Half the 95 % interval of one run's score, its questions taken as a sample of many."""
     try:
         lines = run.predictions.read_text(encoding="utf-8").splitlines()
@@ -92,7 +92,4 @@ def _over_questions(run: RunDir, metric: str) -> float | None:
         pairs = [match_v2(row["answer"], row["answers"]) for row in rows]
     except (OSError, ValueError, TypeError, KeyError):
         return None
-    scores = [100 * pair[metric == "f1"] for pair in pairs]
-    if len(scores) < 2:
-        return None
-    return _Z * statistics.stdev(scores) / math.sqrt(len(scores))
+    return half_interval_of_many([100 * pair[metric == "f1"] for pair in pairs])

@@ -31,10 +31,10 @@ def template_environment(module: str, *, autoescape: bool, **options: Any) -> En
         keep_trailing_newline=True,
         **options,
     )
-    environment.filters["code_fence"] = code_fence
+    environment.filters["code_fence"] = _code_fence
     return environment
 
 
-def code_fence(text: str) -> str:
+def _code_fence(text: str) -> str:
     """The fence of a Markdown code block that no line of `text` can end."""
     return "`" * max([3, *(len(run) + 1 for run in re.findall("`{3,}", text))])
