@@ -1,5 +1,4 @@
-"""Writes `model/` as transformers reads it, and proves in a fresh process that it gives the run's
-own logits."""
+"""Writes `model/` as transformers reads it."""
 
 from __future__ import annotations
 
@@ -55,21 +54,21 @@ def export_model(
     state: dict[str, Tensor],
     tokenizer: PreTrainedTokenizerBase,
     card: str,
-    answering: InferenceSettings,
+    settings: InferenceSettings,
 ) -> None:
-    """Write weights (safetensors), configuration (with how to ask the model), tokenizer and model
-    card into a new folder.
+    """Write weights (safetensors), configuration (with the settings of inference), tokenizer and
+    model card into a new folder.
 
     Raises:
         OSError: if they cannot be written.
     """
-    setattr(model.config, KEY, answering.model_dump(mode="json"))
+    setattr(model.config, KEY, settings.model_dump(mode="json"))
     try:
         model.save_pretrained(folder, state_dict=state)
         tokenizer.save_pretrained(folder)
     except Exception as error:
-        # What is written in Rust tells the number in its text alone, "... (os error 28)"; the
-        # tokenizers' errors have no kind of their own.
+        # Rust gives the number only in the text, "... (os error 28)", and the tokenizers raise a
+        # bare Exception.
         found = re.search(r"os error (\d+)", str(error))
         if found is None and not isinstance(error, SafetensorError):
             raise

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -81,6 +82,26 @@ def verify_export(
         "threads": torch.get_num_threads(),
         "device": "cuda" if torch.cuda.is_available() else "cpu",
     }
+    fresh = _ask_fresh_process(folder, request)
+    if [len(window) for window in fresh["logits"]] != [len(window) for window in logits]:
+        raise RunnerError(f"{folder}: the exported tokenizer cuts other windows than the run did")
+    largest = max(float(np.abs(window).max()) for window in logits)
+    apart = max(
+        float(np.abs(np.array(again, np.float32) - window).max())
+        for again, window in zip(fresh["logits"], logits, strict=True)
+    )
+    share = apart / max(largest, 1e-12)
+    allowed = EXPORT_TOLERANCE[getattr(torch, fresh["dtype"])]
+    if not share <= allowed:  # NaN is refused too
+        raise RunnerError(
+            f"{folder}: the exported model's logits differ from the run's by {share:.1e} of the"
+            f" largest (allowed {allowed:.0e}); the export is not the model that was scored"
+        )
+    return share
+
+
+def _ask_fresh_process(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
+    """The answer of fresh_logits.py; it knows nothing of ours, so it runs as a script."""
     environment = {key: value for key, value in os.environ.items() if key not in _RANK_VARIABLES}
     environment |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
     with children_ignore_signals():
@@ -97,19 +118,4 @@ def verify_export(
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise RunnerError(f"{folder}: a fresh process cannot open the exported model: {last}")
-    answer = json.loads(done.stdout)
-    if [len(theirs) for theirs in answer["logits"]] != [len(mine) for mine in logits]:
-        raise RunnerError(f"{folder}: the exported tokenizer cuts other windows than the run did")
-    largest = max(float(np.abs(mine).max()) for mine in logits)
-    apart = max(
-        float(np.abs(np.array(theirs, np.float32) - mine).max())
-        for theirs, mine in zip(answer["logits"], logits, strict=True)
-    )
-    share = apart / max(largest, 1e-12)
-    allowed = EXPORT_TOLERANCE[getattr(torch, answer["dtype"])]
-    if not share <= allowed:
-        raise RunnerError(
-            f"{folder}: the exported model's logits differ from the run's by {share:.1e} of the"
-            f" largest (allowed {allowed:.0e}); the export is not the model that was scored"
-        )
-    return share
+    return json.loads(done.stdout)
