@@ -29,7 +29,7 @@ def job(text="", **data):
 def card(job, job_text='name = "tiny-card"\n', tuned=None):
     hashes = {"training": "a1" * 32, "validation": "b2" * 32}
     answering = settings_of_job(job.data, job.score).model_copy(update={"tuned": tuned})
-    return model_card(job, SCORES, hashes, job_text, intervals=INTERVALS, asked=answering)
+    return model_card(job, SCORES, hashes, job_text, intervals=INTERVALS, settings=answering)
 
 
 def test_the_card_is_the_golden_one():

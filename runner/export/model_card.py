@@ -21,7 +21,7 @@ def model_card(
     job_text: str,
     *,
     intervals: Mapping[str, tuple[float, float]],
-    asked: InferenceSettings,
+    settings: InferenceSettings,
 ) -> str:
     """Write the card in the hub's format: YAML front matter, then Markdown. Folders of this machine
     are left out: a card is made to be published.
@@ -32,7 +32,7 @@ def model_card(
         data: "training", "validation", "tuning" to the sha256 of those questions' content.
         job_text: the resolved job file.
         intervals: metric name to its 95 % interval, for those that have one.
-        asked: how the model is to be asked.
+        settings: of inference, which the card names for those who use the model.
     """
     paths = (job.data.train, job.data.validation, job.data.tuning, job.model.name)
     for path in filter(None, paths):
@@ -45,7 +45,7 @@ def model_card(
         scores=scores,
         intervals=intervals,
         data=data,
-        settings=asked,
+        settings=settings,
         config_key=KEY,
         job_text=job_text.strip(),
     )

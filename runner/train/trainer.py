@@ -325,7 +325,7 @@ def train_watched(
                     data_hashes(training, validation, have.tuning),
                     dump_job(public),
                     intervals=scores.intervals,
-                    asked=answering,
+                    settings=answering,
                 )
                 folder = stage.folder / BEST
                 save_best(folder, kept, have.engine.module, state, have.tokenizer, card, answering)
