@@ -1,6 +1,6 @@
 """Runs on a cluster.
 
-- `script`: the batch script
+- `script`: the batch script, by `templates/submit.sh.j2`
 - `defaults`: a site's defaults
 - `client`: SLURM's commands
 - `request`: a job that is to be submitted, checked
