@@ -3,25 +3,29 @@ threshold tuned on questions of its own."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
 from runner.data.dataset import Dataset, Example
-from runner.eval.answers import Answer, Mode, decide
-from runner.eval.hf_metrics import Squad, SquadV2
+from runner.eval.answers import decide
 from runner.eval.inference import Predictions
 from runner.job.inference import TunedOn
 from runner.job.schema import Score
-from runner.metrics.squad import Best, ScoresV2, squad_v2_scores, tune_null_threshold
+from runner.metrics.squad import (
+    Best,
+    ScoresV2,
+    squad_scores,
+    squad_v2_scores,
+    tune_null_threshold,
+)
 from runner.metrics.statistics import Interval, intervals
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Readings held against the right answers.
+    """Predictions held against the right answers.
 
     Attributes:
         readings: loss, token accuracies, and answers as the threshold in use decides them.
@@ -65,30 +69,29 @@ class TunedThreshold:
     tuned: TunedOn
 
 
-def tune(readings: Predictions, dataset: Dataset, score: Score) -> TunedThreshold:
+def tune(predictions: Predictions, dataset: Dataset, score: Score) -> TunedThreshold:
     """Find the null threshold that suits the answers to the tuning questions best."""
-    examples = dataset.examples
-    found = tune_null_threshold(
-        {a.id: a.span.text if a.span else "" for a in readings.answers},
-        {e.id: e.answers for e in examples},
-        {a.id: a.null_difference for a in readings.answers},
+    best = tune_null_threshold(
+        _best_spans(predictions),
+        _right_answers(dataset.examples),
+        {a.id: a.null_difference for a in predictions.answers},
         score.tune_for,
     )
     return TunedThreshold(
-        found.threshold,
+        best.threshold,
         TunedOn(
             source=dataset.source,
             sha256=dataset.sha256,
-            questions=len(examples),
+            questions=len(dataset.examples),
             metric=score.tune_for,
-            percent=found.score,
+            percent=best.score,
             default=score.null_threshold,
         ),
     )
 
 
 def evaluate(
-    readings: Predictions,
+    predictions: Predictions,
     examples: Sequence[Example],
     score: Score,
     *,
@@ -100,91 +103,95 @@ def evaluate(
     where there may be none.
 
     Args:
-        readings: answers to the examples, at the threshold of `score`.
+        predictions: answers to the examples, at the threshold of `score`.
         examples: the questions, in the same order.
         score: the job's section.
         unanswerable: SQuAD v2.
         seed: of the bootstrap.
         tuned: a threshold to be used instead of the one of `score`.
     """
-    references = [
-        {"id": e.id, "answers": {"text": list(e.answers), "answer_start": list(e.answer_starts)}}
-        for e in examples
-    ]
     if not unanswerable:
-        predictions = [{"id": a.id, "prediction_text": a.text} for a in readings.answers]
-        metric = Squad()
-        _compute(metric, predictions, references)
-        found = metric.scores
-        return Evaluation(
-            readings=readings,
-            exact_match=found.exact_match,
-            f1=found.f1,
-            details={},
-            intervals=intervals(found, seed),
-            exact_N=found.exact_N,
-            f1_N=found.f1_N,
-            null_threshold=None,
-            tuned=None,
-        )
+        return _evaluate_v1(predictions, examples, seed)
+    return _evaluate_v2(predictions, examples, score, seed, tuned)
+
+
+def _evaluate_v1(predictions: Predictions, examples: Sequence[Example], seed: int) -> Evaluation:
+    scores = squad_scores({a.id: a.text for a in predictions.answers}, _right_answers(examples))
+    return Evaluation(
+        readings=predictions,
+        exact_match=scores.exact_match,
+        f1=scores.f1,
+        details={},
+        intervals=intervals(scores, seed),
+        exact_N=scores.exact_N,
+        f1_N=scores.f1_N,
+        null_threshold=None,
+        tuned=None,
+    )
+
+
+def _evaluate_v2(
+    predictions: Predictions,
+    examples: Sequence[Example],
+    score: Score,
+    seed: int,
+    tuned: TunedThreshold | None,
+) -> Evaluation:
+    references = _right_answers(examples)
     details: dict[str, float] = {}
-    by_default = _scores_v2(readings.answers, references)
-    threshold, found, ends = score.null_threshold, by_default, intervals(by_default, seed)
+    scores = by_default = _scores_v2(predictions, references)
+    threshold, ends = score.null_threshold, intervals(by_default, seed)
     if tuned is not None:
         threshold = tuned.threshold
-        decided = tuple(_decided(readings.answers, threshold, score.mode))
-        readings = replace(readings, answers=decided)
-        found = _scores_v2(decided, references)
+        decided = tuple(decide(answer, threshold, score.mode) for answer in predictions.answers)
+        predictions = replace(predictions, answers=decided)
+        scores = _scores_v2(predictions, references)
         details |= {"default_exact_match": by_default.exact_match, "default_f1": by_default.f1}
-        ends = intervals(found, seed) | {
+        ends = intervals(scores, seed) | {
             f"default_{key}": ends[key] for key in ("exact_match", "f1")
         }
-    if found.has_answer is not None:
-        details["has_answer_exact_match"] = found.has_answer.exact_match
-        details["has_answer_f1"] = found.has_answer.f1
-    if found.no_answer is not None:
-        details["no_answer_exact_match"] = found.no_answer.exact_match
-    best = _best(readings.answers, examples)
+    if scores.has_answer is not None:
+        details["has_answer_exact_match"] = scores.has_answer.exact_match
+        details["has_answer_f1"] = scores.has_answer.f1
+    if scores.no_answer is not None:
+        details["no_answer_exact_match"] = scores.no_answer.exact_match
+    best = _best(predictions, references)
     details |= {"best_exact_match": best.exact_match, "best_f1": best.f1}
     return Evaluation(
-        readings=readings,
-        exact_match=found.exact_match,
-        f1=found.f1,
+        readings=predictions,
+        exact_match=scores.exact_match,
+        f1=scores.f1,
         details=details,
         intervals=ends,
-        exact_N=found.exact_N,
-        f1_N=found.f1_N,
+        exact_N=scores.exact_N,
+        f1_N=scores.f1_N,
         null_threshold=threshold,
         tuned=None if tuned is None else tuned.tuned,
     )
 
 
-def _scores_v2(answers: Sequence[Answer], references: list[dict[str, Any]]) -> ScoresV2:
-    metric = SquadV2()
-    predictions = [
-        {"id": a.id, "prediction_text": a.text, "no_answer_probability": 0.0} for a in answers
-    ]
-    _compute(metric, predictions, references)
-    return metric.scores
+def _right_answers(examples: Sequence[Example]) -> dict[str, Sequence[str]]:
+    return {example.id: example.answers for example in examples}
 
 
-def _best(answers: Sequence[Answer], examples: Sequence[Example]) -> Best:
-    # The search is given each question's best span and how much better "no answer" scored. Not
-    # through SquadV2: its float32 would make ties of differences that are none.
-    found = squad_v2_scores(
-        {a.id: a.span.text if a.span else "" for a in answers},
-        {e.id: e.answers for e in examples},
-        {a.id: a.null_difference for a in answers},
+def _scores_v2(predictions: Predictions, references: Mapping[str, Sequence[str]]) -> ScoresV2:
+    """Scores of the answers as they are: the threshold has decided already."""
+    return squad_v2_scores({a.id: a.text for a in predictions.answers}, references)
+
+
+def _best(predictions: Predictions, references: Mapping[str, Sequence[str]]) -> Best:
+    """What the official search for a threshold finds; it is given each question's best span and how
+    much better "no answer" scored."""
+    scores = squad_v2_scores(
+        _best_spans(predictions),
+        references,
+        {a.id: a.null_difference for a in predictions.answers},
     )
-    if found.best is None:
+    if scores.best is None:
         raise AssertionError("a search that is given no-answer scores finds a threshold")
-    return found.best
+    return scores.best
 
 
-def _decided(answers: Sequence[Answer], threshold: float, mode: Mode) -> list[Answer]:
-    return [decide(answer, threshold, mode) for answer in answers]
-
-
-def _compute(metric: Any, predictions: list[Any], references: list[Any]) -> None:
-    if metric.compute(predictions=predictions, references=references) is None:
-        raise AssertionError("a metric of one process always has a result")
+def _best_spans(predictions: Predictions) -> dict[str, str]:
+    """What each question would be answered with if it had to be answered."""
+    return {a.id: a.span.text if a.span else "" for a in predictions.answers}
