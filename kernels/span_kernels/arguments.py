@@ -6,17 +6,13 @@ import torch
 from torch import Tensor
 
 
-def check_rows(
-    segments_B2: Tensor, starts_B: Tensor, ends_B: Tensor, limits_B2: Tensor | None
-) -> None:
+def check_rows(segments_B2: Tensor, starts_B: Tensor, ends_B: Tensor) -> None:
     rows = segments_B2.shape[0] if segments_B2.ndim else None
     expected = {
         "segments_B2": (segments_B2, (None, 2)),
         "starts_B": (starts_B, (rows,)),
         "ends_B": (ends_B, (rows,)),
     }
-    if limits_B2 is not None:
-        expected["limits_B2"] = (limits_B2, (rows, 2))
     for name, (x, shape) in expected.items():
         check_shape(name, x, shape)
         if x.dtype not in (torch.int32, torch.int64):

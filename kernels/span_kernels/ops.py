@@ -15,17 +15,9 @@ from torch.library import custom_op
 from span_kernels import closed_form
 from span_kernels.arguments import check_floating, check_rows, check_shape
 from span_kernels.launch import MAX_WIDTH, head_plan, wide_dtype
-from span_kernels.segments import narrow
 
 
-def span_loss(
-    logits_T2: Tensor,
-    segments_B2: Tensor,
-    starts_B: Tensor,
-    ends_B: Tensor,
-    *,
-    limits_B2: Tensor | None = None,
-) -> Tensor:
+def span_loss(logits_T2: Tensor, segments_B2: Tensor, starts_B: Tensor, ends_B: Tensor) -> Tensor:
     """Mean negative log-likelihood of the labelled spans, from given logits.
 
     The same function as `reference_span_loss`, whose docstring is the specification. On a GPU two
@@ -36,7 +28,6 @@ def span_loss(
         segments_B2: integer [B, 2], rows of (offset, length), disjoint.
         starts_B, ends_B: integer [B], counted from the segment's first token; outside
             [0, length) that side of that row is ignored.
-        limits_B2: integer [B, 2] or None, rows of (first, last + 1) within the segment.
 
     Returns:
         Scalar in nats, float64 for float64 logits and float32 otherwise.
@@ -46,8 +37,8 @@ def span_loss(
     """
     check_shape("logits_T2", logits_T2, (None, 2))
     check_floating(logits_T2=logits_T2)
-    check_rows(segments_B2, starts_B, ends_B, limits_B2)
-    return _span_loss(logits_T2, *narrow(segments_B2, starts_B, ends_B, limits_B2))[0]
+    check_rows(segments_B2, starts_B, ends_B)
+    return _span_loss(logits_T2, segments_B2, starts_B, ends_B)[0]
 
 
 def qa_head_loss(
@@ -57,8 +48,6 @@ def qa_head_loss(
     segments_B2: Tensor,
     starts_B: Tensor,
     ends_B: Tensor,
-    *,
-    limits_B2: Tensor | None = None,
 ) -> Tensor:
     """`span_loss` of the linear head `hidden_TD @ weight_2D.T + bias_2`, fused with it.
 
@@ -69,7 +58,7 @@ def qa_head_loss(
     Args:
         hidden_TD: floating [T, D], any strides; fastest with the D columns adjacent.
         weight_2D, bias_2: floating [2, D] and [2], as in `torch.nn.Linear(D, 2)`.
-        segments_B2, starts_B, ends_B, limits_B2: as in `span_loss`.
+        segments_B2, starts_B, ends_B: as in `span_loss`.
 
     Returns:
         Scalar in nats, float64 for float64 hidden states and float32 otherwise.
@@ -81,9 +70,8 @@ def qa_head_loss(
     check_shape("weight_2D", weight_2D, (2, hidden_TD.shape[1]))
     check_shape("bias_2", bias_2, (2,))
     check_floating(hidden_TD=hidden_TD, weight_2D=weight_2D, bias_2=bias_2)
-    check_rows(segments_B2, starts_B, ends_B, limits_B2)
-    rows = narrow(segments_B2, starts_B, ends_B, limits_B2)
-    return _qa_head_loss(hidden_TD, weight_2D, bias_2, *rows)[0]
+    check_rows(segments_B2, starts_B, ends_B)
+    return _qa_head_loss(hidden_TD, weight_2D, bias_2, segments_B2, starts_B, ends_B)[0]
 
 
 def grad_norm_and_finite(flat: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,16 +17,11 @@ Shapes: T tokens of the whole batch, B windows (segments), D hidden width, 2 = (
 import torch
 from torch import Tensor
 
-from span_kernels.segments import narrow, owners, valid_labels
+from span_kernels.segments import owners, valid_labels
 
 
 def reference_span_loss(
-    logits_T2: Tensor,
-    segments_B2: Tensor,
-    starts_B: Tensor,
-    ends_B: Tensor,
-    *,
-    limits_B2: Tensor | None = None,
+    logits_T2: Tensor, segments_B2: Tensor, starts_B: Tensor, ends_B: Tensor
 ) -> Tensor:
     """Mean negative log-likelihood of the labelled spans, differentiable by autograd.
 
@@ -37,9 +32,6 @@ def reference_span_loss(
             B windows of L tokens is offset = b * L.
         starts_B, ends_B: integer [B], counted from the segment's first token. A label outside
             [0, length) ignores that side of that row.
-        limits_B2: integer [B, 2] or None: rows of (first, last + 1), counted from the segment's
-            first token. Tokens outside them are left out of the softmax, and a label there is
-            ignored.
 
     Returns:
         Scalar, in nats: float64 for float64 logits, otherwise float32. A side without a valid row
@@ -48,7 +40,6 @@ def reference_span_loss(
         A label on a logit of -inf costs +inf. On a GPU the sums run in no fixed order unless
         `torch.use_deterministic_algorithms` asks for one.
     """
-    segments_B2, starts_B, ends_B = narrow(segments_B2, starts_B, ends_B, limits_B2)
     tokens, rows = logits_T2.shape[0], segments_B2.shape[0]
     owner_T = owners(segments_B2, tokens)
     labels_B2, valid_B2 = valid_labels(segments_B2, starts_B, ends_B)
@@ -85,22 +76,19 @@ def reference_qa_head_loss(
     segments_B2: Tensor,
     starts_B: Tensor,
     ends_B: Tensor,
-    *,
-    limits_B2: Tensor | None = None,
 ) -> Tensor:
     """`reference_span_loss` of the linear head `hidden_TD @ weight_2D.T + bias_2`.
 
     Args:
         hidden_TD: floating [T, D], the encoder's output; any strides.
         weight_2D, bias_2: floating [2, D] and [2], as in `torch.nn.Linear(D, 2)`.
-        segments_B2, starts_B, ends_B, limits_B2: as in `reference_span_loss`.
+        segments_B2, starts_B, ends_B: as in `reference_span_loss`.
 
     Returns:
         Scalar, in nats; the product and the softmax are taken in float32 (in float64 for float64
         hidden states), so a bfloat16 head does not round its logits. Hidden states of no segment,
         and those of a row ignored on both sides, never matter, whatever they hold.
     """
-    segments_B2, starts_B, ends_B = narrow(segments_B2, starts_B, ends_B, limits_B2)
     tokens = hidden_TD.shape[0]
     _, valid_B2 = valid_labels(segments_B2, starts_B, ends_B)
     used_C = torch.cat((valid_B2.any(1), valid_B2.new_zeros(1)))

@@ -7,32 +7,6 @@ import torch
 from torch import Tensor
 
 
-def narrow(
-    segments_B2: Tensor, starts_B: Tensor, ends_B: Tensor, limits_B2: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Cut every segment down to its context limits.
-
-    Args:
-        segments_B2: integer [B, 2], rows of (offset, length).
-        starts_B, ends_B: integer [B], labels counted from the segment's first token.
-        limits_B2: integer [B, 2], rows of (first, last + 1) counted from the segment's first token,
-            or None for the whole segment. Limits that reach outside the segment are cut to it.
-
-    Returns:
-        Segments and labels of the part that is left. A label outside the limits comes out negative
-        or past the new length, so it is ignored like any label outside its segment.
-    """
-    if limits_B2 is None:
-        return segments_B2, starts_B, ends_B
-    offset_B, length_B = segments_B2.unbind(1)
-    length_B = length_B.clamp(min=0)
-    limits_B2 = limits_B2.to(segments_B2.dtype)
-    low_B = torch.minimum(limits_B2[:, 0].clamp(min=0), length_B)
-    high_B = torch.maximum(torch.minimum(limits_B2[:, 1], length_B), low_B)
-    inner_B2 = torch.stack((offset_B + low_B, high_B - low_B), dim=1)
-    return inner_B2, starts_B - low_B, ends_B - low_B
-
-
 def owners(segments_B2: Tensor, tokens: int) -> Tensor:
     """The segment that each token belongs to, int64 [T]; B for a token of no segment.
 
