@@ -74,9 +74,9 @@ def test_compile_without_graph_breaks_and_with_changing_lengths(
 ):
     def plain(hidden_TD, weight_2D, bias_2, segments_B2, starts_B, ends_B):
         rows = (segments_B2, starts_B, ends_B)
-        limits_B2 = torch.stack((torch.ones_like(starts_B), segments_B2[:, 1]), dim=1)
-        fused = qa_head_loss(hidden_TD, weight_2D, bias_2, *rows, limits_B2=limits_B2)
-        return fused * 2 + span_loss(hidden_TD[:, :2], *rows)
+        return qa_head_loss(hidden_TD, weight_2D, bias_2, *rows) * 2 + span_loss(
+            hidden_TD[:, :2], *rows
+        )
 
     compiled = torch.compile(plain, fullgraph=True, dynamic=True, backend=backend)
     for lengths in ((20, 30), (7, 9, 40)):
@@ -99,7 +99,6 @@ def test_compile_without_graph_breaks_and_with_changing_lengths(
         ({"segments_B2": torch.zeros(2, 2)}, TypeError, "torch.int32 or torch.int64"),
         ({"starts_B": torch.zeros(3, dtype=torch.int64)}, ValueError, "starts_B"),
         ({"ends_B": torch.zeros(2, dtype=torch.int16)}, TypeError, "ends_B"),
-        ({"limits_B2": torch.zeros(1, 2, dtype=torch.int64)}, ValueError, "limits_B2"),
     ],
 )
 def test_arguments_that_do_not_fit_are_named(change, error, message, make_batch):

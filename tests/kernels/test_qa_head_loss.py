@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from span_kernels import qa_head_loss, span_loss
+from span_kernels import qa_head_loss
 from torch.nn.functional import linear
 
 from tests.apart import INTERPRETED, SLOW_INTERPRETED, slow_interpreted
@@ -140,18 +140,6 @@ def test_huge_logits(device, make_batch, eager, differentiate):
         rtol=1e-9,
         atol=1e-9,
     )
-
-
-def test_limits_are_those_of_span_loss(device, make_batch, differentiate):
-    batch = make_batch((20, 30), width=24, labels=[(4, 6), (2, 20)], device=device)
-    limits_B2 = torch.tensor([(3, 9), (5, 30)], device=device)
-    got = differentiate(qa_head_loss, batch.head, *batch.rows, limits_B2=limits_B2)
-
-    def unfused(hidden_TD, weight_2D, bias_2, *rows):
-        return span_loss(linear(hidden_TD, weight_2D, bias_2), *rows, limits_B2=limits_B2)
-
-    want = differentiate(unfused, batch.head, *batch.rows)
-    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
 
 
 def test_strided_views_of_every_input(device, make_batch, differentiate):

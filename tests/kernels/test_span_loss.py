@@ -127,25 +127,6 @@ def test_adding_a_constant_to_a_window_changes_nothing(device, make_batch, diffe
     )
 
 
-def test_limits_leave_the_other_tokens_out(device, make_batch, by_cross_entropy, differentiate):
-    batch = make_batch(
-        (10, 8, 6, 5),
-        labels=[(4, 6), (1, 7), (3, 3), (0, 4)],
-        layout="scattered",
-        dtype=torch.float64,
-        device=device,
-    )
-    limits_B2 = torch.tensor([(3, 9), (2, 6), (4, 4), (-5, 50)], device=device)
-    got = differentiate(span_loss, [batch.logits_T2], *batch.rows, limits_B2=limits_B2)
-    # Row 0 keeps both labels, row 1 none, row 2 has no token left, row 3 is not cut.
-    segments_B2 = batch.segments_B2.clone()
-    segments_B2[0] += torch.tensor([3, -4], device=device)
-    starts_B = torch.tensor([1, -1, -1, 0], device=device)
-    ends_B = torch.tensor([3, -1, -1, 4], device=device)
-    truth = differentiate(by_cross_entropy, [batch.logits_T2], segments_B2, starts_B, ends_B)
-    torch.testing.assert_close(got, truth, rtol=1e-12, atol=1e-15)
-
-
 def test_strided_logits_segments_and_labels(device, make_batch, differentiate):
     batch = make_batch((20, 30), device=device)
     want = differentiate(span_loss, [batch.logits_T2], *batch.rows)
