@@ -6,11 +6,10 @@ import fcntl
 import os
 import socket
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from types import TracebackType
 
 from runner.errors import DataError, RunDirError, RunnerError, SlurmTimeout, StorageError
 from runner.job.load import dump_job, first_difference, recorded_job
@@ -59,14 +58,14 @@ def submit_run(order: SubmitRequest, root: Path, run_dir: Path | None) -> Submit
         SlurmSilence: if SLURM may have taken it; all is left as it is.
         StorageError: if a file or folder cannot be written.
     """
-    with Undo() as undo, storage_errors():
+    with _taken_back_on_failure() as undo, storage_errors():
         if run_dir is None:
-            undo.folder(root / order.job.name)
+            _note_folder(undo, root / order.job.name)
             run = RunDir.create(root, order.job.name)
-            undo.made(run.path)
+            undo.callback(_put_back, run.path, None)
         else:
             run = RunDir(run_dir)
-            undo.folder(run.path)
+            _note_folder(undo, run.path)
             run.path.mkdir(parents=True, exist_ok=True)
         with _alone(run.path):
             if run.job.is_file():
@@ -77,7 +76,7 @@ def submit_run(order: SubmitRequest, root: Path, run_dir: Path | None) -> Submit
                     return None
                 for reason in taken_runs([run]).values():
                     raise RunDirError(reason)
-            undo.file(run.job)
+            _note_file(undo, run.job)
             # Also of a run that goes on: what two starts may differ in, the newest submission says.
             write_atomic(run.job, dump_job(order.job))
             return _submit(order, run.path, {0: run}, order.script(run.path), undo)
@@ -95,9 +94,9 @@ def submit_sweep(order: SubmitRequest, root: Path, folder: Path | None) -> Submi
         StorageError: if a file or folder cannot be written.
     """
     folder = (folder or root / order.job.name / new_stamp()).absolute()
-    with Undo() as undo, storage_errors():
+    with _taken_back_on_failure() as undo, storage_errors():
         for name in (JOB, SWEEP_MANIFEST):
-            undo.file(folder / name)
+            _note_file(undo, folder / name)
         folder.mkdir(parents=True, exist_ok=True)
         with _alone(folder):
             names, left = _left(order, folder)
@@ -106,7 +105,7 @@ def submit_sweep(order: SubmitRequest, root: Path, folder: Path | None) -> Submi
             write_manifest(folder, order.job, order.trials)
             runs = {index: RunDir(folder / trial.name) for index, trial in left.items()}
             for index, run in runs.items():
-                undo.file(run.job)
+                _note_file(undo, run.job)
                 run.path.mkdir(exist_ok=True)
                 write_atomic(run.job, dump_job(left[index].job))
             return _submit(order, folder, runs, order.script(folder, names, list(runs)), undo)
@@ -205,21 +204,21 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def _submit(
-    order: SubmitRequest, folder: Path, runs: dict[int, RunDir], script: str, undo: Undo
+    order: SubmitRequest, folder: Path, runs: dict[int, RunDir], script: str, undo: ExitStack
 ) -> Submitted:
     at = RunDir(folder).submit_script
-    undo.file(at)
+    _note_file(undo, at)
     write_atomic(at, script)
     options = script_options(script)
     doubt = never_starts(at, options)
     try:
         job_id = sbatch(at, options)
     except SlurmTimeout as error:
-        undo.forget()
+        undo.pop_all()
         raise SlurmTimeout(
             f"{error}; {folder} is kept for the job, and takes another one with --run-dir"
         ) from None
-    undo.forget()
+    undo.pop_all()
     try:
         _record(order, folder, runs, job_id)
     except StorageError as error:
@@ -246,52 +245,38 @@ def _record(order: SubmitRequest, folder: Path, runs: dict[int, RunDir], job_id:
         write_submission(run.slurm, submission)
 
 
-class Undo:
-    """Remembers what stood at some paths, and puts it back if the block ends with a RunnerError.
+@contextmanager
+def _taken_back_on_failure() -> Iterator[ExitStack]:
+    """A stack of what is to be taken back if the block ends with a RunnerError; `pop_all()` means
+    that from there on nothing is."""
+    undo = ExitStack()
+    try:
+        yield undo
+    # Only then: an interrupt may come while sbatch is asked, and there may be a job by then that
+    # needs its folder.
+    except RunnerError:
+        undo.close()
+        raise
 
-    A folder is removed only if it was not there before and is empty then: whatever somebody else
-    has put into it stays.
-    """
 
-    def __init__(self) -> None:
-        self._before: dict[Path, bytes | None] = {}
+def _note_file(undo: ExitStack, path: Path) -> None:
+    """Before a file is written: put back what is in it now, or remove it."""
+    _note_folder(undo, path.parent)
+    undo.callback(_put_back, path, path.read_bytes() if path.is_file() else None)
 
-    def file(self, path: Path) -> None:
-        """Note what is in a file that is to be written."""
-        self.folder(path.parent)
-        if path not in self._before:
-            self._before[path] = path.read_bytes() if path.is_file() else None
 
-    def folder(self, path: Path) -> None:
-        """Note which folders are to be made, this one and those above it."""
-        for folder in (*reversed(path.parents), path):
-            if not folder.exists():
-                self._before.setdefault(folder, None)
+def _note_folder(undo: ExitStack, path: Path) -> None:
+    """Before a folder is made: remove it and those above it that are not there yet."""
+    for folder in (*reversed(path.parents), path):
+        if not folder.exists():
+            undo.callback(_put_back, folder, None)
 
-    def made(self, folder: Path) -> None:
-        """Note a folder that was made just now."""
-        self._before[folder] = None
 
-    def forget(self) -> None:
-        """From here on nothing is taken back."""
-        self._before.clear()
-
-    def __enter__(self) -> Undo:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if not isinstance(error, RunnerError):
-            return
-        for path, content in reversed(self._before.items()):
-            with suppress(OSError):
-                if content is not None:
-                    path.write_bytes(content)
-                elif path.is_dir():
-                    path.rmdir()
-                else:
-                    path.unlink(missing_ok=True)
+def _put_back(path: Path, content: bytes | None) -> None:
+    with suppress(OSError):
+        if content is not None:
+            path.write_bytes(content)
+        elif path.is_dir():
+            path.rmdir()  # fails if somebody else has put something into it: then it stays
+        else:
+            path.unlink(missing_ok=True)
