@@ -8,13 +8,13 @@ from dataclasses import asdict, fields
 import numpy as np
 import pytest
 
-from runner.checkpoint.best import from_plain, to_plain
 from runner.data.dataset import Dataset, Example
 from runner.eval.answers import Answer, Candidate
 from runner.eval.evaluation import Evaluation, TunedThreshold, evaluate, in_use, tune
 from runner.eval.inference import Predictions
 from runner.job.schema import Score
 from runner.metrics.statistics import bootstrap_interval
+from runner.utils.files import parse_json, to_jsonable
 
 SCORE = Score()
 
@@ -155,7 +155,7 @@ def test_an_evaluation_outlives_its_process():
         evaluate(FOUND, EXAMPLES, SCORE, unanswerable=True, seed=1, tuned=tuned),
         evaluate(readings(FOUND.answers[0]), EXAMPLES[:1], SCORE, unanswerable=False, seed=1),
     ):
-        found = from_plain(Evaluation, json.loads(json.dumps(to_plain(wanted))))
+        found = parse_json(json.dumps(to_jsonable(wanted)), Evaluation)
         for field in fields(Evaluation):
             one, other = getattr(found, field.name), getattr(wanted, field.name)
             same = np.array_equal(one, other) if isinstance(other, np.ndarray) else one == other

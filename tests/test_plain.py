@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runner.checkpoint.best import from_plain, to_plain
+from runner.eval.evaluation import JsonArray
+from runner.utils.files import parse_json, to_jsonable
 
 
 @dataclass(frozen=True)
@@ -32,12 +33,12 @@ class Outer:
     number: int | None
     kind: Literal["a", "b"]
     flag: bool
-    values_NK: np.ndarray
-    arrays: list[np.ndarray]
+    values_NK: JsonArray
+    arrays: list[JsonArray]
 
 
 def again(kind: Any, value: Any) -> Any:
-    return from_plain(kind, json.loads(json.dumps(to_plain(value))))
+    return parse_json(json.dumps(to_jsonable(value)), kind)
 
 
 def example(**changes: Any) -> Outer:
@@ -98,11 +99,11 @@ def test_every_float_comes_back(one, other):
     ],
 )
 def test_anything_else_is_refused(changes):
-    plain = to_plain(example()) | changes
-    with pytest.raises((TypeError, ValueError, KeyError)):
-        from_plain(Outer, plain)
+    plain = to_jsonable(example()) | changes
+    with pytest.raises(ValueError, match=r"^\w+(\.\w+)*: "):
+        parse_json(json.dumps(plain), Outer)
 
 
 def test_what_has_no_spelling_is_said():
-    with pytest.raises(TypeError, match="object has no spelling"):
-        to_plain({"a": object()})
+    with pytest.raises(ValueError, match="unknown type: <class 'object'>"):
+        to_jsonable(example(number=object()))

@@ -224,8 +224,8 @@ def test_the_manifest_keeps_the_places_of_trials(tmp_path):
     names = write_manifest(folder, load_trials("job.toml")[0], more)
     assert names == [first[0].name, first[1].name, more[0].name]
     manifest = read_manifest(folder)
-    assert manifest["name"] == "n"
-    assert [entry["values"]["train.epochs"] for entry in manifest["trials"]] == [1, 2, 3]
+    assert manifest.name == "n"
+    assert [entry.values["train.epochs"] for entry in manifest.trials] == [1, 2, 3]
 
 
 def test_what_is_left_to_do(tmp_path):

@@ -17,7 +17,7 @@ import psutil
 
 from runner.run.attempts import entry_file, machine_id, same_process
 from runner.run.folder import RunDir
-from runner.utils.files import storage_errors
+from runner.utils.files import parse_json, storage_errors
 
 RANK_BEAT_S = 5.0  # seconds between signs of life
 _HEAD, _WHOLE = 1024, 8192  # bytes: who it is, then its last words
@@ -115,16 +115,16 @@ class RankHeartbeats:
             content = self._read(rank)[_HEAD:].strip()
             try:
                 if content:
-                    found[rank] = ExitNote(**json.loads(content))
-            except (ValueError, TypeError):
+                    found[rank] = parse_json(content, ExitNote)
+            except ValueError:
                 continue  # being written just now
         return found
 
     def rank_record(self, rank: int) -> RankRecord | None:
         """Where a rank runs; None if it has not appeared."""
         try:
-            return RankRecord(**json.loads(self._read(rank)[:_HEAD]))
-        except (ValueError, TypeError):
+            return parse_json(self._read(rank)[:_HEAD], RankRecord)
+        except ValueError:
             return None
 
     def name(self, rank: int) -> str:

@@ -3,10 +3,13 @@ threshold tuned on questions of its own."""
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import PlainSerializer, PlainValidator
 
 from runner.data.dataset import Dataset, Example
 from runner.eval.answers import decide
@@ -21,6 +24,24 @@ from runner.metrics.squad import (
     tune_null_threshold,
 )
 from runner.metrics.statistics import Interval, intervals
+
+
+def _array_to_json(array: np.ndarray) -> dict[str, Any]:
+    content = base64.b64encode(np.ascontiguousarray(array).tobytes()).decode("ascii")
+    return {"dtype": array.dtype.str, "shape": list(array.shape), "base64": content}
+
+
+def _array_from_json(value: Any) -> np.ndarray:
+    try:
+        content = base64.b64decode(value["base64"], validate=True)
+        array = np.frombuffer(content, np.dtype(value["dtype"])).reshape(value["shape"])
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"no array: {error}") from None
+    return array.copy()  # of its own: what is read is a view that nobody may write to
+
+
+# An array that a record holds: its bytes are kept, so that each number comes back to the bit.
+JsonArray = Annotated[np.ndarray, PlainValidator(_array_from_json), PlainSerializer(_array_to_json)]
 
 
 @dataclass(frozen=True)
@@ -44,8 +65,8 @@ class Evaluation:
     f1: float
     details: dict[str, float]
     intervals: dict[str, Interval]
-    exact_N: np.ndarray
-    f1_N: np.ndarray
+    exact_N: JsonArray
+    f1_N: JsonArray
     null_threshold: float | None
     tuned: TunedOn | None
 

@@ -18,6 +18,7 @@ from pydantic.dataclasses import dataclass
 
 from runner.errors import DataError
 from runner.job.schema import Data, Score, Section, Stride, WindowTokens
+from runner.utils.text import first_problem
 
 KEY = "spantune"
 
@@ -70,7 +71,7 @@ class InferenceSettings(Section):
         try:
             score = Score.model_validate(self.score.model_dump() | given)
         except ValidationError as error:
-            raise ValueError(_first(error)) from None
+            raise ValueError(first_problem(error)) from None
         return self.model_copy(update={"score": score})
 
 
@@ -115,7 +116,8 @@ def read_settings(config: Mapping[str, Any], longest: int, name: str) -> Inferen
         answering = InferenceSettings.model_validate(config[KEY])
     except ValidationError as error:
         raise DataError(
-            f"{name}: config.json, {KEY}: {_first(error)}; not written by this version of spantune"
+            f"{name}: config.json, {KEY}: {first_problem(error)}; not written by this version of"
+            " spantune"
         ) from None
     if answering.stride >= answering.max_length or answering.max_length > longest:
         raise DataError(
@@ -123,11 +125,6 @@ def read_settings(config: Mapping[str, Any], longest: int, name: str) -> Inferen
             f" {answering.stride} do not suit a model that takes {longest} tokens"
         )
     return answering
-
-
-def _first(error: ValidationError) -> str:
-    found = error.errors()[0]
-    return f"{'.'.join(map(str, found['loc'])) or 'the table'}: {found['msg']}"
 
 
 @dataclasses.dataclass(frozen=True)

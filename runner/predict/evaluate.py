@@ -27,7 +27,14 @@ from runner.report.render import write_report
 from runner.run import provenance
 from runner.run.folder import RunDir
 from runner.utils.console import progress
-from runner.utils.files import below_here, file_sha256, storage_errors, write_atomic, write_json
+from runner.utils.files import (
+    below_here,
+    file_sha256,
+    read_json,
+    storage_errors,
+    write_atomic,
+    write_json,
+)
 
 ALWAYS_ANSWERED = float("inf")  # a null threshold that nothing exceeds
 
@@ -184,7 +191,7 @@ def own_folder(above: Path, name: str, result: Mapping[str, Any]) -> Path:
     of a file of the same name or of a model that was asked otherwise."""
     folder, mine = above / name, _identity(result)
     try:
-        there = _identity(json.loads(RunDir(folder).result.read_text(encoding="utf-8")))
+        there = _identity(read_json(RunDir(folder).result, dict[str, Any]))
     except FileNotFoundError:
         return folder
     except (OSError, ValueError, LookupError, TypeError, AttributeError):

@@ -13,7 +13,8 @@ from runner.errors import DataError
 from runner.metrics.squad import match_v2
 from runner.metrics.statistics import half_interval, half_interval_of_many
 from runner.run.folder import RunDir
-from runner.run.sweep import read_manifest
+from runner.run.sweep import TrialEntry, read_manifest
+from runner.utils.files import read_json
 from runner.utils.tables import CellValue
 
 SWEEP_METRICS = {"f1": "F1 %", "exact_match": "EM %"}
@@ -37,13 +38,13 @@ def compare_trials(folder: Path) -> list[dict[str, CellValue]]:
     Raises:
         DataError: if the manifest or a trial's result cannot be read.
     """
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for trial in read_manifest(folder)["trials"]:
-        combination = {key: value for key, value in trial["values"].items() if key != "seed"}
+    groups: dict[str, list[TrialEntry]] = {}
+    for trial in read_manifest(folder).trials:
+        combination = {key: value for key, value in trial.values.items() if key != "seed"}
         groups.setdefault(json.dumps(combination), []).append(trial)
     rows = []
     for combination, trials in groups.items():
-        runs = [RunDir(folder / trial["name"]) for trial in trials]
+        runs = [RunDir(folder / trial.name) for trial in trials]
         results = {run: _metrics(run) for run in runs if run.finished()}
         row: dict[str, CellValue] = {
             key: value if isinstance(value, str | int | float) else json.dumps(value)
@@ -78,7 +79,7 @@ def _short(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _metrics(run: RunDir) -> dict[str, float]:
     try:
-        metrics = json.loads(run.result.read_text(encoding="utf-8"))["metrics"]
+        metrics = read_json(run.result, dict[str, Any])["metrics"]
         return {name: float(metrics[name]) for name in (*SWEEP_METRICS, "loss")}
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise DataError(f"{run.result}: cannot be read: {error}") from None

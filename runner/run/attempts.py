@@ -7,7 +7,6 @@ says how it ended, `0002.sealed` lists the checkpoints of earlier starts that co
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import socket
@@ -20,7 +19,7 @@ import psutil
 
 from runner.errors import Interrupted, StorageError
 from runner.run.folder import RunDir, committed_steps
-from runner.utils.files import storage_errors
+from runner.utils.files import read_json, storage_errors
 from runner.utils.text import duration
 
 SILENT_S = 120.0  # seconds without one after which an owner on another machine counts as dead
@@ -71,6 +70,21 @@ class AttemptRecord:
         )
 
 
+@dataclass(frozen=True)
+class EndRecord:
+    """How a start ended: the content of `attempts/NNNN.end.json`.
+
+    Attributes:
+        exit_code: of its rank 0.
+        step: the newest step that it knew to be committed; None before it had loaded one.
+        ended: seconds since 1970.
+    """
+
+    exit_code: int
+    step: int | None
+    ended: float
+
+
 def attempt_numbers(run: RunDir) -> list[int]:
     """Numbers of all attempts, ascending."""
     try:
@@ -93,9 +107,8 @@ def sealed(run: RunDir) -> tuple[int, list[str]]:
     count; attempt 0 if there is none."""
     for number in reversed(attempt_numbers(run)):
         try:
-            found = json.loads(entry_file(run, number, "sealed").read_text(encoding="utf-8"))
-            return number, [str(name) for name in found]
-        except (OSError, ValueError, TypeError):
+            return number, read_json(entry_file(run, number, "sealed"), list[str])
+        except (OSError, ValueError):
             entry = read_attempt(run, number)
             if entry is not None and entry.anew:
                 return number, []  # it came no further than putting the earlier run aside
@@ -230,8 +243,14 @@ def entry_file(run: RunDir, number: int, kind: str) -> Path:
 def read_attempt(run: RunDir, number: int) -> AttemptRecord | None:
     """Who made a start; None while its entry is being written, or if it is damaged."""
     try:
-        return AttemptRecord(
-            **json.loads(entry_file(run, number, "json").read_text(encoding="utf-8"))
-        )
-    except (OSError, ValueError, TypeError):
-        return None  # being written just now
+        return read_json(entry_file(run, number, "json"), AttemptRecord)
+    except (OSError, ValueError):
+        return None
+
+
+def read_end(run: RunDir, number: int) -> EndRecord | None:
+    """How a start ended; None as long as it has not said so."""
+    try:
+        return read_json(entry_file(run, number, "end.json"), EndRecord)
+    except (OSError, ValueError):
+        return None

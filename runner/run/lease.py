@@ -20,6 +20,7 @@ from runner.errors import RunDirError
 from runner.run.attempts import (
     SILENT_S,
     AttemptRecord,
+    EndRecord,
     attempt_numbers,
     describe,
     describe_if_alive,
@@ -99,7 +100,7 @@ class Lease:
         """Note the committed step that this start goes on from, 0 if there is none."""
         self.step = step
         self._owner = replace(self._owner, from_step=step)
-        write_json(entry_file(self.run, self.number, "json"), asdict(self._owner))
+        write_json(entry_file(self.run, self.number, "json"), self._owner)
 
     def seal(self, checkpoints: Sequence[str]) -> None:
         """Settle which checkpoints of earlier attempts count; what they commit later does not."""
@@ -111,8 +112,8 @@ class Lease:
     def release(self, exit_code: int) -> None:
         """Note the end of this start; the next one then need not wait for a silence."""
         self._over.set()
-        note = {"exit_code": exit_code, "step": self.step, "ended": time.time()}
-        write_json(entry_file(self.run, self.number, "end.json"), note)
+        end = EndRecord(exit_code, self.step, time.time())
+        write_json(entry_file(self.run, self.number, "end.json"), end)
 
     def _live(self) -> None:
         while not self._over.wait(LEASE_BEAT_S):

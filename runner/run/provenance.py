@@ -16,6 +16,7 @@ from typing import Any
 
 from runner.errors import DataError
 from runner.run.folder import RunDir
+from runner.utils.files import read_json
 from runner.utils.signals import children_ignore_signals
 from runner.utils.tables import read_rows
 
@@ -136,7 +137,7 @@ def read_record(path: Path) -> dict[str, Any]:
         DataError: if it is none.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path, object)
     except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or error
         raise DataError(f"{path}: cannot be read: {reason}") from None

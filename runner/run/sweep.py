@@ -1,9 +1,13 @@
-"""Works through the trials of a sweep on this machine, one after another."""
+"""A sweep's folder, and its trials one after another on this machine.
+
+`sweep.toml` is the job that the trials vary, `sweep.json` names every trial that the sweep has or
+had; each trial's run folder stands beside them.
+"""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +16,30 @@ from runner.job.load import dump_job
 from runner.job.schema import Job
 from runner.job.sweep import Trial
 from runner.run.folder import RunDir
-from runner.utils.files import storage_errors, write_atomic, write_json
+from runner.utils.files import read_json, storage_errors, write_atomic, write_json
 
 # Ended by a signal, or told to save: the person wants the machine back, not the next trial.
 _STOPPED = {Interrupted.exit_code, 128 + 2, 128 + 9, 128 + 15}
 
 SWEEP_MANIFEST = "sweep.json"
+SWEEP_JOB = "sweep.toml"
 
-JOB = "sweep.toml"
+
+@dataclass(frozen=True)
+class TrialEntry:
+    """A trial as the manifest has it: its name, and the values that the sweep gave it by key."""
+
+    name: str
+    values: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class SweepManifest:
+    """What `sweep.json` holds: the job's name, and all trials in the order of their array
+    indices."""
+
+    name: str
+    trials: list[TrialEntry]
 
 
 def run_trials(
@@ -60,54 +80,49 @@ def sweep_code(codes: Iterable[int]) -> int:
 
 def write_manifest(folder: Path, job: Job, trials: Sequence[Trial]) -> list[str]:
     """Make or renew the folder of a sweep: `sweep.toml` and `sweep.json`; return the names of all
-    its trials, in the order of their array indices.
-
-    A trial keeps its index for ever. Trials of an earlier start that the job no longer has stay in
-    the manifest, because their results stay in the folder.
-    """
+    its trials, in the order of their array indices."""
     folder.mkdir(parents=True, exist_ok=True)
-    entries = manifest_entries(folder, job, trials)
-    write_atomic(folder / JOB, dump_job(job))
-    write_json(
-        folder / SWEEP_MANIFEST,
-        {
-            "name": job.name,
-            "trials": [{"name": name, "values": values} for name, values in entries.items()],
-        },
-    )
-    return list(entries)
+    manifest = updated_manifest(folder, job, trials)
+    write_atomic(folder / SWEEP_JOB, dump_job(job))
+    write_json(folder / SWEEP_MANIFEST, manifest)
+    return [entry.name for entry in manifest.trials]
 
 
-def manifest_entries(folder: Path, job: Job, trials: Sequence[Trial]) -> dict[str, dict[str, Any]]:
-    """The values of all trials that a sweep has or had, by name, in the order of their array
-    indices: those of `folder`, if it holds the sweep already, then new ones.
+def updated_manifest(folder: Path, job: Job, trials: Sequence[Trial]) -> SweepManifest:
+    """The manifest with these trials: those that `folder` has already, if it holds the sweep, then
+    new ones.
 
     Raises:
         DataError: if it holds the sweep of another job.
     """
-    known = read_manifest(folder) if (folder / SWEEP_MANIFEST).is_file() else {}
-    if known and known["name"] != job.name:
-        raise DataError(
-            f"{folder} holds the sweep of another job, {known['name']}; give another folder"
-        )
-    entries = {entry["name"]: entry["values"] for entry in known["trials"]} if known else {}
-    return entries | {trial.name: trial.values for trial in trials if trial.name not in entries}
+    known: list[TrialEntry] = []
+    if (folder / SWEEP_MANIFEST).is_file():
+        manifest = read_manifest(folder)
+        if manifest.name != job.name:
+            raise DataError(
+                f"{folder} holds the sweep of another job, {manifest.name}; give another folder"
+            )
+        known = manifest.trials
+    # A trial keeps its index for ever. One that the job no longer has stays in the manifest,
+    # because its results stay in the folder.
+    names = {entry.name for entry in known}
+    new = [TrialEntry(trial.name, trial.values) for trial in trials if trial.name not in names]
+    return SweepManifest(job.name, known + new)
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """Read `sweep.json`: the sweep's `name`, and `trials` with `name` and `values`.
+def read_manifest(folder: Path) -> SweepManifest:
+    """Read `sweep.json`.
 
     Raises:
         DataError: if there is none, or none that can be read.
     """
+    path = folder / SWEEP_MANIFEST
     try:
-        manifest = json.loads((folder / SWEEP_MANIFEST).read_text(encoding="utf-8"))
-        _ = manifest["name"], [(entry["name"], entry["values"]) for entry in manifest["trials"]]
+        return read_json(path, SweepManifest)
     except FileNotFoundError:
         raise DataError(f"{folder} is no folder of a sweep: it has no {SWEEP_MANIFEST}") from None
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise DataError(f"{folder / SWEEP_MANIFEST}: cannot be read: {error}") from None
-    return manifest
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read: {error}") from None
 
 
 def open_trials(folder: Path, trials: Sequence[Trial]) -> list[Trial]:

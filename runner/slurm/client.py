@@ -3,17 +3,16 @@ of a submission beside the run."""
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from runner.errors import SlurmError, SlurmTimeout, printable
-from runner.utils.files import write_json
+from runner.utils.files import read_json, write_json
 
 SLURM_ANSWER_S = 20.0  # seconds for an answer; clients of a dead controller would try for minutes
 SBATCH_ANSWER_S = 60.0  # seconds for sbatch, after which nobody knows whether there is a job
@@ -97,16 +96,14 @@ FORGOTTEN = SlurmJob("FORGOTTEN", "", "", "")
 def read_submission(path: Path) -> Submission | None:
     """Read `slurm.json`; None where there is none, or one that is not ours."""
     try:
-        return Submission(**json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, TypeError):
+        return read_json(path, Submission)
+    except (OSError, ValueError):
         return None
 
 
 def write_submission(path: Path, submission: Submission) -> None:
     """Write `slurm.json`."""
-    write_json(path, asdict(submission))
+    write_json(path, submission)
 
 
 def sbatch(script: Path, options: Iterable[str]) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import socket
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,7 +13,14 @@ from typing import Any
 import tomli
 
 from runner.errors import RunDirError, SlurmError
-from runner.run.attempts import SILENT_S, AttemptRecord, attempts, describe_if_alive, entry_file
+from runner.run.attempts import (
+    SILENT_S,
+    AttemptRecord,
+    attempts,
+    describe_if_alive,
+    entry_file,
+    read_end,
+)
 from runner.run.folder import RunDir
 from runner.run.sweep import SWEEP_MANIFEST, read_manifest
 from runner.slurm.client import FORGOTTEN, SlurmJob, Submission, job_states, read_submission
@@ -145,12 +150,9 @@ def newest_start(run: RunDir) -> NewestStart | None:
     if not started:
         return None
     owner = started[-1]
-    code = None
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-        text = entry_file(run, owner.attempt, "end.json").read_text(encoding="utf-8")
-        code = int(json.loads(text)["exit_code"])
-    if code is not None:
-        return NewestStart(owner, code, alive=False)
+    end = read_end(run, owner.attempt)
+    if end is not None:
+        return NewestStart(owner, end.exit_code, alive=False)
     try:
         return NewestStart(owner, None, describe_if_alive(run, owner.attempt) is not None)
     except OSError:  # somebody else's folder, which we may only read
@@ -231,7 +233,7 @@ def _state(run: RunDir, start: NewestStart | None, job: SlurmJob | None) -> tupl
 def _runs_at(path: Path) -> list[RunDir] | None:
     """The run in a folder, or those of the sweep in it; None if there is neither."""
     if (path / SWEEP_MANIFEST).is_file():
-        trials = [RunDir(path / trial["name"]) for trial in read_manifest(path)["trials"]]
+        trials = [RunDir(path / entry.name) for entry in read_manifest(path).trials]
         return [run for run in trials if run.job.is_file()]
     run = RunDir(path)
     return [run] if run.job.is_file() else None

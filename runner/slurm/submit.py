@@ -16,7 +16,13 @@ from runner.job.load import dump_job, first_difference, recorded_job
 from runner.job.sweep import Trial
 from runner.run.attempts import attempt_numbers, describe_if_alive
 from runner.run.folder import RunDir, new_stamp
-from runner.run.sweep import JOB, SWEEP_MANIFEST, manifest_entries, open_trials, write_manifest
+from runner.run.sweep import (
+    SWEEP_JOB,
+    SWEEP_MANIFEST,
+    open_trials,
+    updated_manifest,
+    write_manifest,
+)
 from runner.slurm.client import (
     Submission,
     job_states,
@@ -95,7 +101,7 @@ def submit_sweep(order: SubmitRequest, root: Path, folder: Path | None) -> Submi
     """
     folder = (folder or root / order.job.name / new_stamp()).absolute()
     with _taken_back_on_failure() as undo, storage_errors():
-        for name in (JOB, SWEEP_MANIFEST):
+        for name in (SWEEP_JOB, SWEEP_MANIFEST):
             _note_file(undo, folder / name)
         folder.mkdir(parents=True, exist_ok=True)
         with _alone(folder):
@@ -170,7 +176,8 @@ def _left(order: SubmitRequest, folder: Path) -> tuple[list[str], dict[int, Tria
     Raises:
         RunDirError: if there are trials without a result, and all of them are under way.
     """
-    names = list(manifest_entries(folder, order.job, order.trials))
+    manifest = updated_manifest(folder, order.job, order.trials)
+    names = [entry.name for entry in manifest.trials]
     places = {name: index for index, name in enumerate(names)}
     unfinished = open_trials(folder, order.trials)
     taken = taken_runs(RunDir(folder / trial.name) for trial in unfinished)

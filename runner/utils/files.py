@@ -1,4 +1,5 @@
-"""Writes files whole or not at all, and says in a sentence why that failed."""
+"""Writes files whole or not at all, and says in a sentence why that failed; reads JSON as what it
+is declared to be."""
 
 from __future__ import annotations
 
@@ -8,10 +9,17 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import is_dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
 
 from runner.errors import StorageError
+from runner.utils.text import first_problem
+
+Kind = TypeVar("Kind")
 
 
 def file_sha256(path: Path) -> str:
@@ -56,8 +64,50 @@ def write_atomic(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON, aside and renamed."""
-    write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    """Write a record (a dataclass) or plain values as indented JSON, aside and renamed."""
+    write_atomic(path, json.dumps(to_jsonable(value), indent=2, ensure_ascii=False) + "\n")
+
+
+def to_jsonable(value: Any) -> Any:
+    """What `json.dumps` takes for a record; other values as they are."""
+    if not is_dataclass(value):
+        return value
+    return _adapter(type(value)).dump_python(value, mode="json", by_alias=True, warnings="error")
+
+
+def read_json(path: Path, kind: type[Kind]) -> Kind:
+    """Read a JSON file as what it is declared to be.
+
+    Args:
+        path: the file.
+        kind: a dataclass, whose keys are all there and no others; `list[str]`; `dict[str, Any]`.
+
+    Raises:
+        OSError: if it cannot be read.
+        ValueError, RecursionError: if it is no JSON or something else, in one line.
+    """
+    return parse_json(path.read_text(encoding="utf-8"), kind)
+
+
+def parse_json(text: str | bytes, kind: type[Kind]) -> Kind:
+    """As `read_json`, of a text."""
+    adapter = _adapter(kind)
+    try:
+        try:
+            return adapter.validate_json(text, strict=True, extra="forbid")
+        except ValidationError as error:
+            if error.errors()[0]["type"] != "json_invalid":
+                raise
+        # `json` says better what is wrong; and it takes \udcff, the spelling of a byte of a file
+        # name that is no UTF-8, which pydantic refuses.
+        return adapter.validate_python(json.loads(text), extra="forbid")
+    except ValidationError as error:
+        raise ValueError(first_problem(error)) from None
+
+
+@cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
 
 
 @contextmanager

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+from pydantic import ValidationError
+
 
 def shorten(text: str) -> str:
     """Cut a long text."""
@@ -20,6 +22,12 @@ def one_of(values: list[int] | tuple[str, ...]) -> str:
     """Spell a choice: `1, 2 or 4`."""
     *most, last = map(str, values)
     return f"{', '.join(most)} or {last}" if most else last
+
+
+def first_problem(error: ValidationError) -> str:
+    """The first thing that pydantic found wrong, in one line: where it stands, and what it is."""
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc'])) or 'the table'}: {first['msg']}"
 
 
 def duration(seconds: float) -> str:
