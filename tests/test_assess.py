@@ -71,10 +71,10 @@ def opening(path, **changes) -> Opening:
 def test_scores_are_those_of_the_predictors_own_answers(tiny, products):
     predictor = Predictor.load(str(tiny("bert")), device="cpu")
     scores, windows = assess(predictor, products, v2=False, seed=1)
-    texts = {a.id: a.text for a in scores.readings.answers}
+    texts = {a.id: a.text for a in scores.predictions.answers}
     official = squad_scores(texts, {e.id: e.answers for e in products.examples})
     assert (scores.exact_match, scores.f1) == (official.exact_match, official.f1)
-    assert scores.readings.loss > 0
+    assert scores.predictions.loss > 0
     assert len(windows) >= 12
 
 
@@ -83,10 +83,10 @@ def test_a_model_that_always_answers_is_scored_as_it_is_on_v2_data(run, mixed):
     folder = run(unanswerable=False, null_threshold=-1e6)
     predictor = Predictor.load(str(folder), device="cpu")
     scores, _ = assess(predictor, mixed, v2=True, seed=1)
-    assert all(a.text for a in scores.readings.answers)
+    assert all(a.text for a in scores.predictions.answers)
     assert scores.details["no_answer_exact_match"] == 0
     assert scores.null_threshold is None
-    texts = {a.id: a.text for a in scores.readings.answers}
+    texts = {a.id: a.text for a in scores.predictions.answers}
     official = squad_v2_scores(texts, {e.id: e.answers for e in mixed.examples})
     assert (scores.exact_match, scores.f1) == (official.exact_match, official.f1)
 

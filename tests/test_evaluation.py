@@ -77,7 +77,7 @@ def test_a_tuned_threshold_decides_and_the_default_stands_beside_it():
     assert (scores.exact_match, scores.f1) == (100.0, 100.0)
     assert scores.details["default_exact_match"] == pytest.approx(200 / 3)
     assert scores.details["default_f1"] == pytest.approx(200 / 3)
-    assert [a.text for a in scores.readings.answers] == ["red", "", "house"]
+    assert [a.text for a in scores.predictions.answers] == ["red", "", "house"]
     assert scores.null_threshold == tuned.threshold
     assert scores.tuned == tuned.tuned
     assert scores.exact_N.tolist() == [100.0] * 3

@@ -46,7 +46,7 @@ def folder(tiny, tmp_path):
 def test_what_was_kept_is_read_back_to_the_bit(folder):
     found, wanted = load_best(folder), kept_of("red")
     assert (found.epoch, found.step) == (3, 41)
-    assert found.scores.readings == wanted.scores.readings
+    assert found.scores.predictions == wanted.scores.predictions
     for field in dataclasses.fields(wanted.scores):
         mine, theirs = (getattr(kept.scores, field.name) for kept in (found, wanted))
         assert np.array_equal(mine, theirs) if isinstance(theirs, np.ndarray) else mine == theirs

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 import numpy as np
-from pydantic import PlainSerializer, PlainValidator
+from pydantic import Field, PlainSerializer, PlainValidator
 
 from runner.data.dataset import Dataset, Example
 from runner.eval.answers import decide
@@ -49,7 +49,7 @@ class Evaluation:
     """Predictions held against the right answers.
 
     Attributes:
-        readings: loss, token accuracies, and answers as the threshold in use decides them.
+        predictions: loss, token accuracies, and answers as the threshold in use decides them.
         exact_match, f1: percent over questions, by SQuAD's official definition, at that threshold.
         details: further scores in percent, for SQuAD v2: has_answer_ and no_answer_, over questions
             with and without an answer; default_, at the job's own threshold where another one was
@@ -60,7 +60,8 @@ class Evaluation:
         tuned: on what it was tuned; None where it is the job's own.
     """
 
-    readings: Predictions
+    # Under this key it stands in the checkpoints of runs that are under way.
+    predictions: Annotated[Predictions, Field(alias="readings")]
     exact_match: float
     f1: float
     details: dict[str, float]
@@ -72,7 +73,7 @@ class Evaluation:
 
     def metric(self, name: str) -> float:
         """A score by the name that [stop] and [expect] use."""
-        return float(getattr(self if name in ("exact_match", "f1") else self.readings, name))
+        return float(getattr(self if name in ("exact_match", "f1") else self.predictions, name))
 
 
 def in_use(score: Score, null_threshold: float | None) -> Score:
@@ -139,7 +140,7 @@ def evaluate(
 def _evaluate_v1(predictions: Predictions, examples: Sequence[Example], seed: int) -> Evaluation:
     scores = squad_scores({a.id: a.text for a in predictions.answers}, _right_answers(examples))
     return Evaluation(
-        readings=predictions,
+        predictions=predictions,
         exact_match=scores.exact_match,
         f1=scores.f1,
         details={},
@@ -179,7 +180,7 @@ def _evaluate_v2(
     best = _best(predictions, references)
     details |= {"best_exact_match": best.exact_match, "best_f1": best.f1}
     return Evaluation(
-        readings=predictions,
+        predictions=predictions,
         exact_match=scores.exact_match,
         f1=scores.f1,
         details=details,

@@ -16,14 +16,14 @@ from runner.utils.files import below_here
 
 def headline(scores: Evaluation) -> dict[str, float]:
     """The scores of a run, percent and nats."""
-    readings = scores.readings
+    predictions = scores.predictions
     return {
         "exact_match": scores.exact_match,
         "f1": scores.f1,
-        "loss": readings.loss,
-        "start_accuracy": readings.start_accuracy,
-        "end_accuracy": readings.end_accuracy,
-        "span_accuracy": readings.span_accuracy,
+        "loss": predictions.loss,
+        "start_accuracy": predictions.start_accuracy,
+        "end_accuracy": predictions.end_accuracy,
+        "span_accuracy": predictions.span_accuracy,
     }
 
 

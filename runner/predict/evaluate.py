@@ -175,7 +175,7 @@ def result_of(
             "weights_sha256": file_sha256(files[0]) if len(files) == 1 else None,
         },
         "answering": predictor.answering.model_dump(mode="json"),
-        "seconds": {"total": round(scores.readings.seconds, 3)},
+        "seconds": {"total": round(scores.predictions.seconds, 3)},
     }
 
 
@@ -229,7 +229,7 @@ def write_evaluation(
         # Until the new one is there, the old one would speak for files that are not its own.
         run.result.unlink(missing_ok=True)
     records = prediction_records(
-        scores.readings.answers,
+        scores.predictions.answers,
         dataset.examples,
         windows,
         scores.exact_N,

@@ -33,7 +33,7 @@ def data_hashes(training: Split, validation: Split, tuning: Split | None) -> dic
 
 def eval_row(epoch: int, step: int, totals: Totals, scores: Evaluation) -> dict[str, CellValue]:
     """One row of eval.csv."""
-    readings = scores.readings
+    readings = scores.predictions
     return {
         "epoch": epoch,
         "step": step,
@@ -98,7 +98,7 @@ def write_predictions(
 ) -> None:
     """Write predictions.jsonl: one question a line, with the right answers beside the model's."""
     records = prediction_records(
-        scores.readings.answers,
+        scores.predictions.answers,
         validation.dataset.examples,
         validation.windows,
         scores.exact_N,
