@@ -1,4 +1,4 @@
-"""What verbs print: lines, tables, and the arguments that several verbs share."""
+"""What verbs print, and what their arguments have in common."""
 
 from __future__ import annotations
 
@@ -6,16 +6,36 @@ import argparse
 import io
 import os
 import sys
-from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 from rich.console import Console, RenderableType
 
-# What a verb says, piece by piece; its exit code is 0 unless it raises.
-Words = Iterator[str]
+# Options that several verbs have.
+SET_OPTION: dict[str, Any] = {"action": "append", "default": [], "metavar": "A.B=VALUE"}
+RUNS_OPTION: dict[str, Any] = {
+    "type": Path,
+    "default": Path("runs"),
+    "help": "folder of all runs (runs)",
+}
 
 
-def _drawn(shown: RenderableType) -> str:
-    """A table as text, as wide and as coloured as the terminal that it goes to."""
+def write(text: str) -> None:
+    """Print a piece of text as it is."""
+    try:
+        print(text, end="", flush=True)
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + 13)
+
+
+def write_line(text: str) -> None:
+    """Print a line."""
+    write(f"{text}\n")
+
+
+def write_table(table: RenderableType) -> None:
+    """Print a table, as wide and as coloured as the terminal that it goes to."""
     screen = Console(highlight=False, emoji=False)
     text = io.StringIO()
     Console(
@@ -25,20 +45,8 @@ def _drawn(shown: RenderableType) -> str:
         color_system="auto" if screen.is_terminal else None,
         highlight=False,
         emoji=False,
-    ).print(shown)
-    return text.getvalue()
-
-
-def _say(text: str) -> None:
-    _write(f"{text}\n")
-
-
-def _write(text: str) -> None:
-    try:
-        print(text, end="", flush=True)
-    except BrokenPipeError:  # the reader, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + 13)
+    ).print(table)
+    write(text.getvalue())
 
 
 def count(text: str) -> int:

@@ -1,26 +1,29 @@
-"""Arguments of the verbs that answer, score and report."""
+"""`predict` and `evaluate`: a finished model at work on other questions."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from runner.cli.output import _say, count
+from runner.cli.output import count, write_line
 from runner.errors import UsageError
-from runner.job.inference import Opening
 from runner.job.schema import Columns
 
-_FOR_A_MODEL = ("output", "null_threshold", "max_answer_length", "batch_size", "device", "threads")
+# Arguments of `evaluate` that only a model has a use for, and only a file of predictions.
+FOR_A_MODEL = ("output", "null_threshold", "max_answer_length", "batch_size", "device", "threads")
+FOR_A_FILE = ("no_answer", "no_answer_threshold")
 
-_FOR_PREDICTIONS = ("no_answer", "no_answer_threshold")
 
-
-def predict_arguments(parser: argparse.ArgumentParser) -> None:
-    """Of `predict`."""
-    _model(parser)
+def add_predict(verbs: Any) -> None:
+    parser = verbs.add_parser(
+        "predict", help="answer questions from a file, from stdin, or one given here"
+    )
+    _add_model(parser)
     parser.add_argument(
         "file",
         nargs="?",
@@ -33,21 +36,50 @@ def predict_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", type=Path, metavar="FILE", help="write the answers there, all or none"
     )
-    parser.add_argument(
-        "--on-bad-row",
-        choices=("fail", "drop"),
-        default="fail",
-        help="end at a question that cannot be asked, or say so and go on (fail)",
-    )
+    _add_bad_rows(parser, "end at a question that cannot be asked, or say so and go on (fail)")
     parser.add_argument(
         "--n-best", type=count, default=3, metavar="N", help="candidates listed per question (3)"
     )
-    _answering(parser)
+    _add_inference(parser)
+    parser.set_defaults(verb=run_predict)
 
 
-def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
-    """Of `evaluate`."""
-    _model(parser, "; or predictions in a .json or .jsonl file")
+def run_predict(arguments: argparse.Namespace) -> int:
+    _check_predict(arguments, from_terminal=sys.stdin.isatty())
+    columns = _columns(arguments.column)
+    from runner.predict.stream import predict_questions
+
+    source: str | int | tuple[str, str] = arguments.file or "-"
+    if arguments.question is not None:
+        source = (arguments.question, arguments.context)
+    elif source == "-":
+        source = sys.stdin.fileno()
+    predict_questions(
+        _model_loader(arguments, listed=arguments.n_best),
+        source,
+        columns,
+        on_bad_row=arguments.on_bad_row,
+        output=arguments.output,
+        say=write_line,
+    )
+    return 0
+
+
+def _check_predict(arguments: argparse.Namespace, *, from_terminal: bool) -> None:
+    """Refuse arguments that do not go together; at a terminal nobody means to type JSON."""
+    parts = arguments.question, arguments.context
+    if any(part is not None for part in parts):
+        if None in parts or arguments.file:
+            raise UsageError("give both --question and --context and no FILE, or a FILE alone")
+    elif arguments.file in (None, "-") and from_terminal:
+        raise UsageError("give a FILE, or --question and --context, or lines of JSON on stdin")
+
+
+def add_evaluate(verbs: Any) -> None:
+    parser = verbs.add_parser(
+        "evaluate", help="exact match and F1 of a finished model on other data"
+    )
+    _add_model(parser, "; or predictions in a .json or .jsonl file")
     parser.add_argument(
         "--data",
         required=True,
@@ -59,12 +91,7 @@ def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="score by SQuAD v2.0, as is done anyway where a question has no answer",
     )
-    parser.add_argument(
-        "--on-bad-row",
-        choices=("fail", "drop"),
-        default="fail",
-        help="refuse data with wrong rows, or leave these out (fail)",
-    )
+    _add_bad_rows(parser, "refuse data with wrong rows, or leave these out (fail)")
     parser.add_argument(
         "--seed", type=int, default=42, metavar="N", help="of the intervals' bootstrap (42)"
     )
@@ -87,122 +114,14 @@ def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="P",
         help="above this probability no answer counts as given (1.0)",
     )
-    _answering(parser)
+    _add_inference(parser)
+    parser.set_defaults(verb=run_evaluate)
 
 
-def check_predict(arguments: argparse.Namespace, *, from_terminal: bool) -> None:
-    """Refuse arguments of `predict` that do not go together.
-
-    Args:
-        arguments: as parsed.
-        from_terminal: whether stdin is a terminal, where nobody means to type JSON.
-
-    Raises:
-        UsageError: saying what to give.
-    """
-    parts = arguments.question, arguments.context
-    if any(part is not None for part in parts):
-        if None in parts or arguments.file:
-            raise UsageError("give both --question and --context and no FILE, or a FILE alone")
-    elif arguments.file in (None, "-") and from_terminal:
-        raise UsageError("give a FILE, or --question and --context, or lines of JSON on stdin")
-
-
-def check_evaluate(arguments: argparse.Namespace) -> bool:
-    """Refuse arguments of `evaluate` that would have no effect.
-
-    Returns:
-        Whether a file of predictions is to be scored, not a model.
-
-    Raises:
-        UsageError: naming the argument.
-    """
+def run_evaluate(arguments: argparse.Namespace) -> int:
     is_file = arguments.model.endswith((".json", ".jsonl"))
-    idle = _FOR_A_MODEL if is_file else _FOR_PREDICTIONS
-    for name in idle:
-        if getattr(arguments, name) is not None:
-            option = f"--{name.replace('_', '-')}"
-            raise UsageError(
-                f"{option} is for a model; {arguments.model} is a file of predictions"
-                if is_file
-                else f"{option} is for a file of predictions (.json, .jsonl); {arguments.model} is"
-                " a model"
-            )
-    return is_file
-
-
-def columns_of(items: Sequence[str]) -> Columns:
-    """Read --column KEY=NAME.
-
-    Raises:
-        UsageError: naming the keys there are.
-    """
-    given = {}
-    for item in items:
-        key, _, name = item.partition("=")
-        if key not in Columns.model_fields or not name.strip():
-            keys = ", ".join(Columns.model_fields)
-            raise UsageError(f"--column {item}: write KEY=NAME, where KEY is one of {keys}")
-        given[key] = name
-    return Columns(**given)
-
-
-def _model(parser: argparse.ArgumentParser, more: str = "") -> None:
-    parser.add_argument(
-        "model",
-        metavar="RUN|MODEL",
-        help=f"a run folder, a model folder, a hub id, package:NAME/SUBFOLDER{more}",
-    )
-
-
-def _answering(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--null-threshold",
-        type=float,
-        metavar="T",
-        help="no answer above this null difference, in logits (as stored with the model)",
-    )
-    parser.add_argument(
-        "--max-answer-length", type=count, metavar="N", help="in tokens (as stored)"
-    )
-    parser.add_argument(
-        "--batch-size", type=count, metavar="N", help="windows per forward pass (as stored)"
-    )
-    parser.add_argument(
-        "--column",
-        action="append",
-        default=[],
-        metavar="KEY=NAME",
-        help="name of a column: question, context, id, answer or answer_start",
-    )
-    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1 (a GPU if any)")
-    parser.add_argument("--threads", type=count, metavar="N", help="CPU threads (all cores)")
-
-
-def _predict(arguments: argparse.Namespace) -> int:
-    check_predict(arguments, from_terminal=sys.stdin.isatty())
-    columns = columns_of(arguments.column)
-    from runner.predict.stream import predict_questions
-
-    source: str | int | tuple[str, str] = arguments.file or "-"
-    if arguments.question is not None:
-        source = (arguments.question, arguments.context)
-    elif source == "-":
-        source = sys.stdin.fileno()
-    predict_questions(
-        Opening.of(arguments),
-        source,
-        columns,
-        on_bad_row=arguments.on_bad_row,
-        listed=arguments.n_best,
-        output=arguments.output,
-        say=_say,
-    )
-    return 0
-
-
-def _evaluate(arguments: argparse.Namespace) -> int:
-    is_file, columns = check_evaluate(arguments), columns_of(arguments.column)
+    _check_evaluate(arguments, is_file=is_file)
+    columns = _columns(arguments.column)
     from runner.data.dataset import load_dataset
 
     dataset = load_dataset(
@@ -225,11 +144,93 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         from runner.predict.evaluate import evaluate_model, evaluation_lines
 
         result, folder = evaluate_model(
-            Opening.of(arguments), dataset, v2=v2, seed=arguments.seed, output=arguments.output
+            _model_loader(arguments, listed=None),
+            dataset,
+            v2=v2,
+            seed=arguments.seed,
+            output=arguments.output,
         )
         lines = evaluation_lines(arguments.data, result, len(dataset.dropped))
         if folder is not None:
             lines.append(f"Written to {folder}: report.html, predictions.jsonl, result.json")
     for line in [json.dumps(result, indent=2, ensure_ascii=False)] if arguments.json else lines:
-        _say(line)
+        write_line(line)
     return 0
+
+
+def _check_evaluate(arguments: argparse.Namespace, *, is_file: bool) -> None:
+    """Refuse arguments that would have no effect."""
+    for name in FOR_A_MODEL if is_file else FOR_A_FILE:
+        if getattr(arguments, name) is not None:
+            option = f"--{name.replace('_', '-')}"
+            raise UsageError(
+                f"{option} is for a model; {arguments.model} is a file of predictions"
+                if is_file
+                else f"{option} is for a file of predictions (.json, .jsonl); {arguments.model} is"
+                " a model"
+            )
+
+
+def _columns(items: Sequence[str]) -> Columns:
+    """Read --column KEY=NAME."""
+    given = {}
+    for item in items:
+        key, _, name = item.partition("=")
+        if key not in Columns.model_fields or not name.strip():
+            keys = ", ".join(Columns.model_fields)
+            raise UsageError(f"--column {item}: write KEY=NAME, where KEY is one of {keys}")
+        given[key] = name
+    return Columns(**given)
+
+
+def _model_loader(arguments: argparse.Namespace, *, listed: int | None) -> Callable[[], Any]:
+    """Opens the model as the arguments say: called once it is clear that there is something for it
+    to do, for that takes seconds."""
+    from runner.predict.predictor import open_model
+
+    return partial(
+        open_model,
+        arguments.model,
+        device=arguments.device,
+        threads=arguments.threads,
+        null_threshold=arguments.null_threshold,
+        max_answer_length=arguments.max_answer_length,
+        batch_size=arguments.batch_size,
+        listed=listed,
+    )
+
+
+def _add_model(parser: argparse.ArgumentParser, more: str = "") -> None:
+    parser.add_argument(
+        "model",
+        metavar="RUN|MODEL",
+        help=f"a run folder, a model folder, a hub id, package:NAME/SUBFOLDER{more}",
+    )
+
+
+def _add_bad_rows(parser: argparse.ArgumentParser, help_text: str) -> None:
+    parser.add_argument("--on-bad-row", choices=("fail", "drop"), default="fail", help=help_text)
+
+
+def _add_inference(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--null-threshold",
+        type=float,
+        metavar="T",
+        help="no answer above this null difference, in logits (as stored with the model)",
+    )
+    parser.add_argument(
+        "--max-answer-length", type=count, metavar="N", help="in tokens (as stored)"
+    )
+    parser.add_argument(
+        "--batch-size", type=count, metavar="N", help="windows per forward pass (as stored)"
+    )
+    parser.add_argument(
+        "--column",
+        action="append",
+        default=[],
+        metavar="KEY=NAME",
+        help="name of a column: question, context, id, answer or answer_start",
+    )
+    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1 (a GPU if any)")
+    parser.add_argument("--threads", type=count, metavar="N", help="CPU threads (all cores)")

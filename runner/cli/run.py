@@ -1,4 +1,4 @@
-"""`check`, `run`, `rank`, `reproduce`, `schema`: their arguments, and what each does."""
+"""`check`, `run`, `rank`, `reproduce`, `schema`: what trains, here and now."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import time
 import traceback
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
-from runner.cli.output import _say, _write, count
-from runner.cli.report import comparison
+from runner.cli.output import RUNS_OPTION, SET_OPTION, count, write_line
+from runner.cli.report import write_trials
 from runner.errors import Interrupted, JobError, RunnerError
 from runner.job.assets import check_assets
 from runner.job.load import job_schema, load_job
@@ -26,94 +27,147 @@ from runner.utils.ranks import current_rank
 
 OUR_MISTAKE = "a mistake in spantune, not in your job; please report it with the lines above"
 
+# Options of `run` that it hands on to its ranks, which have the same.
+RANK_OPTIONS: dict[str, dict[str, Any]] = {
+    "--set": SET_OPTION | {"help": "override one value, e.g. train.epochs=2"},
+    "--runs": RUNS_OPTION,
+    "--run-dir": {
+        "type": Path,
+        "metavar": "DIR",
+        "help": "this run's own folder; a run that was cut short there goes on",
+    },
+    "--resume": {"type": Path, "metavar": "RUN", "help": "go on with this run"},
+    "--restart": {"action": "store_true", "help": "begin anew, whatever the folder holds"},
+    "--threads": {
+        "type": count,
+        "metavar": "N",
+        "help": "CPU threads of each rank (cores / ranks)",
+    },
+}
+ONE_FOLDER = ("--run-dir", "--resume")  # of which only one is given
 
-def _job_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("job", metavar="JOB.toml", help="the job file")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="A.B=VALUE",
-        help="override one value, e.g. train.epochs=2",
+
+def add_check(verbs: Any) -> None:
+    parser = verbs.add_parser(
+        "check", help="every problem of a job file; --data also reads data and tokenizer"
     )
-
-
-def _run_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of all runs (runs)")
-    folder = parser.add_mutually_exclusive_group()
-    folder.add_argument(
-        "--run-dir",
-        type=Path,
-        metavar="DIR",
-        help="this run's own folder; a run that was cut short there goes on",
-    )
-    folder.add_argument("--resume", type=Path, metavar="RUN", help="go on with this run")
+    _add_job(parser)
+    parser.add_argument("--set", **RANK_OPTIONS["--set"])
     parser.add_argument(
-        "--restart", action="store_true", help="begin anew, whatever the folder holds"
-    )
-    parser.add_argument(
-        "--threads", type=count, metavar="N", help="CPU threads of each rank (cores / ranks)"
-    )
-
-
-def _reproduce_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", type=Path, metavar="RUN", help="the folder of a finished run")
-    parser.add_argument(
-        "--into", type=Path, metavar="DIR", help="folder of the new run (beside RUN)"
+        "--data",
+        action="store_true",
+        help="also read the data, the tokenizer and the configuration",
     )
     parser.add_argument(
-        "--ranks", type=count, metavar="N", help="processes to start (as many as RUN had)"
+        "--ranks", type=count, default=1, metavar="N", help="ranks that the job is to run on (1)"
     )
+    parser.set_defaults(verb=run_check)
 
 
-def _load(arguments: argparse.Namespace) -> Job:
-    return load_job(arguments.job, arguments.set)
-
-
-def _check(arguments: argparse.Namespace) -> int:
-    job = _load(arguments)
+def run_check(arguments: argparse.Namespace) -> int:
+    job = load_job(arguments.job, arguments.set)
     trials = load_trials(arguments.job, arguments.set)[1] if job.sweep else []
     if not arguments.data:
         swept = f", {len(trials)} trials" if trials else ""
-        said = f"{job.name}: {job.model.name} on {job.data.train}{swept}"
-        _say(f"{arguments.job}: no problems ({said})")
+        summary = f"{job.name}: {job.model.name} on {job.data.train}{swept}"
+        write_line(f"{arguments.job}: no problems ({summary})")
         return 0
     check_assets(job)
     from runner.train.preflight import check_data
 
     for line in check_data(job, arguments.ranks):
-        _say(line)
+        write_line(line)
     return 0
 
 
-def _rank(arguments: argparse.Namespace) -> int:
+def add_run(verbs: Any) -> None:
+    parser = verbs.add_parser(
+        "run", help="train, or go on; starts the ranks itself (as a bare JOB.toml)"
+    )
+    _add_job(parser)
+    _add_rank_options(parser)
+    parser.add_argument(
+        "--ranks", type=count, metavar="N", help="processes to start: GPUs here, or CPU ranks"
+    )
+    parser.set_defaults(verb=run_run)
+
+
+def run_run(arguments: argparse.Namespace) -> int:
+    """Check the job on this process, then start the ranks; of a sweep, those of each trial."""
+    job, trials = load_trials(arguments.job, arguments.set)
+    if trials:
+        return _run_sweep(arguments, job, trials)
+    finished = finished_run(job, _start_options(arguments))
+    if finished is not None:
+        return _report_finished(job, finished, speaks=True)
+    from runner.run.launch import launch
+
+    return launch(["rank", arguments.job, *_spelled(arguments, *RANK_OPTIONS)], arguments.ranks)
+
+
+def _run_sweep(arguments: argparse.Namespace, job: Job, trials: list[Trial]) -> int:
+    from runner.run.launch import launch
+    from runner.run.sweep import run_trials, sweep_code
+
+    if arguments.resume or arguments.restart:
+        raise JobError([f"{arguments.job}: a [sweep] goes on with --run-dir and its folder"])
+
+    def start(run: RunDir) -> int:
+        command = ["rank", str(run.job), "--run-dir", str(run.path)]
+        try:
+            return launch([*command, *_spelled(arguments, "--threads")], arguments.ranks)
+        except RunnerError as error:
+            print_error(str(error))
+            return error.exit_code
+
+    folder = (arguments.run_dir or arguments.runs / job.name / new_stamp()).absolute()
+    to_run = len(open_trials(folder, trials))
+    write_line(f"{job.name}: {to_run} of {len(trials)} trials to run, {folder}")
+    codes: dict[str, int] = {}
+    for name, code in run_trials(folder, job, trials, start):
+        write_line(f"{name}: {'starts' if code is None else f'ended with exit code {code}'}")
+        if code is not None:
+            codes[name] = code
+    write_trials(folder)
+    return sweep_code(codes.values())
+
+
+def add_rank(verbs: Any) -> None:
+    parser = verbs.add_parser("rank")  # what deepspeed, torchrun or srun start on each rank
+    _add_job(parser)
+    _add_rank_options(parser)
+    parser.set_defaults(verb=run_rank)
+
+
+def run_rank(arguments: argparse.Namespace) -> int:
     """Be one rank of a run. One rank speaks; the others follow with the same code a moment
     later."""
     rank = current_rank()
-    attempt = None
+    lease = None
 
     def leave_early(name: str) -> None:
-        if attempt is not None:
+        if lease is not None:
             with suppress(RunnerError):
-                attempt.release(Interrupted.exit_code)
+                lease.release(Interrupted.exit_code)
         if rank.is_main:
             print_error(f"stopped by {name} before training began; the same command begins again")
         _leave(Interrupted.exit_code)
 
     signals.listen(leave_early)
     try:
-        job, where = _load(arguments), _where(arguments)
+        job, options = load_job(arguments.job, arguments.set), _start_options(arguments)
         if job.sweep is not None:
             raise JobError([f"{arguments.job}: has a [sweep]; start it with run or submit"])
-        opened = acquire_run(job, where) if rank.is_main else finished_run(job, where)
-        if isinstance(opened, RunDir):
-            return _tell_finished(job, opened, speaks=rank.is_main)
-        attempt = opened
+        # Only rank 0 holds the lease; the others see for themselves whether the run is finished.
+        acquired = acquire_run(job, options) if rank.is_main else finished_run(job, options)
+        if isinstance(acquired, RunDir):
+            return _report_finished(job, acquired, speaks=rank.is_main)
+        lease = acquired
         check_assets(job)
         from runner.distributed.process_group import stop_distributed
         from runner.train.trainer import train
 
-        train(job, attempt=attempt, threads=arguments.threads)
+        train(job, attempt=lease, threads=arguments.threads)
         with suppress(RuntimeError):  # the run is finished, whatever becomes of the other ranks
             stop_distributed()
         code = 0
@@ -127,21 +181,10 @@ def _rank(arguments: argparse.Namespace) -> int:
         code = RunnerError.exit_code
         traceback.print_exc()
         print_error(f"rank {rank.index}: {OUR_MISTAKE}")
-    if attempt is not None:
+    if lease is not None:
         with suppress(RunnerError):  # the next start then waits for a silence
-            attempt.release(code)
+            lease.release(code)
     return _leave(code)
-
-
-def _where(arguments: argparse.Namespace) -> StartOptions:
-    return StartOptions(arguments.runs, arguments.run_dir, arguments.resume, arguments.restart)
-
-
-def _tell_finished(job: Job, run: RunDir, *, speaks: bool) -> int:
-    if speaks:
-        _say(f"{run.path}: finished already; --restart begins anew")
-    check_finished(job, run)
-    return 0
 
 
 def _leave(code: int) -> int:
@@ -151,65 +194,71 @@ def _leave(code: int) -> int:
     os._exit(code)
 
 
-def _run(arguments: argparse.Namespace) -> int:
-    """Check the job on this process, then start the ranks; of a sweep, those of each trial."""
-    job, trials = load_trials(arguments.job, arguments.set)
-    if trials:
-        return _run_sweep(arguments, job, trials)
-    finished = finished_run(job, _where(arguments))
-    if finished is not None:
-        return _tell_finished(job, finished, speaks=True)
-    from runner.run.launch import launch
-
-    passed = [arg for item in arguments.set for arg in ("--set", item)]
-    passed += ["--runs", str(arguments.runs)]
-    passed += ["--run-dir", str(arguments.run_dir)] if arguments.run_dir else []
-    passed += ["--resume", str(arguments.resume)] if arguments.resume else []
-    passed += ["--restart"] if arguments.restart else []
-    passed += ["--threads", str(arguments.threads)] if arguments.threads else []
-    return launch(["rank", arguments.job, *passed], arguments.ranks)
+def add_reproduce(verbs: Any) -> None:
+    parser = verbs.add_parser(
+        "reproduce", help="run a finished run again from its own record and compare the two"
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="the folder of a finished run")
+    parser.add_argument(
+        "--into", type=Path, metavar="DIR", help="folder of the new run (beside RUN)"
+    )
+    parser.add_argument(
+        "--ranks", type=count, metavar="N", help="processes to start (as many as RUN had)"
+    )
+    parser.set_defaults(verb=run_reproduce)
 
 
-def _reproduce(arguments: argparse.Namespace) -> int:
+def run_reproduce(arguments: argparse.Namespace) -> int:
     from runner.run.reproduce import check_reproduction, reproduce
 
-    found = reproduce(arguments.run, into=arguments.into, ranks=arguments.ranks)
-    _say("")
-    _say(f"{found.run.path} and, again, {found.again.path}:")
-    for line in found.lines():
-        _say(line)
-    check_reproduction(found)
+    reproduction = reproduce(arguments.run, into=arguments.into, ranks=arguments.ranks)
+    write_line("")
+    write_line(f"{reproduction.run.path} and, again, {reproduction.again.path}:")
+    for line in reproduction.lines():
+        write_line(line)
+    check_reproduction(reproduction)
     return 0
 
 
-def _run_sweep(arguments: argparse.Namespace, job: Job, trials: list[Trial]) -> int:
-    from runner.run.launch import launch
-    from runner.run.sweep import run_trials, sweep_code
-
-    if arguments.resume or arguments.restart:
-        raise JobError([f"{arguments.job}: a [sweep] goes on with --run-dir and its folder"])
-    passed = ["--threads", str(arguments.threads)] if arguments.threads else []
-
-    def start(run: RunDir) -> int:
-        words = ["rank", str(run.job), "--run-dir", str(run.path), *passed]
-        try:
-            return launch(words, arguments.ranks)
-        except RunnerError as error:
-            print_error(str(error))
-            return error.exit_code
-
-    folder = (arguments.run_dir or arguments.runs / job.name / new_stamp()).absolute()
-    _say(f"{job.name}: {len(open_trials(folder, trials))} of {len(trials)} trials to run, {folder}")
-    codes: dict[str, int] = {}
-    for name, code in run_trials(folder, job, trials, start):
-        _say(f"{name}: {'starts' if code is None else f'ended with exit code {code}'}")
-        if code is not None:
-            codes[name] = code
-    for text in comparison(folder):
-        _write(text)
-    return sweep_code(codes.values())
+def add_schema(verbs: Any) -> None:
+    parser = verbs.add_parser("schema", help="print the JSON Schema of a job file")
+    parser.set_defaults(verb=run_schema)
 
 
-def _schema(_: argparse.Namespace) -> int:
-    _say(job_schema().removesuffix("\n"))
+def run_schema(_: argparse.Namespace) -> int:
+    write_line(job_schema().removesuffix("\n"))
+    return 0
+
+
+def _add_job(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("job", metavar="JOB.toml", help="the job file")
+
+
+def _add_rank_options(parser: argparse.ArgumentParser) -> None:
+    one_folder = parser.add_mutually_exclusive_group()
+    for flag, settings in RANK_OPTIONS.items():
+        (one_folder if flag in ONE_FOLDER else parser).add_argument(flag, **settings)
+
+
+def _spelled(arguments: argparse.Namespace, *flags: str) -> list[str]:
+    """Options as they were given, for another command line."""
+    words: list[str] = []
+    for flag in flags:
+        value = getattr(arguments, flag.removeprefix("--").replace("-", "_"))
+        if value is True:
+            words.append(flag)
+        elif value not in (None, False):
+            for item in value if isinstance(value, list) else [value]:
+                words += [flag, str(item)]
+    return words
+
+
+def _start_options(arguments: argparse.Namespace) -> StartOptions:
+    return StartOptions(arguments.runs, arguments.run_dir, arguments.resume, arguments.restart)
+
+
+def _report_finished(job: Job, run: RunDir, *, speaks: bool) -> int:
+    if speaks:
+        write_line(f"{run.path}: finished already; --restart begins anew")
+    check_finished(job, run)
     return 0

@@ -8,8 +8,6 @@ would be left behind.
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -125,36 +123,3 @@ def read_settings(config: Mapping[str, Any], longest: int, name: str) -> Inferen
             f" {answering.stride} do not suit a model that takes {longest} tokens"
         )
     return answering
-
-
-@dataclasses.dataclass(frozen=True)
-class Opening:
-    """Which model is opened, where, and what is changed of how it is asked; None changes nothing.
-
-    Attributes:
-        name: run folder, model folder, hub id or package:NAME/SUBFOLDER.
-        device: "cpu", "cuda", ...; None takes a GPU where there is one.
-        threads: of the CPU.
-        null_threshold: in logits.
-        max_answer_length: tokens.
-        batch_size: windows.
-    """
-
-    name: str
-    device: str | None
-    threads: int | None
-    null_threshold: float | None
-    max_answer_length: int | None
-    batch_size: int | None
-
-    @classmethod
-    def of(cls, arguments: argparse.Namespace) -> Opening:
-        """From the command line."""
-        return cls(
-            name=arguments.model,
-            device=arguments.device,
-            threads=arguments.threads,
-            null_threshold=arguments.null_threshold,
-            max_answer_length=arguments.max_answer_length,
-            batch_size=arguments.batch_size,
-        )

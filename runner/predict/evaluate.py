@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,9 @@ from runner.eval.evaluation import Evaluation, TunedThreshold, evaluate, in_use
 from runner.eval.inference import batch_count, predict_windows
 from runner.eval.predictions import LISTED, as_lines, prediction_records
 from runner.eval.results import result_scores, score_line, threshold_lines
-from runner.job.inference import InferenceSettings, Opening
+from runner.job.inference import InferenceSettings
 from runner.job.sources import parse_data, public_name
-from runner.predict.predictor import ALONE, Predictor, open_model
+from runner.predict.predictor import ALONE, Predictor
 from runner.report.render import write_report
 from runner.run import provenance
 from runner.run.folder import RunDir
@@ -40,12 +40,17 @@ ALWAYS_ANSWERED = float("inf")  # a null threshold that nothing exceeds
 
 
 def evaluate_model(
-    opening: Opening, dataset: Dataset, *, v2: bool, seed: int, output: Path | None
+    load: Callable[[], Predictor],
+    dataset: Dataset,
+    *,
+    v2: bool,
+    seed: int,
+    output: Path | None,
 ) -> tuple[dict[str, Any], Path | None]:
     """Score a model on a data set.
 
     Args:
-        opening: the model.
+        load: opens the model.
         dataset: questions with right answers.
         v2: by SQuAD v2.0; so is a model that may answer nothing.
         seed: of the bootstrap.
@@ -57,17 +62,17 @@ def evaluate_model(
     Raises:
         UsageError: if `output` holds a run, whose own files it would replace.
         DataError: if the model's null threshold was tuned on these questions.
-        RunnerError, UsageError: as `open_model` and `write_evaluation`.
+        RunnerError, UsageError: as `load` and `write_evaluation`.
     """
     if output is not None and RunDir(output).job.is_file():
         raise UsageError(f"--output {output}: holds a run; give a folder of its own")
-    predictor = open_model(opening, listed=None)
+    predictor = load()
     refuse_tuned(predictor.answering, dataset)
     v2 = v2 or predictor.answering.unanswerable
     with explaining_inference_oom():
         scores, windows = assess(predictor, dataset, v2=v2, seed=seed)
     result = result_of(predictor, dataset, scores, seed)
-    run = RunDir(opening.name)
+    run = RunDir(predictor.name)
     if output is None and run.job.is_file():
         output = own_folder(run.evaluations, folder_name(dataset.source), result)
     if output is not None:

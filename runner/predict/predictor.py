@@ -24,7 +24,7 @@ from runner.errors import AssetError, DataError, UsageError
 from runner.eval.answers import Answer, Candidate
 from runner.eval.inference import predict_windows
 from runner.eval.predictions import listed, window_counts
-from runner.job.inference import InferenceSettings, Opening, read_settings
+from runner.job.inference import InferenceSettings, read_settings
 from runner.job.schema import Model
 from runner.job.sources import is_hub_model
 from runner.model.forward import Reader, takes_segment_ids
@@ -259,25 +259,37 @@ class Predictor:
         )
 
 
-def open_model(opening: Opening, *, listed: int | None) -> Predictor:
-    """Open a model as the command line says.
+def open_model(
+    name: str,
+    *,
+    device: str | None,
+    threads: int | None,
+    null_threshold: float | None,
+    max_answer_length: int | None,
+    batch_size: int | None,
+    listed: int | None,
+) -> Predictor:
+    """Open a model as the command line says; None leaves what is stored with it, or usual.
+
+    Args:
+        threads: of the CPU; the others are as of `Predictor.load`.
 
     Raises:
         UsageError: a setting out of its range, or a device that is not here; else as
             `Predictor.load` and `memory_errors`.
     """
-    if opening.threads:
-        torch.set_num_threads(opening.threads)
+    if threads:
+        torch.set_num_threads(threads)
     try:
         with explaining_inference_oom():
-            if opening.device is not None:
-                torch.zeros(1, device=opening.device)
+            if device is not None:
+                torch.zeros(1, device=device)
             return Predictor.load(
-                opening.name,
-                device=opening.device,
-                null_threshold=opening.null_threshold,
-                max_answer_length=opening.max_answer_length,
-                batch_size=opening.batch_size,
+                name,
+                device=device,
+                null_threshold=null_threshold,
+                max_answer_length=max_answer_length,
+                batch_size=batch_size,
                 listed=listed,
             )
     except (ValueError, RuntimeError, AssertionError) as error:

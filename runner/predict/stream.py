@@ -12,9 +12,8 @@ from typing import Literal
 
 from runner.distributed.failures import explaining_inference_oom
 from runner.errors import DataError, RoomError
-from runner.job.inference import Opening
 from runner.job.schema import Columns
-from runner.predict.predictor import Prediction, Predictor, Question, open_model
+from runner.predict.predictor import Prediction, Predictor, Question
 from runner.predict.questions import QuestionRow, file_questions, live_questions, refused, survey
 from runner.utils.console import Step, print_error, progress
 from runner.utils.files import storage_errors
@@ -29,24 +28,22 @@ class Counts:
 
 
 def predict_questions(
-    opening: Opening,
+    load: Callable[[], Predictor],
     source: str | tuple[str, str] | int,
     columns: Columns,
     *,
     on_bad_row: Literal["fail", "drop"],
-    listed: int,
     output: Path | None,
     say: Callable[[str], None],
 ) -> Counts:
     """Answer all questions of a source.
 
     Args:
-        opening: the model.
+        load: opens the model.
         source: a file or a slice of one; or a question and its context; or the descriptor of a
             stream of JSON lines.
         columns: of flat files.
         on_bad_row: what to do with questions that cannot be asked.
-        listed: candidates per question.
         output: a file for the answers; None says them.
         say: takes a line.
 
@@ -66,7 +63,7 @@ def predict_questions(
         if bad and on_bad_row == "fail":
             raise DataError(refused(name, bad))
         groups, total = file_questions(source, columns), good + len(bad)
-    predictor = open_model(opening, listed=listed)
+    predictor = load()
     with (
         lines_to(output) if output else nullcontext(say) as write,
         progress("answering", total) as step,
