@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,11 +14,11 @@ import torch
 
 from runner.data.dataset import load_dataset
 from runner.errors import DataError, MachineError, StorageError, UsageError
-from runner.job.inference import KEY, Opening, TunedOn, settings_of_job
+from runner.job.inference import KEY, TunedOn, settings_of_job
 from runner.job.schema import Columns, Data, Score
 from runner.metrics.squad import squad_scores, squad_v2_scores
 from runner.predict.evaluate import assess, evaluate_model, evaluation_lines, folder_name
-from runner.predict.predictor import Predictor
+from runner.predict.predictor import Predictor, open_model
 
 PRODUCTS = Path(__file__).parents[1] / "jobs" / "data" / "product_qa_validation.json"
 CONTEXT = "The lantern folds flat; its battery lasts nine hours on the bright setting."
@@ -61,11 +63,10 @@ def run(tiny, tmp_path):
     return make
 
 
-def opening(path, **changes) -> Opening:
-    given = {"device": "cpu", "threads": None, "null_threshold": None}
-    return Opening(
-        name=str(path), **(given | {"max_answer_length": None, "batch_size": None} | changes)
-    )
+def opening(path, **changes) -> Callable[[], Predictor]:
+    given = {"device": "cpu", "threads": None, "null_threshold": None, "listed": None}
+    given |= {"max_answer_length": None, "batch_size": None}
+    return partial(open_model, str(path), **(given | changes))
 
 
 def test_scores_are_those_of_the_predictors_own_answers(tiny, products):

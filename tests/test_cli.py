@@ -12,6 +12,7 @@ import pytest
 
 from runner import __version__, errors
 from runner.cli import command as cli
+from runner.cli import run
 from runner.errors import JobError, RunnerError
 from runner.run import launch
 
@@ -275,7 +276,7 @@ def test_every_error_of_a_run_is_its_sentence_and_its_code(monkeypatch, capsys, 
     def fail(*_):
         raise error
 
-    monkeypatch.setattr(cli, "load_job", fail)
+    monkeypatch.setattr("runner.cli.run.load_job", fail)
     assert cli.main(["check", "job.toml"]) == code
     assert capsys.readouterr() == ("", "a: b [c]\n")
 
@@ -301,7 +302,7 @@ def test_what_is_no_error_of_a_run(monkeypatch, capsys, error, code, words):
     def fail(*_):
         raise error
 
-    monkeypatch.setattr(cli, "load_job", fail)
+    monkeypatch.setattr("runner.cli.run.load_job", fail)
     assert cli.main(["check", "job.toml"]) == code
     out, err = capsys.readouterr()
     assert out == ""
@@ -358,19 +359,19 @@ SRUN = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "1", "SLURM_LOCALID": "1"}
 @pytest.mark.parametrize(
     ("variables", "verb"),
     [
-        ({}, "_run"),
-        ({"RANK": "0", "WORLD_SIZE": "1"}, "_rank"),
-        ({**SRUN, "SLURM_NTASKS": "2"}, "_rank"),  # srun has started every rank already
-        ({**SRUN, "SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, "_run"),
-        ({"SLURM_NTASKS": "2", "SLURM_PROCID": "0"}, "_run"),  # the batch script itself
+        ({}, "run_run"),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, "run_rank"),
+        ({**SRUN, "SLURM_NTASKS": "2"}, "run_rank"),  # srun has started every rank already
+        ({**SRUN, "SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, "run_run"),
+        ({"SLURM_NTASKS": "2", "SLURM_PROCID": "0"}, "run_run"),  # the batch script itself
     ],
 )
 def test_a_bare_job_is_a_run_or_one_rank_of_it(monkeypatch, variables, verb):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     called = []
-    for name in ("_run", "_rank"):
-        monkeypatch.setattr(cli, name, lambda _, name=name: called.append(name) or 0)
+    for name in ("run_run", "run_rank"):
+        monkeypatch.setattr(run, name, lambda _, name=name: called.append(name) or 0)
     assert cli.main(["--local_rank=0", "job.toml"]) == 0
     assert called == [verb]
 

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForQuestionAnswering
 
 from runner.errors import AssetError, DataError, MachineError, UsageError
-from runner.job.inference import KEY, Opening, TunedOn, settings_of_job
+from runner.job.inference import KEY, TunedOn, settings_of_job
 from runner.job.schema import Data, Model, Score
 from runner.model.load import load_tokenizer
 from runner.predict.predictor import Predictor, Question, locate_model, open_model
@@ -203,7 +203,7 @@ def test_half_precision_that_the_processor_lacks_becomes_float32(exported, monke
 def opened_with(folder: Path, **changes) -> Predictor:
     given = {"device": "cpu", "threads": None, "null_threshold": None}
     given |= {"max_answer_length": None, "batch_size": None}
-    return open_model(Opening(name=str(folder), **(given | changes)), listed=1)
+    return open_model(str(folder), **(given | changes), listed=1)
 
 
 @pytest.mark.parametrize(

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import signal
+from functools import partial
 
 import pytest
 import torch
 
 from runner.errors import DataError, MachineError, StorageError
-from runner.job.inference import Opening
 from runner.job.schema import Columns
-from runner.predict.predictor import Predictor
+from runner.predict.predictor import Predictor, open_model
 from runner.predict.questions import QuestionRow
 from runner.predict.stream import lines_to, predict_lines, predict_questions
 from tests.forked import talking
@@ -26,7 +26,8 @@ def predictor(tiny):
 
 @pytest.fixture
 def opening(tiny):
-    return Opening(str(tiny("bert")), "cpu", None, None, None, None)
+    given = dict.fromkeys(("threads", "null_threshold", "max_answer_length", "batch_size"))
+    return partial(open_model, str(tiny("bert")), device="cpu", listed=1, **given)
 
 
 def rows(*questions: str) -> str:
@@ -83,19 +84,17 @@ def test_full_memory_is_a_sentence(opening, monkeypatch):
     monkeypatch.setattr("runner.predict.predictor.predict_windows", full)
     with pytest.raises(MachineError, match=r"out of memory: CUDA .*; lower --batch-size"):
         predict_questions(
-            opening, ("Who?", CONTEXT), Columns(), on_bad_row="fail", listed=1, output=None,
+            opening, ("Who?", CONTEXT), Columns(), on_bad_row="fail", output=None,
             say=print,
         )  # fmt: skip
 
 
-def test_a_file_is_looked_through_before_the_model_is_opened(tmp_path, opening, monkeypatch):
-    monkeypatch.setattr("runner.predict.stream.open_model", None)
+def test_a_file_is_looked_through_before_the_model_is_opened(tmp_path):
+    opening = None
     path = tmp_path / "q.jsonl"
     path.write_text(rows("Who?", "", "Where?", " "))
     with pytest.raises(DataError, match=r"2 questions cannot be asked(.|\n)*q\.jsonl:2"):
-        predict_questions(
-            opening, str(path), Columns(), on_bad_row="fail", listed=1, output=None, say=print
-        )
+        predict_questions(opening, str(path), Columns(), on_bad_row="fail", output=None, say=print)
 
 
 def test_an_output_file_is_whole_or_not_there(tmp_path, opening):
@@ -104,12 +103,12 @@ def test_an_output_file_is_whole_or_not_there(tmp_path, opening):
     output.write_text("before")
     with pytest.raises(DataError):
         predict_questions(
-            opening, str(path), Columns(), on_bad_row="fail", listed=1, output=output, say=print
+            opening, str(path), Columns(), on_bad_row="fail", output=output, say=print
         )
     assert output.read_text() == "before"
     said = []
     counts = predict_questions(
-        opening, str(path), Columns(), on_bad_row="drop", listed=1, output=output, say=said.append
+        opening, str(path), Columns(), on_bad_row="drop", output=output, say=said.append
     )
     assert (counts.answered, len(counts.bad), said) == (2, 1, [])
     assert [json.loads(line)["question"] for line in output.read_text().splitlines()] == [
@@ -138,8 +137,8 @@ def test_a_failure_while_writing_leaves_what_was_there(tmp_path):
 def test_one_question(opening):
     said = []
     predict_questions(
-        opening, ("How long?", CONTEXT), Columns(), on_bad_row="fail", listed=2, output=None,
-        say=said.append,
+        partial(opening, listed=2), ("How long?", CONTEXT), Columns(), on_bad_row="fail",
+        output=None, say=said.append,
     )  # fmt: skip
     (line,) = said
     found = json.loads(line)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from functools import partial
 
 import pytest
 
@@ -110,11 +111,11 @@ def questions(run: RunDir) -> list:
 
 def evaluated(run: RunDir, part: str) -> dict:
     """The run's model scored on a slice of its data."""
-    from runner.job.inference import Opening
     from runner.predict.evaluate import evaluate_model
+    from runner.predict.predictor import Predictor
 
-    opening = Opening(str(run.path), "cpu", None, None, None, None)
-    return evaluate_model(opening, data(run, part), v2=False, seed=42, output=None)[0]
+    load = partial(Predictor.load, str(run.path), device="cpu")
+    return evaluate_model(load, data(run, part), v2=False, seed=42, output=None)[0]
 
 
 def data(run: RunDir, part: str):
