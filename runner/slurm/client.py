@@ -1,5 +1,5 @@
-"""Talks to SLURM's own commands, each with a time limit: submit, ask, cancel; and keeps the record
-of a submission beside the run."""
+"""A client of SLURM's own commands, each with a time limit: sbatch, squeue, sacct, scancel; and the
+record of a submission beside the run."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ _ENDED = {
 }
 # Of SLURM's variables, those that say where SLURM is. The others describe the job that we may be in
 # ourselves, and would be taken over by the one that is submitted.
-_KEPT = {"SLURM_CONF", "SLURM_CLUSTERS", "SLURM_CONF_SERVER", "SLURM_TIME_FORMAT"}
+_WHERE_SLURM_IS = {"SLURM_CONF", "SLURM_CLUSTERS", "SLURM_CONF_SERVER", "SLURM_TIME_FORMAT"}
 _RANK = re.compile(r"RANK|WORLD_SIZE|LOCAL_\w+|MASTER_(ADDR|PORT)|OMP_NUM_THREADS")
 # Options whose variable has another name than SBATCH_ and the option's.
 _VARIABLES = {"time": "TIMELIMIT", "array": "ARRAY_INX", "mem": "MEM_PER_NODE"}
-# Options of which one undoes the others: no variable for any of them is passed on with one.
+# Options of which one cancels the others: no variable for any of them is passed on with one.
 _ONE_OF = ({"requeue", "no-requeue"}, {"mem", "mem-per-cpu", "mem-per-gpu"})
-# sbatch's own words when the controller did not answer it in time, and may have heard it.
+# What sbatch prints when the controller did not answer it in time, and may have heard it.
 _UNSURE = re.compile(r"timed out|Zero Bytes were transmitted", re.IGNORECASE)
 
 
@@ -115,22 +115,22 @@ def sbatch(script: Path, options: Iterable[str]) -> str:
             (SBATCH_PARTITION, ...) none is passed on.
 
     Raises:
-        SlurmError: with SLURM's own words, if it refuses.
-        SlurmSilence: if it does not answer, and may have taken the job.
+        SlurmError: with SLURM's message, if it refuses.
+        SlurmTimeout: if it does not answer, and may have taken the job.
     """
-    done = _ask(["sbatch", "--parsable", str(script)], SBATCH_ANSWER_S, _environment(options))
+    done = _call(["sbatch", "--parsable", str(script)], SBATCH_ANSWER_S, _environment(options))
     if done.returncode != 0:
-        words = _words(done.stderr)
-        if _UNSURE.search(words):
-            raise SlurmTimeout(f"sbatch: {words}; `squeue --me` shows whether the job is there")
-        raise SlurmError(f"SLURM refuses the job: {words}")
+        message = _message(done.stderr)
+        if _UNSURE.search(message):
+            raise SlurmTimeout(f"sbatch: {message}; `squeue --me` shows whether the job is there")
+        raise SlurmError(f"SLURM refuses the job: {message}")
     return done.stdout.strip().partition(";")[0]  # a federation appends its cluster's name
 
 
 def never_starts(script: Path, options: Iterable[str]) -> str | None:
     """Why SLURM could not start this script on the nodes as they are now; None where it could."""
-    done = _ask(["sbatch", "--test-only", str(script)], SLURM_ANSWER_S, _environment(options))
-    return None if done.returncode == 0 else _words(done.stderr)
+    done = _call(["sbatch", "--test-only", str(script)], SLURM_ANSWER_S, _environment(options))
+    return None if done.returncode == 0 else _message(done.stderr)
 
 
 def job_states(names: Sequence[str]) -> dict[str, SlurmJob]:
@@ -143,10 +143,10 @@ def job_states(names: Sequence[str]) -> dict[str, SlurmJob]:
     if not names:
         return {}
     command = ["squeue", "--noheader", "--array", "--states=all", "--format=%i|%T|%r|%L|%N"]
-    done = _ask([*command, f"--jobs={','.join(names)}"], SLURM_ANSWER_S)
+    done = _call([*command, f"--jobs={','.join(names)}"], SLURM_ANSWER_S)
     # squeue fails if there is only one and it is not known; otherwise it says nothing of such.
     if done.returncode != 0 and "Invalid job id" not in done.stderr:
-        raise SlurmError(f"squeue: {_words(done.stderr)}")
+        raise SlurmError(f"squeue: {_message(done.stderr)}")
     jobs = {}
     for line in done.stdout.splitlines():
         name, *rest = line.split("|")
@@ -160,18 +160,18 @@ def scancel(name: str) -> None:
     """Cancel a job: SLURM tells it to end, and kills what is left after a while.
 
     Raises:
-        SlurmError: with SLURM's own words, if it refuses.
+        SlurmError: with SLURM's message, if it refuses.
     """
-    done = _ask(["scancel", name], SLURM_ANSWER_S)
+    done = _call(["scancel", name], SLURM_ANSWER_S)
     if done.returncode != 0:
-        raise SlurmError(f"SLURM does not cancel job {name}: {_words(done.stderr)}")
+        raise SlurmError(f"SLURM does not cancel job {name}: {_message(done.stderr)}")
 
 
 def _accounted(names: Sequence[str]) -> dict[str, SlurmJob]:
     """What the accounting says of ended jobs; many clusters have none, and that is no error."""
     command = ["sacct", "--noheader", "--allocations", "--parsable2", "--format=JobID,State"]
     try:
-        done = _ask([*command, f"--jobs={','.join(names)}"], SLURM_ANSWER_S)
+        done = _call([*command, f"--jobs={','.join(names)}"], SLURM_ANSWER_S)
     except SlurmError:
         return {}
     jobs = {}
@@ -196,12 +196,12 @@ def _environment(options: Iterable[str]) -> Mapping[str, str]:
         key: value
         for key, value in os.environ.items()
         if key not in ours
-        and not (key.startswith("SLURM_") and key not in _KEPT)
+        and not (key.startswith("SLURM_") and key not in _WHERE_SLURM_IS)
         and not _RANK.fullmatch(key)
     }
 
 
-def _ask(
+def _call(
     command: list[str], seconds: float, environment: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
     try:
@@ -229,7 +229,7 @@ def _ask(
         raise SlurmError(f"{command[0]} cannot be run: {error.strerror}") from None
 
 
-def _words(text: str) -> str:
+def _message(text: str) -> str:
     """SLURM's message in one line, without the names of its commands before each."""
     before = re.compile(r"^(\w+: (error|fatal): |allocation failure: )+")
     lines = [before.sub("", line.strip()) for line in text.splitlines()]

@@ -1,4 +1,4 @@
-"""Attends to runs that are under way: follows what one says, and tells one to save and end."""
+"""Controls runs that are under way: follows the log of one, and tells some to save and end."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from runner.errors import RunDirError, RunnerError, SlurmError
-from runner.run.attempts import AttemptRecord, describe
+from runner.run.attempts import describe, machine_id
 from runner.run.folder import RunDir
 from runner.slurm.client import read_submission, scancel
 from runner.slurm.status import newest_start, run_statuses, started_elsewhere
@@ -22,7 +22,7 @@ STATE_POLL_S = 10.0  # seconds between questions to SLURM
 
 
 def log_file(run: RunDir) -> Path:
-    """Where a run's words are: the output of its newest SLURM job, or its own log if that is newer
+    """Where a run's log is: the output of its newest SLURM job, or its own log if that is newer
     or there is no such job."""
     submission, start = read_submission(run.slurm), newest_start(run)
     if submission is None or (start is not None and started_elsewhere(start, submission)):
@@ -31,16 +31,16 @@ def log_file(run: RunDir) -> Path:
 
 
 def follow_log(run: RunDir, *, forever: bool) -> Iterator[str]:
-    """Yield what a run has said so far, and with `forever` also what it goes on to say, until it is
-    over. While there is nothing yet, its state is said once.
+    """Yield what a run's log holds so far, and with `forever` also what is added to it, until the
+    run is over. While there is nothing yet, its state is yielded once.
 
     Raises:
-        RunDirError: if it has said nothing, and is not to be waited for.
+        RunDirError: if there is nothing, and it is not to be waited for.
     """
     path = log_file(run)
     # A letter may be written in two parts.
     decode = codecs.getincrementaldecoder("utf-8")(errors="backslashreplace").decode
-    place, asked, told = 0, 0.0, ""
+    place, last_query, last_state = 0, 0.0, ""
     while True:
         raw = _bytes_from(path, place)
         place += len(raw)
@@ -51,15 +51,15 @@ def follow_log(run: RunDir, *, forever: bool) -> Iterator[str]:
             if place == 0:
                 raise RunDirError(f"{run.path} has said nothing yet: there is no {path.name}")
             return
-        if time.monotonic() - asked > STATE_POLL_S or not asked:
-            asked = time.monotonic()
-            [now], silence = run_statuses([run])
-            if _bytes_from(path, place):  # it has spoken while we asked
+        if time.monotonic() - last_query > STATE_POLL_S or not last_query:
+            last_query = time.monotonic()
+            [status], silence = run_statuses([run])
+            if _bytes_from(path, place):  # there is more since: what it said last comes first
                 continue
-            if place == 0 and told != now.state:
-                told = now.state
-                yield f"{told}\n"
-            if now.over and not silence:
+            if place == 0 and last_state != status.state:
+                last_state = status.state
+                yield f"{last_state}\n"
+            if status.over and not silence:
                 yield decode(b"", final=True)
                 return
         time.sleep(LOG_POLL_S)
@@ -80,11 +80,11 @@ def cancel_runs(runs: Sequence[RunDir]) -> Iterator[tuple[RunDir, str | RunnerEr
             yield run, silence
             continue
         try:
-            done = _cancel(run, in_queue=run.path in waiting)
+            outcome = _cancel(run, in_queue=run.path in waiting)
         except RunnerError as error:
             yield run, error
         else:
-            yield run, done
+            yield run, outcome
 
 
 def _cancel(run: RunDir, *, in_queue: bool) -> str:
@@ -97,16 +97,14 @@ def _cancel(run: RunDir, *, in_queue: bool) -> str:
     start = newest_start(run)
     if start is None or not start.alive:
         return "is not running"
-    owner = start.owner
-    if (
-        owner.machine != AttemptRecord.here(0, anew=False).machine
-    ):  # its pid means something else here
-        raise RunDirError(f"{run.path} is being run by {describe(owner)}: cancel it there")
+    record = start.record
+    if record.machine != machine_id():  # its pid means something else here
+        raise RunDirError(f"{run.path} is being run by {describe(record)}: cancel it there")
     try:
-        os.kill(owner.pid, signal.SIGTERM)
+        os.kill(record.pid, signal.SIGTERM)
     except ProcessLookupError:
         return "is not running"
-    return f"process {owner.pid} is told to save and end"
+    return f"process {record.pid} is told to save and end"
 
 
 def _bytes_from(path: Path, place: int) -> bytes:

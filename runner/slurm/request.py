@@ -1,4 +1,4 @@
-"""A job that is to be given to SLURM, checked as far as it can be without its data."""
+"""What SLURM is to be asked for a job, checked as far as that goes without its data."""
 
 from __future__ import annotations
 
@@ -104,16 +104,16 @@ def expand(section: Slurm) -> Slurm:
     """
     problems: list[str] = []
 
-    def put(key: str, text: str) -> str:
+    def expanded(key: str, text: str) -> str:
         try:
             return expand_hosts(text)
         except ValueError as error:
             problems.append(f"slurm.{key}: {error}")
             return text
 
-    venv = None if section.venv is None else put("venv", section.venv)
-    container = tuple(put("container", word) for word in section.container)
-    environment = {k: put(f"environment.{k}", v) for k, v in section.environment.items()}
+    venv = None if section.venv is None else expanded("venv", section.venv)
+    container = tuple(expanded("container", word) for word in section.container)
+    environment = {k: expanded(f"environment.{k}", v) for k, v in section.environment.items()}
     is_here = venv is None or container or problems or os.path.exists(f"{venv}/bin/python")
     if not is_here:
         problems.append(f"slurm.venv: {venv} is no environment: it has no bin/python")

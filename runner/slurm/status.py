@@ -36,12 +36,12 @@ class NewestStart:
     """The newest start of a run, as its ledger tells.
 
     Attributes:
-        owner: who made it.
+        record: who made it.
         exit_code: how it ended; None as long as it has not said so.
         alive: whether it is going on.
     """
 
-    owner: AttemptRecord
+    record: AttemptRecord
     exit_code: int | None
     alive: bool
 
@@ -97,8 +97,10 @@ def find_runs(named: Sequence[Path], root: Path) -> list[RunDir]:
         RunDirError: if a name is none of these.
     """
     if named:
-        found = ((path, _runs_at(path)) for path in named)
-        return [run for path, at in found for run in (_runs_below(path) if at is None else at)]
+        pairs = ((path, _runs_at(path)) for path in named)
+        return [
+            run for path, runs in pairs for run in (_runs_below(path) if runs is None else runs)
+        ]
     runs = [RunDir(path.parent) for path in root.glob("*/*/job.toml")]
     runs += [
         run for path in root.glob(f"*/*/{SWEEP_MANIFEST}") for run in _runs_at(path.parent) or ()
@@ -112,7 +114,7 @@ def named_runs(named: Sequence[Path]) -> list[RunDir]:
     Raises:
         RunDirError: if a name is neither; that runs lie below it is not enough.
     """
-    found: list[RunDir] = []
+    meant: list[RunDir] = []
     for path in named:
         runs = _runs_at(path)
         if runs is None:
@@ -120,26 +122,26 @@ def named_runs(named: Sequence[Path]) -> list[RunDir]:
                 f"{path} is no run folder: it has no job.toml; name those of the"
                 f" {len(_runs_below(path))} runs below it that are meant"
             )
-        found += runs
-    return found
+        meant += runs
+    return meant
 
 
 def run_statuses(runs: Iterable[RunDir]) -> tuple[list[RunStatus], str | None]:
     """Where each run stands; and a sentence if SLURM was asked and did not answer."""
     pairs = [(run, read_submission(run.slurm)) for run in runs]
-    asked = [sub.name for run, sub in pairs if sub is not None and not run.finished()]
+    job_names = [sub.name for run, sub in pairs if sub is not None and not run.finished()]
     jobs: Mapping[str, SlurmJob] = {}
     silence = None
     try:
-        jobs = job_states(asked)
+        jobs = job_states(job_names)
     except SlurmError as error:
         silence = f"{error}; what follows is from the run folders alone"
-    return [_standing(run, sub, jobs, answered=silence is None) for run, sub in pairs], silence
+    return [_run_status(run, sub, jobs, answered=silence is None) for run, sub in pairs], silence
 
 
-def table_rows(found: Sequence[RunStatus], root: Path) -> list[dict[str, CellValue]]:
+def table_rows(statuses: Sequence[RunStatus], root: Path) -> list[dict[str, CellValue]]:
     """The table of these runs, without columns that would be empty."""
-    rows = [standing.row(root) for standing in found]
+    rows = [status.row(root) for status in statuses]
     empty = {key for key in (rows[0] if rows else ()) if all(row[key] is None for row in rows)}
     return [{key: value for key, value in row.items() if key not in empty} for row in rows]
 
@@ -149,32 +151,31 @@ def newest_start(run: RunDir) -> NewestStart | None:
     started = attempts(run)
     if not started:
         return None
-    owner = started[-1]
-    end = read_end(run, owner.attempt)
+    record = started[-1]
+    end = read_end(run, record.attempt)
     if end is not None:
-        return NewestStart(owner, end.exit_code, alive=False)
+        return NewestStart(record, end.exit_code, alive=False)
     try:
-        return NewestStart(owner, None, describe_if_alive(run, owner.attempt) is not None)
+        return NewestStart(record, None, describe_if_alive(run, record.attempt) is not None)
     except OSError:  # somebody else's folder, which we may only read
-        return NewestStart(
-            owner, None, time.time() - _age(entry_file(run, owner.attempt, "alive")) < SILENT_S
-        )
+        silence = time.time() - _age(entry_file(run, record.attempt, "alive"))
+        return NewestStart(record, None, silence < SILENT_S)
 
 
 def started_elsewhere(start: NewestStart, submission: Submission) -> bool:
     """Whether a start is no life of the job that was submitted last, and began later: what SLURM
     says of that job, and what the job said, is then not about it. (A trial's SLURM_JOB_ID is not
     its name in the array, so of an array every job counts.)"""
-    job, is_trial = start.owner.slurm_job_id, submission.index is not None
+    job, is_trial = start.record.slurm_job_id, submission.index is not None
     if job == submission.job_id or (is_trial and job is not None):
         return False
     try:
-        return start.owner.started > datetime.fromisoformat(submission.submitted).timestamp()
+        return start.record.started > datetime.fromisoformat(submission.submitted).timestamp()
     except ValueError:
         return False
 
 
-def _standing(
+def _run_status(
     run: RunDir, submission: Submission | None, jobs: Mapping[str, SlurmJob], *, answered: bool
 ) -> RunStatus:
     start, job = newest_start(run), None
@@ -188,8 +189,8 @@ def _standing(
     training, evaluations = _rows(run.train_table), _rows(run.eval_table)
     epoch = _number(training[-1], "epoch") if training else None
     epochs = _epochs(run)
-    runs = start is not None and start.alive
-    speed = _speed(training) if runs else None
+    is_running = start is not None and start.alive
+    speed = _speed(training) if is_running else None
     return RunStatus(
         run,
         state,
@@ -200,7 +201,7 @@ def _standing(
         _number(evaluations[-1], "f1_percent") if evaluations else None,
         (epochs - epoch) / speed if speed and epochs and epoch is not None else None,
         job.time_left if job and job.state == "RUNNING" else "",
-        (job.nodes if job and not over else "") or (_where(start) if start and runs else ""),
+        (job.nodes if job and not over else "") or (_where(start) if start and is_running else ""),
     )
 
 
@@ -245,7 +246,7 @@ def _runs_below(path: Path) -> list[RunDir]:
 
 
 def _where(start: NewestStart) -> str:
-    return "here" if start.owner.host == socket.gethostname() else start.owner.host
+    return "here" if start.record.host == socket.gethostname() else start.record.host
 
 
 def _age(path: Path) -> float:

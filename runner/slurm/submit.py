@@ -53,7 +53,7 @@ class Submitted:
     doubt: str | None
 
 
-def submit_run(order: SubmitRequest, root: Path, run_dir: Path | None) -> Submitted | None:
+def submit_run(request: SubmitRequest, root: Path, run_dir: Path | None) -> Submitted | None:
     """Submit one run: a new one below `root`, or the one in `run_dir`, which goes on. None if that
     is finished.
 
@@ -61,34 +61,34 @@ def submit_run(order: SubmitRequest, root: Path, run_dir: Path | None) -> Submit
         DataError: if `run_dir` holds a run of another job.
         RunDirError: if that run is under way, or in the queue already.
         SlurmError: if SLURM does not take it; what was written for it is then taken back.
-        SlurmSilence: if SLURM may have taken it; all is left as it is.
+        SlurmTimeout: if SLURM may have taken it; all is left as it is.
         StorageError: if a file or folder cannot be written.
     """
-    with _taken_back_on_failure() as undo, storage_errors():
+    with _rollback_on_failure() as rollback, storage_errors():
         if run_dir is None:
-            _note_folder(undo, root / order.job.name)
-            run = RunDir.create(root, order.job.name)
-            undo.callback(_put_back, run.path, None)
+            _note_folder(rollback, root / request.job.name)
+            run = RunDir.create(root, request.job.name)
+            rollback.callback(_put_back, run.path, None)
         else:
             run = RunDir(run_dir)
-            _note_folder(undo, run.path)
+            _note_folder(rollback, run.path)
             run.path.mkdir(parents=True, exist_ok=True)
-        with _alone(run.path):
+        with _folder_lock(run.path):
             if run.job.is_file():
-                difference = first_difference(recorded_job(run.job), order.job)
+                difference = first_difference(recorded_job(run.job), request.job)
                 if difference is not None:
                     raise DataError(f"{run.path}: holds a run of another job: {difference}")
                 if run.finished():
                     return None
                 for reason in taken_runs([run]).values():
                     raise RunDirError(reason)
-            _note_file(undo, run.job)
+            _note_file(rollback, run.job)
             # Also of a run that goes on: what two starts may differ in, the newest submission says.
-            write_atomic(run.job, dump_job(order.job))
-            return _submit(order, run.path, {0: run}, order.script(run.path), undo)
+            write_atomic(run.job, dump_job(request.job))
+            return _submit(request, run.path, {0: run}, request.script(run.path), rollback)
 
 
-def submit_sweep(order: SubmitRequest, root: Path, folder: Path | None) -> Submitted | None:
+def submit_sweep(request: SubmitRequest, root: Path, folder: Path | None) -> Submitted | None:
     """Submit a sweep as an array job: those of its trials that have no result and are not in the
     queue. None if all have results.
 
@@ -96,39 +96,41 @@ def submit_sweep(order: SubmitRequest, root: Path, folder: Path | None) -> Submi
         DataError: if `folder` holds another sweep.
         RunDirError: if all that is left to do is in the queue already.
         SlurmError: if SLURM does not take it; what was written for it is then taken back.
-        SlurmSilence: if SLURM may have taken it; all is left as it is.
+        SlurmTimeout: if SLURM may have taken it; all is left as it is.
         StorageError: if a file or folder cannot be written.
     """
-    folder = (folder or root / order.job.name / new_stamp()).absolute()
-    with _taken_back_on_failure() as undo, storage_errors():
+    folder = (folder or root / request.job.name / new_stamp()).absolute()
+    with _rollback_on_failure() as rollback, storage_errors():
         for name in (SWEEP_JOB, SWEEP_MANIFEST):
-            _note_file(undo, folder / name)
+            _note_file(rollback, folder / name)
         folder.mkdir(parents=True, exist_ok=True)
-        with _alone(folder):
-            names, left = _left(order, folder)
-            if not left:
+        with _folder_lock(folder):
+            names, to_run = _trials_to_run(request, folder)
+            if not to_run:
                 return None
-            write_manifest(folder, order.job, order.trials)
-            runs = {index: RunDir(folder / trial.name) for index, trial in left.items()}
+            write_manifest(folder, request.job, request.trials)
+            runs = {index: RunDir(folder / trial.name) for index, trial in to_run.items()}
             for index, run in runs.items():
-                _note_file(undo, run.job)
+                _note_file(rollback, run.job)
                 run.path.mkdir(exist_ok=True)
-                write_atomic(run.job, dump_job(left[index].job))
-            return _submit(order, folder, runs, order.script(folder, names, list(runs)), undo)
+                write_atomic(run.job, dump_job(to_run[index].job))
+            return _submit(
+                request, folder, runs, request.script(folder, names, list(runs)), rollback
+            )
 
 
-def draft(order: SubmitRequest, root: Path, run_dir: Path | None) -> str | None:
+def draft(request: SubmitRequest, root: Path, run_dir: Path | None) -> str | None:
     """The script as it would be submitted now, None if there is nothing left to run; nothing is
     written.
 
     Raises:
         DataError, RunDirError: as of `submit_sweep`.
     """
-    folder = (run_dir or root / order.job.name / new_stamp()).absolute()
-    if not order.trials:
-        return order.script(folder)
-    names, left = _left(order, folder)
-    return order.script(folder, names, list(left)) if left else None
+    folder = (run_dir or root / request.job.name / new_stamp()).absolute()
+    if not request.trials:
+        return request.script(folder)
+    names, to_run = _trials_to_run(request, folder)
+    return request.script(folder, names, list(to_run)) if to_run else None
 
 
 def in_queue(runs: Iterable[RunDir]) -> dict[Path, str]:
@@ -158,28 +160,28 @@ def taken_runs(runs: Iterable[RunDir]) -> dict[Path, str]:
         SlurmError: if SLURM cannot be asked.
     """
     runs = list(runs)
-    found = {
+    reasons = {
         path: f"{path} is submitted already: {where}" for path, where in in_queue(runs).items()
     }
     for run in runs:
         newest = max(attempt_numbers(run), default=0)
-        alive = describe_if_alive(run, newest) if newest and run.path not in found else None
+        alive = describe_if_alive(run, newest) if newest and run.path not in reasons else None
         if alive is not None:
-            found[run.path] = f"{run.path} is being run by {alive}"
-    return found
+            reasons[run.path] = f"{run.path} is being run by {alive}"
+    return reasons
 
 
-def _left(order: SubmitRequest, folder: Path) -> tuple[list[str], dict[int, Trial]]:
+def _trials_to_run(request: SubmitRequest, folder: Path) -> tuple[list[str], dict[int, Trial]]:
     """The names of all trials of a sweep in the order of their array indices, and by index the
     trials that are to run: those without a result that nobody runs.
 
     Raises:
         RunDirError: if there are trials without a result, and all of them are under way.
     """
-    manifest = updated_manifest(folder, order.job, order.trials)
+    manifest = updated_manifest(folder, request.job, request.trials)
     names = [entry.name for entry in manifest.trials]
     places = {name: index for index, name in enumerate(names)}
-    unfinished = open_trials(folder, order.trials)
+    unfinished = open_trials(folder, request.trials)
     taken = taken_runs(RunDir(folder / trial.name) for trial in unfinished)
     free = [trial for trial in unfinished if folder / trial.name not in taken]
     if unfinished and not free:
@@ -190,52 +192,49 @@ def _left(order: SubmitRequest, folder: Path) -> tuple[list[str], dict[int, Tria
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Keep a second `submit` out of a folder meanwhile. Where the file system has no locks, both
-    jobs are queued, and the second to start finds the run in use (73).
-
-    Raises:
-        RunDirError: if another is at it.
-    """
-    opened = os.open(folder, os.O_RDONLY)
+def _folder_lock(folder: Path) -> Iterator[None]:
+    """Keep a second `submit` out of a folder meanwhile."""
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:
-            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise RunDirError(f"{folder} is being submitted by another spantune submit") from None
         except OSError:
+            # The file system has no locks: if two submit at once, both jobs are queued, and the
+            # second to start finds the run in use (73).
             pass
         yield
     finally:
-        os.close(opened)
+        os.close(descriptor)
 
 
 def _submit(
-    order: SubmitRequest, folder: Path, runs: dict[int, RunDir], script: str, undo: ExitStack
+    request: SubmitRequest, folder: Path, runs: dict[int, RunDir], script: str, rollback: ExitStack
 ) -> Submitted:
-    at = RunDir(folder).submit_script
-    _note_file(undo, at)
-    write_atomic(at, script)
+    script_file = RunDir(folder).submit_script
+    _note_file(rollback, script_file)
+    write_atomic(script_file, script)
     options = script_options(script)
-    doubt = never_starts(at, options)
+    doubt = never_starts(script_file, options)
     try:
-        job_id = sbatch(at, options)
+        job_id = sbatch(script_file, options)
     except SlurmTimeout as error:
-        undo.pop_all()
+        rollback.pop_all()
         raise SlurmTimeout(
             f"{error}; {folder} is kept for the job, and takes another one with --run-dir"
         ) from None
-    undo.pop_all()
+    rollback.pop_all()
     try:
-        _record(order, folder, runs, job_id)
+        _record(request, folder, runs, job_id)
     except StorageError as error:
         raise StorageError(f"{error}; job {job_id} is submitted all the same") from None
     return Submitted(folder, job_id, len(runs), doubt)
 
 
-def _record(order: SubmitRequest, folder: Path, runs: dict[int, RunDir], job_id: str) -> None:
+def _record(request: SubmitRequest, folder: Path, runs: dict[int, RunDir], job_id: str) -> None:
     """Write beside each run which job it is in."""
-    is_array = bool(order.trials)
+    is_array = bool(request.trials)
     pattern = "slurm-{}_{}.out" if is_array else "slurm-{}.out"
     for index, run in runs.items():
         before = read_submission(run.slurm)
@@ -245,38 +244,38 @@ def _record(order: SubmitRequest, folder: Path, runs: dict[int, RunDir], job_id:
             output=str(folder / pattern.format(job_id, index)),
             submitted=datetime.now(UTC).isoformat(timespec="seconds"),
             host=socket.gethostname(),
-            options=order.section.model_dump(mode="json"),
-            defaults=str(order.defaults) if order.defaults else None,
+            options=request.section.model_dump(mode="json"),
+            defaults=str(request.defaults) if request.defaults else None,
             earlier=[*before.earlier, before.name] if before else [],
         )
         write_submission(run.slurm, submission)
 
 
 @contextmanager
-def _taken_back_on_failure() -> Iterator[ExitStack]:
-    """A stack of what is to be taken back if the block ends with a RunnerError; `pop_all()` means
-    that from there on nothing is."""
-    undo = ExitStack()
+def _rollback_on_failure() -> Iterator[ExitStack]:
+    """A stack of what puts the folders back as they were, if the block ends with a RunnerError;
+    `pop_all()` means that from there on nothing is put back."""
+    rollback = ExitStack()
     try:
-        yield undo
+        yield rollback
     # Only then: an interrupt may come while sbatch is asked, and there may be a job by then that
     # needs its folder.
     except RunnerError:
-        undo.close()
+        rollback.close()
         raise
 
 
-def _note_file(undo: ExitStack, path: Path) -> None:
+def _note_file(rollback: ExitStack, path: Path) -> None:
     """Before a file is written: put back what is in it now, or remove it."""
-    _note_folder(undo, path.parent)
-    undo.callback(_put_back, path, path.read_bytes() if path.is_file() else None)
+    _note_folder(rollback, path.parent)
+    rollback.callback(_put_back, path, path.read_bytes() if path.is_file() else None)
 
 
-def _note_folder(undo: ExitStack, path: Path) -> None:
+def _note_folder(rollback: ExitStack, path: Path) -> None:
     """Before a folder is made: remove it and those above it that are not there yet."""
     for folder in (*reversed(path.parents), path):
         if not folder.exists():
-            undo.callback(_put_back, folder, None)
+            rollback.callback(_put_back, folder, None)
 
 
 def _put_back(path: Path, content: bytes | None) -> None:
