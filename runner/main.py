@@ -12,7 +12,7 @@ sys.path[:1] = [str(CHECKOUT), str(CHECKOUT / "kernels")]
 from runner.utils import ranks, signals
 
 if ranks.is_launched():
-    signals.listen(signals.leave_early)  # even reading the command takes a third of a second
+    signals.listen(signals.exit_early)  # even reading the command takes a third of a second
 
 from runner.cli.command import main
 

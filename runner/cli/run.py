@@ -145,15 +145,15 @@ def run_rank(arguments: argparse.Namespace) -> int:
     rank = current_rank()
     lease = None
 
-    def leave_early(name: str) -> None:
+    def exit_early(name: str) -> None:
         if lease is not None:
             with suppress(RunnerError):
                 lease.release(Interrupted.exit_code)
         if rank.is_main:
             print_error(f"stopped by {name} before training began; the same command begins again")
-        _leave(Interrupted.exit_code)
+        _exit(Interrupted.exit_code)
 
-    signals.listen(leave_early)
+    signals.listen(exit_early)
     try:
         job, options = load_job(arguments.job, arguments.set), _start_options(arguments)
         if job.sweep is not None:
@@ -184,10 +184,10 @@ def run_rank(arguments: argparse.Namespace) -> int:
     if lease is not None:
         with suppress(RunnerError):  # the next start then waits for a silence
             lease.release(code)
-    return _leave(code)
+    return _exit(code)
 
 
-def _leave(code: int) -> int:
+def _exit(code: int) -> int:
     """End now with this code: at an ordinary exit the process group's threads may abort (seen)."""
     sys.stdout.flush()
     sys.stderr.flush()

@@ -58,7 +58,7 @@ def result_scores(scores: Evaluation, default_threshold: float, seed: int) -> di
 
 
 def settings_of_run(job: Job, scores: Evaluation) -> InferenceSettings:
-    """How the exported model is to be asked; folders of this machine are left out."""
+    """The settings of the exported model; folders of this machine are left out."""
     tuned = scores.tuned
     if tuned is not None:
         tuned = replace(tuned, source=public_name(tuned.source))

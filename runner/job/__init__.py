@@ -6,7 +6,7 @@
 - `toml_lines`: the line of a key
 - `sources`: names of data: files, hub, slices
 - `sweep`: axes as trials
-- `inference`: how a trained model is to be asked
+- `inference`: the settings that a trained model answers with
 - `assets`: what a job needs of the hub
 - `slurm_values`: what [slurm] may say
 """

@@ -1,5 +1,5 @@
 """What a job needs from the Hugging Face hub: whether it is in the cache already, and whether the
-hub can be reached at all, asked once and with a time limit."""
+hub can be reached at all, tried once and with a time limit."""
 
 from __future__ import annotations
 
@@ -104,13 +104,13 @@ def check_assets(job: Job) -> None:
         AssetError: naming what is not cached, and how to fetch it.
     """
     needed = hub_assets(job)
-    told = next((name for name in _OFFLINE if os.environ.get(name, "").upper() in _TRUE), None)
-    if not needed or (told is None and _answers(*_door())):
+    offline = next((name for name in _OFFLINE if os.environ.get(name, "").upper() in _TRUE), None)
+    if not needed or (offline is None and _answers(*_hub_address())):
         return
     os.environ["HF_HUB_OFFLINE"] = "1"
     missing = not_cached(job, {})
     if missing:
-        why = f"{told} is set" if told else f"{_door()[0]} cannot be reached"
+        why = f"{offline} is set" if offline else f"{_hub_address()[0]} cannot be reached"
         fetch = " && ".join(asset.fetch for asset in missing)
         names = one_of(tuple(asset.name for asset in missing)).replace(" or ", " and ")
         raise AssetError(
@@ -118,25 +118,25 @@ def check_assets(job: Job) -> None:
         )
 
 
-def _door() -> tuple[str, int]:
-    """Host and port behind which the hub is: its own, or a proxy's."""
+def _hub_address() -> tuple[str, int]:
+    """Host and port at which the hub is reached: its own, or a proxy's."""
     endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
     url = urllib.parse.urlsplit(endpoint)
     host = url.hostname or "huggingface.co"
     proxies = urllib.request.getproxies()
     if not urllib.request.proxy_bypass(host):
-        named = [proxies[kind] for kind in (url.scheme, "all") if kind in proxies]
-        if named:
-            url = urllib.parse.urlsplit(named[0])
+        suitable = [proxies[kind] for kind in (url.scheme, "all") if kind in proxies]
+        if suitable:
+            url = urllib.parse.urlsplit(suitable[0])
             host = url.hostname or host
     return host, url.port or (80 if url.scheme == "http" else 443)
 
 
 def _answers(host: str, port: int) -> bool:
-    """Whether somebody listens there; a thread asks, since looking up a name has no time limit."""
+    """Whether somebody listens there."""
     answered = threading.Event()
 
-    def knock() -> None:
+    def connect() -> None:
         try:
             socket.create_connection((host, port), HUB_ANSWER_S).close()
             answered.set()
@@ -145,7 +145,8 @@ def _answers(host: str, port: int) -> bool:
         finally:
             done.set()
 
+    # In a thread, since looking up a name has no time limit.
     done = threading.Event()
-    threading.Thread(target=knock, daemon=True).start()
+    threading.Thread(target=connect, daemon=True).start()
     done.wait(HUB_ANSWER_S + 1)
     return answered.is_set()

@@ -1,5 +1,5 @@
-"""How a model is asked: windows, answer length, null threshold; stored with the model, so that
-`predict` asks as the run did.
+"""The settings of inference: windows, answer length, null threshold; stored with the model, so that
+`predict` answers as the run did.
 
 It stands in the model's `config.json` under "spantune": transformers keeps keys it does not know,
 through `from_pretrained`, `save_pretrained` and an upload to the hub; a file of our own beside it
@@ -74,7 +74,7 @@ class InferenceSettings(Section):
 
 
 def settings_of_job(data: Data, score: Score) -> InferenceSettings:
-    """How a job asks its model before anything is tuned."""
+    """A job's settings before anything is tuned."""
     return InferenceSettings(
         max_length=data.max_length,
         stride=data.stride,
@@ -111,15 +111,15 @@ def read_settings(config: Mapping[str, Any], longest: int, name: str) -> Inferen
     if KEY not in config:
         return default_settings(longest)
     try:
-        answering = InferenceSettings.model_validate(config[KEY])
+        settings = InferenceSettings.model_validate(config[KEY])
     except ValidationError as error:
         raise DataError(
             f"{name}: config.json, {KEY}: {first_problem(error)}; not written by this version of"
             " spantune"
         ) from None
-    if answering.stride >= answering.max_length or answering.max_length > longest:
+    if settings.stride >= settings.max_length or settings.max_length > longest:
         raise DataError(
-            f"{name}: config.json, {KEY}: windows of {answering.max_length} tokens with a stride of"
-            f" {answering.stride} do not suit a model that takes {longest} tokens"
+            f"{name}: config.json, {KEY}: windows of {settings.max_length} tokens with a stride of"
+            f" {settings.stride} do not suit a model that takes {longest} tokens"
         )
-    return answering
+    return settings

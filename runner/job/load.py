@@ -115,7 +115,7 @@ def dump_job(job: Job) -> str:
 
 
 def recorded_job(path: Path) -> Job:
-    """Read a run's own job.toml back, without asking whether the files that it names are there.
+    """Read a run's own job.toml back, whether or not the files that it names are there.
 
     Raises:
         DataError: if it is none.
@@ -141,8 +141,8 @@ def first_difference(one: Job, other: Job) -> str | None:
             keys = [*a, *(key for key in b if key not in a)]
             found = (walk(a.get(key), b.get(key), (*path, key)) for key in keys)
             return next((sentence for sentence in found if sentence), None)
-        said = ["not set" if value is None else shown(value) for value in (a, b)]
-        return None if a == b else f"{key_path(path)} is {said[0]} there and {said[1]} now"
+        there, now = ("not set" if value is None else shown(value) for value in (a, b))
+        return None if a == b else f"{key_path(path)} is {there} there and {now} now"
 
     return walk(one.model_dump(mode="json"), other.model_dump(mode="json"), ())
 

@@ -1,7 +1,8 @@
 """The one page of schema: everything that a job file may say, with units and ranges.
 
 The models are frozen and refuse unknown keys; `jobs/job.schema.json` is exported from them. No
-default stands anywhere else. Reading a file, overrides and messages are in `jobfile`.
+default stands anywhere else. Reading a file and its overrides is in `load`, what
+is said of a wrong one in `messages`.
 """
 
 from __future__ import annotations
@@ -613,16 +614,16 @@ def batch_layout(train: Train, world: int) -> BatchLayout:
                 f" ranks; use {one_of(fitting)} ranks, or a batch_size of {sizes}"
             ]
         )
-    share = train.batch_size // world
-    micro = train.micro_batch_size if train.micro_batch_size is not None else share
-    if share % micro:
+    per_rank = train.batch_size // world
+    micro = train.micro_batch_size if train.micro_batch_size is not None else per_rank
+    if per_rank % micro:
         raise JobError(
             [
-                f"train.micro_batch_size: each of {world} ranks has {share} windows per step, not a"
-                f" multiple of {micro}; micro_batch_size may be {one_of(divisors(share))}"
+                f"train.micro_batch_size: each of {world} ranks has {per_rank} windows per step,"
+                f" not a multiple of {micro}; micro_batch_size may be {one_of(divisors(per_rank))}"
             ]
         )
-    return BatchLayout(world, micro, share // micro)
+    return BatchLayout(world, micro, per_rank // micro)
 
 
 def missed_expectation(expect: Expect | None, metrics: Mapping[str, float]) -> str | None:

@@ -1,4 +1,4 @@
-"""The trials of a job with [sweep]: which values each has, its job, its name, and the manifest."""
+"""The trials of a job with [sweep]: which values each has, its job, and its name."""
 
 from __future__ import annotations
 

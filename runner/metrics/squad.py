@@ -1,7 +1,7 @@
 """Scores by the official evaluations of SQuAD v1.1 and v2.0, to the last digit, and their margins.
 
 The sums run in the questions' order and in the scripts' own ways of adding, because another order
-rounds differently. Imports neither torch nor evaluate; `metric_objects` offers the same scores as
+rounds differently. Imports neither torch nor evaluate; `eval.hf_metrics` offers the same scores as
 `evaluate.Metric` objects. Shape suffixes: N questions, in the order of the references; M groups of
 questions of equal null difference; U different values.
 """

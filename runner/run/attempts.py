@@ -1,8 +1,8 @@
 """Reads the ledger of a run's starts: who made each, who is alive, what of their work counts.
 
 `attempts/0002.json` says who started, `0002.alive` is touched as long as it lives, `0002.end.json`
-says how it ended, `0002.sealed` lists the checkpoints of earlier starts that count. Writing it is
-`claim`'s.
+says how it ended, `0002.sealed` lists the checkpoints of earlier starts that count. `lease` writes
+it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from runner.run.folder import RunDir, committed_steps
 from runner.utils.files import read_json, storage_errors
 from runner.utils.text import duration
 
-SILENT_S = 120.0  # seconds without one after which an owner on another machine counts as dead
+SILENT_S = 120.0  # seconds without a sign of life, after which a start elsewhere counts as dead
 MAX_IDLE = 3  # starts in a row without progress, after which a run is not requeued
 MAX_STARTS = 50  # starts after which it is not requeued in any case
 
@@ -55,7 +55,7 @@ class AttemptRecord:
 
     @classmethod
     def here(cls, attempt: int, *, anew: bool) -> AttemptRecord:
-        """This process, as the owner of an attempt."""
+        """The record of a start that this process makes."""
         return cls(
             attempt=attempt,
             host=socket.gethostname(),
@@ -99,7 +99,7 @@ def attempt_numbers(run: RunDir) -> list[int]:
 
 def attempts(run: RunDir) -> list[AttemptRecord]:
     """Every start whose entry can be read, the newest last."""
-    return [entry for number in attempt_numbers(run) if (entry := read_attempt(run, number))]
+    return [record for number in attempt_numbers(run) if (record := read_attempt(run, number))]
 
 
 def sealed(run: RunDir) -> tuple[int, list[str]]:
@@ -109,8 +109,8 @@ def sealed(run: RunDir) -> tuple[int, list[str]]:
         try:
             return number, read_json(entry_file(run, number, "sealed"), list[str])
         except (OSError, ValueError):
-            entry = read_attempt(run, number)
-            if entry is not None and entry.anew:
+            record = read_attempt(run, number)
+            if record is not None and record.anew:
                 return number, []  # it came no further than putting the earlier run aside
     return 0, []
 
@@ -125,12 +125,12 @@ def attempts_without_progress(run: RunDir) -> int:
     """How many starts in a row, the newest included, began where the run still stands: none of them
     has committed a step. A start that never got as far as loading counts as one."""
     starts: list[AttemptRecord] = []
-    for entry in attempts(run):
-        starts = [entry] if entry.anew else [*starts, entry]
-    stands_at = max([0, *(entry.from_step or 0 for entry in starts), *committed_steps(run)])
+    for record in attempts(run):
+        starts = [record] if record.anew else [*starts, record]
+    stands_at = max([0, *(record.from_step or 0 for record in starts), *committed_steps(run)])
     idle = 0
-    for entry in reversed(starts):
-        if entry.from_step is not None and entry.from_step < stands_at:
+    for record in reversed(starts):
+        if record.from_step is not None and record.from_step < stands_at:
             break
         idle += 1
     return idle
@@ -152,44 +152,44 @@ def check_budget(run: RunDir) -> None:
         raise Interrupted(f"{run.path}: {starts} starts are too many; it is not requeued")
 
 
-def is_earlier_life(entry: AttemptRecord) -> bool:
+def is_earlier_life(record: AttemptRecord) -> bool:
     """Whether a start was made by this very SLURM job before it was requeued."""
-    mine = os.environ.get("SLURM_JOB_ID")
-    if mine is None or mine != entry.slurm_job_id:
+    job_id = os.environ.get("SLURM_JOB_ID")
+    if job_id is None or job_id != record.slurm_job_id:
         return False
-    return entry.slurm_restart_count < _restarts()
+    return record.slurm_restart_count < _restarts()
 
 
 # --- who is alive --------------------------------------------------------------------------------
 
 
 def describe_if_alive(run: RunDir, number: int) -> str | None:
-    """Describe the living owner of an attempt; None if it is over."""
+    """Describe an attempt that is alive; None if it is over."""
     if entry_file(run, number, "end.json").exists():
         return None
-    entry, silence = read_attempt(run, number), _silence(run, number)
+    record, silence = read_attempt(run, number), _silence(run, number)
     if silence > SILENT_S:
         return None
-    if entry is None:
+    if record is None:
         return f"a start that just began ({duration(silence)} ago)"
-    if entry.machine == machine_id() and not same_process(entry.pid, entry.born):
+    if record.machine == machine_id() and not same_process(record.pid, record.born):
         return None
     # A job that SLURM starts again has ended before, whatever its last sign of life.
-    if is_earlier_life(entry):
+    if is_earlier_life(record):
         return None
-    return f"{describe(entry)}, whose last sign of life is {duration(silence)} old"
+    return f"{describe(record)}, whose last sign of life is {duration(silence)} old"
 
 
-def describe(entry: AttemptRecord) -> str:
+def describe(record: AttemptRecord) -> str:
     """Host, job, process and age of a start."""
-    job = f"job {entry.slurm_job_id}, " if entry.slurm_job_id else ""
-    age = duration(max(0.0, time.time() - entry.started))
-    return f"{entry.host} ({job}process {entry.pid}, started {age} ago)"
+    job = f"job {record.slurm_job_id}, " if record.slurm_job_id else ""
+    age = duration(max(0.0, time.time() - record.started))
+    return f"{record.host} ({job}process {record.pid}, started {age} ago)"
 
 
 def _silence(run: RunDir, number: int) -> float:
-    """Seconds since an attempt's last sign of life, by the file system's own clock: hosts may
-    disagree on the time."""
+    """Seconds since an attempt's last sign of life."""
+    # By the clock of the file system itself: hosts may disagree on the time.
     probe = run.attempts / f".clock-{socket.gethostname()}-{os.getpid()}-{threading.get_ident()}"
     times = []
     for path in (entry_file(run, number, "alive"), entry_file(run, number, "json"), probe):
@@ -207,7 +207,7 @@ def same_process(pid: int, born: float) -> bool:
     """Whether the process of this machine that began at `born` still runs."""
     try:
         process = psutil.Process(pid)
-        dead = process.status() == psutil.STATUS_ZOMBIE  # killed, but nobody has asked for its code
+        dead = process.status() == psutil.STATUS_ZOMBIE  # killed, but its code is not collected
         return not dead and abs(process.create_time() - born) < 2
     except psutil.NoSuchProcess:
         return False

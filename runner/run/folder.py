@@ -1,4 +1,4 @@
-"""Owns every file name of a run, and writes files so that a reader never sees half of one."""
+"""Owns every file name of a run."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ from runner.utils.signals import SIGNALS
 
 MAIN = Path(__file__).parents[1] / "main.py"
 GRACE_S = 60.0  # seconds that ranks have to come to an end by themselves after the first has failed
-_POLL = 0.1
+_POLL_S = 0.1
 
 
 def launch(arguments: Sequence[str], ranks: int | None, script: Path = MAIN) -> int:
@@ -47,7 +47,7 @@ def launch(arguments: Sequence[str], ranks: int | None, script: Path = MAIN) -> 
         "LOCAL_WORLD_SIZE": str(world),
     }
     children: list[subprocess.Popen[bytes]] = []
-    with _passed_on(children):
+    with _signals_passed_on(children):
         for rank in range(world):
             child = subprocess.Popen(
                 [sys.executable, str(script), *arguments],
@@ -57,11 +57,11 @@ def launch(arguments: Sequence[str], ranks: int | None, script: Path = MAIN) -> 
             )
             children.append(child)
         codes = _wait(children)
-    # What a rank says itself counts more than that another one was killed.
-    said = [code for code in codes if code > 0]
+    # A rank's own exit code counts more than that another one was killed.
+    exited = [code for code in codes if code > 0]
     killed = [code for code in codes if code < 0]
-    if said or not killed:
-        return said[0] if said else 0
+    if exited or not killed:
+        return exited[0] if exited else 0
     if -killed[0] == signal.SIGINT:
         return 128 + signal.SIGINT  # the second Ctrl-C
     name = signal.Signals(-killed[0]).name
@@ -83,7 +83,7 @@ def visible_gpus() -> int:
 
 
 @contextmanager
-def _passed_on(children: list[subprocess.Popen[bytes]]) -> Iterator[None]:
+def _signals_passed_on(children: list[subprocess.Popen[bytes]]) -> Iterator[None]:
     """Pass every signal on to all children instead of ending here; none outlives the block."""
 
     def pass_on(number: int, _: FrameType | None) -> None:
@@ -91,8 +91,9 @@ def _passed_on(children: list[subprocess.Popen[bytes]]) -> Iterator[None]:
             if child.poll() is None:
                 child.send_signal(number)
 
-    heard = [n for n in SIGNALS if signal.getsignal(n) != signal.SIG_IGN or n != signal.SIGHUP]
-    before = {number: signal.signal(number, pass_on) for number in heard}
+    # nohup had SIGHUP ignored: the run is to outlive its terminal.
+    numbers = [n for n in SIGNALS if signal.getsignal(n) != signal.SIG_IGN or n != signal.SIGHUP]
+    before = {number: signal.signal(number, pass_on) for number in numbers}
     try:
         yield
     finally:
@@ -106,18 +107,18 @@ def _passed_on(children: list[subprocess.Popen[bytes]]) -> Iterator[None]:
 
 def _wait(children: list[subprocess.Popen[bytes]]) -> list[int]:
     """Wait for all ranks; returns their codes in the order of their ends. Once one has failed, the
-    others have `GRACE` seconds to find out and end."""
-    left, codes, deadline = list(children), [], None
-    while left:
-        for child in [child for child in left if child.poll() is not None]:
-            left.remove(child)
+    others have `GRACE_S` seconds to find out and end."""
+    running, codes, deadline = list(children), [], None
+    while running:
+        for child in [child for child in running if child.poll() is not None]:
+            running.remove(child)
             codes.append(child.returncode)
             if child.returncode and deadline is None:
                 deadline = time.monotonic() + GRACE_S
-                for other in left:  # one that is still at its start would wait for it in vain
+                for other in running:  # one that is still at its start would wait for it in vain
                     other.send_signal(signal.SIGTERM)
         if deadline is not None and time.monotonic() > deadline:
-            for child in left:
+            for child in running:
                 child.kill()
-        time.sleep(_POLL if left else 0)
+        time.sleep(_POLL_S if running else 0)
     return codes

@@ -1,9 +1,9 @@
-"""Claims a run folder for one start, shows signs of life and notes its end; a silent owner is
-succeeded by the next start.
+"""The lease on a run folder: one start has it, renews it by signs of life, and gives it back at its
+end; from a holder that is silent the next start takes it over.
 
 A number is taken by making a file that nobody else can make too (a link, or O_EXCL): network file
-systems honour that, and no lock is ever held. What an attempt may still do after it was succeeded
-is harmless: it commits under its own number only, and its heir has sealed what counts.
+systems honour that, and no lock is ever held. What a holder may still do after its lease was taken
+over is harmless: it commits under its own number only, and its successor has sealed what counts.
 """
 
 from __future__ import annotations
@@ -35,30 +35,30 @@ LEASE_BEAT_S = 10.0  # seconds between signs of life
 
 
 class Lease:
-    """One start's claim on a run folder, held by its rank 0.
+    """One start's lease on a run folder, held by its rank 0.
 
     Attributes:
         run: the run folder.
         number: counts the starts of the run, from 1.
     """
 
-    def __init__(self, run: RunDir, owner: AttemptRecord) -> None:
+    def __init__(self, run: RunDir, record: AttemptRecord) -> None:
         self.run = run
-        self.number = owner.attempt
+        self.number = record.attempt
         self.step: int | None = None  # the newest step that is committed, as far as we know
-        self._owner = owner
+        self._record = record
         self._over = threading.Event()
 
     @classmethod
     def acquire(cls, run: RunDir, *, anew: bool = False) -> Lease:
-        """Take a run folder, or take it over from an owner that is dead.
+        """Take the lease, or take it over from a holder that is dead.
 
         Args:
             run: the folder, which must be there.
             anew: nothing that the folder holds is to count.
 
         Raises:
-            RunDirError: if its owner lives, naming host, job and age.
+            RunDirError: if its holder lives, naming host, job and age.
             StorageError: if the ledger cannot be written.
         """
         with storage_errors(run.attempts):
@@ -68,25 +68,26 @@ class Lease:
                 alive = describe_if_alive(run, newest) if newest else None
                 if alive is not None:
                     raise RunDirError(f"{run.path} is being run by {alive}; nothing was started")
-                owner = AttemptRecord.here(newest + 1, anew=anew)
+                record = AttemptRecord.here(newest + 1, anew=anew)
                 try:
-                    _enter(run, owner)
+                    _create_entry(run, record)
                 except FileExistsError:
                     continue  # another start was quicker: look who it is
-                attempt = cls(run, owner)
-                attempt._beat()
-                threading.Thread(target=attempt._live, daemon=True, name="heartbeat").start()
-                return attempt
+                lease = cls(run, record)
+                lease._beat()
+                threading.Thread(target=lease._keep_beating, daemon=True, name="heartbeat").start()
+                return lease
 
     def verify(self) -> None:
-        """Make sure that nobody has taken the run over, before anything is written into it.
+        """The fence: make sure that nobody has taken the run over, before anything is written into
+        it.
 
         Raises:
             RunDirError: naming who has.
         """
         if not self.is_held():
-            heir = read_attempt(self.run, self.number + 1)
-            name = describe(heir) if heir else "another start"
+            successor = read_attempt(self.run, self.number + 1)
+            name = describe(successor) if successor else "another start"
             raise RunDirError(
                 f"{self.run.path} was taken over by {name}, because this start gave no sign of life"
                 f" for {duration(SILENT_S)}; it ends without writing anything more"
@@ -99,13 +100,13 @@ class Lease:
     def note_resumed_step(self, step: int) -> None:
         """Note the committed step that this start goes on from, 0 if there is none."""
         self.step = step
-        self._owner = replace(self._owner, from_step=step)
-        write_json(entry_file(self.run, self.number, "json"), self._owner)
+        self._record = replace(self._record, from_step=step)
+        write_json(entry_file(self.run, self.number, "json"), self._record)
 
     def seal(self, checkpoints: Sequence[str]) -> None:
         """Settle which checkpoints of earlier attempts count; what they commit later does not."""
         write_json(entry_file(self.run, self.number, "sealed"), list(checkpoints))
-        for path in self.run.attempts.glob("*.rank-*"):  # what their ranks said is history
+        for path in self.run.attempts.glob("*.rank-*"):  # their exit notes are history
             if int(path.name.partition(".")[0]) < self.number:
                 path.unlink(missing_ok=True)
 
@@ -115,7 +116,7 @@ class Lease:
         end = EndRecord(exit_code, self.step, time.time())
         write_json(entry_file(self.run, self.number, "end.json"), end)
 
-    def _live(self) -> None:
+    def _keep_beating(self) -> None:
         while not self._over.wait(LEASE_BEAT_S):
             try:
                 self._beat()
@@ -126,15 +127,11 @@ class Lease:
         entry_file(self.run, self.number, "alive").touch()
 
 
-def _enter(run: RunDir, owner: AttemptRecord) -> None:
-    """Write the entry of a new attempt: whole, and only if nobody has that number.
-
-    Raises:
-        FileExistsError: if somebody has.
-    """
-    path = entry_file(run, owner.attempt, "json")
-    aside = path.with_name(f".{path.name}.{owner.host}.{owner.pid}.{threading.get_ident()}")
-    text = json.dumps(asdict(owner), indent=2) + "\n"
+def _create_entry(run: RunDir, record: AttemptRecord) -> None:
+    """Write the entry of a new attempt, whole; FileExistsError if its number is taken."""
+    path = entry_file(run, record.attempt, "json")
+    aside = path.with_name(f".{path.name}.{record.host}.{record.pid}.{threading.get_ident()}")
+    text = json.dumps(asdict(record), indent=2) + "\n"
     try:
         with aside.open("w", encoding="utf-8") as file:
             file.write(text)

@@ -33,17 +33,17 @@ class StartOptions:
     restart: bool = False
 
 
-def acquire_run(job: Job, where: StartOptions) -> Lease | RunDir:
-    """Claim the folder that a job is to run in, for rank 0; a run that is finished is returned as
-    it is, unclaimed.
+def acquire_run(job: Job, options: StartOptions) -> Lease | RunDir:
+    """Take the lease on the folder that a job is to run in, for rank 0; a run that is finished is
+    returned as it is, without one.
 
     Raises:
         DataError: if the folder holds a run of another job, or one that cannot go on.
         RunDirError: if somebody is running it now.
         StorageError: if it cannot be made or written.
     """
-    run = _folder(job, where)
-    anew = where.restart and not any(map(is_earlier_life, attempts(run)))
+    run = _folder(job, options)
+    anew = options.restart and not any(map(is_earlier_life, attempts(run)))
     if not anew:
         _check_job(run, job)
         if run.finished():
@@ -53,18 +53,18 @@ def acquire_run(job: Job, where: StartOptions) -> Lease | RunDir:
                 f"{run.path}: holds a run that an older spantune left unfinished and that cannot go"
                 " on; give another folder, or --restart to begin anew"
             )
-    attempt = Lease.acquire(run, anew=anew)
+    lease = Lease.acquire(run, anew=anew)
     if anew:
-        _put_aside(run, attempt.number)
+        _put_aside(run, lease.number)
     write_atomic(run.job, dump_job(job))
-    return attempt
+    return lease
 
 
-def finished_run(job: Job, where: StartOptions) -> RunDir | None:
+def finished_run(job: Job, options: StartOptions) -> RunDir | None:
     """The folder that is named, if its run is finished already and was the same job's: what every
     rank can see for itself."""
-    named = where.run_dir or where.resume
-    if named is None or where.restart or not RunDir(named).finished():
+    named = options.run_dir or options.resume
+    if named is None or options.restart or not RunDir(named).finished():
         return None
     _check_job(RunDir(named), job)
     return RunDir(named)
@@ -81,14 +81,14 @@ def check_finished(job: Job, run: RunDir) -> None:
         raise ExpectationError(f"{run.path}: the run is finished already, but {missed}")
 
 
-def _folder(job: Job, where: StartOptions) -> RunDir:
-    if where.run_dir is not None:
+def _folder(job: Job, options: StartOptions) -> RunDir:
+    if options.run_dir is not None:
         with storage_errors():
-            where.run_dir.mkdir(parents=True, exist_ok=True)
-        return RunDir(where.run_dir)
-    if where.resume is not None:
-        return RunDir.open(where.resume)
-    return _requeued(job, where.runs) or RunDir.create(where.runs, job.name)
+            options.run_dir.mkdir(parents=True, exist_ok=True)
+        return RunDir(options.run_dir)
+    if options.resume is not None:
+        return RunDir.open(options.resume)
+    return _requeued(job, options.runs) or RunDir.create(options.runs, job.name)
 
 
 def _requeued(job: Job, runs: Path) -> RunDir | None:
@@ -101,9 +101,9 @@ def _requeued(job: Job, runs: Path) -> RunDir | None:
         for run in reversed(RunDir.all(runs, job.name))
         if not run.finished() and _is_of(run, job)
     ]
-    mine = (run for run in unfinished if any(map(is_earlier_life, attempts(run))))
+    begun_by_us = (run for run in unfinished if any(map(is_earlier_life, attempts(run))))
     free = (run for run in unfinished if attempt_numbers(run) and not is_alive(run))
-    return next(mine, None) or next(free, None)
+    return next(begun_by_us, None) or next(free, None)
 
 
 def _is_of(run: RunDir, job: Job) -> bool:

@@ -2,8 +2,8 @@
 hold up or end the training.
 
 A tracker's library may hang where the network is cut, raise where a key is missing, or leave
-threads behind. Here it runs in a child process (`tracker_process`) that reads rows from a pipe. The
-run writes to that pipe only what goes in at once; the rest waits in a small buffer, and what does
+threads behind. Here it runs in a child process (`process`) that reads rows from a pipe. The run
+writes to that pipe only what goes in at once; the rest waits in a small buffer, and what does
 not fit there is dropped with a warning. The run's own tables are complete whatever happens here.
 """
 
@@ -162,7 +162,7 @@ class TrackerProcess:
             self._outbox.clear()  # the process is ending
 
     def _listen(self) -> None:
-        """Say what the process has said since the last time."""
+        """Pass on the lines that the process has printed since the last time."""
         try:
             while part := os.read(self._stdout.fileno(), 65536):
                 self._inbox += part
@@ -191,9 +191,8 @@ def start_trackers(
     children = []
     for tool in dict.fromkeys(section.tools):
         if importlib.util.find_spec(tool) is None:
-            say(
-                f"{tool}: not installed (pip install {TRACKER_PACKAGES[tool]}); the run goes on without it"
-            )
+            package = TRACKER_PACKAGES[tool]
+            say(f"{tool}: not installed (pip install {package}); the run goes on without it")
             continue
         settings = {
             "tool": tool,

@@ -163,12 +163,16 @@ class Mlflow:
             if experiment
             else self._client.create_experiment(settings["project"])
         )
-        mine = self._client.search_runs([place], f"tags.`spantune.id` = '{settings['id']}'")
+        existing = self._client.search_runs([place], f"tags.`spantune.id` = '{settings['id']}'")
         tags = {"spantune.id": settings["id"]}
-        run = mine[0] if mine else self._client.create_run(place, None, tags, settings["name"])
+        run = (
+            existing[0]
+            if existing
+            else self._client.create_run(place, None, tags, settings["name"])
+        )
         self._run = run.info.run_id
         self._client.update_run(self._run, status="RUNNING")
-        known = run.data.params if mine else {}
+        known = run.data.params if existing else {}
         flat = flatten(settings["config"]).items()
         parameters = [entities.Param(k, v) for k, v in flat if k not in known]
         for place in range(0, len(parameters), PARAMETERS):
@@ -271,9 +275,9 @@ def follow_rows(lines: Any, say: Say) -> None:
             if failures == 1:
                 say(f"{first_sentence(error)}; some rows are in the run's tables only")
     # The run that started us may be dead: nobody else ends a library that hangs.
-    watch = threading.Timer(settings["wait"] + 5, os._exit, [1])
-    watch.daemon = True
-    watch.start()
+    deadline = threading.Timer(settings["wait"] + 5, os._exit, [1])
+    deadline.daemon = True
+    deadline.start()
     tool.close(finished=finished)
 
 

@@ -1,4 +1,4 @@
-"""What a run says: tables and a live bar on a terminal, one plain line every few steps in a batch
+"""What a run prints: tables and a live bar on a terminal, one plain line every few steps in a batch
 log."""
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ LOG_WIDTH = 100
 
 
 class Step(Protocol):
-    """Told after each step of a phase; `note` is a few words such as the loss."""
+    """Called after each step of a phase; `note` is a few words such as the loss."""
 
     def __call__(self, done: int, note: str = "") -> None: ...
 
 
 class _Log:
     """The run's log, for rich to write into. A line that finds no room is lost: a run does not end
-    because it cannot tell of itself."""
+    for its log."""
 
     encoding = "utf-8"
 
@@ -40,10 +40,10 @@ class _Log:
 
     def write(self, text: str) -> int:
         # Past Python's buffer, which would keep what failed and fail again when the process ends.
-        left = text.encode("utf-8", "backslashreplace")
+        unwritten = text.encode("utf-8", "backslashreplace")
         try:
-            while left:
-                left = left[os.write(self._file.fileno(), left) :]
+            while unwritten:
+                unwritten = unwritten[os.write(self._file.fileno(), unwritten) :]
         except OSError as error:
             self.failure = self.failure or error
         return len(text)
@@ -53,14 +53,14 @@ class _Log:
 
 
 class Reporter:
-    """Speaks for rank 0 to the terminal and to the run's log; on other ranks every method is
-    silent. A log that cannot be written costs a line on the terminal."""
+    """Prints to the terminal and to the run's log on rank 0; on other ranks every method does
+    nothing. A log that cannot be written costs a line on the terminal."""
 
     def __init__(self, log: Path | None, *, speaks: bool) -> None:
         # No emoji: `job.toml:100:` would become `job.toml` and a picture.
         self._screen = Console(quiet=not speaks, highlight=False, emoji=False)
         self._log: Console | None = None
-        self._complained = False
+        self._gap_reported = False
         if speaks and log is not None:
             self._path, self._file = log, _Log(log)
             self._log = Console(
@@ -79,19 +79,19 @@ class Reporter:
             self._log.print(
                 f"{time.strftime('%H:%M:%S')} {text}" if text else "", markup=False, soft_wrap=True
             )
-            self._admit()
+            self._report_gap()
 
     def table(self, renderable: RenderableType) -> None:
         """Print a table."""
         self._screen.print(renderable)
         if self._log:
             self._log.print(renderable)
-            self._admit()
+            self._report_gap()
 
-    def _admit(self) -> None:
-        """Say once that the log has gaps."""
-        if self._file.failure is not None and not self._complained:
-            self._complained = True
+    def _report_gap(self) -> None:
+        """Print once that the log has gaps."""
+        if self._file.failure is not None and not self._gap_reported:
+            self._gap_reported = True
             self._screen.print(
                 f"{self._path}: {self._file.failure.strerror}: not all that is said is in it",
                 markup=False,

@@ -97,8 +97,8 @@ def rendezvous_address(rank: Rank) -> tuple[str, int]:
 
 def first_host(nodes: str) -> str:
     """The first name in a list of SLURM's: `gpu[03-05,7],cpu1` begins with gpu03."""
-    found = re.match(r"([^\[,]+)(?:\[(\w+)[^\]]*\]([^,\[]*))?", nodes)
-    return "".join(part or "" for part in found.groups()) if found else nodes
+    first = re.match(r"([^\[,]+)(?:\[(\w+)[^\]]*\]([^,\[]*))?", nodes)
+    return "".join(part or "" for part in first.groups()) if first else nodes
 
 
 def free_port() -> int:

@@ -1,4 +1,4 @@
-"""Turns the signals that announce the end of a process into a request that training looks at
+"""Turns the signals that announce the end of a process into a request to stop, which training polls
 between its steps."""
 
 from __future__ import annotations
@@ -17,27 +17,27 @@ SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT, signal
 # The first request of this process, and how it ends while there is nothing to save yet. Signals
 # reach a process, not an object, so these stand here.
 _request: str | None = None
-_leave: Callable[[str], None] | None = None
+_exit_now: Callable[[str], None] | None = None
 
 
-def listen(leave: Callable[[str], None] | None = None) -> None:
+def listen(exit_now: Callable[[str], None] | None = None) -> None:
     """From here on signals make requests instead of ending the process.
 
     Called before torch is imported, which takes seconds.
 
     Args:
-        leave: ends the process at a signal that comes before `hold`, because nothing is there to be
-            saved, and others may wait for it forever; it is given the signal's name.
+        exit_now: ends the process at a signal that comes before `defer_stop`, because nothing is
+            there to be saved, and others may wait for it forever; it is given the signal's name.
     """
-    global _leave
-    _leave = leave
+    global _exit_now
+    _exit_now = exit_now
     for number in SIGNALS:
         # nohup had SIGHUP ignored: the run is to outlive its terminal.
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, _note)
 
 
-def leave_early(_: str) -> None:
+def exit_early(_: str) -> None:
     """End a process that has not begun anything: the same command begins again (75)."""
     os._exit(Interrupted.exit_code)
 
@@ -45,8 +45,8 @@ def leave_early(_: str) -> None:
 def defer_stop() -> None:
     """From here on a request waits until training comes to it. A second Ctrl-C still ends the
     process at once."""
-    global _leave
-    _leave = None
+    global _exit_now
+    _exit_now = None
 
 
 def request_stop(reason: str) -> None:
@@ -108,7 +108,7 @@ def _ancestors() -> list[int]:
 
 def _note(number: int, _: FrameType | None) -> None:
     request_stop(signal.Signals(number).name)
-    if _leave is not None:
-        _leave(signal.Signals(number).name)
+    if _exit_now is not None:
+        _exit_now(signal.Signals(number).name)
     if number == signal.SIGINT:
         signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -90,10 +90,8 @@ def rich_table(
             no_wrap=key in right,
         )
     for row in rows:
-        cells = (
-            Text(format_value(value, key)) for key, value in row.items()
-        )  # no markup: [CLS] stays
-        table.add_row(*cells)
+        # As Text, so that nothing is markup: [CLS] stays.
+        table.add_row(*(Text(format_value(value, key)) for key, value in row.items()))
     return table
 
 

@@ -10,7 +10,7 @@ import psutil
 
 
 class PhaseTimer:
-    """`with clock("data"): ...` adds the block's wall time to the phase "data"; what a phase inside
+    """`with timer("data"): ...` adds the block's wall time to the phase "data"; what a phase inside
     of it takes counts only there."""
 
     def __init__(self) -> None:
@@ -37,7 +37,7 @@ class PhaseTimer:
             self._phases[phase] = self._phases.get(phase, 0.0) + took - inner
 
     def carry(self, seconds: Mapping[str, float]) -> None:
-        """Add what an earlier process spent on the same run, as its `seconds` told."""
+        """Add what an earlier process spent on the same run, as its `seconds` had it."""
         self._before = seconds["total"]
         self._until_first_step = seconds["until_first_step"]
         for phase, spent in seconds.items():
