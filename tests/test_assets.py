@@ -123,7 +123,7 @@ def test_the_proxy_is_the_door(door, monkeypatch):
     monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{door[0]}")
     check_assets(job())
     monkeypatch.setenv("no_proxy", "nowhere.invalid")
-    assert assets._door() == ("nowhere.invalid", 443)
+    assert assets._hub_address() == ("nowhere.invalid", 443)
 
 
 def test_a_black_hole_is_not_waited_for(monkeypatch):
@@ -146,8 +146,8 @@ def test_a_job_without_its_assets_ends_at_once(no_hub, tmp_path, verb):
     path.write_text(dump_job(job()))
     options = ["--data"] if verb == "check" else ["--run-dir", tmp_path / "run"]
     script = (
-        "import sys\nfrom runner import cli\n"
-        "cli._leave = lambda code: code\ncode = cli.main(sys.argv[1:])\n"
+        "import sys\nfrom runner.cli import main, run\n"
+        "run._exit = lambda code: code\ncode = main(sys.argv[1:])\n"
         "sys.exit(code if 'torch' not in sys.modules else 'torch was imported')"
     )
     done = subprocess.run(

@@ -32,7 +32,7 @@ os._exit(code)
 """
 
 
-@pytest.mark.parametrize("leave", ["signals.leave_early", "None"])
+@pytest.mark.parametrize("leave", ["signals.exit_early", "None"])
 def test_a_signal_ends_the_waiting_for_a_rank_that_never_comes(zygote, leave):
     """At once in a process that runs one job; as a request in one that runs several."""
     run = zygote.start(code=ALONE.format(leave=leave, port=free_port()))
