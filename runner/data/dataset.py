@@ -14,7 +14,9 @@ from typing import Literal
 
 import numpy as np
 
-from runner.data.readers import Row, file_rows, hub_rows, kind, short_value
+from runner.data.formats import file_rows
+from runner.data.formats.hub_split import hub_rows
+from runner.data.formats.rows import Row, kind, short_value
 from runner.errors import DataError
 from runner.job.schema import Columns
 from runner.job.sources import parse_data

@@ -26,6 +26,7 @@ from huggingface_hub.utils import disable_progress_bars, httpx
 
 from runner.errors import AssetError
 from runner.job.assets import UNWANTED, WANTED, AssetKind, fetch_command
+from runner.utils.text import first_line
 
 # Seconds to wait for the hub's first answer. Its client waits for ever by itself, and the firewalls
 # of compute nodes swallow packets without a word.
@@ -113,5 +114,4 @@ def _reason(error: Exception) -> str:
     """Why the hub gave nothing, in a few words."""
     if isinstance(error, OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE keeps this process from the hub"
-    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return f"the hub cannot be reached ({first})"
+    return f"the hub cannot be reached ({first_line(error)})"

@@ -10,7 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runner.data.dataset import row_problem
-from runner.data.readers import Row, file_rows, flat_rows, parse_json
+from runner.data.formats import file_rows
+from runner.data.formats.flat import flat_rows
+from runner.data.formats.json_text import parse_json
+from runner.data.formats.rows import Row, Table
 from runner.errors import AssetError, DataError, StorageError
 from runner.job.schema import Columns
 from runner.job.sources import parse_data
@@ -201,8 +204,9 @@ def parse_question_row(line: bytes, file: str, number: int, columns: Columns) ->
     """Read a question from a line of JSON; what is wrong with it is its problem."""
     place = f"{file}:{number}"
     try:
-        table = [parse_json(line.decode("utf-8-sig" if number == 1 else "utf-8"), place)]
-        row, *_ = flat_rows(file, table, None, columns, answers=False, first=number)
+        text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+        table = Table([parse_json(text, place)])
+        row, *_ = flat_rows(file, table, columns, answers=False, first=number)
     except UnicodeDecodeError as error:
         return QuestionRow(place, "", "", "", f"byte 0x{line[error.start]:02x} is not UTF-8")
     except DataError as error:

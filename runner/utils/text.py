@@ -1,4 +1,4 @@
-"""Small spellings: cut texts, choices, durations."""
+"""Small spellings: cut texts, choices, durations, what an exception says."""
 
 from __future__ import annotations
 
@@ -38,3 +38,8 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60} s"
     return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an exception says; its kind, if it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

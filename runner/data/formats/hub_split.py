@@ -1,0 +1,36 @@
+"""A split of a hub repository, in the flat layout."""
+
+from __future__ import annotations
+
+import sys
+
+from runner.data.formats.flat import flat_rows
+from runner.data.formats.rows import Row, Table
+from runner.data.hub import snapshot
+from runner.errors import DataError
+from runner.job.schema import Columns
+from runner.job.sources import DataSource
+from runner.utils.text import first_line
+
+
+def hub_rows(source: DataSource, columns: Columns) -> tuple[list[Row], str]:
+    """Rows of a hub data set's split, and the commit that they are from.
+
+    The repository is fetched first and read as a folder: `datasets` by itself, when it cannot reach
+    the hub, takes whatever revision its cache holds and says so in a log line only.
+    """
+    import datasets
+
+    found = snapshot("dataset", source.location, source.revision)
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    try:
+        table = datasets.load_dataset(str(found.folder), source.config, split=source.split)
+    except Exception as error:
+        # Whatever it is, datasets could not make rows of the repository.
+        why = first_line(error.__cause__ or error).replace(f"{found.folder}", source.location)
+        raise DataError(f"{source.text}: datasets cannot read it: {why}") from None
+    if not isinstance(table, datasets.Dataset):
+        raise DataError(f"{source.text}: names no single split")
+    rows = Table(table.to_list(), table.column_names)
+    return flat_rows(source.text, rows, columns), found.commit
