@@ -17,11 +17,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from runner.data import readers as row_reader
+from runner.data import formats
 from runner.data.dataset import Example, content_sha256, load_dataset
+from runner.data.formats import hub_split
 from runner.data.hub import Snapshot
 from runner.errors import AssetError, DataError
 from runner.job.schema import Columns
+from runner.job.sources import FILE_SUFFIXES
 
 EXAMPLES = (
     Example(
@@ -138,6 +140,10 @@ FORMATS = {
     "tables.parquet": (ALL, lambda e: parquet(flat(e, tables)), {}),
     "named.PARQUET": (FIRSTS, lambda e: parquet(one_answer(e)), STARTS),
 }
+
+
+def test_each_suffix_that_a_job_may_name_has_its_format():
+    assert set(formats.FORMATS) == set(FILE_SUFFIXES)
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -564,7 +570,7 @@ def hub(tmp_path, monkeypatch):
     folder = tmp_path / "snapshots" / ("c" * 40)
     folder.mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(row_reader, "snapshot", lambda *_: Snapshot(folder, folder.name))
+    monkeypatch.setattr(hub_split, "snapshot", lambda *_: Snapshot(folder, folder.name))
 
     def write(**files):
         for name, content in files.items():
