@@ -1,5 +1,6 @@
 """The pretrained encoder, and what is done to it.
 
+- `structure`: where encoders keep layers and positions
 - `load`: configuration, tokenizer and weights
 - `freeze`: which parameters are trained
 - `forward`: batches in, logits out

@@ -22,6 +22,7 @@ from transformers import AttentionInterface
 from runner.data.collate import Bounds, Packing
 from runner.errors import JobError
 from runner.model.dropout import CpuDropout, DropoutMasks, keep_scale, masked
+from runner.model.structure import first_position, position_tables
 
 PACKED_ATTENTION = "spantune_packed"
 
@@ -206,8 +207,7 @@ def choose_packing(
             raise JobError([f'model.packing: "on" is not possible: {obstacle}'])
         return None, obstacle
     model.set_attn_implementation(PACKED_ATTENTION)
-    table = _position_table(model)
-    first = 0 if table.padding_idx is None else table.padding_idx + 1
+    first = first_position(position_tables(model)[0])
     if device.type == "cuda":
         return Packing(first, ROUND_TO, longest), "flash attention over each window's own tokens"
     return Packing(first, 1, longest), "each window's attention by itself"
@@ -231,12 +231,3 @@ def _obstacle(model: Any, device: torch.device, precision: str) -> str | None:
     if width % 8 or width > 256:
         return f"flash attention needs heads of a multiple of 8 up to 256, not {width}"
     return None
-
-
-def _position_table(model: Any) -> nn.Embedding:
-    tables = [
-        module
-        for name, module in model.named_modules()
-        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding)
-    ]
-    return tables[0]

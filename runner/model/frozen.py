@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from runner.data.windows import Windows, ranges
 from runner.errors import JobError, StorageError
+from runner.model.structure import layer_stack
 from runner.utils.files import storage_errors
 from runner.utils.ranks import Rank
 
@@ -51,16 +52,14 @@ class FrozenLayers:
     @classmethod
     def of(cls, model: Any) -> FrozenLayers | None:
         """Find it; None where embeddings are trained, or the encoder is built in another way."""
-        base = model.base_model
-        stack = getattr(base, "encoder", None) or getattr(base, "transformer", None)
-        layers = getattr(stack, "layer", None)
-        if not isinstance(layers, nn.ModuleList) or not hasattr(base, "embeddings"):
+        base, stack = model.base_model, layer_stack(model)
+        if stack is None or not hasattr(base, "embeddings"):
             return None
         before = [base.embeddings, *([base.embeddings_project] if _projects(base) else [])]
         if any(p.requires_grad for module in before for p in module.parameters()):
             return None
-        trained = [any(p.requires_grad for p in layer.parameters()) for layer in layers]
-        return cls(base, stack, trained.index(True) if True in trained else len(layers))
+        trained = [any(p.requires_grad for p in layer.parameters()) for layer in stack.layer]
+        return cls(base, stack, trained.index(True) if True in trained else len(trained))
 
     @contextmanager
     def above(self, hidden: Tensor) -> Iterator[None]:

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
 from transformers import (
     MODEL_FOR_QUESTION_ANSWERING_MAPPING,
     AutoConfig,
@@ -33,6 +32,7 @@ from runner.data.hub import snapshot
 from runner.errors import AssetError, DataError, JobError
 from runner.job.schema import Model
 from runner.job.sources import is_hub_model, package_folder
+from runner.model.structure import first_position, position_tables
 from runner.run.provenance import cpu_features
 from runner.utils.files import file_sha256
 
@@ -246,12 +246,7 @@ def _positions(config: PreTrainedConfig) -> int:
     """The longest window, in tokens, that the model has position embeddings for."""
     with torch.device("meta"):
         model = AutoModelForQuestionAnswering.from_config(config)
-    # RoBERTa and its kin count positions from behind the padding's.
-    sizes = [
-        table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
-        for name, table in model.named_modules()
-        if name.endswith("position_embeddings") and isinstance(table, nn.Embedding)
-    ]
+    sizes = [table.num_embeddings - first_position(table) for table in position_tables(model)]
     return min(sizes, default=VERY_LARGE_INTEGER)
 
 
