@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from runner.data.collate import Packing
 from runner.data.window_cache import cache_root
@@ -17,6 +16,7 @@ from runner.job.schema import Model, Zero
 from runner.model.attention import choose_packing
 from runner.model.dropout import DropoutMasks, install_dropout
 from runner.model.frozen import FrozenLayers, check_cacheable
+from runner.model.structure import encoder_layers
 
 # Where compiling pays: a cold start costs about a minute and saves some tenths of a step. Until
 # both are measured on a GPU, only jobs of much arithmetic compile by themselves: some ten minutes
@@ -122,13 +122,6 @@ def _choose_compile(wanted: str, model: Any, device: torch.device, tokens: int) 
     if work < _WORTH_COMPILING:
         return False, f"{work:.0e} operations are too few to pay for a compiler's start"
     return True, f"{work:.0e} operations"
-
-
-def encoder_layers(model: Any) -> list[nn.Module]:
-    """The layers of an encoder's stack, from the bottom; none where it is built in another way."""
-    base = model.base_model
-    stack = getattr(base, "encoder", None) or getattr(base, "transformer", None)
-    return list(getattr(stack, "layer", ()))
 
 
 def compile_layers(model: Any, backend: str = "inductor") -> None:
