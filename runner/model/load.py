@@ -1,9 +1,4 @@
-"""Loads the pretrained model and tokenizer, freezes parts of it, and turns a batch into span
-logits.
-
-Legend: B windows, L padded length, T rows of logits (B * L of a padded batch), column 0 for the
-    start and 1 for the end of the answer.
-"""
+"""Finds a model's files, once, and loads configuration, tokenizer and weights from them."""
 
 from __future__ import annotations
 
@@ -12,6 +7,7 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +31,7 @@ from runner.job.sources import is_hub_model, package_folder
 from runner.model.structure import first_position, position_tables
 from runner.run.provenance import cpu_features
 from runner.utils.files import file_sha256
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+from runner.utils.text import first_line
 
 # Names under which configurations keep their two kinds of dropout.
 _DROPOUT_KEYS = (
@@ -46,116 +41,178 @@ _DROPOUT_KEYS = (
     "embedding_dropout",
     "mlp_dropout",
 )
-
 _ATTENTION_DROPOUT_KEYS = ("attention_probs_dropout_prob", "attention_dropout")
 
 # Keys by which a configuration names Python files of its repository.
 _CODE = ("auto_map", "custom_pipelines", "trust_remote_code")
-
 _KERNELS = "attn_implementation"  # part of keys that may name compiled code of the hub
-
 _LIMIT = 2**24  # bytes of a configuration
 
 
 @dataclass(frozen=True)
-class Pretrained:
-    """A model ready to be trained, its tokenizer, and where the weights came from: a folder, and on
-    the hub a commit."""
+class ModelFiles:
+    """A model's files, looked up and checked for foreign code once.
 
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    location: str
-    revision: str | None
-    weights_sha256: str | None
-
-
-def load_config(section: Model) -> PreTrainedConfig:
-    """Read the model's configuration and lay the job's dropout over it.
-
-    Raises:
-        AssetError: if the model is neither here nor reachable.
-        DataError: if its folder cannot be read, or transformers has no span head for it.
-        JobError: if it has no such dropout.
+    Attributes:
+        section: the job's [model].
+        folder: where the files are.
+        commit: the hub's, whatever the job calls its revision; None for a folder.
+        config: the configuration, the job's dropout laid over it.
     """
-    location = model_location(section)
-    refuse_remote_code(section.name, Path(location))
-    quiet_libraries()
-    with _loading(section):
-        config = AutoConfig.from_pretrained(location, trust_remote_code=False)
-    if type(config) not in MODEL_FOR_QUESTION_ANSWERING_MAPPING:
+
+    section: Model
+    folder: Path
+    commit: str | None
+    config: PreTrainedConfig
+
+    @classmethod
+    def locate(cls, section: Model) -> ModelFiles:
+        """Find the files, fetched from the hub if need be, and read the configuration.
+
+        Raises:
+            AssetError: if the model is neither here nor reachable.
+            DataError: if its folder cannot be read, or transformers has no span head for it.
+            JobError: if it has no such dropout.
+        """
+        folder, commit = _find(section)
+        refuse_remote_code(section.name, folder)
+        quiet_libraries()
+        with _reading(f"model.name: {section.name}"):
+            config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+        if type(config) not in MODEL_FOR_QUESTION_ANSWERING_MAPPING:
+            raise DataError(
+                f"{section.name}: {config.model_type} has no question-answering head in"
+                " transformers"
+            )
+        _set_dropout(config, section)
+        # A checkpoint of a classifier brings its own number of labels; a span head has start and
+        # end.
+        config.num_labels = 2
+        return cls(section, folder, commit, config)
+
+    @cached_property
+    def weights_sha256(self) -> str | None:
+        """Hash of the weights; None where they are in several files."""
+        return hash_weights(self.folder)
+
+    def check_weights(self) -> None:
+        """Refuse other weights than the job declares.
+
+        Raises:
+            DataError: naming both hashes, or that there is no one file to hash.
+        """
+        declared, found = self.section.sha256, self.weights_sha256
+        if declared is None or found == declared:
+            return
+        files = _weight_files(self.folder)
+        if found is None:
+            raise DataError(
+                f"{self.section.name}: model.sha256 is declared, but there are {len(files)} files"
+                " *.safetensors to hash, not one"
+            )
         raise DataError(
-            f"{section.name}: {config.model_type} has no question-answering head in transformers"
+            f"{files[0]}: sha256 is {found}, the job declares {declared}; another or a damaged"
+            " version of the weights"
         )
-    _set_dropout(config, section)
-    # A checkpoint of a classifier brings its own number of labels; a span head has start and end.
-    config.num_labels = 2
-    return config
 
 
-def load_tokenizer(section: Model) -> PreTrainedTokenizerBase:
-    """Load the fast tokenizer alone, for feature preparation and `check --data`.
+def load_tokenizer(files: ModelFiles) -> PreTrainedTokenizerBase:
+    """Load the fast tokenizer.
 
     Its `model_input_names` and `model_max_length` are made to say what this model takes: what
     tokenizers say themselves is often another family's, or nothing.
+
+    Raises:
+        DataError: if it cannot be read, or has no vocabulary.
     """
-    location = model_location(section)
-    config = load_config(section)
-    with _loading(section):
-        tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=False)
+    name = files.section.name
+    with _reading(f"model.name: {name}"):
+        tokenizer = AutoTokenizer.from_pretrained(str(files.folder), trust_remote_code=False)
     if len(tokenizer) <= len(tokenizer.all_special_ids):
-        raise DataError(f"{section.name}: has no vocabulary; are tokenizer files missing?")
+        raise DataError(f"{name}: has no vocabulary; are tokenizer files missing?")
     names = list(tokenizer.model_input_names)
-    segment_ids = _takes_segment_ids(config)
+    segment_ids = _takes_segment_ids(files.config)
     if segment_ids is True and "token_type_ids" not in names:
         names.insert(1, "token_type_ids")
     elif segment_ids is False and "token_type_ids" in names:
         names.remove("token_type_ids")
     tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = names
-    tokenizer.model_max_length = _positions(config)
+    # The longest window, in tokens, that the model has position embeddings for.
+    tables = position_tables(empty_model(files))
+    sizes = [table.num_embeddings - first_position(table) for table in tables]
+    tokenizer.model_max_length = min(sizes, default=VERY_LARGE_INTEGER)
     return tokenizer
 
 
-def load_pretrained(section: Model, seed: int) -> Pretrained:
-    """Load weights in float32 and give a missing head its first weights from the seed, alike on
-    every rank.
+def load_pretrained(files: ModelFiles, seed: int) -> PreTrainedModel:
+    """Load weights to be trained, in float32, and give a missing head its first weights from the
+    seed, alike on every rank.
 
     Raises:
-        AssetError: if the model is neither here nor reachable.
-        DataError: if its weights do not have the declared sha256, are not this model's, or it has
-            no span head.
+        DataError: if they do not have the declared sha256, are not this model's, or cannot be read.
     """
-    location = model_location(section)
-    weights_sha256 = declared_weights(section)
-    tokenizer = load_tokenizer(section)
-    config = load_config(section)
+    files.check_weights()
+    name = files.section.name
     torch.manual_seed(seed)
-    with _loading(section):
-        model, found = AutoModelForQuestionAnswering.from_pretrained(
-            location,
-            config=config,
-            dtype=torch.float32,
+    model, found = _load_weights(files, torch.float32, f"model.name: {name}")
+    # transformers would draw them at random and say so in a warning only.
+    body = f"{model.base_model_prefix}."
+    strange = [key for key in found["missing_keys"] if key.startswith(body)]
+    strange += [key for key, *_ in found["mismatched_keys"]]
+    if strange:
+        raise DataError(
+            f"{name}: the weights are not those of its config.json: {len(strange)} tensors are"
+            f" absent or of another shape, such as {min(strange)}"
+        )
+    return model
+
+
+def load_finetuned(files: ModelFiles, device: torch.device, name: str) -> PreTrainedModel:
+    """Load weights that answer questions, in the precision they were stored in, on the CPU.
+
+    Args:
+        files: the model.
+        device: where it will run: what a processor does not multiply in becomes float32.
+        name: of the model, for messages.
+
+    Raises:
+        DataError: if it was never fine-tuned to answer questions, or cannot be read.
+    """
+    model, found = _load_weights(files, "auto", name)
+    absent = [*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])]
+    if absent:
+        raise DataError(
+            f"{name}: was not fine-tuned to answer questions, or its weights are not those of its"
+            f" config.json: {len(absent)} tensors are absent or of another shape, such as"
+            f" {min(absent)}; fine-tune it first"
+        )
+    # Emulated, it would be many times slower.
+    if device.type == "cpu" and model.dtype != torch.float32:
+        native = model.dtype == torch.bfloat16 and choose_precision("auto", device) == "bf16"
+        return model if native else model.float()
+    return model
+
+
+def _load_weights(
+    files: ModelFiles, dtype: torch.dtype | str, name: str
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model, and which of its tensors were absent or of another shape."""
+    with _reading(name):
+        return AutoModelForQuestionAnswering.from_pretrained(
+            str(files.folder),
+            config=files.config,
+            dtype=dtype,
             trust_remote_code=False,
-            # Weights come as safetensors only: pickles can run code.
-            use_safetensors=True,
+            use_safetensors=True,  # pickles can run code
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
-    # transformers would draw them at random and say so in a warning only.
-    body = f"{model.base_model_prefix}."
-    strange = [name for name in found["missing_keys"] if name.startswith(body)]
-    strange += [name for name, *_ in found["mismatched_keys"]]
-    if strange:
-        raise DataError(
-            f"{section.name}: the weights are not those of its config.json: {len(strange)} tensors"
-            f" are absent or of another shape, such as {min(strange)}"
-        )
-    return Pretrained(model, tokenizer, location, model_commit(section), weights_sha256)
 
 
-def empty_model(section: Model) -> PreTrainedModel:
+def empty_model(files: ModelFiles) -> PreTrainedModel:
     """The model's architecture without weights, on the meta device."""
     with torch.device("meta"):
-        return AutoModelForQuestionAnswering.from_config(load_config(section))
+        return AutoModelForQuestionAnswering.from_config(files.config)
 
 
 def choose_precision(wanted: str, device: torch.device) -> str:
@@ -176,60 +233,32 @@ def quiet_libraries() -> None:
 # --- finding -----------------------------------------------------------------------------------
 
 
-def model_location(section: Model) -> str:
-    """The folder of the model's files; for a hub id, the one in the cache, fetched if need be.
-
-    Raises:
-        AssetError: if it is neither here nor reachable.
-    """
+def _find(section: Model) -> tuple[Path, str | None]:
+    """The folder of a model's files and, from the hub, their commit."""
     if section.name.startswith("package:"):
         folder = package_folder(section.name.removeprefix("package:"))
         if folder is None:
             raise AssetError(f"model.name: {section.name} is not installed")
-        return str(folder)
-    if _on_hub(section):
-        try:
-            return str(snapshot("model", section.name, section.revision).folder)
-        except AssetError as error:
-            raise AssetError(f"model.name: {error}") from None
-    if not Path(section.name).is_dir():
+        return folder, None
+    if Path(section.name).is_dir():  # it comes before a name on the hub
+        return Path(section.name), None
+    if not is_hub_model(section.name):
         raise AssetError(f"model.name: no folder {section.name}")
-    return section.name
+    try:
+        found = snapshot("model", section.name, section.revision)
+    except AssetError as error:
+        raise AssetError(f"model.name: {error}") from None
+    return found.folder, found.commit
 
 
-def model_commit(section: Model) -> str | None:
-    """The commit of a model from the hub, whatever the job calls its revision; None for a
-    folder."""
-    return snapshot("model", section.name, section.revision).commit if _on_hub(section) else None
+def hash_weights(folder: Path) -> str | None:
+    """sha256 of the weights in a model's folder; None where they are not in one file."""
+    files = _weight_files(folder)
+    return file_sha256(files[0]) if len(files) == 1 else None
 
 
-def declared_weights(section: Model) -> str | None:
-    """Hash the weights; None where they are in several files.
-
-    Raises:
-        AssetError: if they are neither here nor reachable.
-        DataError: if the job declares another hash, or there is no one file to hash.
-    """
-    files = sorted(Path(model_location(section)).glob("*.safetensors"))
-    if len(files) != 1:
-        if section.sha256 is not None:
-            raise DataError(
-                f"{section.name}: model.sha256 is declared, but there are {len(files)} files"
-                " *.safetensors to hash, not one"
-            )
-        return None
-    found = file_sha256(files[0])
-    if section.sha256 is not None and found != section.sha256:
-        raise DataError(
-            f"{files[0]}: sha256 is {found}, the job declares {section.sha256}; another or a"
-            " damaged version of the weights"
-        )
-    return found
-
-
-def _on_hub(section: Model) -> bool:
-    """Whether the name is one on the hub: a folder of this name comes first."""
-    return is_hub_model(section.name) and not Path(section.name).is_dir()
+def _weight_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.safetensors"))
 
 
 def _takes_segment_ids(config: PreTrainedConfig) -> bool | None:
@@ -240,14 +269,6 @@ def _takes_segment_ids(config: PreTrainedConfig) -> bool | None:
         return False
     kinds = getattr(config, "type_vocab_size", None)
     return None if kinds is None else kinds >= 2
-
-
-def _positions(config: PreTrainedConfig) -> int:
-    """The longest window, in tokens, that the model has position embeddings for."""
-    with torch.device("meta"):
-        model = AutoModelForQuestionAnswering.from_config(config)
-    sizes = [table.num_embeddings - first_position(table) for table in position_tables(model)]
-    return min(sizes, default=VERY_LARGE_INTEGER)
 
 
 def _set_dropout(config: Any, section: Model) -> None:
@@ -269,13 +290,12 @@ def _set_dropout(config: Any, section: Model) -> None:
 
 
 @contextmanager
-def _loading(section: Model) -> Iterator[None]:
+def _reading(name: str) -> Iterator[None]:
     """Say in one line that transformers cannot read a model's folder."""
     try:
         yield
     except Exception as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise DataError(f"model.name: {section.name}: cannot be read: {first}") from error
+        raise DataError(f"{name}: cannot be read: {first_line(error)}") from error
 
 
 def refuse_remote_code(name: str, folder: Path) -> None:

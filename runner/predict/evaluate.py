@@ -22,6 +22,7 @@ from runner.eval.predictions import LISTED, as_lines, prediction_records
 from runner.eval.results import result_scores, score_line, threshold_lines
 from runner.job.inference import InferenceSettings
 from runner.job.sources import parse_data, public_name
+from runner.model.load import hash_weights
 from runner.predict.predictor import ALONE, Predictor
 from runner.report.render import write_report
 from runner.run import provenance
@@ -29,7 +30,6 @@ from runner.run.folder import RunDir
 from runner.utils.console import progress
 from runner.utils.files import (
     below_here,
-    file_sha256,
     read_json,
     storage_errors,
     write_atomic,
@@ -167,7 +167,6 @@ def result_of(
     predictor: Predictor, dataset: Dataset, scores: Evaluation, seed: int
 ) -> dict[str, Any]:
     """result.json of an evaluation: as a run's, with the data set and the model."""
-    files = sorted(Path(predictor.location).glob("*.safetensors"))
     return {
         **result_scores(scores, predictor.default_threshold, seed),
         "data": {
@@ -177,7 +176,7 @@ def result_of(
         },
         "model": {
             "name": public_name(predictor.name.rstrip("/")),
-            "weights_sha256": file_sha256(files[0]) if len(files) == 1 else None,
+            "weights_sha256": hash_weights(Path(predictor.location)),
         },
         "answering": predictor.answering.model_dump(mode="json"),
         "seconds": {"total": round(scores.predictions.seconds, 3)},

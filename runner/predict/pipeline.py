@@ -32,7 +32,7 @@ from runner.eval.answers import BestSpans, join, search
 from runner.job.inference import default_settings
 from runner.job.schema import Model
 from runner.model.forward import Read
-from runner.model.load import load_tokenizer
+from runner.model.load import ModelFiles, load_tokenizer
 from runner.predict.predictor import Predictor, locate_model
 from runner.predict.questions import GROUP
 
@@ -77,7 +77,8 @@ def pipeline(
         device = f"cuda:{device}" if device >= 0 else "cpu"
     read_options(options)  # a wrong one must not wait for the model
     if isinstance(tokenizer, str):
-        tokenizer = load_tokenizer(Model(name=locate_model(tokenizer), revision=revision))
+        section = Model(name=locate_model(tokenizer), revision=revision)
+        tokenizer = load_tokenizer(ModelFiles.locate(section))
     if isinstance(model, str):
         place = None if device is None else str(device)
         found = Predictor.load(model, revision=revision, device=place)

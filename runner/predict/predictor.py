@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForQuestionAnswering, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from runner.data.dataset import Example
 from runner.data.windows import build_windows
@@ -28,7 +28,7 @@ from runner.job.inference import InferenceSettings, read_settings
 from runner.job.schema import Model
 from runner.job.sources import is_hub_model
 from runner.model.forward import Reader, takes_segment_ids
-from runner.model.load import choose_precision, load_config, load_tokenizer, model_location
+from runner.model.load import ModelFiles, load_finetuned, load_tokenizer
 from runner.predict.questions import GROUP
 from runner.run.folder import RunDir
 from runner.utils.ranks import Rank
@@ -169,11 +169,11 @@ class Predictor:
         """
         section = Model(name=locate_model(name), revision=revision)
         try:
-            config = load_config(section)
-            tokenizer = load_tokenizer(section)
+            files = ModelFiles.locate(section)
+            tokenizer = load_tokenizer(files)
         except (AssetError, DataError) as error:
             raise type(error)(str(error).removeprefix("model.name: ")) from None
-        answering = read_settings(config.to_dict(), tokenizer.model_max_length, name)
+        answering = read_settings(files.config.to_dict(), tokenizer.model_max_length, name)
         default_threshold = answering.default_threshold
         answering = answering.with_score(
             null_threshold=null_threshold,
@@ -184,18 +184,12 @@ class Predictor:
         if null_threshold is not None:
             answering = answering.model_copy(update={"unanswerable": True, "tuned": None})
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        location = model_location(section)
-        model = _load_weights(location, config, name)
-        # What this processor does not multiply in would be emulated, many times slower.
-        if place.type == "cpu" and model.dtype != torch.float32:
-            keep = model.dtype == torch.bfloat16 and choose_precision("auto", place) == "bf16"
-            model = model if keep else model.float()
         return cls(
-            model,
+            load_finetuned(files, place, name),
             tokenizer,
             answering,
             name=name,
-            location=location,
+            location=str(files.folder),
             device=place,
             listed=listed,
             default_threshold=default_threshold,
@@ -324,27 +318,3 @@ def locate_model(name: str) -> str:
             " deepset/roberta-base-squad2, and no package:NAME/SUBFOLDER"
         )
     return name
-
-
-def _load_weights(location: str, config: Any, name: str) -> PreTrainedModel:
-    try:
-        model, found = AutoModelForQuestionAnswering.from_pretrained(
-            location,
-            config=config,
-            dtype="auto",
-            trust_remote_code=False,
-            use_safetensors=True,  # pickles can run code
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
-    except Exception as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise DataError(f"{name}: cannot be read: {first}") from error
-    absent = [*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])]
-    if absent:
-        raise DataError(
-            f"{name}: was not fine-tuned to answer questions, or its weights are not those of its"
-            f" config.json: {len(absent)} tensors are absent or of another shape, such as"
-            f" {min(absent)}; fine-tune it first"
-        )
-    return model
