@@ -108,9 +108,9 @@ def record(job: Job, rank: Rank, device: torch.device, have: Session) -> dict[st
         },
         "model": {
             "name": job.model.name,
-            "location": have.pretrained.location,
-            "revision": have.pretrained.revision,
-            "sha256": have.pretrained.weights_sha256,
+            "location": str(have.files.folder),
+            "revision": have.files.commit,
+            "sha256": have.files.weights_sha256,
         },
         "zero_stage": job.zero.stage,
         "precision": have.precision,
@@ -133,5 +133,5 @@ def identity(job: Job, rank: Rank, have: Session) -> dict[str, Any]:
         "tuning": None if tuning is None else tuning.dataset.sha256,
         "windows": windows_sha256(have.training.windows, have.validation.windows),
         # Their frozen layers may be read before the checkpoint is (model.cache_frozen).
-        "model": have.pretrained.weights_sha256,
+        "model": have.files.weights_sha256,
     }

@@ -13,7 +13,7 @@ from runner.data.windows import Windows
 from runner.distributed.engine import learning_rate_factor
 from runner.job.schema import Job, batch_layout
 from runner.model.freeze import freeze, parameter_table
-from runner.model.load import declared_weights, empty_model, load_tokenizer
+from runner.model.load import ModelFiles, empty_model, load_tokenizer
 from runner.utils.tables import markdown
 
 
@@ -24,10 +24,11 @@ def check_data(job: Job, ranks: int) -> Iterator[str]:
         RunnerError: of the kind that the run itself would end with.
     """
     layout = batch_layout(job.train, ranks)
-    declared_weights(job.model)
-    model = empty_model(job.model)
+    files = ModelFiles.locate(job.model)
+    files.check_weights()
+    model = empty_model(files)
     freeze(model, job.model.freeze)
-    tokenizer = load_tokenizer(job.model)
+    tokenizer = load_tokenizer(files)
     training, validation, tuning = load_splits(job.data, job.seed, tokenizer)
     yield f"{job.name}: {job.model.name} on {job.data.train}"
     yield ""

@@ -24,12 +24,12 @@ from runner.distributed.failures import leave_if_asked, stop_if_asked
 from runner.distributed.gradient_exchange import SharedMemoryExchange
 from runner.distributed.watchdog import Watchdog
 from runner.errors import StorageError
-from runner.job.schema import BatchLayout, Job, batch_layout
+from runner.job.schema import BatchLayout, Job, Model, batch_layout
 from runner.model.dropout import DropoutMasks
 from runner.model.forward import Reader, fill_cache, takes_segment_ids
 from runner.model.freeze import freeze, optimiser_groups, parameter_table
 from runner.model.frozen import FrozenLayers, allocate
-from runner.model.load import Pretrained, choose_precision, load_pretrained, load_tokenizer
+from runner.model.load import ModelFiles, choose_precision, load_pretrained, load_tokenizer
 from runner.model.loss import SpanLoss, choose_span_loss
 from runner.run.folder import RunDir
 from runner.train.plan import ExecutionPlan, choose_plan
@@ -50,7 +50,7 @@ class Session:
         tuning: questions on which the null threshold is tuned; None: it is not.
         probes, probe_windows: the job's probes, spelt as questions.
         layout: how a step's windows are spread over ranks.
-        pretrained: model and tokenizer as they were loaded, with where they came from.
+        files: where the model came from.
         parameters: rows of the table of trained and frozen parameters, all of them last.
         precision: "bf16", "fp16" or "fp32".
         config: DeepSpeed's configuration.
@@ -69,7 +69,7 @@ class Session:
     probes: Sequence[Example]
     probe_windows: Windows
     layout: BatchLayout
-    pretrained: Pretrained
+    files: ModelFiles
     parameters: Sequence[dict[str, CellValue]]
     precision: str
     config: dict[str, Any]
@@ -115,7 +115,7 @@ def build_session(
 
     watch.progress_at("reading the data", bounded=False)
     with clock("data"):
-        tokenizer = main_first(rank, lambda: load_tokenizer(job.model))
+        files, tokenizer = main_first(rank, lambda: _files_and_tokenizer(job.model))
         training, validation, tuning = main_first(
             rank, lambda: load_splits(job.data, job.seed, tokenizer, between)
         )
@@ -125,9 +125,9 @@ def build_session(
     stop_if_asked(run)
     watch.progress_at("loading the model", bounded=False)
     with clock("model"):
-        pretrained = main_first(rank, lambda: load_pretrained(job.model, job.seed))
-        freeze(pretrained.model, job.model.freeze)
-        parameters = parameter_table(pretrained.model)
+        model = main_first(rank, lambda: load_pretrained(files, job.seed))
+        freeze(model, job.model.freeze)
+        parameters = parameter_table(model)
         precision = choose_precision(job.model.precision, device)
         trained = int(str(parameters[-1]["trained"]))
         config = deepspeed_config(job.zero, job.train, layout, precision, trained)
@@ -137,17 +137,17 @@ def build_session(
         computing = choose_plan(
             job.model,
             job.zero,
-            pretrained.model,
+            model,
             device,
             precision,
             longest=max(int(windows.lengths_N.max()) for windows in sets),
             tokens=len(training.windows.tokens_T) * job.train.epochs,
             noise=DropoutMasks(job.seed, rank.index),
         )
-        groups = optimiser_groups(pretrained.model, job.train.weight_decay)
-        span_loss = choose_span_loss(job.model.span_loss, pretrained.model, device, job.zero.stage)
+        groups = optimiser_groups(model, job.train.weight_decay)
+        span_loss = choose_span_loss(job.model.span_loss, model, device, job.zero.stage)
         engine = start_engine(
-            pretrained.model, device, groups, job.train, config, total_steps, computing.optimiser
+            model, device, groups, job.train, config, total_steps, computing.optimiser
         )
     stop_if_asked(run)
     pad_id = tokenizer.pad_token_id
@@ -173,7 +173,7 @@ def build_session(
         probes=probes,
         probe_windows=probe_windows,
         layout=layout,
-        pretrained=pretrained,
+        files=files,
         parameters=parameters,
         precision=precision,
         config=config,
@@ -184,6 +184,11 @@ def build_session(
         reader=reader,
         kept=kept,
     )
+
+
+def _files_and_tokenizer(section: Model) -> tuple[ModelFiles, PreTrainedTokenizerBase]:
+    files = ModelFiles.locate(section)
+    return files, load_tokenizer(files)
 
 
 def cache_frozen_layers(
