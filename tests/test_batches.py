@@ -129,7 +129,7 @@ def real_lengths(real_data, minilm):
     from runner.data.dataset import load_dataset
     from runner.data.windows import build_windows
     from runner.job.schema import Columns, Model
-    from runner.model.load import load_tokenizer
+    from runner.model.load import ModelFiles, load_tokenizer
 
     data = load_dataset(
         f"{real_data}/xquad_en_v1.1.json",
@@ -137,7 +137,9 @@ def real_lengths(real_data, minilm):
         unanswerable=False,
         on_bad_row="fail",
     )
-    return build_windows(data.examples, load_tokenizer(Model(name=minilm)), 384, 128).lengths_N
+    return build_windows(
+        data.examples, load_tokenizer(ModelFiles.locate(Model(name=minilm))), 384, 128
+    ).lengths_N
 
 
 @pytest.mark.parametrize("batch_size", [8, 16, 32])

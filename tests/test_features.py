@@ -16,7 +16,7 @@ from runner.data.tokenize import plain_backend
 from runner.data.windows import Windows, build_windows, window_blocks
 from runner.errors import DataError
 from runner.job.schema import Columns, Model
-from runner.model.load import load_tokenizer
+from runner.model.load import ModelFiles, load_tokenizer
 
 TOKENIZERS = (
     "bert",
@@ -209,7 +209,7 @@ def test_every_real_question_has_the_windows_and_labels_of_run_qa(real_data, min
         unanswerable=False,
         on_bad_row="fail",
     )
-    tokenizer = load_tokenizer(Model(name=minilm))
+    tokenizer = load_tokenizer(ModelFiles.locate(Model(name=minilm)))
     windows = build_windows(data.examples, tokenizer, 384, 128)
     assert (len(data.examples), len(windows)) == (7938, 8034)
     assert as_rows(windows) == run_qa_windows(data.examples, tokenizer, 384, 128)

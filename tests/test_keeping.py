@@ -16,7 +16,7 @@ from runner.eval.evaluation import evaluate
 from runner.eval.inference import Predictions
 from runner.job.inference import settings_of_job
 from runner.job.schema import Data, Model, Score
-from runner.model.load import load_pretrained, load_tokenizer
+from runner.model.load import ModelFiles, load_pretrained, load_tokenizer
 from runner.run.folder import RunDir
 from runner.utils.tables import read_rows
 from tests.interruptions import CONTEXT, DATA, JOB, outcome, sets
@@ -35,7 +35,8 @@ def kept_of(text: str) -> BestEvaluation:
 def folder(tiny, tmp_path):
     """A kept evaluation with its exported model."""
     section = Model(name=str(tiny("bert")))
-    model, tokenizer = load_pretrained(section, 0).model, load_tokenizer(section)
+    files = ModelFiles.locate(section)
+    model, tokenizer = load_pretrained(files, 0), load_tokenizer(files)
     answering = settings_of_job(Data(train="t.json", validation="v.json"), Score())
     state = {name: tensor + 1 for name, tensor in model.state_dict().items()}
     folder = tmp_path / "best"

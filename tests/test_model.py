@@ -7,6 +7,8 @@ import json
 import os
 import re
 import shutil
+import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,11 +25,11 @@ from runner.job.schema import Model
 from runner.model.forward import span_logits, takes_segment_ids
 from runner.model.freeze import freeze, optimiser_groups, parameter_table
 from runner.model.load import (
+    ModelFiles,
     choose_precision,
     empty_model,
     load_pretrained,
     load_tokenizer,
-    model_location,
 )
 
 FAMILIES = ("bert", "distilbert", "roberta", "electra", "albert")
@@ -51,11 +53,18 @@ def copy(tiny, tmp_path):
 @pytest.fixture(scope="module")
 def model_of(tiny):
     """`model_of(family)`: a new model without weights, for freezing."""
-    return lambda family: empty_model(Model(name=str(tiny(family))))
+    return lambda family: empty_model(ModelFiles.locate(Model(name=str(tiny(family)))))
 
 
 def pretrained(folder, seed=0, **section):
-    return load_pretrained(Model(name=str(folder), **section), seed)
+    return loaded(Model(name=str(folder), **section), seed)
+
+
+def loaded(section, seed=0):
+    files = ModelFiles.locate(section)
+    return SimpleNamespace(
+        files=files, tokenizer=load_tokenizer(files), model=load_pretrained(files, seed)
+    )
 
 
 # ---- logits
@@ -142,7 +151,7 @@ def test_the_model_decides_on_segment_ids_not_its_tokenizer(copy, family, config
         (folder / "tokenizer_config.json").write_text(
             json.dumps(settings | {"model_input_names": names})
         )
-    tokenizer = load_tokenizer(Model(name=str(folder)))
+    tokenizer = load_tokenizer(ModelFiles.locate(Model(name=str(folder))))
     assert takes_segment_ids(tokenizer) is takes
     tokenizer.save_pretrained(folder)
     # A plain transformers user of the exported folder feeds the same inputs.
@@ -207,17 +216,16 @@ def test_a_package_is_found_by_its_name(monkeypatch, tiny, tmp_path):
     (package / "__init__.py").write_text("raise SystemExit('imported')")
     monkeypatch.syspath_prepend(tmp_path)
     section = Model(name="package:weights_of_a_package/model")
-    assert model_location(section) == str(package / "model")
-    assert load_pretrained(section, 0).location == str(package / "model")
+    assert loaded(section).files.folder == package / "model"
     for missing in ("package:weights_of_a_package/other", "package:no_such_package/model"):
         with pytest.raises(AssetError, match=f"{missing} is not installed"):
-            load_pretrained(Model(name=missing), 0)
+            ModelFiles.locate(Model(name=missing))
 
 
 def test_minilm_is_a_bert_with_a_new_head(minilm):
     sha256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-    found = load_pretrained(Model(name=minilm, sha256=sha256), 42)
-    assert found.weights_sha256 == sha256
+    found = loaded(Model(name=minilm, sha256=sha256), 42)
+    assert found.files.weights_sha256 == sha256
     assert (found.model.config.model_type, len(found.tokenizer)) == ("bert", 30522)
     assert found.tokenizer.model_max_length == 512
     assert parameter_table(found.model)[-1]["parameters"] == 22_566_146
@@ -227,8 +235,8 @@ def test_the_hash_of_the_weights_is_checked_before_they_are_read(copy):
     folder = copy()
     weights = folder / "model.safetensors"
     sha256 = hashlib.sha256(weights.read_bytes()).hexdigest()
-    assert pretrained(folder, sha256=sha256).weights_sha256 == sha256
-    assert pretrained(folder).weights_sha256 == sha256
+    assert pretrained(folder, sha256=sha256).files.weights_sha256 == sha256
+    assert pretrained(folder).files.weights_sha256 == sha256
     weights.write_bytes(b"spoiled")
     told = f"sha256 is {hashlib.sha256(b'spoiled').hexdigest()}, the job declares {sha256}"
     with pytest.raises(DataError, match=told):
@@ -239,7 +247,6 @@ def test_the_hash_of_the_weights_is_checked_before_they_are_read(copy):
         pretrained(folder, sha256=sha256)
 
 
-@pytest.mark.parametrize("load", [load_tokenizer, lambda section: load_pretrained(section, 0)])
 @pytest.mark.parametrize(
     ("name", "told"),
     [
@@ -249,13 +256,13 @@ def test_the_hash_of_the_weights_is_checked_before_they_are_read(copy):
         ("no/such/folder/at/all", "no folder no/such/folder/at/all"),
     ],
 )
-def test_a_model_that_is_not_here_says_how_to_fetch_it(load, name, told, monkeypatch):
+def test_a_model_that_is_not_here_says_how_to_fetch_it(name, told, monkeypatch):
     """At once: no network is asked, on which a node without one would wait."""
     asked = []
     monkeypatch.setattr("socket.getaddrinfo", lambda *where, **_: asked.append(where))
     monkeypatch.setattr("socket.socket.connect", lambda _, where: asked.append(where))
     with pytest.raises(AssetError, match=f"model.name: {told}") as refused:
-        load(Model(name=name))
+        ModelFiles.locate(Model(name=name))
     assert not asked
     assert "\n" not in str(refused.value)
     assert refused.value.exit_code == 69
@@ -371,8 +378,9 @@ def test_the_jobs_dropout_reaches_every_dropout_of_the_model(tiny, family):
 def test_a_model_without_the_setting_refuses_it(tmp_path):
     AutoConfig.for_model("xlnet", d_model=32, n_layer=1, n_head=2).save_pretrained(tmp_path)
     with pytest.raises(JobError, match="attention_dropout: xlnet has no such setting"):
-        empty_model(Model(name=str(tmp_path), attention_dropout=0.1))
-    assert empty_model(Model(name=str(tmp_path), dropout=0.3)).config.dropout == 0.3
+        empty_model(ModelFiles.locate(Model(name=str(tmp_path), attention_dropout=0.1)))
+    files = ModelFiles.locate(Model(name=str(tmp_path), dropout=0.3))
+    assert empty_model(files).config.dropout == 0.3
 
 
 # ---- freezing

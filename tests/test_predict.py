@@ -14,7 +14,7 @@ from transformers import AutoModelForQuestionAnswering
 from runner.errors import AssetError, DataError, MachineError, UsageError
 from runner.job.inference import KEY, TunedOn, settings_of_job
 from runner.job.schema import Data, Model, Score
-from runner.model.load import load_tokenizer
+from runner.model.load import ModelFiles, load_tokenizer
 from runner.predict.predictor import Predictor, Question, locate_model, open_model
 from tests.plain_transformers import by_hand
 
@@ -36,7 +36,9 @@ def exported(tiny, tmp_path_factory):
     def make(kind: str = "bert", unanswerable: bool = False, **score) -> Path:
         folder = tmp_path_factory.mktemp("model") / "model"
         shutil.copytree(tiny(kind), folder)
-        load_tokenizer(Model(name=str(tiny(kind)))).save_pretrained(folder)  # as a run exports it
+        load_tokenizer(ModelFiles.locate(Model(name=str(tiny(kind))))).save_pretrained(
+            folder
+        )  # as a run exports it
         data = Data(
             train="o/n", validation="o/n", max_length=64, stride=16, unanswerable=unanswerable
         )

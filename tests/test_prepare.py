@@ -10,7 +10,7 @@ from runner.data import splits as prepare
 from runner.data.splits import load_splits, probe_examples
 from runner.errors import DataError, JobError
 from runner.job.schema import Data, Model, Probe
-from runner.model.load import load_tokenizer
+from runner.model.load import ModelFiles, load_tokenizer
 
 CONTEXT = "The river folds battery before beech. "
 
@@ -36,7 +36,7 @@ def data(tmp_path, monkeypatch):
 
 @pytest.fixture
 def tokenizer(tiny):
-    return load_tokenizer(Model(name=str(tiny("bert"))))
+    return load_tokenizer(ModelFiles.locate(Model(name=str(tiny("bert")))))
 
 
 def test_both_slices_with_their_samples(data, tokenizer):

@@ -193,9 +193,9 @@ def test_a_tokenizer_beside_a_name_is_used(tiny, ask):
 def test_how_a_model_is_loaded(tiny, monkeypatch):
     name, asked = str(tiny("bert")), []
 
-    def load(section):
-        asked.append((section.name, section.revision))
-        return load_tokenizer(section)
+    def load(files):
+        asked.append((files.section.name, files.section.revision))
+        return load_tokenizer(files)
 
     monkeypatch.setattr("runner.predict.predictor.load_tokenizer", load)
     pipeline(model=name, revision="v1", framework="pt", device=-1)

@@ -22,7 +22,7 @@ from runner.eval.predictions import (
     window_counts,
 )
 from runner.job.schema import Model
-from runner.model.load import load_tokenizer
+from runner.model.load import ModelFiles, load_tokenizer
 
 CONTEXT = "The lantern folds flat; its battery lasts nine hours on the bright setting. "
 
@@ -35,7 +35,7 @@ def answer(text: str, start: int, identity: str = "a") -> Answer:
 
 @pytest.fixture(scope="module")
 def tokenizer(tiny):
-    return load_tokenizer(Model(name=str(tiny("bert"))))
+    return load_tokenizer(ModelFiles.locate(Model(name=str(tiny("bert")))))
 
 
 def test_windows_and_context_tokens_are_counted_by_question(tokenizer):

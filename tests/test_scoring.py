@@ -14,7 +14,7 @@ from runner.eval import inference as scoring
 from runner.eval.inference import dry_run, predict_windows
 from runner.job.schema import Model, Score
 from runner.model.forward import Reader, takes_segment_ids
-from runner.model.load import load_pretrained, load_tokenizer
+from runner.model.load import ModelFiles, load_pretrained, load_tokenizer
 from runner.utils.ranks import Rank
 from tests.interruptions import DATA, JOB
 
@@ -27,8 +27,8 @@ def reader(tiny):
     import torch
 
     section = Model(name=str(tiny("bert")))
-    tokenizer = load_tokenizer(section)
-    model = load_pretrained(section, 0).model
+    files = ModelFiles.locate(section)
+    tokenizer, model = load_tokenizer(files), load_pretrained(files, 0)
     segment_ids = takes_segment_ids(tokenizer)
     return Reader(model, torch.device("cpu"), 0, segment_ids, 1), tokenizer
 

@@ -56,10 +56,10 @@ def measure(args: argparse.Namespace) -> None:
     from runner.data.windows import build_windows
     from runner.job.schema import Columns, Model
     from runner.model.forward import TOGETHER
-    from runner.model.load import load_tokenizer
+    from runner.model.load import ModelFiles, load_tokenizer
 
     datasets.disable_progress_bars()
-    tokenizer = load_tokenizer(Model(name=args.model))
+    tokenizer = load_tokenizer(ModelFiles.locate(Model(name=args.model)))
     settings = {"tokenizer": tokenizer, "max_length": 384, "stride": 128}
     questions = peer_trainer.read_questions(args.data)[: args.sample]
     rows = datasets.Dataset.from_list(questions)

@@ -55,10 +55,10 @@ def run_part(part: str, path: Path, model: str, count: int) -> dict[str, float]:
     """Do one part for `count` questions; seconds, and bytes at the peak."""
     from runner.data.window_cache import cached_windows
     from runner.job.schema import Model
-    from runner.model.load import load_tokenizer
+    from runner.model.load import ModelFiles, load_tokenizer
 
     examples = questions_of(path, count)
-    tokenizer = load_tokenizer(Model(name=model))
+    tokenizer = load_tokenizer(ModelFiles.locate(Model(name=model)))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     began = time.perf_counter()
     if part == "questions":

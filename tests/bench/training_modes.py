@@ -83,10 +83,10 @@ def lengths_from(args: argparse.Namespace) -> np.ndarray:
     from runner.data.dataset import load_dataset
     from runner.data.windows import build_windows
     from runner.job.schema import Columns
-    from runner.model.load import load_tokenizer
+    from runner.model.load import ModelFiles, load_tokenizer
 
     data = load_dataset(str(args.data), columns=Columns(), unanswerable=True, on_bad_row="drop")
-    tokenizer = load_tokenizer(Model(name=args.tokenizer))
+    tokenizer = load_tokenizer(ModelFiles.locate(Model(name=args.tokenizer)))
     found = build_windows(data.examples, tokenizer, args.max_length, args.max_length // 3)
     return found.lengths_N[: args.windows]
 

@@ -34,7 +34,7 @@ from runner.data.dataset import load_dataset
 from runner.errors import RunnerError
 from runner.job.load import load_job
 from runner.job.schema import Columns, Job, Model
-from runner.model.load import load_pretrained, load_tokenizer
+from runner.model.load import ModelFiles, load_pretrained, load_tokenizer
 from runner.run.folder import RunDir
 from runner.run.provenance import read_record
 from runner.run.resume import StartOptions, acquire_run
@@ -129,8 +129,9 @@ def put_json(path: Path, **changes: object) -> None:
 
 def read_model(path: Path) -> object:
     section = Model(name=str(path))
-    load_tokenizer(section)
-    return load_pretrained(section, 0)
+    files = ModelFiles.locate(section)
+    load_tokenizer(files)
+    return load_pretrained(files, 0)
 
 
 def evil_module(folder: Path) -> None:
