@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -112,18 +112,41 @@ def search(
     cls_N = torch.zeros(num, device=device) if cls_N is None else cls_N
     cls_N = cls_N.to(device, torch.int64)
     _check(logits_T2, segments_N2, contexts_N2, cls_N)
-    score_NK = torch.full((num, n_best), NEVER, device=device)
-    start_NK = torch.full((num, n_best), -1, dtype=torch.int32, device=device)
-    end_NK = start_NK.clone()
-
     offset_N, length_N = segments_N2.unbind(1)
     low_N, high_N = contexts_N2.unbind(1)
     null_score_N = _usable(logits_T2[offset_N + cls_N].float() + 0.0).sum(1)
     if mode == "exact":  # it need not read anything but the context
-        shift_N, width_N = low_N, (high_N - low_N).clamp(min=0)
+        ranges = _Ranges(offset_N, contexts_N2, low_N, (high_N - low_N).clamp(min=0))
     else:  # every token of the window competes
-        shift_N, width_N = torch.zeros_like(low_N), length_N
+        ranges = _Ranges(offset_N, contexts_N2, torch.zeros_like(low_N), length_N)
     chunk = min(chunk, _CPU_CHUNK) if device.type == "cpu" else chunk
+    found = _search_ranges(logits_T2, ranges, n_best, max_answer_length, mode, chunk)
+    return BestSpans(*found, null_score_N)
+
+
+class _Ranges(NamedTuple):
+    """What is searched: of each window `width_N` tokens, from its token `shift_N` on."""
+
+    offset_N: Tensor
+    contexts_N2: Tensor
+    shift_N: Tensor
+    width_N: Tensor
+
+
+def _search_ranges(
+    logits_T2: Tensor,
+    ranges: _Ranges,
+    n_best: int,
+    max_answer_length: int,
+    mode: Mode,
+    chunk: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """score_NK, start_NK, end_NK of `search`, all of it checked, `chunk` windows at a time."""
+    offset_N, contexts_N2, shift_N, width_N = ranges
+    num, device = len(offset_N), logits_T2.device
+    score_NK = torch.full((num, n_best), NEVER, device=device)
+    start_NK = torch.full((num, n_best), -1, dtype=torch.int32, device=device)
+    end_NK = start_NK.clone()
     order_N = width_N.argsort(descending=True, stable=True)
     widest = width_N[order_N[::chunk]].tolist()
     pair_T, dtype = _pairs(logits_T2)
@@ -155,7 +178,7 @@ def search(
         score_NK[row_R, columns] = score_RK
         start_NK[row_R, columns] = torch.where(exists_RK, first_RK + shift_R1, -1).int()
         end_NK[row_R, columns] = torch.where(exists_RK, last_RK + shift_R1, -1).int()
-    return BestSpans(score_NK, start_NK, end_NK, null_score_N)
+    return score_NK, start_NK, end_NK
 
 
 def _check(logits_T2: Tensor, segments_N2: Tensor, contexts_N2: Tensor, cls_N: Tensor) -> None:
