@@ -1,13 +1,10 @@
-"""Which windows each optimiser step sees, on which rank, and how they become tensors.
+"""Windows of a data set as a batch on the host, and the bounds of windows that are packed.
 
-Legend: N windows of the data set, B windows of a batch, T tokens of a batch end to end, L longest
-window, padded, S segments of a packed batch. The order is a pure function of (seed, epoch):
-position in it is all that a resumed run needs to know.
+Legend: B windows of a batch, T tokens of a batch end to end, S segments of a packed batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,32 +16,19 @@ from runner.data.windows import Windows
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Windows as flat tokens and segments.
+class HostBatch:
+    """Windows end to end, and their labels.
 
     Attributes:
         rows_B: int64 numpy, positions of the windows in the data set.
-        tokens_T: int32, token ids end to end.
-        types_T: int32, segment ids.
-        segments_B2: int64, (offset, length) of each window in tokens_T.
+        firsts_B: int64 numpy, where each window begins in the data set's tokens.
+        segments_B2: int64, (offset, length) of each window in this batch's tokens.
         starts_B: int64, label; -1 in a batch that only keeps ranks in step.
         ends_B: int64, the same for the last token.
         counted: windows that count in the loss (0 in a batch that only keeps ranks in step).
+        tokens_T: int32, token ids end to end; None where the device has the data set's.
+        types_T: int32, segment ids, or None.
     """
-
-    rows_B: np.ndarray
-    tokens_T: Tensor
-    types_T: Tensor
-    segments_B2: Tensor
-    starts_B: Tensor
-    ends_B: Tensor
-    counted: int
-
-
-@dataclass(frozen=True)
-class Outline:
-    """A batch without its tokens: as in Batch, and where each window begins in the data set's
-    (`firsts_B`, int64 numpy)."""
 
     rows_B: np.ndarray
     firsts_B: np.ndarray
@@ -52,17 +36,8 @@ class Outline:
     starts_B: Tensor
     ends_B: Tensor
     counted: int
-
-
-@dataclass(frozen=True)
-class Padded:
-    """A batch in the rectangular layout that every transformers model takes; segments point into [B
-    * L]."""
-
-    input_ids_BL: Tensor
-    types_BL: Tensor
-    mask_BL: Tensor | None
-    segments_B2: Tensor
+    tokens_T: Tensor | None
+    types_T: Tensor | None
 
 
 class Bounds(NamedTuple):
@@ -107,9 +82,9 @@ class Packing:
     longest: int = 0
 
 
-def outline(windows: Windows, rows: np.ndarray) -> Outline:
-    """What is known of a batch without its tokens; for no rows, of the shortest stand-in whose
-    labels are ignored.
+def collate(windows: Windows, rows: np.ndarray, *, tokens: bool = True) -> HostBatch:
+    """Gather the windows at `rows`, with or without their tokens; for no rows, the shortest window
+    as a stand-in whose labels are ignored.
 
     A rank without rows must still run its forward and backward pass, or the collectives of the
     others would wait.
@@ -117,88 +92,28 @@ def outline(windows: Windows, rows: np.ndarray) -> Outline:
     counted = len(rows)
     if counted == 0:
         rows = np.argmin(windows.lengths_N, keepdims=True)
-    firsts_B = windows.firsts_N1[rows]
-    lengths_B = windows.firsts_N1[rows + 1] - firsts_B
+    firsts_B, lasts_B = windows.firsts_N1[rows], windows.firsts_N1[rows + 1]
+    lengths_B = lasts_B - firsts_B
     segments_B2 = np.empty((len(rows), 2), dtype=np.int64)
     np.subtract(lengths_B.cumsum(), lengths_B, out=segments_B2[:, 0])
     segments_B2[:, 1] = lengths_B
     starts_B, ends_B = windows.starts_N[rows], windows.ends_N[rows]
     if counted == 0:
         starts_B, ends_B = np.full((2, 1), -1)
-    return Outline(
+    tokens_T = types_T = None
+    if tokens:
+        slices = list(map(slice, firsts_B.tolist(), lasts_B.tolist()))
+        tokens_T = torch.from_numpy(join_slices(windows.tokens_T, slices))
+        types_T = torch.from_numpy(join_slices(windows.types_T, slices).astype(np.int32))
+    return HostBatch(
         rows_B=rows,
         firsts_B=firsts_B,
         segments_B2=torch.from_numpy(segments_B2),
         starts_B=torch.from_numpy(starts_B.astype(np.int64)),
         ends_B=torch.from_numpy(ends_B.astype(np.int64)),
         counted=counted,
-    )
-
-
-def collate(windows: Windows, rows: np.ndarray) -> Batch:
-    """Gather windows into a batch; for no rows, the stand-in of `outline`."""
-    found = outline(windows, rows)
-    high_B = found.firsts_B + found.segments_B2.numpy()[:, 1]
-    slices = list(map(slice, found.firsts_B.tolist(), high_B.tolist()))
-    tokens_T = _joined(windows.tokens_T, slices)
-    types_T = _joined(windows.types_T, slices).astype(np.int32)
-    return Batch(
-        rows_B=found.rows_B,
-        tokens_T=torch.from_numpy(tokens_T),
-        types_T=torch.from_numpy(types_T),
-        segments_B2=found.segments_B2,
-        starts_B=found.starts_B,
-        ends_B=found.ends_B,
-        counted=found.counted,
-    )
-
-
-def pad(batch: Batch, pad_id: int, multiple: int = 1) -> Padded:
-    """Lay a batch out as [B, L], L its longest window rounded up to `multiple`; no mask where
-    nothing was padded."""
-    lengths_B = batch.segments_B2.numpy()[:, 1]
-    count = len(lengths_B)
-    longest = -(-int(lengths_B.max()) // multiple) * multiple
-    segments_B2 = np.empty((count, 2), dtype=np.int64)
-    segments_B2[:, 0] = np.arange(count) * longest
-    segments_B2[:, 1] = lengths_B
-    filled_BL = np.arange(longest, dtype=np.int32) < lengths_B.astype(np.int32)[:, None]
-    input_ids_BL = np.full(filled_BL.shape, pad_id, dtype=np.int32)
-    input_ids_BL[filled_BL] = batch.tokens_T.numpy()
-    types_BL = np.zeros(filled_BL.shape, dtype=np.int32)
-    types_BL[filled_BL] = batch.types_T.numpy()
-    full = count * longest == len(batch.tokens_T)
-    return Padded(
-        input_ids_BL=torch.from_numpy(input_ids_BL),
-        types_BL=torch.from_numpy(types_BL),
-        mask_BL=None if full else torch.from_numpy(filled_BL.astype(np.int32)),
-        segments_B2=torch.from_numpy(segments_B2),
-    )
-
-
-def pack(batch: Batch, pad_id: int, packing: Packing) -> Packed:
-    """Lay a batch out as [1, T], its windows one after another, positions counted anew in each."""
-    bounds, fill = packed_bounds(batch.segments_B2, packing)
-    lengths = batch.segments_B2.numpy()[:, 1].tolist()
-    last = packing.first_position + max(lengths)
-    ladder = np.arange(packing.first_position, last, dtype=np.int32)
-    positions_T = torch.from_numpy(_joined(ladder, list(map(slice, lengths))))
-    tokens_T, types_T = batch.tokens_T, batch.types_T
-    if fill:  # it may be longer than the model has positions: it stays at the first
-        tokens_T, types_T, positions_T = (
-            torch.cat([values, values.new_full((fill,), value)])
-            for values, value in (
-                (tokens_T, pad_id),
-                (types_T, 0),
-                (positions_T, packing.first_position),
-            )
-        )
-    return Packed(
-        input_ids_1T=tokens_T.unsqueeze(0),
-        types_1T=types_T.unsqueeze(0),
-        positions_1T=positions_T.unsqueeze(0),
-        segments_B2=batch.segments_B2,
-        bounds=bounds,
+        tokens_T=tokens_T,
+        types_T=types_T,
     )
 
 
@@ -215,7 +130,7 @@ def packed_bounds(segments_B2: Tensor, packing: Packing) -> tuple[Bounds, int]:
     return Bounds(bounds_S1, longest, () if on_gpu else tuple(ends)), fill
 
 
-def _joined(values: np.ndarray, slices: list[slice]) -> np.ndarray:
+def join_slices(values: np.ndarray, slices: list[slice]) -> np.ndarray:
     """Copy slices of an array end to end.
 
     Python cuts and joins the memory itself: numpy takes half as long again for slices of a few
@@ -223,15 +138,3 @@ def _joined(values: np.ndarray, slices: list[slice]) -> np.ndarray:
     """
     memory = values.data
     return np.frombuffer(bytearray().join([memory[part] for part in slices]), dtype=values.dtype)
-
-
-def send(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """Move the integers of a batch to a device: one pinned buffer, one copy that nobody waits for.
-    On a CPU they stay where they are."""
-    if device.type == "cpu":
-        return list(tensors)
-    # One at a time they would be half a dozen copies, each as slow as all of them together.
-    flat = torch.empty(sum(t.numel() for t in tensors), dtype=torch.int64, pin_memory=True)
-    torch.cat([t.reshape(-1).long() for t in tensors], out=flat)
-    parts = flat.to(device, non_blocking=True).split([t.numel() for t in tensors])
-    return [part.view(t.shape).to(t.dtype) for part, t in zip(parts, tensors, strict=True)]

@@ -20,12 +20,12 @@ __all__ = [
     "Answer",
     "BestSpans",
     "Candidate",
+    "MergeSettings",
     "Mode",
-    "answers",
     "decide",
     "join",
+    "merge_answers",
     "search",
-    "stream_answers",
 ]
 
 _QUESTIONS = 4096  # merged at once: enough for numpy, little enough for memory
@@ -76,26 +76,28 @@ class Answer:
         return next((candidate for candidate in self.n_best if candidate.text), None)
 
 
+# What stands for the best span where there is none.
+_NOTHING: dict[Mode, Candidate] = {
+    "exact": Candidate("", 0.0, 0.0, 0, 0, -1),
+    "run_qa": Candidate("empty", 0.0, 0.0, 0, 0, -1),
+}
+
+
 def decide(answer: Answer, null_threshold: float, mode: Mode = "exact") -> Answer:
-    """The same answer under another null threshold, as `answers` with it would give.
+    """The same answer under another null threshold, as `merge_answers` with it would give.
 
     Args:
-        answer: made by `answers` with some null threshold.
+        answer: made by `merge_answers` with some null threshold.
         null_threshold: "" is the answer where null_difference exceeds it.
         mode: as the answer was made.
     """
     if answer.null_difference > null_threshold:
         chosen = "", answer.null_probability, 0, 0, answer.null_window
     else:
-        best = answer.span or _nothing(mode)
+        best = answer.span or _NOTHING[mode]
         chosen = best.text, best.score, best.start, best.end, best.window
     text, score, start, end, window = chosen
     return replace(answer, text=text, score=score, start=start, end=end, window=window)
-
-
-def _nothing(mode: Mode) -> Candidate:
-    # What stands for the best span where there is none.
-    return Candidate("empty" if mode == "run_qa" else "", 0.0, 0.0, 0, 0, -1)
 
 
 @contextmanager
@@ -111,20 +113,36 @@ def _collector_paused() -> Iterator[None]:
             gc.enable()
 
 
-def answers(
+@dataclass(frozen=True)
+class MergeSettings:
+    """How spans become answers.
+
+    Attributes:
+        n_best: the most spans in a question's list.
+        null_threshold: None never answers "" where a span exists (SQuAD v1); else "" is the answer
+            where null_difference > null_threshold (SQuAD v2, run_qa's rule).
+        mode: as the spans were searched.
+        n_listed: the most candidates that an answer lists, at least 1; None lists all of the
+            n_best. Probabilities stay those over all. The best span is always listed.
+    """
+
+    n_best: int = 20
+    null_threshold: float | None = None
+    mode: Mode = "exact"
+    n_listed: int | None = None
+
+
+def merge_answers(
     spans: BestSpans,
     question_N: np.ndarray,
-    *,
-    segments_N2: np.ndarray,
+    offset_N: np.ndarray,
     chars_T2: np.ndarray,
     ids: Sequence[str],
     contexts: Sequence[str],
-    n_best: int = 20,
-    null_threshold: float | None = None,
-    mode: Mode = "exact",
-    keep: int | None = None,
-) -> list[Answer]:
-    """Merge the windows of each question into one answer and its n-best list.
+    settings: MergeSettings,
+) -> Iterator[Answer]:
+    """Merge the windows of each question into one answer and its n-best list, one question after
+    the other: a few thousand are in memory at a time.
 
     The same characters found in several windows count once, with their best score. The list holds
     the `n_best` best spans and, where empty answers are allowed, the null answer at its place;
@@ -137,155 +155,143 @@ def answers(
     Args:
         spans: what `search` found, on any device.
         question_N: integer index into `ids` of each window's question, ascending.
-        segments_N2: integer (offset, length) of each window; the characters of the token at
-            position p of window n are in row segments_N2[n, 0] + p of chars_T2.
+        offset_N: integer; the characters of the token at position p of window n are in row
+            offset_N[n] + p of chars_T2.
         chars_T2: integer [start, end) of each token in its context's characters.
         ids, contexts: one string per question.
-        n_best: the most spans to keep per question.
-        null_threshold: None never answers "" where a span exists (SQuAD v1); else "" is the answer
-            where null_difference > null_threshold (SQuAD v2, run_qa's rule).
-        keep: the most candidates that an answer lists, at least 1; None lists all of the n_best.
-            Probabilities stay those over all. The best span is always listed.
+        settings: as said there.
 
-    Returns:
+    Yields:
         One Answer per question, in the order of `ids`.
 
     Raises:
         ValueError: question_N is not ascending, a question has no window, lengths do not agree.
     """
-    found = stream_answers(
-        spans,
-        question_N,
-        segments_N2=segments_N2,
-        chars_T2=chars_T2,
-        ids=ids,
-        contexts=contexts,
-        n_best=n_best,
-        null_threshold=null_threshold,
-        mode=mode,
-        keep=keep,
-    )
-    return list(found)
-
-
-def stream_answers(
-    spans: BestSpans,
-    question_N: np.ndarray,
-    *,
-    segments_N2: np.ndarray,
-    chars_T2: np.ndarray,
-    ids: Sequence[str],
-    contexts: Sequence[str],
-    n_best: int = 20,
-    null_threshold: float | None = None,
-    mode: Mode = "exact",
-    keep: int | None = None,
-) -> Iterator[Answer]:
-    """As `answers`, one after the other: a few thousand questions are in memory at a time."""
     num, spans = len(ids), spans.cpu()
-    question_N, segments_N2 = np.asarray(question_N), np.asarray(segments_N2)
-    if not len(question_N) == len(segments_N2) == len(spans.score_NK) or len(contexts) != num:
+    question_N, offset_N = np.asarray(question_N), np.asarray(offset_N)
+    if not len(question_N) == len(offset_N) == len(spans.score_NK) or len(contexts) != num:
         raise ValueError("the arrays hold different numbers of windows or of questions")
-    if n_best < 1 or (keep is not None and keep < 1):
-        raise ValueError("n_best and keep, the spans to keep per question, must be at least 1")
+    if settings.n_best < 1 or (settings.n_listed is not None and settings.n_listed < 1):
+        raise ValueError("n_best and n_listed, spans of a question, must be at least 1")
     steps = np.diff(question_N.astype(np.int64), prepend=-1, append=num)
     if steps[0] != 1 or steps[-1] != 1 or not np.isin(steps, (0, 1)).all():
         raise ValueError("question_N must be ascending and name every question at least once")
-    chars_T2 = np.asarray(chars_T2)
-
-    def groups() -> Iterator[Answer]:
-        for first in range(0, num, _QUESTIONS):
-            last = min(first + _QUESTIONS, num)
-            low, high = np.searchsorted(question_N, [first, last])
-            yield from _merged(
-                spans[low:high],
-                question_N[low:high] - first,
-                segments_N2[low:high, 0],
-                chars_T2,
-                ids[first:last],
-                contexts[first:last],
-                n_best,
-                null_threshold,
-                mode,
-                keep,
-            )
-
-    return groups()
+    for first in range(0, num, _QUESTIONS):
+        last = min(first + _QUESTIONS, num)
+        low, high = np.searchsorted(question_N, [first, last])
+        yield from _merge_some(
+            spans[low:high],
+            question_N[low:high] - first,
+            offset_N[low:high],
+            np.asarray(chars_T2),
+            ids[first:last],
+            contexts[first:last],
+            settings,
+        )
 
 
 @_collector_paused()
-def _merged(
+def _merge_some(
     spans: BestSpans,
     question_N: np.ndarray,
     offset_N: np.ndarray,
     chars_T2: np.ndarray,
     ids: Sequence[str],
     contexts: Sequence[str],
-    n_best: int,
-    null_threshold: float | None,
-    mode: Mode,
-    keep: int | None,
+    settings: MergeSettings,
 ) -> list[Answer]:
-    # `answers` of a few questions, all of it checked.
+    """`merge_answers` of a few questions, all of it checked."""
     num = len(ids)
-    score_NK, null_N = spans.score_NK.numpy(), spans.null_score_N.numpy()
+    found_Q, question_C, logit_C, *places = _ranked(
+        spans, question_N, offset_N, chars_T2, num, settings
+    )
+    start_C, end_C, window_C = places
+    first_Q = np.searchsorted(question_N, np.arange(num))
+    null_N = spans.null_score_N.numpy()
+    null_Q = np.minimum.reduceat(null_N, first_Q)
+    least_N = np.flatnonzero(null_N == null_Q[question_N])
+    null_window_Q = least_N[np.searchsorted(question_N[least_N], np.arange(num))] - first_Q
+    above_null_Q = np.bincount(question_C[logit_C >= null_Q[question_C]], minlength=num)
+    may_be_empty = settings.null_threshold is not None
+    share_C, null_share_Q = _softmax(
+        logit_C, question_C, null_Q if may_be_empty else np.full(num, NEVER)
+    )
+    columns = question_C, share_C, logit_C, start_C, end_C, window_C - first_Q[question_C]
+    if settings.n_listed is not None and settings.mode == "exact":
+        # The best has text: no later one is needed.
+        listed_C = _place_in_group(question_C) < settings.n_listed
+        columns = tuple(column_C[listed_C] for column_C in columns)
+    question_C, *columns = columns
+
+    rows = zip(*(column_C.tolist() for column_C in (question_C, *columns[2:4])), strict=True)
+    texts = [contexts[question][start:end] for question, start, end in rows]
+    candidates = list(map(Candidate, texts, *(column_C.tolist() for column_C in columns)))
+    bounds = np.searchsorted(question_C, np.arange(num + 1)).tolist()
+    several = (np.minimum(found_Q, settings.n_best) > 1).tolist()
+    null_columns = null_Q, null_share_Q, null_window_Q, above_null_Q
+    nulls = zip(*(column.tolist() for column in null_columns), strict=True)
+    return [
+        _answer(id, tuple(candidates[low:high]), null, many, settings)
+        for id, low, high, null, many in zip(
+            ids, bounds[:-1], bounds[1:], nulls, several, strict=True
+        )
+    ]
+
+
+def _ranked(
+    spans: BestSpans,
+    question_N: np.ndarray,
+    offset_N: np.ndarray,
+    chars_T2: np.ndarray,
+    num: int,
+    settings: MergeSettings,
+) -> tuple[np.ndarray, ...]:
+    """Spans found of each question; of its n_best best ones, best first: question, logit, start,
+    end, window."""
+    score_NK = spans.score_NK.numpy()
     window_C, rank_C = np.nonzero(score_NK > NEVER)
     logit_C, question_C = score_NK[window_C, rank_C], question_N[window_C]
     offset_C = offset_N[window_C]
     start_C = chars_T2[offset_C + spans.start_NK.numpy()[window_C, rank_C], 0]
     end_C = chars_T2[offset_C + spans.end_NK.numpy()[window_C, rank_C], 1]
     found_Q = np.bincount(question_C, minlength=num)
-    if mode == "exact":
+    if settings.mode == "exact":
         order_C = np.lexsort((window_C, end_C, start_C, -logit_C, question_C))
         order_C = order_C[(end_C > start_C)[order_C]]
     else:
         order_C = np.lexsort((-logit_C, question_C))  # stable
     order_C = order_C[_is_first(question_C[order_C], start_C[order_C], end_C[order_C])]
-    order_C = order_C[_place_in_group(question_C[order_C]) < n_best]
-    logit_C, question_C, window_C = logit_C[order_C], question_C[order_C], window_C[order_C]
-    start_C, end_C = start_C[order_C], end_C[order_C]
+    order_C = order_C[_place_in_group(question_C[order_C]) < settings.n_best]
+    columns = question_C, logit_C, start_C, end_C, window_C
+    return found_Q, *(column_C[order_C] for column_C in columns)
 
-    first_Q = np.searchsorted(question_N, np.arange(num))
-    null_Q = np.minimum.reduceat(null_N, first_Q)
-    least_N = np.flatnonzero(null_N == null_Q[question_N])
-    null_window_Q = least_N[np.searchsorted(question_N[least_N], np.arange(num))] - first_Q
-    above_null_Q = np.bincount(question_C[logit_C >= null_Q[question_C]], minlength=num)
-    share_C, null_share_Q = _softmax(
-        logit_C, question_C, null_Q if null_threshold is not None else np.full(num, NEVER)
-    )
-    columns = question_C, share_C, logit_C, start_C, end_C, window_C - first_Q[question_C]
-    if keep is not None and mode == "exact":  # the best has text: no later one is needed
-        kept_C = _place_in_group(question_C) < keep
-        columns = tuple(column_C[kept_C] for column_C in columns)
-    question_C, *columns = columns
 
-    places = zip(*(column_C.tolist() for column_C in (question_C, *columns[2:4])), strict=True)
-    texts = [contexts[question][start:end] for question, start, end in places]
-    candidates = list(map(Candidate, texts, *(column_C.tolist() for column_C in columns)))
-    nothing = _nothing(mode)
-    bounds = np.searchsorted(question_C, np.arange(num + 1)).tolist()
-    found = np.minimum(found_Q, n_best).tolist()
-    result = []
-    null_columns = null_Q, null_share_Q, null_window_Q, above_null_Q
-    nulls = zip(*(column.tolist() for column in null_columns), strict=True)
-    for question, (null_score, null_share, null_window, above) in enumerate(nulls):
-        listed = tuple(candidates[bounds[question] : bounds[question + 1]])
-        best = next((candidate for candidate in listed if candidate.text), nothing)
-        span, null_difference = best, null_score - best.logit
-        if null_threshold is not None:
-            null = Candidate("", null_share, null_score, 0, 0, null_window)
-            if above <= len(listed):
-                listed = (*listed[:above], null, *listed[above:])
-            best = null if null_difference > null_threshold else best
-        elif listed and found[question] > 1:
-            # run_qa does answer with a token without characters, unless it is the only candidate.
-            best = listed[0]
-        if keep is not None and len(listed) > keep:
-            listed = listed[:keep] if span in (nothing, *listed[:keep]) else (*listed[:keep], span)
-        chosen = best.text, best.score, best.start, best.end, best.window
-        nullness = null_score, null_share, null_difference, null_window
-        result.append(Answer(ids[question], *chosen, *nullness, listed))
-    return result
+def _answer(
+    id: str,
+    listed: tuple[Candidate, ...],
+    null: tuple[float, float, int, int],
+    many: bool,
+    settings: MergeSettings,
+) -> Answer:
+    """The answer out of a question's candidates, `many` where more than one span was found; `null`
+    is score, probability and window of no answer, and how many candidates are not below it."""
+    null_score, null_share, null_window, above = null
+    nothing = _NOTHING[settings.mode]
+    best = next((candidate for candidate in listed if candidate.text), nothing)
+    span, null_difference = best, null_score - best.logit
+    if settings.null_threshold is not None:
+        empty = Candidate("", null_share, null_score, 0, 0, null_window)
+        if above <= len(listed):
+            listed = (*listed[:above], empty, *listed[above:])
+        best = empty if null_difference > settings.null_threshold else best
+    elif listed and many:
+        # run_qa does answer with a token without characters, unless it is the only candidate.
+        best = listed[0]
+    most = settings.n_listed
+    if most is not None and len(listed) > most:
+        listed = listed[:most] if span in (nothing, *listed[:most]) else (*listed[:most], span)
+    chosen = best.text, best.score, best.start, best.end, best.window
+    return Answer(id, *chosen, null_score, null_share, null_difference, null_window, listed)
 
 
 def _is_first(*keys_C: np.ndarray) -> np.ndarray:

@@ -19,14 +19,14 @@ from runner.data.dataset import Example
 from runner.data.sampler import score_batches
 from runner.data.windows import Windows
 from runner.distributed.collectives import gather_to_main
-from runner.eval.answers import Answer, BestSpans, answers, join, search
+from runner.eval.answers import Answer, BestSpans, MergeSettings, join, merge_answers, search
 from runner.job.schema import Score
-from runner.model.forward import Read, Reader, token_accuracy
+from runner.model.forward import SpanLogits, SpanModel
 from runner.utils.console import Step
 from runner.utils.ranks import Rank
 
 BLOCK_WINDOWS = 32_768  # windows whose candidates are in memory together
-# Devices whose memory is tried before training. On a CPU a rehearsal would cost seconds, where
+# Devices whose memory is tried before training. On a CPU a dry run would cost seconds, where
 # scoring, which keeps no activations, has more room than a step.
 DRY_RUN_DEVICES = ("cuda",)
 
@@ -51,138 +51,137 @@ class Predictions:
     seconds: float
 
 
-@torch.no_grad()
 def predict_windows(
-    reader: Reader,
+    model: SpanModel,
     windows: Windows,
     examples: Sequence[Example],
     score: Score,
     rank: Rank,
     *,
     unanswerable: bool,
-    keep: int | None = None,
+    n_listed: int | None = None,
     step: Step | None = None,
 ) -> Predictions | None:
     """Run the model over all windows and find each question's answer.
 
-    Every rank must call this; only rank 0 gets the result. Candidate spans are kept for a block of
-    windows at a time, so that memory grows with the answers alone.
+    Every rank must call this; only rank 0 gets the result. Candidate spans are in memory for a
+    block of windows at a time, so that memory grows with the answers alone.
 
     Args:
-        reader: the model and how to feed it.
+        model: the model and how to feed it.
         windows, examples: a data set.
         score: n-best, answer length, null threshold, windows per batch.
         rank: this process's.
         unanswerable: whether "" may be an answer.
-        keep: the most candidates that an answer lists; None lists all of the n-best.
-        step: told of each batch.
+        n_listed: the most candidates that an answer lists; None lists all of the n-best.
+        step: called with the number of batches done.
     """
     began = time.monotonic()
-    was_training = reader.model.training
-    reader.model.eval()
+    threshold = score.null_threshold if unanswerable else None
+    settings = MergeSettings(score.n_best, threshold, score.mode, n_listed)
     totals_4 = torch.zeros(4, dtype=torch.float64)  # loss, then start, end, span
     found: list[Answer] = []
     done = 0
-    for rows in _blocks(windows.questions_N):
-        parts: list[tuple[np.ndarray, BestSpans]] = []
-        block_4 = torch.zeros(4, dtype=torch.float64, device=reader.device)
-        batches = score_batches(windows.lengths_N[rows], score.batch_size, rank.index, rank.world)
-        for batch, read in _read_ahead(reader, windows, rows.start, batches):
-            if read.counted:
-                block_4 += _right(read)
-                spans = _candidates(read, windows, rows.start + batch, score)
-                # Kept in main memory, candidates only: the device holds few batches at a time.
-                parts.append((batch, spans.cpu()))
-            done += 1
-            if step is not None:
-                step(done)
-        mine = block_4.cpu(), parts
-        everything = gather_to_main(mine) if rank.world > 1 else [mine]
-        if everything is None:
-            continue
-        totals_4 += sum(totals for totals, _ in everything)
-        first, last = windows.questions_N[rows][[0, -1]]
-        found += answers(
-            _in_order([part for _, parts in everything for part in parts]),
-            question_N=windows.questions_N[rows] - first,
-            # The context's token at position p of window n has its characters in row
-            # chars_firsts_N[n] + p.
-            segments_N2=np.stack([windows.chars_firsts_N[rows], windows.lengths_N[rows]], axis=1),
-            chars_T2=windows.chars_C2,
-            ids=[e.id for e in examples[first : last + 1]],
-            contexts=[e.context for e in examples[first : last + 1]],
-            n_best=score.n_best,
-            null_threshold=score.null_threshold if unanswerable else None,
-            mode=score.mode,
-            keep=keep,
-        )
-    reader.model.train(was_training)
+    with model.evaluating():
+        for rows in _blocks(windows.questions_N):
+            parts: list[tuple[np.ndarray, BestSpans]] = []
+            block_4 = torch.zeros(4, dtype=torch.float64, device=model.loader.device)
+            lengths_N = windows.lengths_N[rows]
+            batches = score_batches(lengths_N, score.batch_size, rank.index, rank.world)
+            for batch, logits in _read_ahead(model, windows, rows.start, batches):
+                if logits.batch.counted:
+                    block_4 += _sums(logits)
+                    # In main memory, candidates only: the device holds few batches at a time.
+                    parts.append((batch, _best_spans(logits, windows, score).cpu()))
+                done += 1
+                if step is not None:
+                    step(done)
+            mine = block_4.cpu(), parts
+            everything = gather_to_main(mine) if rank.world > 1 else [mine]
+            if everything is not None:
+                totals_4 += sum(totals for totals, _ in everything)
+                spans = _in_order([part for _, parts in everything for part in parts])
+                found += _block_answers(spans, windows, rows, examples, settings)
     if not rank.is_main:
         return None
-    loss, *right_3 = (totals_4 / max(1, len(windows))).tolist()
+    loss, start, end, span = (totals_4 / max(1, len(windows))).tolist()
     return Predictions(
-        loss=loss,
-        start_accuracy=100 * right_3[0],
-        end_accuracy=100 * right_3[1],
-        span_accuracy=100 * right_3[2],
-        answers=tuple(found),
-        seconds=time.monotonic() - began,
+        loss, 100 * start, 100 * end, 100 * span, tuple(found), time.monotonic() - began
+    )
+
+
+def _block_answers(
+    spans: BestSpans,
+    windows: Windows,
+    rows: slice,
+    examples: Sequence[Example],
+    settings: MergeSettings,
+) -> Iterator[Answer]:
+    first, last = windows.questions_N[rows][[0, -1]]
+    questions = examples[first : last + 1]
+    return merge_answers(
+        spans,
+        windows.questions_N[rows] - first,
+        windows.chars_firsts_N[rows],
+        windows.chars_C2,
+        [example.id for example in questions],
+        [example.context for example in questions],
+        settings,
     )
 
 
 def batch_count(windows: Windows, batch_size: int) -> int:
-    """How many batches `read_windows` reads in a process alone."""
+    """How many batches `predict_windows` runs in a process alone."""
     blocks = _blocks(windows.questions_N)
     return sum(-(-(rows.stop - rows.start) // batch_size) for rows in blocks)
 
 
-@torch.no_grad()
-def dry_run(reader: Reader, windows: Windows, score: Score) -> None:
-    """Read the batch that needs the most memory and search it, for nothing: what does not fit fails
+def dry_run(model: SpanModel, windows: Windows, score: Score) -> None:
+    """Run the batch that needs the most memory and search it, for nothing: what does not fit fails
     before training, not after its first epoch. On a CPU nothing is tried. Every rank must call
     this."""
     batches = score_batches(windows.lengths_N, score.batch_size, 0, 1)
-    if not batches or reader.device.type not in DRY_RUN_DEVICES:
+    if not batches or model.loader.device.type not in DRY_RUN_DEVICES:
         return
-    was_training = reader.model.training
-    reader.model.eval()
-    read = reader.read(windows, batches[0])
-    _right(read)
-    _candidates(read, windows, batches[0], score)
-    reader.model.train(was_training)
+    with model.evaluating():
+        logits = model(model.batch(windows, batches[0]))
+        _sums(logits)
+        _best_spans(logits, windows, score)
 
 
 def _read_ahead(
-    reader: Reader, windows: Windows, first: int, batches: Sequence[np.ndarray]
-) -> Iterator[tuple[np.ndarray, Read]]:
-    """Read batch after batch of the windows from `first` on. The next one is assembled and sent
-    while the device is at work on this one: the search for its spans waits for the device."""
-    upcoming = reader.prepare(windows, first + batches[0]) if batches else None
+    model: SpanModel, windows: Windows, first: int, batches: Sequence[np.ndarray]
+) -> Iterator[tuple[np.ndarray, SpanLogits]]:
+    """Run the model over batch after batch of the windows from `first` on. The next one is
+    assembled and sent while the device is at work on this one: the search for its spans waits for
+    the device."""
+    upcoming = model.batch(windows, first + batches[0]) if batches else None
     for number, batch in enumerate(batches, 1):
         if upcoming is None:
             raise AssertionError("each batch is prepared before the one ahead of it is given")
-        read = reader.run(upcoming)
+        logits = model(upcoming)
         left = batches[number : number + 1]
-        upcoming = reader.prepare(windows, first + left[0]) if left else None
-        yield batch, read
+        upcoming = model.batch(windows, first + left[0]) if left else None
+        yield batch, logits
 
 
-def _candidates(read: Read, windows: Windows, rows: np.ndarray, score: Score) -> BestSpans:
+def _best_spans(logits: SpanLogits, windows: Windows, score: Score) -> BestSpans:
     """The best spans of a batch, on its device."""
+    rows_B = logits.batch.rows_B
     return search(
-        read.logits_T2,
-        read.segments_B2,
-        torch.from_numpy(windows.contexts_N2[rows]),
+        logits.logits_T2,
+        logits.batch.segments_B2,
+        torch.from_numpy(windows.contexts_N2[rows_B]),
         n_best=score.n_best,
         max_answer_length=score.max_answer_length,
         mode=score.mode,
-        cls_N=torch.from_numpy(windows.cls_N[rows]),
+        cls_N=torch.from_numpy(windows.cls_N[rows_B]),
     )
 
 
 def _blocks(questions_N: np.ndarray) -> Iterator[slice]:
-    """Cut windows into blocks that hold whole questions, at most `BLOCK` windows each where no
-    question has more."""
+    """Cut windows into blocks of whole questions, `BLOCK_WINDOWS` at most where no question has
+    more."""
     first = 0
     while first < len(questions_N):
         last = min(first + BLOCK_WINDOWS, len(questions_N))
@@ -197,11 +196,11 @@ def _blocks(questions_N: np.ndarray) -> Iterator[slice]:
         first = last
 
 
-def _right(read: Read) -> Tensor:
-    """Sums over a batch: loss in nats, windows whose start, end, both are right; float64 [4]."""
-    loss = reference_span_loss(read.logits_T2, read.segments_B2, read.starts_B, read.ends_B)
-    right_3 = token_accuracy(read)
-    return torch.cat([loss[None] * read.counted, right_3]).double()
+def _sums(logits: SpanLogits) -> Tensor:
+    """Over a batch: loss in nats, windows whose start, end, both are right; float64 [4]."""
+    batch = logits.batch
+    loss = reference_span_loss(logits.logits_T2, batch.segments_B2, batch.starts_B, batch.ends_B)
+    return torch.cat([loss[None] * batch.counted, logits.accuracy()]).double()
 
 
 def _in_order(parts: Sequence[tuple[np.ndarray, BestSpans]]) -> BestSpans:

@@ -16,7 +16,7 @@ import torch
 from runner.data.dataset import Example
 from runner.data.windows import Windows
 from runner.errors import RunnerError
-from runner.model.forward import Reader
+from runner.model.forward import SpanModel
 from runner.utils.signals import children_ignore_signals
 
 CHECKED_WINDOWS = 8
@@ -38,17 +38,15 @@ _RANK_VARIABLES = (
 )
 
 
-@torch.no_grad()
-def own_logits(reader: Reader, windows: Windows) -> list[np.ndarray]:
+def own_logits(model: SpanModel, windows: Windows) -> list[np.ndarray]:
     """Logits [L, 2] of the first few windows, one window a pass, as float32. Every rank must call
     this."""
-    was_training = reader.model.training
-    reader.model.eval()
     logits = []
-    for row in range(min(CHECKED_WINDOWS, len(windows))):
-        read = reader.read(windows, np.array([row]))
-        logits.append(read.logits_T2[: int(windows.lengths_N[row])].float().cpu().numpy())
-    reader.model.train(was_training)
+    with model.evaluating():
+        for row in range(min(CHECKED_WINDOWS, len(windows))):
+            found = model(model.batch(windows, np.array([row])))
+            length = int(windows.lengths_N[row])
+            logits.append(found.logits_T2[:length].float().cpu().numpy())
     return logits
 
 

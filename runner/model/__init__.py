@@ -7,5 +7,5 @@
 - `loss`: which kernel computes the span loss
 - `attention`: attention of packed windows
 - `dropout`: dropout masks on a CPU
-- `frozen`: frozen layers' outputs, kept
+- `frozen`: frozen layers' outputs, cached
 """

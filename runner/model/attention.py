@@ -1,8 +1,8 @@
 """Attention over windows packed end to end, each token seeing the tokens of its own window alone.
 
-Registered with transformers under NAME, so that a model's own layers run unchanged on a batch
-[1, T]; no mask is ever made. On a GPU it is PyTorch's flash attention over the windows' bounds,
-with dropout where the model has it; on a CPU each window by itself.
+Registered with transformers under PACKED_ATTENTION, so that a model's own layers run unchanged on a
+batch [1, T]; no mask is ever made. On a GPU it is PyTorch's flash attention over the windows'
+bounds, with dropout where the model has it; on a CPU each window by itself.
 
 Legend: T tokens of the batch, H heads, D width of a head, S windows (segments), L tokens of one.
 """
@@ -103,7 +103,7 @@ def _each_window(
     dropout: float,
 ) -> Tensor:
     if dropout > 0.0 and isinstance(drop := module.get_submodule("dropout"), CpuDropout):
-        inputs = (query_THD, key_THD, value_THD, ends, scale, dropout, drop.noise)
+        inputs = (query_THD, key_THD, value_THD, ends, scale, dropout, drop.masks)
         return _CpuAttention.apply(*inputs)  # type: ignore[return-value]
     parts = []
     for low, high in pairwise(ends):
@@ -136,10 +136,10 @@ class _CpuAttention(torch.autograd.Function):
         ends: tuple[int, ...],
         scale: float,
         dropout: float,
-        noise: DropoutMasks,
+        dropout_masks: DropoutMasks,
     ) -> Tensor:
         out_THD = torch.empty_like(query_THD, memory_format=torch.contiguous_format)
-        keep = keep_scale(dropout)
+        keep_factor = keep_scale(dropout)
         probabilities: list[Tensor] = []
         masks: list[np.ndarray] = []
         for low, high in pairwise(ends):
@@ -147,13 +147,13 @@ class _CpuAttention(torch.autograd.Function):
                 x[low:high].transpose(0, 1) for x in (query_THD, key_THD, value_THD)
             )
             weights_HLL = torch.softmax((query * scale) @ key.transpose(1, 2), dim=-1)
-            kept_HLL = noise.keep_mask(weights_HLL.shape, dropout)
-            out = masked(weights_HLL, kept_HLL) @ value
-            torch.mul(out.transpose(0, 1), keep, out=out_THD[low:high])
+            keep_HLL = dropout_masks.keep_mask(weights_HLL.shape, dropout)
+            out = masked(weights_HLL, keep_HLL) @ value
+            torch.mul(out.transpose(0, 1), keep_factor, out=out_THD[low:high])
             probabilities.append(weights_HLL)
-            masks.append(kept_HLL)
+            masks.append(keep_HLL)
         ctx.save_for_backward(query_THD, key_THD, value_THD, out_THD, *probabilities)
-        ctx.masks, ctx.ends, ctx.scale, ctx.keep = masks, ends, scale, keep
+        ctx.masks, ctx.ends, ctx.scale, ctx.keep_factor = masks, ends, scale, keep_factor
         return out_THD
 
     @staticmethod
@@ -161,17 +161,17 @@ class _CpuAttention(torch.autograd.Function):
         query_THD, key_THD, value_THD, out_THD, *probabilities = ctx.saved_tensors
         grad_THD = grads[0]
         spread_TH1 = (grad_THD * out_THD).sum(-1, keepdim=True)
-        grad_THD = grad_THD * ctx.keep
+        grad_THD = grad_THD * ctx.keep_factor
         found = [torch.empty_like(out_THD) for _ in range(3)]
-        for (low, high), weights_HLL, kept_HLL in zip(
+        for (low, high), weights_HLL, keep_HLL in zip(
             pairwise(ctx.ends), probabilities, ctx.masks, strict=True
         ):
             query, key, value, grad, spread = (
                 x[low:high].transpose(0, 1)
                 for x in (query_THD, key_THD, value_THD, grad_THD, spread_TH1)
             )
-            value_grad = masked(weights_HLL, kept_HLL).transpose(1, 2) @ grad
-            scores_HLL = masked(grad @ value.transpose(1, 2), kept_HLL)
+            value_grad = masked(weights_HLL, keep_HLL).transpose(1, 2) @ grad
+            scores_HLL = masked(grad @ value.transpose(1, 2), keep_HLL)
             scores_HLL.sub_(spread).mul_(weights_HLL)
             products = (scores_HLL @ key, scores_HLL.transpose(1, 2) @ query, value_grad)
             for place, product, factor in zip(

@@ -25,7 +25,7 @@ class DropoutMasks:
     """The source of all masks of one rank.
 
     A resumed run draws the masks of an uninterrupted one: nothing depends on what was drawn before
-    the last `restart`, which seeds torch's generators too, for what draws from them.
+    the last `reseed`, which seeds torch's generators too, for what draws from them.
     """
 
     def __init__(self, seed: int, rank: int) -> None:
@@ -51,44 +51,44 @@ def keep_scale(p: float) -> float:
     return _LEVELS / (_LEVELS - _threshold(p))
 
 
-def masked(values: Tensor, kept: np.ndarray) -> Tensor:
+def masked(values: Tensor, keep: np.ndarray) -> Tensor:
     """A copy of contiguous CPU `values` with zeros where they are not kept."""
     if values.dtype == torch.float32:
-        return torch.from_numpy(np.multiply(values.numpy(), kept))
+        return torch.from_numpy(np.multiply(values.numpy(), keep))
     if values.element_size() == 2:  # numpy has no bfloat16: times 1 or 0, the bits stay or vanish
-        return torch.from_numpy(np.multiply(values.view(torch.int16).numpy(), kept)).view(
+        return torch.from_numpy(np.multiply(values.view(torch.int16).numpy(), keep)).view(
             values.dtype
         )
-    return values * torch.from_numpy(kept)
+    return values * torch.from_numpy(keep)
 
 
 class CpuDropout(nn.Dropout):
-    """`nn.Dropout` with masks from a `Noise`."""
+    """`nn.Dropout` with masks from `DropoutMasks`."""
 
-    def __init__(self, p: float, noise: DropoutMasks) -> None:
+    def __init__(self, p: float, masks: DropoutMasks) -> None:
         super().__init__(p)
-        self.noise = noise
+        self.masks = masks
 
     def forward(self, input: Tensor) -> Tensor:
         """Drop elements of a CPU tensor of any shape while training."""
         if not self.training or self.p == 0.0:
             return input
-        return _Drop.apply(input, self.noise.keep_mask(input.shape, self.p), keep_scale(self.p))
+        return _Drop.apply(input, self.masks.keep_mask(input.shape, self.p), keep_scale(self.p))
 
 
 class _Drop(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, values: Tensor, kept: np.ndarray, scale: float) -> Tensor:
-        ctx.keep_mask, ctx.scale = kept, scale
-        return masked(values.contiguous(), kept).mul_(scale)
+    def forward(ctx: Any, values: Tensor, keep: np.ndarray, scale: float) -> Tensor:
+        ctx.keep, ctx.scale = keep, scale
+        return masked(values.contiguous(), keep).mul_(scale)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return masked(grads[0].contiguous(), ctx.keep_mask).mul_(ctx.scale), None, None
+        return masked(grads[0].contiguous(), ctx.keep).mul_(ctx.scale), None, None
 
 
-def install_dropout(model: nn.Module, noise: DropoutMasks) -> int:
-    """Let every `nn.Dropout` of a model draw from `noise`; returns how many there are.
+def install_dropout(model: nn.Module, masks: DropoutMasks) -> int:
+    """Let every `nn.Dropout` of a model draw from `masks`; returns how many there are.
 
     Weights and their names stay as they are.
     """
@@ -99,7 +99,7 @@ def install_dropout(model: nn.Module, noise: DropoutMasks) -> int:
         if type(child) is nn.Dropout
     ]
     for parent, name, p in found:
-        parent.register_module(name, CpuDropout(p, noise).train(parent.training))
+        parent.register_module(name, CpuDropout(p, masks).train(parent.training))
     return len(found)
 
 

@@ -1,8 +1,8 @@
-"""Frozen bottom layers: how far they reach, and their outputs kept for all windows.
+"""Frozen bottom layers: how far they reach, and their outputs cached for all windows.
 
 Autograd records nothing below the first trained weight, so frozen layers cost a forward pass only;
 with `model.cache_frozen` not even that: training and evaluation start above them. Their dropout is
-off then, or there would be nothing to keep.
+off then, or there would be nothing to cache.
 
 Legend: N windows of a data set, T tokens of a batch or of all windows end to end, B windows of a
 batch, L longest of them, D hidden width.
@@ -62,8 +62,8 @@ class FrozenLayers:
         return cls(base, stack, trained.index(True) if True in trained else len(trained))
 
     @contextmanager
-    def above(self, hidden: Tensor) -> Iterator[None]:
-        """Within it, the model takes `hidden` as the trunk's output: [1, T, D] or [B, L, D]."""
+    def replaced_by(self, hidden: Tensor) -> Iterator[None]:
+        """Within it, the model takes `hidden` as these layers' output: [1, T, D] or [B, L, D]."""
         given, upper = _Given(hidden), self.stack.layer[self.depth :]
         with (
             _replaced(self.base, embeddings=given, embeddings_project=nn.Identity()),
@@ -73,7 +73,7 @@ class FrozenLayers:
 
     @torch.no_grad()
     def outputs(self, inputs: dict[str, Any]) -> Tensor:
-        """The trunk's output for a model's inputs, without dropout: [1, T, D] or [B, L, D]."""
+        """These layers' output for a model's inputs, without dropout: [1, T, D] or [B, L, D]."""
         was_training = self.base.training
         self.base.eval()
         with _replaced(self.stack, layer=self.stack.layer[: self.depth]):
@@ -112,7 +112,7 @@ def _projects(base: Any) -> bool:
 
 @dataclass(frozen=True)
 class HiddenCache:
-    """The trunk's outputs for all windows of a data set.
+    """The frozen layers' outputs for all windows of a data set.
 
     Attributes:
         windows: whose.
@@ -124,8 +124,8 @@ class HiddenCache:
     hidden_TD: Tensor
     place: str
 
-    def put(self, rows: np.ndarray, hidden_TD: Tensor) -> None:
-        """Keep the outputs of the windows at `rows`, end to end."""
+    def write(self, rows: np.ndarray, hidden_TD: Tensor) -> None:
+        """Take the outputs of the windows at `rows`, end to end."""
         index_T = self._index(rows)
         self.hidden_TD.index_copy_(0, index_T, hidden_TD.to(self.hidden_TD))
 
@@ -149,30 +149,30 @@ def allocate(
     device: torch.device,
     folder: Path,
     rank: Rank,
-    agree: Callable[[Any], Any],
-    everyone: Callable[[str | None], Sequence[str | None]],
+    broadcast: Callable[[Any], Any],
+    all_gather: Callable[[str | None], Sequence[str | None]],
 ) -> HiddenCache | None:
-    """Find room for a store: on the GPU, else in memory, else on disk; None without any.
+    """Find room for a cache: on the GPU, else in memory, else on disk; None without any.
 
     The ranks of one machine share one copy, since each epoch deals windows to other ranks. Every
     rank must call this.
 
     Args:
-        windows: whose outputs are to be kept.
+        windows: whose outputs are to be cached.
         width: D.
         dtype: what the model computes in.
         device: where it runs.
         folder: where a file may be, should memory not do.
         rank: this one.
-        agree: gives rank 0's value to all ranks.
-        everyone: gives each rank's value to all ranks, which so wait for each other.
+        broadcast: gives rank 0's value to all ranks.
+        all_gather: gives each rank's value to all ranks, which so wait for each other.
 
     Raises:
         StorageError: on every rank, if the room that was found is gone on any machine.
     """
     tokens = len(windows.tokens_T)
     size = tokens * width * dtype.itemsize
-    place, name = agree((_place(size, device, folder, rank), uuid.uuid4().hex))
+    place, name = broadcast((_place(size, device, folder, rank), uuid.uuid4().hex))
     if place is None:
         return None
     if place == "GPU memory":
@@ -182,13 +182,13 @@ def allocate(
     # Named after the machine: `folder` may be one of several machines'.
     at = folder if place == "disk" else _SHARED_MEMORY
     path = at / f".spantune-{name}-{platform.node()}"
-    failures = everyone(_reserve(path, size) if rank.local == 0 else None)
+    failures = all_gather(_reserve(path, size) if rank.local == 0 else None)
     if any(failures):
         path.unlink(missing_ok=True)
         raise StorageError("; ".join(text for text in failures if text))
     with storage_errors(path):
         hidden = torch.from_file(str(path), shared=True, size=tokens * width, dtype=dtype)
-        everyone(None)
+        all_gather(None)
         if rank.local == 0:
             path.unlink()  # the mapping stays; nothing is left behind, however the run ends
     return HiddenCache(windows, hidden.view(tokens, width), place)
@@ -218,13 +218,13 @@ def _place(size: int, device: torch.device, folder: Path, rank: Rank) -> str | N
     return "disk" if size <= _SHARE_OF_FREE * shutil.disk_usage(folder).free else None
 
 
-def check_cacheable(trunk: FrozenLayers | None, zero_stage: int) -> FrozenLayers:
+def check_cacheable(frozen: FrozenLayers | None, zero_stage: int) -> FrozenLayers:
     """Refuse `model.cache_frozen` where there is nothing to cache.
 
     Raises:
         JobError: saying what is missing.
     """
-    if trunk is None or trunk.depth == 0:
+    if frozen is None or frozen.depth == 0:
         raise JobError(
             [
                 "model.cache_frozen: needs frozen embeddings and frozen first layers, such as"
@@ -235,4 +235,4 @@ def check_cacheable(trunk: FrozenLayers | None, zero_stage: int) -> FrozenLayers
         raise JobError(
             ["model.cache_frozen: needs zero.stage 0, 1 or 2; stage 3 shares out weights"]
         )
-    return trunk
+    return frozen

@@ -19,7 +19,7 @@ from span_kernels import (
 from torch import Tensor, nn
 
 from runner.errors import JobError, RunnerError
-from runner.model.forward import Read
+from runner.model.forward import SpanLogits
 
 # Share of the largest gradient by which a kernel may differ from plain PyTorch in the same dtype.
 LOSS_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
@@ -27,7 +27,7 @@ LOSS_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3
 
 @dataclass
 class SpanLoss:
-    """The span loss of a batch that the model has just read.
+    """The span loss of the batch that the model has just run over.
 
     Attributes:
         path: "fused head" (hidden states to loss), "fused logits", or "reference" (plain PyTorch).
@@ -49,20 +49,21 @@ class SpanLoss:
     def _remember(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         self._hidden_BLD = inputs[0]
 
-    def __call__(self, read: Read) -> Tensor:
+    def __call__(self, logits: SpanLogits) -> Tensor:
         """Mean loss in nats over the batch's windows, a scalar on its device.
 
         Raises:
             RunnerError: if the kernel disagrees with plain PyTorch on the run's first batch.
         """
-        labels = (read.segments_B2, read.starts_B, read.ends_B)
+        batch = logits.batch
+        labels = (batch.segments_B2, batch.starts_B, batch.ends_B)
         kernel: Any
         reference: Any
         inputs: tuple[Tensor, ...]
         if self.path == "reference":
-            return reference_span_loss(read.logits_T2, *labels)
+            return reference_span_loss(logits.logits_T2, *labels)
         if self.head is None:
-            inputs = (read.logits_T2,)
+            inputs = (logits.logits_T2,)
             kernel, reference = span_loss, reference_span_loss
         else:
             if self._hidden_BLD is None:

@@ -145,19 +145,19 @@ def assess(
         tuned = TunedThreshold(score.null_threshold, answering.tuned)
         score = in_use(score, answering.tuned.default)
     with progress("answering", batch_count(windows, score.batch_size)) as step:
-        readings = predict_windows(
-            predictor.reader,
+        predictions = predict_windows(
+            predictor.model,
             windows,
             dataset.examples,
             score,
             ALONE,
             unanswerable=v2,
-            keep=LISTED,
+            n_listed=LISTED,
             step=step,
         )
-    if readings is None:
+    if predictions is None:
         raise AssertionError("a process alone is its rank 0")
-    scores = evaluate(readings, dataset.examples, score, unanswerable=v2, seed=seed, tuned=tuned)
+    scores = evaluate(predictions, dataset.examples, score, unanswerable=v2, seed=seed, tuned=tuned)
     if not answering.unanswerable:
         scores = replace(scores, null_threshold=None)
     return scores, windows
@@ -241,7 +241,7 @@ def write_evaluation(
         unanswerable=scores.null_threshold is not None,
     )
     write_atomic(run.predictions, as_lines(records))
-    device = predictor.reader.device
+    device = predictor.model.loader.device
     name = (
         torch.cuda.get_device_name(device) if device.type == "cuda" else provenance.processor_name()
     )

@@ -31,7 +31,7 @@ from runner.data.windows import Windows, build_windows
 from runner.eval.answers import BestSpans, join, search
 from runner.job.inference import default_settings
 from runner.job.schema import Model
-from runner.model.forward import Read
+from runner.model.forward import SpanLogits
 from runner.model.load import ModelFiles, load_tokenizer
 from runner.predict.predictor import Predictor, locate_model
 from runner.predict.questions import GROUP
@@ -84,12 +84,12 @@ def pipeline(
         found = Predictor.load(model, revision=revision, device=place)
         if tokenizer is not None:
             found = Predictor(
-                found.reader.model,
+                found.model.engine,
                 tokenizer,
                 found.answering,
                 name=found.name,
                 location=found.location,
-                device=found.reader.device,
+                device=found.model.loader.device,
             )
     elif model is None or tokenizer is None:
         raise ValueError("give the model's name, or a loaded model and its tokenizer")
@@ -183,31 +183,31 @@ class QuestionAnsweringPipeline:
         parts: list[BestSpans] = []
         sums: list[torch.Tensor] = []
         order: list[np.ndarray] = []
-        batch_size = self.predictor.answering.score.batch_size
+        model, batch_size = self.predictor.model, self.predictor.answering.score.batch_size
         for rows in score_batches(windows.lengths_N, batch_size, 0, 1):
-            read = self.predictor.reader.read(windows, rows)
+            logits = model(model.batch(windows, rows))
             contexts_B2, cls_B = windows.contexts_N2[rows], windows.cls_N[rows]
             spans = search(
-                read.logits_T2,
-                read.segments_B2,
+                logits.logits_T2,
+                logits.batch.segments_B2,
                 torch.from_numpy(contexts_B2),
                 n_best=n_best,
                 max_answer_length=max_answer_len,
                 cls_N=torch.from_numpy(cls_B),
             )
             parts.append(spans.cpu())
-            sums.append(_log_sums(read, contexts_B2, cls_B))
+            sums.append(_log_sums(logits, contexts_B2, cls_B))
             order.append(rows)
         place_N = torch.from_numpy(np.concatenate(order)).argsort()
         spans, log_sum_N = join(parts)[place_N], torch.cat(sums)[place_N].numpy()
         return spans, log_sum_N, np.exp(spans.null_score_N.numpy() - log_sum_N)
 
 
-def _log_sums(read: Read, contexts_B2: np.ndarray, cls_B: np.ndarray) -> torch.Tensor:
+def _log_sums(logits: SpanLogits, contexts_B2: np.ndarray, cls_B: np.ndarray) -> torch.Tensor:
     """Log of the sum of exp(start) times that of exp(end) over the context and [CLS], float64 [B]:
     the old pipeline's two softmaxes."""
-    logits_T2, sums = read.logits_T2.detach().double().cpu(), []
-    rows = zip(read.segments_B2.tolist(), contexts_B2.tolist(), cls_B.tolist(), strict=True)
+    logits_T2, sums = logits.logits_T2.detach().double().cpu(), []
+    rows = zip(logits.batch.segments_B2.tolist(), contexts_B2.tolist(), cls_B.tolist(), strict=True)
     for (offset, _), (low, high), cls in rows:
         seen = torch.cat([logits_T2[offset + low : offset + high], logits_T2[offset + cls][None]])
         sums.append(seen.logsumexp(0).sum())

@@ -27,7 +27,7 @@ from runner.eval.predictions import listed, window_counts
 from runner.job.inference import InferenceSettings, read_settings
 from runner.job.schema import Model
 from runner.job.sources import is_hub_model
-from runner.model.forward import Reader, takes_segment_ids
+from runner.model.forward import SpanModel
 from runner.model.load import ModelFiles, load_finetuned, load_tokenizer
 from runner.predict.questions import GROUP
 from runner.run.folder import RunDir
@@ -103,7 +103,7 @@ class Predictor:
         location: the folder of its files, or its hub id.
         answering: windows, answer length, null threshold.
         default_threshold: null threshold that is neither tuned nor given here.
-        reader: the model on its device.
+        model: the model on its device, and how it is fed.
         tokenizer: the model's.
         listed: candidates that a prediction lists at most; probabilities are over all n-best.
     """
@@ -120,7 +120,6 @@ class Predictor:
         listed: int | None = None,
         default_threshold: float | None = None,
     ) -> None:
-        pad_id = tokenizer.pad_token_id
         self.name = name
         self.location = location
         self.answering = answering
@@ -129,13 +128,8 @@ class Predictor:
         )
         self.tokenizer = tokenizer
         self.listed = listed
-        self.reader = Reader(
-            model=model.to(device).eval(),  # pyright: ignore[reportArgumentType]
-            device=device,
-            pad_id=pad_id if isinstance(pad_id, int) else 0,
-            segment_ids=takes_segment_ids(tokenizer),
-            multiple=8 if device.type == "cuda" else 1,
-        )
+        engine = model.to(device).eval()  # pyright: ignore[reportArgumentType]
+        self.model = SpanModel.of(engine, tokenizer, device)
 
     @classmethod
     def load(
@@ -215,19 +209,19 @@ class Predictor:
             return []
         answering = self.answering
         windows = build_windows(examples, self.tokenizer, answering.max_length, answering.stride)
-        readings = predict_windows(
-            self.reader,
+        found = predict_windows(
+            self.model,
             windows,
             examples,
             answering.score,
             ALONE,
             unanswerable=answering.unanswerable,
-            keep=self.listed,
+            n_listed=self.listed,
         )
-        if readings is None:
+        if found is None:
             raise AssertionError("a process alone is its rank 0")
         count_N, _ = window_counts(windows, len(examples))
-        rows = zip(questions, readings.answers, count_N.tolist(), strict=True)
+        rows = zip(questions, found.answers, count_N.tolist(), strict=True)
         return [self._prediction(*row) for row in rows]
 
     def stream(self, questions: Iterable[Question], group: int = GROUP) -> Iterator[Prediction]:
