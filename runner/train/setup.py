@@ -14,7 +14,6 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from runner.data.dataset import Example
-from runner.data.loader import make_resident
 from runner.data.sampler import score_batches
 from runner.data.splits import Split, load_splits, probe_examples
 from runner.data.windows import Windows, build_windows
@@ -26,7 +25,7 @@ from runner.distributed.watchdog import Watchdog
 from runner.errors import StorageError
 from runner.job.schema import BatchLayout, Job, Model, batch_layout
 from runner.model.dropout import DropoutMasks
-from runner.model.forward import Reader, fill_cache, takes_segment_ids
+from runner.model.forward import SpanModel, fill_cache
 from runner.model.freeze import freeze, optimiser_groups, parameter_table
 from runner.model.frozen import FrozenLayers, allocate
 from runner.model.load import ModelFiles, choose_precision, load_pretrained, load_tokenizer
@@ -58,7 +57,7 @@ class Session:
         computing: how the run computes.
         span_loss: which implementation of the loss.
         engine: DeepSpeed's, around the model.
-        reader: how the engine is fed.
+        model: the engine and how it is fed.
         kept: lines for the log on frozen layers' outputs that are kept.
     """
 
@@ -77,7 +76,7 @@ class Session:
     computing: ExecutionPlan
     span_loss: SpanLoss
     engine: Any
-    reader: Reader
+    model: SpanModel
     kept: Sequence[str]
 
     def described(self, job: Job) -> Iterator[str]:
@@ -150,20 +149,11 @@ def build_session(
             model, device, groups, job.train, config, total_steps, computing.optimiser
         )
     stop_if_asked(run)
-    pad_id = tokenizer.pad_token_id
-    reader = Reader(
-        model=engine,
-        device=device,
-        pad_id=pad_id if isinstance(pad_id, int) else 0,
-        segment_ids=takes_segment_ids(tokenizer),
-        multiple=8 if device.type == "cuda" else 1,
-        packing=computing.packing,
-        residents=make_resident(sets, device),
-    )
+    span_model = SpanModel.of(engine, tokenizer, device, computing.packing, sets)
     watch.progress_at("computing the frozen layers", bounded=False)
     with clock("frozen"):
-        reader, kept = cache_frozen_layers(
-            reader, computing.trunk, sets, job.score.batch_size, run.path, rank, between
+        span_model, kept = cache_frozen_layers(
+            span_model, computing.trunk, sets, job.score.batch_size, run.path, rank, between
         )
     return Session(
         tokenizer=tokenizer,
@@ -181,7 +171,7 @@ def build_session(
         computing=computing,
         span_loss=span_loss,
         engine=engine,
-        reader=reader,
+        model=span_model,
         kept=kept,
     )
 
@@ -192,21 +182,21 @@ def _files_and_tokenizer(section: Model) -> tuple[ModelFiles, PreTrainedTokenize
 
 
 def cache_frozen_layers(
-    reader: Reader,
+    model: SpanModel,
     trunk: FrozenLayers | None,
     sets: Sequence[Windows],
     batch_size: int,
     folder: Path,
     rank: Rank,
     between: Callable[[], None] = lambda: None,
-) -> tuple[Reader, list[str]]:
+) -> tuple[SpanModel, list[str]]:
     """Compute the trunk's outputs for whole data sets. Every rank must call this.
 
     They depend on the weights and on the data sets alone, so that a resumed run, which computes
     them anew, goes on with the same numbers.
 
     Args:
-        reader: reads with the engine.
+        model: runs the engine.
         trunk: whose outputs are kept; None keeps nothing.
         sets: training and validation windows.
         batch_size: windows per forward pass.
@@ -215,33 +205,34 @@ def cache_frozen_layers(
         between: called before each of this rank's batches; it may raise.
 
     Returns:
-        A reader that reads these windows from above the trunk, and lines for the log.
+        A model that begins above the frozen layers with these windows, and lines for the log.
 
     Raises:
         StorageError: if there is no room. Going on without would be another training: with dropout.
     """
     if trunk is None:
-        return reader, []
+        return model, []
     began = time.monotonic()
     dtype = next(trunk.base.parameters()).dtype
-    reader = dataclasses.replace(reader, trunk=trunk)
-    stores = []
+    model = dataclasses.replace(model, frozen=trunk)
+    caches = []
     for windows in sets:
         width = trunk.base.config.hidden_size
         size = len(windows.tokens_T) * width * dtype.itemsize / 2**30
-        store = allocate(windows, width, dtype, reader.device, folder, rank, broadcast, all_gather)
-        if store is None:
+        device = model.loader.device
+        cache = allocate(windows, width, dtype, device, folder, rank, broadcast, all_gather)
+        if cache is None:
             raise StorageError(
                 f"model.cache_frozen: {size:.1f} GiB of frozen layers' outputs fit neither into"
                 f" free memory nor below {folder}; set it to false, or train on fewer questions"
             )
         mine = score_batches(windows.lengths_N, batch_size, rank.local, rank.local_world)
-        fill_cache(reader, store, _asking(mine, between))
+        fill_cache(model, cache, _asking(mine, between))
         all_gather(None)  # the windows of one rank are read by others
-        stores.append((store, size))
-    held = ", ".join(f"{size:.2f} GiB in {store.place}" for store, size in stores)
+        caches.append((cache, size))
+    held = ", ".join(f"{size:.2f} GiB in {cache.place}" for cache, size in caches)
     line = f"outputs of frozen layers: {held}, computed in {time.monotonic() - began:.1f} s"
-    return dataclasses.replace(reader, stores=tuple(store for store, _ in stores)), [line]
+    return dataclasses.replace(model, hidden_caches=tuple(cache for cache, _ in caches)), [line]
 
 
 def _asking(batches: Iterable[np.ndarray], between: Callable[[], None]) -> Iterator[np.ndarray]:

@@ -36,7 +36,7 @@ from runner.export.verify import own_logits
 from runner.job.load import dump_job
 from runner.job.schema import BatchLayout, Job, Train, missed_expectation
 from runner.model.dropout import DropoutMasks
-from runner.model.forward import Reader, token_accuracy
+from runner.model.forward import SpanModel
 from runner.model.loss import SpanLoss
 from runner.report.plots import draw_curves
 from runner.run.folder import RunDir
@@ -171,7 +171,7 @@ def train_watched(
         trackers.log(table.stem, row)
 
     course = Course(
-        have.reader,
+        have.model,
         have.span_loss,
         training.windows,
         job.train,
@@ -201,7 +201,7 @@ def train_watched(
             # An epoch that is not scored is asked at the threshold of the last one that was.
             threshold = latest_threshold(run)
         readings = predict_windows(
-            have.reader,
+            have.model,
             have.probe_windows,
             have.probes,
             in_use(job.score, threshold),
@@ -219,13 +219,13 @@ def train_watched(
         if tuning is None:
             return None
         readings = predict_windows(
-            have.reader,
+            have.model,
             tuning.windows,
             tuning.dataset.examples,
             job.score,
             rank,
             unanswerable=True,
-            keep=1,
+            n_listed=1,
             step=lambda done, note="": boundary("the tuning of the null threshold"),
         )
         return None if readings is None else tune(readings, tuning.dataset, job.score)
@@ -252,7 +252,7 @@ def train_watched(
     with clock("evaluation"):
         for part in (validation, have.tuning):
             if part is not None:
-                dry_run(have.reader, part.windows, job.score)
+                dry_run(have.model, part.windows, job.score)
     while not progress.over:
         if progress.scored:
             progress.next_epoch()
@@ -279,13 +279,13 @@ def train_watched(
             continue
         with clock("evaluation"):
             readings = predict_windows(
-                have.reader,
+                have.model,
                 validation.windows,
                 validation.dataset.examples,
                 job.score,
                 rank,
                 unanswerable=job.data.unanswerable,
-                keep=LISTED,
+                n_listed=LISTED,
                 step=lambda done, note="": boundary("the scoring of the model"),
             )
         watch.progress_at(f"scoring after epoch {epoch}", bounded=False)
@@ -307,7 +307,7 @@ def train_watched(
         progress.scored, progress.over = True, verdict.stop or last
         if verdict.keep:
             state = gathered_state(have.engine, job.zero.stage)
-            logits = own_logits(have.reader, validation.windows)
+            logits = own_logits(have.model, validation.windows)
             if scores is not None:
                 kept = BestEvaluation(epoch, progress.step, scores, logits)
 
@@ -378,8 +378,8 @@ class Course:
     """What stays the same from epoch to epoch.
 
     Attributes:
-        reader: the engine and how to feed it.
-        span_loss: turns what it read into the loss.
+        model: the engine and how it is fed.
+        span_loss: turns its logits into the loss.
         windows: the training windows.
         section: the job's [train].
         seed: the job's seed, which decides the order.
@@ -393,7 +393,7 @@ class Course:
             may save, or end training by an exception.
     """
 
-    reader: Reader
+    model: SpanModel
     span_loss: SpanLoss
     windows: Windows
     section: Train
@@ -425,7 +425,7 @@ def train_epoch(course: Course, progress: Progress, follow: Step) -> None:
     Raises:
         DivergedError: if loss or gradients are no longer numbers, naming step and questions.
     """
-    course.reader.model.train()
+    course.model.engine.train()
     batches = epoch_batches(
         course.windows.lengths_N,
         course.section.batch_size,
@@ -440,14 +440,14 @@ def train_steps(
     course: Course, progress: Progress, batches: Sequence[np.ndarray], follow: Step
 ) -> None:
     """Train what is left of an epoch, whose optimiser steps see these windows; as `train_epoch`."""
-    engine, windows, layout = course.reader.model, course.windows, course.layout
+    engine, windows, layout = course.model.engine, course.windows, course.layout
     shares = [
         rank_passes(
             rows, course.rank.index, layout.world, layout.micro_batch_size, layout.micro_batches
         )
         for rows in batches[progress.done :]
     ]
-    prepared = course.reader.ahead(windows, itertools.chain(*shares))
+    prefetched = course.model.prefetch(windows, itertools.chain(*shares))
     began = time.monotonic()
     left = zip(batches[progress.done :], shares, strict=True)
     for done, (rows, mine) in enumerate(left, progress.done + 1):
@@ -456,18 +456,19 @@ def train_steps(
             # Dropout depends on the place in training alone, so that a resumed run repeats it.
             course.noise.reseed(progress.epoch, done, number)
             course.health.begin_pass(micro)
-            read = course.reader.run(next(prepared))
-            loss = course.span_loss(read)
+            logits = course.model(next(prefetched))
+            counted = logits.batch.counted
+            loss = course.span_loss(logits)
             # DeepSpeed averages over ranks and micro-batches; weighted so, a step's gradient is the
             # mean over its windows even where a short last batch leaves ranks with unequal shares.
-            engine.backward(loss * (read.counted * layout.world * layout.micro_batches / len(rows)))
+            engine.backward(loss * (counted * layout.world * layout.micro_batches / len(rows)))
             take_step(engine, step)
-            if read.counted:
-                right_3 = token_accuracy(read)
-                progress.sums_2 += torch.stack([loss.detach() * read.counted, right_3[2]])
-                progress.mine.windows += read.counted
+            if counted:
+                right_3 = logits.accuracy()
+                progress.sums_2 += torch.stack([loss.detach() * counted, right_3[2]])
+                progress.mine.windows += counted
                 progress.mine.tokens += int(windows.lengths_N[micro].sum())
-                progress.mine.slots += len(read.logits_T2)
+                progress.mine.slots += len(logits.logits_T2)
                 course.health.record(step, micro, loss)
         course.health.record_step(step, rows, engine.get_global_grad_norm())
         if course.clock.step_done():
