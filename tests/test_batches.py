@@ -8,7 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runner.data.collate import Packing, collate, packed_bounds, pad
+from runner.data.collate import Packing, collate, packed_bounds
+from runner.data.loader import pad
 from runner.data.sampler import epoch_batches, rank_passes, score_batches
 from runner.data.windows import Windows
 
@@ -211,18 +212,18 @@ def test_collate_and_pad_are_the_plain_loop(lengths_N, multiple, data):
         assert batch.tokens_T[offset : offset + len(tokens)].tolist() == tokens
         assert batch.types_T[offset : offset + len(tokens)].tolist() == types
         assert (batch.starts_B[b], batch.ends_B[b]) == (windows.starts_N[n], windows.ends_N[n])
-        assert padded.input_ids_BL[b].tolist() == tokens + [99_999] * fill
-        assert padded.types_BL[b].tolist() == types + [0] * fill
+        assert padded.ids_RL[b].tolist() == tokens + [99_999] * fill
+        assert padded.types_RL[b].tolist() == types + [0] * fill
         assert padded.segments_B2[b].tolist() == [b * longest, len(tokens)]
-        if padded.mask_BL is not None:
-            assert padded.mask_BL[b].tolist() == [1] * len(tokens) + [0] * fill
+        if padded.mask_RL is not None:
+            assert padded.mask_RL[b].tolist() == [1] * len(tokens) + [0] * fill
         offset += len(tokens)
     assert batch.counted == len(rows)
     assert batch.rows_B.tolist() == rows.tolist()
     assert len(batch.tokens_T) == offset
-    assert padded.input_ids_BL.shape == (len(rows), longest)
-    assert (padded.mask_BL is None) == (offset == len(rows) * longest)
-    tensors = (batch.tokens_T, batch.types_T, padded.input_ids_BL, padded.types_BL)
+    assert padded.ids_RL.shape == (len(rows), longest)
+    assert (padded.mask_RL is None) == (offset == len(rows) * longest)
+    tensors = (batch.tokens_T, batch.types_T, padded.ids_RL, padded.types_RL)
     assert {t.dtype for t in tensors} == {torch.int32}
     assert {t.dtype for t in (batch.segments_B2, batch.starts_B, batch.ends_B)} == {torch.int64}
 
@@ -234,7 +235,7 @@ def test_no_rows_become_the_shortest_window_without_labels():
     assert batch.tokens_T.tolist() == windows.tokens_T[9:12].tolist()
     assert batch.segments_B2.tolist() == [[0, 3]]
     assert (batch.starts_B.tolist(), batch.ends_B.tolist()) == ([-1], [-1])
-    assert pad(batch, 0).input_ids_BL.shape == (1, 3)
+    assert pad(batch, 0).ids_RL.shape == (1, 3)
 
 
 @pytest.mark.parametrize(("last", "fill"), [(15, 1), (16, 0), (17, 15)])

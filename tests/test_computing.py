@@ -10,11 +10,12 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from runner.data.collate import Bounds
+from runner.data.loader import WindowLoader
 from runner.errors import JobError, StorageError
 from runner.job.schema import Model, Zero
 from runner.model.attention import PACKED_ATTENTION
 from runner.model.dropout import CpuDropout, DropoutMasks
-from runner.model.forward import Reader
+from runner.model.forward import SpanModel
 from runner.model.freeze import freeze
 from runner.train.plan import choose_plan, compile_layers, encoder_layers
 from runner.train.setup import cache_frozen_layers
@@ -88,14 +89,14 @@ def test_a_gpu_compiles_long_jobs(tokens, monkeypatch):
 def test_compiled_layers_say_the_same_of_any_batch(family):
     model = model_of(family)
     computing = chosen(model)
-    reader = Reader(model, CPU, 0, family == "bert", 1, computing.packing)
+    fed = SpanModel(model, WindowLoader(CPU, 0, computing.packing), family == "bert")
     windows = windows_of((7, 1, 23, 12, 40))
     batches = [np.array([0, 2]), np.array([4]), np.array([3, 1, 2])]
-    before = [reader.read(windows, rows).logits_T2 for rows in batches]
+    before = [fed(fed.batch(windows, rows)).logits_T2 for rows in batches]
     compile_layers(model, backend="eager")
     assert len(encoder_layers(model)) == 2
     for rows, wanted in zip(batches, before, strict=True):
-        found = reader.read(windows, rows).logits_T2
+        found = fed(fed.batch(windows, rows)).logits_T2
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
         found.sum().backward()
     assert all(layer._compiled_call_impl is not None for layer in encoder_layers(model))
@@ -147,23 +148,23 @@ def test_frozen_layers_are_told_of_and_kept_on_demand(tmp_path):
     assert computing.trunk is not None
     assert "once" in computing.choices["frozen"][0]
     windows, validation = windows_of((7, 5, 9)), windows_of((4,), seed=1)
-    reader = Reader(model, CPU, 0, True, 1, computing.packing)
+    fed = SpanModel(model, WindowLoader(CPU, 0, computing.packing), True)
     alone = Rank(0, 1, 0, 1)
     found, lines = cache_frozen_layers(
-        reader, computing.trunk, (windows, validation), 2, tmp_path, alone
+        fed, computing.trunk, (windows, validation), 2, tmp_path, alone
     )
-    assert [store.windows for store in found.stores] == [windows, validation]
-    assert all(store.hidden_TD.abs().sum(1).all() for store in found.stores)
+    assert [cache.windows for cache in found.hidden_caches] == [windows, validation]
+    assert all(cache.hidden_TD.abs().sum(1).all() for cache in found.hidden_caches)
     assert "GiB in memory" in lines[0]
-    assert cache_frozen_layers(reader, None, (windows,), 2, tmp_path, alone) == (reader, [])
+    assert cache_frozen_layers(fed, None, (windows,), 2, tmp_path, alone) == (fed, [])
     batches = []
     cache_frozen_layers(
-        reader, computing.trunk, (windows,), 2, tmp_path, alone, lambda: batches.append(1)
+        fed, computing.trunk, (windows,), 2, tmp_path, alone, lambda: batches.append(1)
     )
     assert len(batches) == 2
     endless = dataclasses.replace(windows, tokens_T=np.broadcast_to(np.int32(0), 10**15))
     with pytest.raises(StorageError, match="fit neither"):
-        cache_frozen_layers(reader, computing.trunk, (endless,), 2, tmp_path, alone)
+        cache_frozen_layers(fed, computing.trunk, (endless,), 2, tmp_path, alone)
 
 
 def test_what_cannot_be_kept_is_refused():

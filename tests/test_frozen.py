@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from runner.data.collate import Packing
+from runner.data.loader import WindowLoader
 from runner.data.sampler import epoch_batches
 from runner.errors import JobError, StorageError
 from runner.model.attention import choose_packing
-from runner.model.forward import Reader, fill_cache
+from runner.model.forward import SpanModel, fill_cache
 from runner.model.freeze import freeze
 from runner.model.frozen import FrozenLayers, allocate, check_cacheable
 from runner.utils.ranks import Rank
@@ -41,7 +42,7 @@ def bottom(family: str, depth: str = "0") -> list[str]:
 
 def room(windows, width, folder):
     """Where a process alone keeps outputs of this width."""
-    alone = {"agree": lambda value: value, "everyone": lambda value: [value]}
+    alone = {"broadcast": lambda value: value, "all_gather": lambda value: [value]}
     return allocate(windows, width, torch.float32, CPU, folder, ALONE, **alone)
 
 
@@ -85,7 +86,7 @@ def test_reading_above_the_bottom_is_reading_all_of_it(family, layout, tmp_path)
     another batch the products of matrices are of another size and may add up in another order.)"""
     model = frozen_model(family).eval()
     packing = choose_packing("on", model, CPU, "fp32", 40)[0] if layout == "packed" else None
-    reader = Reader(model, CPU, 0, takes_types(family), 1, packing)
+    whole_model = SpanModel(model, WindowLoader(CPU, 0, packing), takes_types(family))
     windows = windows_of(LENGTHS)
     trunk = FrozenLayers.of(model)
     assert trunk is not None
@@ -95,11 +96,11 @@ def test_reading_above_the_bottom_is_reading_all_of_it(family, layout, tmp_path)
     assert store is not None
     assert store.place == "memory"
     batches = [np.array([4, 0, 2]), np.array([1, 5]), np.array([], dtype=np.int64), np.array([3])]
-    above = dataclasses.replace(reader, trunk=trunk, stores=(store,))
-    fill_cache(dataclasses.replace(reader, trunk=trunk), store, batches)
+    upper_model = dataclasses.replace(whole_model, frozen=trunk, hidden_caches=(store,))
+    fill_cache(dataclasses.replace(whole_model, frozen=trunk), store, batches)
     for rows in batches:
-        whole, upper = reader.read(windows, rows), above.read(windows, rows)
-        real = torch.cat([torch.arange(a, a + n) for a, n in whole.segments_B2.tolist()])
+        whole, upper = (part(part.batch(windows, rows)) for part in (whole_model, upper_model))
+        real = torch.cat([torch.arange(a, a + n) for a, n in whole.batch.segments_B2.tolist()])
         if len(rows):
             assert torch.equal(whole.logits_T2[real], upper.logits_T2[real])
         torch.testing.assert_close(whole.logits_T2[real], upper.logits_T2[real])
@@ -112,9 +113,8 @@ def test_reading_above_the_bottom_is_reading_all_of_it(family, layout, tmp_path)
         assert_same_gradients(*gradients)
     assert list(model.state_dict()) == names
     other = windows_of(LENGTHS, seed=1)
-    assert torch.equal(
-        reader.read(other, batches[0]).logits_T2, above.read(other, batches[0]).logits_T2
-    )
+    found = [part(part.batch(other, batches[0])) for part in (whole_model, upper_model)]
+    assert torch.equal(found[0].logits_T2, found[1].logits_T2)
 
 
 def test_the_bottom_is_computed_without_dropout_and_left_in_training(tmp_path):
@@ -127,7 +127,8 @@ def test_the_bottom_is_computed_without_dropout_and_left_in_training(tmp_path):
         torch.manual_seed(seed)
         store = room(windows, 32, tmp_path)
         assert store is not None
-        fill_cache(Reader(model, CPU, 0, True, 1, packing, trunk), store, [np.arange(6)])
+        fed = SpanModel(model, WindowLoader(CPU, 0, packing), True, trunk)
+        fill_cache(fed, store, [np.arange(6)])
         stores.append(store.hidden_TD)
     assert torch.equal(*stores)
     assert all(module.training for module in model.modules())
@@ -140,8 +141,8 @@ def test_frozen_layers_record_nothing_for_the_backward_pass():
     seen = []
     trunk.stack.layer[0].register_forward_hook(lambda *args: seen.append(args[-1].requires_grad))
     trunk.stack.layer[1].register_forward_hook(lambda *args: seen.append(args[-1].requires_grad))
-    reader = Reader(model, CPU, 0, True, 1, None)
-    reader.read(windows_of(LENGTHS), np.arange(3))
+    fed = SpanModel(model, WindowLoader(CPU, 0), True)
+    fed(fed.batch(windows_of(LENGTHS), np.arange(3)))
     assert seen == [False, True]
 
 
@@ -157,14 +158,14 @@ def test_ranks_of_one_machine_share_a_copy(tmp_path):
         CPU,
         tmp_path,
         rank,
-        agree=lambda choice: ("disk", choice[1]),
-        everyone=lambda value: waits.append([*tmp_path.iterdir()]) or [value],
+        broadcast=lambda choice: ("disk", choice[1]),
+        all_gather=lambda value: waits.append([*tmp_path.iterdir()]) or [value],
     )
     assert store is not None
     assert store.place == "disk"
     assert [len(files) for files in waits] == [1, 1]
     assert not [*tmp_path.iterdir()]
-    store.put(np.array([2, 0]), torch.ones(30, 4))
+    store.write(np.array([2, 0]), torch.ones(30, 4))
     assert torch.equal(store.get(np.array([0]), CPU), torch.ones(7, 4, dtype=torch.bfloat16))
     assert not store.get(np.array([1, 3]), CPU).any()
 
@@ -190,8 +191,8 @@ def test_room_that_is_gone_is_a_sentence_on_every_rank(tmp_path, monkeypatch, he
             CPU,
             tmp_path,
             Rank(0, 4, 0, 2),
-            agree=lambda choice: ("disk", choice[1]),
-            everyone=lambda text: [text, None] if here else [None, "there: No space left"],
+            broadcast=lambda choice: ("disk", choice[1]),
+            all_gather=lambda text: [text, None] if here else [None, "there: No space left"],
         )
     assert caught.value.exit_code == 74
     assert not [*tmp_path.iterdir()]
@@ -206,8 +207,8 @@ def test_the_room_is_taken_at_once(tmp_path):
         CPU,
         tmp_path,
         Rank(0, 2, 0, 2),
-        agree=lambda choice: ("disk", choice[1]),
-        everyone=lambda value: (
+        broadcast=lambda choice: ("disk", choice[1]),
+        all_gather=lambda value: (
             blocks.extend(p.stat().st_blocks for p in tmp_path.iterdir()) or [value]
         ),
     )
@@ -229,7 +230,8 @@ def test_what_cannot_be_cached_is_refused():
 
 def test_a_batch_is_what_the_packing_says_whether_or_not_its_bottom_is_kept():
     """A filled-up batch gets zeros where no token is."""
-    from runner.data.collate import collate, pack
+    from runner.data.collate import collate
+    from runner.data.loader import pack
     from runner.model.forward import placed
 
     windows = windows_of(LENGTHS)

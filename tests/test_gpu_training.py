@@ -8,14 +8,14 @@ import pytest
 import torch
 from span_kernels import reference_span_loss
 
-from runner.data.collate import collate, pack, pad
-from runner.data.loader import make_resident, to_device
+from runner.data.collate import collate
+from runner.data.loader import WindowLoader, pack, pad, to_device, tokens_on_device
 from runner.distributed.engine import deepspeed_config, start_engine
 from runner.distributed.process_group import start_distributed
 from runner.job.schema import Model, Train, Zero, batch_layout
 from runner.model.attention import choose_packing
 from runner.model.dropout import DropoutMasks
-from runner.model.forward import Reader, span_logits, token_accuracy
+from runner.model.forward import SpanModel, span_logits
 from runner.model.freeze import optimiser_groups
 from runner.model.loss import choose_span_loss
 from runner.train.nan_monitor import NanMonitor
@@ -36,7 +36,7 @@ STILL = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
 def trainer(*, zero=None, model=None, section=None, resident=False):
-    """A tiny BERT in bf16: its reader, loss, dropout, windows, and the job's [train]."""
+    """A tiny BERT in bf16: its model, loss, dropout, windows, and the job's [train]."""
     device = start_distributed(Rank(0, 1, 0, 1))
     zero = zero or Zero()
     section = section or Model(name="x", precision="bf16")
@@ -51,24 +51,24 @@ def trainer(*, zero=None, model=None, section=None, resident=False):
     span_loss = choose_span_loss("auto", model, device, zero.stage)
     groups = optimiser_groups(model, 0.01)
     engine = start_engine(model, device, groups, train, config, 10**6, computing.optimiser)
-    residents = make_resident([windows], device) if resident else ()
-    reader = Reader(engine, device, 0, True, 8, computing.packing, residents=residents)
+    there = tokens_on_device([windows], device) if resident else ()
+    fed = SpanModel(engine, WindowLoader(device, 0, computing.packing, 8, there), True)
     engine.train()
-    return reader, span_loss, noise, windows, train
+    return fed, span_loss, noise, windows, train
 
 
 def steps(count, **way):
     """Train on the same batches: the losses, and a function that takes one more step and returns
     its loss, on the device."""
-    reader, span_loss, noise, windows, _ = trainer(**way)
+    fed, span_loss, noise, windows, _ = trainer(**way)
 
     def step(number):
-        noise.restart(0, number, 0)
-        read = reader.read(windows, np.roll(np.arange(8), number))
-        loss = span_loss(read)
-        reader.model.backward(loss)
-        reader.model.step()
-        return loss.detach(), token_accuracy(read)
+        noise.reseed(0, number, 0)
+        logits = fed(fed.batch(windows, np.roll(np.arange(8), number)))
+        loss = span_loss(logits)
+        fed.engine.backward(loss)
+        fed.engine.step()
+        return loss.detach(), logits.accuracy()
 
     return [float(step(n)[0]) for n in range(count)], step
 
@@ -81,12 +81,10 @@ def test_packed_logits_are_the_cpus(family):
     batch = collate(windows_of(LENGTHS), np.arange(8))
     padded = pad(batch, 0)
     expected = span_logits(plain, padded, segment_ids=takes_types(family))
-    packed, starts_B, ends_B = to_device(
-        pack(batch, 0, packing), batch.starts_B, batch.ends_B, CUDA
-    )
-    assert packed.input_ids_1T.shape == (1, 512)
+    packed = to_device(pack(batch, 0, packing), CUDA)
+    assert packed.ids_RL.shape == (1, 512)
     found = span_logits(packed_model, packed, segment_ids=takes_types(family))
-    reference_span_loss(found, packed.segments_B2, starts_B, ends_B).backward()
+    reference_span_loss(found, packed.segments_B2, packed.starts_B, packed.ends_B).backward()
     for parameter in packed_model.parameters():
         assert parameter.grad is None or parameter.grad.isfinite().all()
     scale = expected.abs().max()
@@ -101,11 +99,11 @@ def test_attention_dropout_drops_and_repeats_after_a_restart():
     model = model_of("bert", **STILL | {"attention_probs_dropout_prob": 0.5})
     model = model.to(CUDA, torch.bfloat16).train()
     packing, _ = choose_packing("on", model, CUDA, "bf16", 40)
-    reader, noise = Reader(model, CUDA, 0, True, 8, packing), DropoutMasks(1, 0)
+    fed, noise = SpanModel(model, WindowLoader(CUDA, 0, packing, 8), True), DropoutMasks(1, 0)
     windows, found = windows_of(LENGTHS), []
     for position in (1, 2, 1):
-        noise.restart(0, position, 0)
-        found.append(reader.read(windows, np.arange(8)).logits_T2[:100])
+        noise.reseed(0, position, 0)
+        found.append(fed(fed.batch(windows, np.arange(8))).logits_T2[:100])
     assert not torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
 
@@ -127,10 +125,10 @@ def test_a_step_waits_for_nothing(resident):
 def test_the_loop_waits_for_nothing_between_two_rows(resident):
     """As a run has it: look-ahead, accuracy, health, and what follows each step."""
     alone, written = Rank(0, 1, 0, 1), []
-    reader, span_loss, noise, windows, train = trainer(resident=resident)
+    fed, span_loss, noise, windows, train = trainer(resident=resident)
     health = NanMonitor(alone, windows.questions_N, [*map(str, range(8))], scaled=False)
     course = Course(
-        reader, span_loss, windows, train.model_copy(update={"log_every": 10}), 1, alone,
+        fed, span_loss, windows, train.model_copy(update={"log_every": 10}), 1, alone,
         batch_layout(train, 1), noise, PhaseTimer(), health, lambda text: None, written.append,
         lambda: None,
     )  # fmt: skip

@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForQuestionAnswering, AutoTokenizer
 
 import runner.model.load
-from runner.data.collate import collate, pad
+from runner.data.collate import collate
 from runner.data.dataset import Example
+from runner.data.loader import pad
 from runner.data.windows import build_windows
 from runner.errors import AssetError, DataError, JobError
 from runner.job.schema import Model
@@ -87,10 +88,10 @@ def test_logits_are_those_of_plain_transformers(tiny, family, layout):
     rows = np.flatnonzero(windows.lengths_N == windows.lengths_N[0])
     rows = rows if layout == "one length" else np.arange(len(windows))
     padded = pad(collate(windows, rows), ours.tokenizer.pad_token_id, 8 if layout[0] == "m" else 1)
-    assert (padded.mask_BL is None) == (layout == "one length")
+    assert (padded.mask_RL is None) == (layout == "one length")
     with torch.no_grad():
         logits_T2 = span_logits(ours.model, padded, segment_ids=takes_segment_ids(ours.tokenizer))
-    assert logits_T2.shape == (padded.input_ids_BL.numel(), 2)
+    assert logits_T2.shape == (padded.ids_RL.numel(), 2)
     encoded = tokenizer(
         [e.question for e in asked],
         [e.context for e in asked],

@@ -9,7 +9,8 @@ import pytest
 import torch
 from span_kernels import reference_span_loss
 
-from runner.data.collate import Packing, collate, pack
+from runner.data.collate import Packing, collate
+from runner.data.loader import pack
 from runner.data.windows import Windows
 from runner.errors import JobError
 from runner.model.attention import FAMILIES, PACKED_ATTENTION, choose_packing
@@ -55,8 +56,8 @@ def test_packed_windows_are_the_same_windows_one_by_one(family, multiple):
     batch = collate(windows, rows)
     packed = pack(batch, 0, packing)
     total = int(windows.lengths_N.sum())
-    assert packed.input_ids_1T.shape[1] == (total if multiple == 1 else total // 16 * 16 + 16)
-    assert set(packed.positions_1T[0, total:].tolist()) <= {packing.first_position}
+    assert packed.ids_RL.shape[1] == (total if multiple == 1 else total // 16 * 16 + 16)
+    assert set(packed.positions_RL[0, total:].tolist()) <= {packing.first_position}
     if multiple > 1:  # what a GPU is given; on this CPU the layout is read off the bounds
         ends = tuple(packed.bounds.bounds_S1.tolist())
         packed = type(packed)(**{**vars(packed), "bounds": packed.bounds._replace(ends=ends)})

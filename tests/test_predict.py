@@ -199,7 +199,7 @@ def test_half_precision_that_the_processor_lacks_becomes_float32(exported, monke
         (frozenset({"avx512_bf16"}), torch.bfloat16),
     ):
         monkeypatch.setattr("runner.model.load.cpu_features", lambda features=features: features)
-        assert Predictor.load(str(folder), device="cpu").reader.model.dtype == dtype
+        assert Predictor.load(str(folder), device="cpu").model.engine.dtype == dtype
 
 
 def opened_with(folder: Path, **changes) -> Predictor:

@@ -13,7 +13,7 @@ from runner.data.windows import build_windows
 from runner.eval import inference as scoring
 from runner.eval.inference import dry_run, predict_windows
 from runner.job.schema import Model, Score
-from runner.model.forward import Reader, takes_segment_ids
+from runner.model.forward import SpanModel
 from runner.model.load import ModelFiles, load_pretrained, load_tokenizer
 from runner.utils.ranks import Rank
 from tests.interruptions import DATA, JOB
@@ -29,8 +29,7 @@ def reader(tiny):
     section = Model(name=str(tiny("bert")))
     files = ModelFiles.locate(section)
     tokenizer, model = load_tokenizer(files), load_pretrained(files, 0)
-    segment_ids = takes_segment_ids(tokenizer)
-    return Reader(model, torch.device("cpu"), 0, segment_ids, 1), tokenizer
+    return SpanModel.of(model, tokenizer, torch.device("cpu")), tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +85,7 @@ def test_any_blocks_give_the_same_answers(reader, examples, monkeypatch, unanswe
     assert parts.loss == pytest.approx(whole.loss, rel=1e-5)
     for name in ("start_accuracy", "end_accuracy", "span_accuracy"):
         assert getattr(parts, name) == pytest.approx(getattr(whole, name))
-    short = read(keep=2)
+    short = read(n_listed=2)
     assert short is not None
     assert all(len(answer.n_best) <= 3 for answer in short.answers)
     assert [a.text for a in short.answers] == [a.text for a in whole.answers]
@@ -102,7 +101,7 @@ def test_no_answer_is_scored_where_each_window_has_its_cls(reader, examples):
     )
     assert first is not None
     assert other is not None
-    logits_T2 = reader.read(windows, np.array([0])).logits_T2.detach()
+    logits_T2 = reader(reader.batch(windows, np.array([0]))).logits_T2.detach()
     for place, found in ((0, first), (2, other)):
         wanted = float(logits_T2[place].sum())
         assert found.answers[0].null_score == pytest.approx(wanted, abs=1e-5)
@@ -116,20 +115,20 @@ def test_no_windows_are_no_answers(reader):
     assert (found.answers, found.loss) == ((), 0.0)
 
 
-class Spy(Reader):
-    """A reader that notes what it does, and with how many windows."""
+class Spy(SpanModel):
+    """A model that notes what it does, and with how many windows."""
 
     @property
     def noted(self) -> list:
         return vars(self).setdefault("_noted", [])
 
-    def prepare(self, windows, rows):
-        self.noted.append(("prepare", rows.tolist()))
-        return super().prepare(windows, rows)
+    def batch(self, windows, rows):
+        self.noted.append(("batch", rows.tolist()))
+        return super().batch(windows, rows)
 
-    def run(self, prepared):
-        self.noted.append(("run", prepared.counted))
-        return super().run(prepared)
+    def __call__(self, batch):
+        self.noted.append(("run", batch.counted))
+        return super().__call__(batch)
 
 
 def spying(reader, monkeypatch) -> Spy:
@@ -153,8 +152,8 @@ def test_the_next_batch_is_on_its_way_before_the_search_waits_for_this_one(
     predict_windows(spy, windows, examples[:3], Score(batch_size=2), ALONE, unanswerable=False)
     before_the_last = -(-len(windows) // 2) - 1
     assert before_the_last > 1
-    each = ["run", "prepare", "search"] * before_the_last
-    assert [name for name, _ in spy.noted] == ["prepare", *each, "run", "search"]
+    each = ["run", "batch", "search"] * before_the_last
+    assert [name for name, _ in spy.noted] == ["batch", *each, "run", "search"]
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -165,13 +164,13 @@ def test_a_rehearsal_reads_and_searches_the_longest_batch(reader, examples, monk
     dry_run(spy, windows, Score(batch_size=3))
     assert not spy.noted  # a CPU has room
     monkeypatch.setattr(scoring, "DRY_RUN_DEVICES", ("cpu",))
-    reader.model.train(training)
+    reader.engine.train(training)
     try:
         dry_run(spy, windows, Score(batch_size=3))
-        assert reader.model.training is training
+        assert reader.engine.training is training
     finally:
-        reader.model.eval()
-    assert [name for name, _ in spy.noted] == ["prepare", "run", "search"]
+        reader.engine.eval()
+    assert [name for name, _ in spy.noted] == ["batch", "run", "search"]
     read = windows.lengths_N[spy.noted[0][1]]
     assert sorted(read) == sorted(windows.lengths_N)[-3:]
     dry_run(spy, build_windows([], tokenizer, 64, 16), Score())

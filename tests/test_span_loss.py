@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from span_kernels import reference_span_loss, span_loss
 from torch import nn
 
+from runner.data.loader import DeviceBatch
 from runner.errors import RunnerError
-from runner.model.forward import Read
+from runner.model.forward import SpanLogits
 from runner.model.loss import choose_span_loss, compare_with_reference
 from tests.small_models import assert_same_gradients, gradients_of
 
@@ -60,7 +62,8 @@ def test_every_way_gives_the_models_own_loss_and_gradients(tiny, kind, wanted):
         torch.manual_seed(5)
         output = model(input_ids=ids_BL)
         logits_T2 = torch.stack([output.start_logits, output.end_logits], -1).reshape(-1, 2)
-        loss = loss_of(Read(logits_T2, segments_B2, *labels, 3, 12))
+        batch = DeviceBatch(ids_BL, ids_BL, segments_B2, *labels, np.arange(3), 3)
+        loss = loss_of(SpanLogits(logits_T2, batch))
         model.zero_grad()
         loss.backward()
         return loss.detach(), gradients_of(model)

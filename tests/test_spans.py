@@ -15,9 +15,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runner.eval.answers import BestSpans, Candidate, answers, join, search
+from runner.eval.answers import BestSpans, Candidate, join, search
+from tests.merging import answers
 
 DATA = Path(os.environ.get("SPANTUNE_TEST_DATA", Path(__file__).parents[1] / "../shared/data"))
+
 NEVER = -np.inf
 
 

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runner.eval import answers as spans_module
-from runner.eval.answers import Answer, Candidate, answers, decide, search
+from runner.eval.answers import Answer, Candidate, decide, search
+from tests.merging import answers
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
@@ -129,12 +130,12 @@ def test_where_all_is_equal_the_lowest_start_comes_first_then_the_lowest_end():
 @settings(deadline=None, max_examples=100)
 @given(
     case=questions(),
-    keep=st.integers(1, 4),
+    n_listed=st.integers(1, 4),
     threshold=st.none() | st.sampled_from([-1.0, 0.0, 2.5]),
 )
 def test_a_shorter_list_changes_nothing_else(case, keep, threshold):
     whole = found_in(case, null_threshold=threshold)
-    short = found_in(case, null_threshold=threshold, keep=keep)
+    short = found_in(case, null_threshold=threshold, n_listed=keep)
     for long, kept in zip(whole, short, strict=True):
         assert replace(kept, n_best=long.n_best) == long
         head = long.n_best[:keep]
@@ -169,4 +170,4 @@ def test_questions_merged_in_groups_are_those_merged_at_once(case, threshold, si
 def test_a_list_keeps_at_least_one():
     case = (np.zeros((3, 2), np.float32), [(0, 3)], [(1, 2)], np.array([(0, 1)] * 3), [0], ["a"])
     with pytest.raises(ValueError, match="keep"):
-        found_in(case, keep=0)
+        found_in(case, n_listed=0)

@@ -50,12 +50,12 @@ def measure(args: argparse.Namespace) -> None:
     import peer_trainer
     from transformers import default_data_collator
 
-    from runner.data.collate import Packing, collate, pack, pad
+    from runner.data.collate import Packing, collate
     from runner.data.dataset import load_dataset
+    from runner.data.loader import TOGETHER, pack, pad
     from runner.data.window_cache import cached_windows
     from runner.data.windows import build_windows
     from runner.job.schema import Columns, Model
-    from runner.model.forward import TOGETHER
     from runner.model.load import ModelFiles, load_tokenizer
 
     datasets.disable_progress_bars()

@@ -78,7 +78,8 @@ def run_part(part: str, path: Path, model: str, count: int) -> dict[str, float]:
 
 def assemble(windows: Any) -> None:
     """One epoch's order and batches."""
-    from runner.data.collate import Packing, collate, pack
+    from runner.data.collate import Packing, collate
+    from runner.data.loader import pack
     from runner.data.sampler import epoch_batches
 
     packing = Packing(0, 1, 384)
@@ -87,43 +88,40 @@ def assemble(windows: Any) -> None:
 
 
 def answer(windows: Any, examples: list[Any]) -> None:
-    """What evaluation does with logits: `read_windows` with a model that draws them at random."""
+    """What evaluation does with logits: `predict_windows` with a model that draws them."""
     import torch
 
+    from runner.data.collate import Bounds, collate
+    from runner.data.loader import DeviceBatch, WindowLoader
     from runner.eval.inference import predict_windows
     from runner.eval.predictions import LISTED
     from runner.job.schema import Score
-    from runner.model.forward import Read
+    from runner.model.forward import SpanLogits, SpanModel
     from runner.utils.ranks import Rank
 
     class Guesser(torch.nn.Module):
         pass
 
-    class GuessingReader:
-        """Stands in for a Reader: its logits are noise."""
+    class GuessingModel(SpanModel):
+        """It is given no tokens, and draws its logits at random."""
 
-        model, device = Guesser(), torch.device("cpu")
+        def batch(self, windows: Any, rows: Any) -> DeviceBatch:
+            here = collate(windows, rows, tokens=False)
+            ids_1T = torch.empty(1, int(here.segments_B2[-1].sum()), dtype=torch.int32)
+            labels = here.segments_B2, here.starts_B, here.ends_B, here.rows_B, here.counted
+            return DeviceBatch(ids_1T, ids_1T, *labels, bounds=Bounds(ids_1T, 384, ()))
 
-        def prepare(self, windows: Any, rows: Any) -> Any:
-            return windows, rows
-
-        def run(self, prepared: Any) -> Read:
-            windows, rows = prepared
-            lengths_B = torch.from_numpy(windows.lengths_N[rows])
-            ends_B = lengths_B.cumsum(0)
-            segments_B2 = torch.stack([ends_B - lengths_B, lengths_B], dim=1)
-            logits_T2 = torch.randn(int(ends_B[-1]), 2)
-            labels = (torch.from_numpy(x[rows]).long() for x in (windows.starts_N, windows.ends_N))
-            return Read(logits_T2, segments_B2, *labels, len(rows), 384)
+        def __call__(self, batch: Any) -> SpanLogits:
+            return SpanLogits(torch.randn(batch.ids_RL.numel(), 2), batch)
 
     predict_windows(
-        GuessingReader(),  # type: ignore[arg-type]
+        GuessingModel(Guesser(), WindowLoader(torch.device("cpu"), 0), True),
         windows,
         examples,
         Score(),
         Rank(0, 1, 0, 1),
         unanswerable=False,
-        keep=LISTED,
+        n_listed=LISTED,
     )
 
 

@@ -26,7 +26,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-from runner.eval.answers import join, search, stream_answers  # noqa: E402
+from runner.eval.answers import MergeSettings, join, merge_answers, search  # noqa: E402
 
 QUESTION, N_BEST, BATCH, BLOCK = 14, 20, 32, 32_768
 CASES = ("search, one call", "search and answers, dropped", "search and answers, kept")
@@ -66,15 +66,14 @@ def in_blocks(num: int, length: int, *, keep: bool) -> int:
             logits_T2 = torch.empty(rows * length, 2).normal_(generator=draw)
             parts.append(search(logits_T2, segments_B2[:rows], contexts_B2[:rows], n_best=N_BEST))
         kept.extend(
-            stream_answers(
+            merge_answers(
                 join(parts),
                 np.arange(size),
-                segments_N2=np.tile([0, length], (size, 1)),
-                chars_T2=chars_L2,
-                ids=[str(first + n) for n in range(size)],
-                contexts=[context] * size,
-                n_best=N_BEST,
-                keep=3,
+                np.zeros(size, np.int64),
+                chars_L2,
+                [str(first + n) for n in range(size)],
+                [context] * size,
+                MergeSettings(N_BEST, n_listed=3),
             )
         )
     return peak() - before

@@ -31,7 +31,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from runner.eval.answers import Mode, answers, search
+from runner.eval.answers import MergeSettings, Mode, merge_answers, search
 
 QUESTION = 14  # tokens in front of the context: [CLS], question, [SEP]
 LONGEST, N_BEST = 30, 20
@@ -140,11 +140,12 @@ def measure(
     def found(mode: Mode, n_best: int = N_BEST):
         return search(*there, n_best=n_best, mode=mode)
 
-    def answered(mode: Mode, n_best: int = N_BEST, keep: int | None = None):
-        return answers(
-            found(mode, n_best), np.arange(num), segments_N2=segments_N2.numpy(), chars_T2=chars_T2,
-            ids=ids, contexts=contexts, n_best=n_best, mode=mode, keep=keep,
-        )  # fmt: skip
+    def answered(mode: Mode, n_best: int = N_BEST, n_listed: int | None = None):
+        settings = MergeSettings(n_best, mode=mode, n_listed=n_listed)
+        spans, offset_N = found(mode, n_best), segments_N2[:, 0].numpy()
+        return list(
+            merge_answers(spans, np.arange(num), offset_N, chars_T2, ids, contexts, settings)
+        )
 
     methods: dict[str, tuple[str, float, Callable[[], object]]] = {
         "recipe: spans": (
@@ -170,7 +171,7 @@ def measure(
         "answers, exact, best 20, three listed": (
             "recipe: answers",
             1,
-            lambda: answered("exact", keep=3),
+            lambda: answered("exact", n_listed=3),
         ),
         "answers, run_qa, best 20": ("recipe: answers", 1, lambda: answered("run_qa")),
     }

@@ -18,15 +18,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from runner.data.collate import collate, pad
-from runner.data.loader import Prepared, make_resident
+from runner.data.collate import collate
+from runner.data.loader import DeviceBatch, WindowLoader, pad, tokens_on_device
 from runner.data.sampler import epoch_batches
 from runner.data.windows import Windows
 from runner.distributed.engine import deepspeed_config, start_engine
 from runner.distributed.preemption import StopSaveSync
 from runner.job.schema import Model, Train, Zero, batch_layout
 from runner.model.dropout import CpuDropout, DropoutMasks
-from runner.model.forward import Reader
+from runner.model.forward import SpanModel
 from runner.model.freeze import freeze, optimiser_groups
 from runner.model.loss import choose_span_loss
 from runner.train.nan_monitor import NanMonitor
@@ -178,11 +178,11 @@ class Modes:
     def _padded(self, rows: np.ndarray) -> dict[str, Tensor]:
         batch = collate(self.windows, rows)
         padded = pad(batch, 0, self.args.max_length)
-        mask = padded.mask_BL
+        mask = padded.mask_RL
         return {
-            "input_ids": padded.input_ids_BL,
-            "token_type_ids": padded.types_BL,
-            "attention_mask": torch.ones_like(padded.types_BL) if mask is None else mask,
+            "input_ids": padded.ids_RL,
+            "token_type_ids": padded.types_RL,
+            "attention_mask": torch.ones_like(padded.types_RL) if mask is None else mask,
             "start_positions": batch.starts_B,
             "end_positions": batch.ends_B,
         }
@@ -191,9 +191,9 @@ class Modes:
         self, zero: Zero, *, compiled: str = "off", torch_dropout: bool = False, **section: Any
     ) -> Steps:
         """spantune's own loop."""
-        reader, span_loss, noise = self._engine(zero, compile=compiled, **section)
+        fed, span_loss, noise = self._engine(zero, compile=compiled, **section)
         if torch_dropout:
-            for parent in reader.model.module.modules():
+            for parent in fed.engine.module.modules():
                 for name, child in parent.named_children():
                     if isinstance(child, CpuDropout):
                         parent.register_module(name, nn.Dropout(child.p))
@@ -204,7 +204,7 @@ class Modes:
             meeting.poll()
 
         course = Course(
-            reader,
+            fed,
             span_loss,
             self.windows,
             self.section,
@@ -225,7 +225,7 @@ class Modes:
 
         return steps
 
-    def _engine(self, zero: Zero, **section: Any) -> tuple[Reader, Any, DropoutMasks]:
+    def _engine(self, zero: Zero, **section: Any) -> tuple[SpanModel, Any, DropoutMasks]:
         job = Model(name="none", precision=self.precision, **section)
         model, noise = new_model(self.args.shape).train(), DropoutMasks(1, 0)
         freeze(model, job.freeze)
@@ -247,29 +247,27 @@ class Modes:
         engine = start_engine(
             model, self.device, groups, self.section, config, 10**6, computing.optimiser
         )
-        reader = self._reader(engine, computing.packing)
+        fed = self._fed(engine, computing.packing)
         with tempfile.TemporaryDirectory() as folder:
             size = self.args.batch_size
             sets = (self.windows,)
-            reader, lines = cache_frozen_layers(
-                reader, computing.trunk, sets, size, Path(folder), RANK
-            )
+            fed, lines = cache_frozen_layers(fed, computing.trunk, sets, size, Path(folder), RANK)
         for line in lines:
             print(f"  {line}", file=sys.stderr)
         engine.train()
-        return reader, span_loss, noise
+        return fed, span_loss, noise
 
-    def _reader(self, model: Any, packing: Any) -> Reader:
-        residents = make_resident((self.windows,), self.device)
-        multiple = 8 if self.on_gpu else 1
-        return Reader(model, self.device, 0, True, multiple, packing, residents=residents)
+    def _fed(self, model: Any, packing: Any) -> SpanModel:
+        there = tokens_on_device((self.windows,), self.device)
+        loader = WindowLoader(self.device, 0, packing, 8 if self.on_gpu else 1, there)
+        return SpanModel(model, loader, True)
 
     def defaults(self) -> Steps:
         """DeepSpeed's ZeRO-2 with nothing configured but what it must be told."""
         import deepspeed
 
         model, noise = new_model(self.args.shape).train(), DropoutMasks(1, 0)
-        reader, span_loss = self._packed(model, noise)
+        fed, span_loss = self._packed(model, noise)
         config: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": self.args.batch_size,
             "gradient_clipping": 1.0,
@@ -280,20 +278,20 @@ class Modes:
             config["bf16"] = {"enabled": True}
         optimiser = torch.optim.AdamW(optimiser_groups(model, 0.01), lr=3e-5, fused=True)
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimiser, config=config)
-        reader = dataclasses.replace(reader, model=engine)
+        fed = dataclasses.replace(fed, engine=engine)
 
-        def step(prepared: Prepared) -> None:
-            engine.backward(span_loss(reader.run(prepared)))
+        def step(batch: DeviceBatch) -> None:
+            engine.backward(span_loss(fed(batch)))
             engine.step()
 
-        return self._ahead(reader, step)
+        return self._ahead(fed, step)
 
-    def _ahead(self, reader: Reader, step: Callable[[Prepared], None]) -> Steps:
+    def _ahead(self, fed: SpanModel, step: Callable[[DeviceBatch], None]) -> Steps:
         """Feed a step as spantune's loop is fed: what differs is the step alone."""
 
         def steps(batches: Batches) -> None:
-            for prepared in reader.ahead(self.windows, batches):
-                step(prepared)
+            for batch in fed.prefetch(self.windows, batches):
+                step(batch)
 
         return steps
 
@@ -301,18 +299,18 @@ class Modes:
         """PyTorch alone: the same packed model and loss, bf16 weights, fused AdamW."""
         model, noise = new_model(self.args.shape).train(), DropoutMasks(1, 0)
         model = model.to(self.device, torch.bfloat16 if self.on_gpu else torch.float32)
-        reader, span_loss = self._packed(model, noise)
+        fed, span_loss = self._packed(model, noise)
         optimiser = torch.optim.AdamW(optimiser_groups(model, 0.01), lr=3e-5, fused=True)
 
-        def step(prepared: Prepared) -> None:
-            span_loss(reader.run(prepared)).backward()
+        def step(batch: DeviceBatch) -> None:
+            span_loss(fed(batch)).backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimiser.step()
             optimiser.zero_grad()
 
-        return self._ahead(reader, step)
+        return self._ahead(fed, step)
 
-    def _packed(self, model: Any, noise: DropoutMasks) -> tuple[Reader, Any]:
+    def _packed(self, model: Any, noise: DropoutMasks) -> tuple[SpanModel, Any]:
         computing = choose_plan(
             Model(name="none", precision=self.precision, compile="off"),
             Zero(),
@@ -324,4 +322,4 @@ class Modes:
             noise=noise,
         )
         span_loss = choose_span_loss("auto", model, self.device, 2)
-        return self._reader(model, computing.packing), span_loss
+        return self._fed(model, computing.packing), span_loss
