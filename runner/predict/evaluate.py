@@ -115,11 +115,6 @@ def evaluation_lines(source: str, result: Mapping[str, Any], dropped: int) -> li
     return lines
 
 
-def needs_v2(dataset: Dataset) -> bool:
-    """Whether a data set can only be scored by SQuAD v2.0: a question has no answer."""
-    return any(not example.answers for example in dataset.examples)
-
-
 def assess(
     predictor: Predictor, dataset: Dataset, *, v2: bool, seed: int
 ) -> tuple[Evaluation, Windows]:
