@@ -1,8 +1,8 @@
 """Batches on the device: padded or packed on the host and copied, or gathered from tokens that the
 device has.
 
-Legend: N windows of the data set, B windows of a batch, L tokens of a row, R rows: B of them padded,
-one packed. T tokens of a data set or of a batch end to end.
+Legend: B windows of a batch, L tokens of a row, R rows: B of them padded, one packed; T tokens of a
+data set or of a batch end to end.
 """
 
 from __future__ import annotations

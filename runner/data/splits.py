@@ -28,12 +28,12 @@ def load_splits(
     section: Data,
     seed: int,
     tokenizer: PreTrainedTokenizerBase,
-    between: Callable[[], None] = lambda: None,
+    on_block: Callable[[], None] = lambda: None,
 ) -> tuple[Split, Split, Split | None]:
     """Return training and validation questions, and those on which a null threshold is tuned.
 
     All data sets are read and checked before one is tokenised: what is wrong in the last must not
-    wait. `between` is called before each block of questions that is tokenised, and may raise.
+    wait. `on_block` is called before each block of questions that is tokenised, and may raise.
 
     Raises:
         JobError: if a window is longer than the model's positions reach; else as `load_dataset` and
@@ -65,7 +65,7 @@ def load_splits(
                 tokenizer,
                 section.max_length,
                 section.stride,
-                between,
+                on_block,
             ),
         )
         for dataset in datasets

@@ -36,7 +36,7 @@ def cached_windows(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     stride: int,
-    between: Callable[[], None] = lambda: None,
+    on_block: Callable[[], None] = lambda: None,
 ) -> tuple[Windows, bool]:
     """Load the windows from the cache, or build and store them. Returns them and whether the cache
     had them.
@@ -45,7 +45,7 @@ def cached_windows(
     stale is ever read. Only one rank should build; the others call this afterwards and map the same
     files. Windows are written as they are made: memory does not grow with their number.
 
-    `between` is called before each block of questions that is tokenised; it may end that by an
+    `on_block` is called before each block of questions that is tokenised; it may end that by an
     exception, and nothing is stored then.
     """
     key = cache_key(content_sha256, tokenizer, max_length, stride)
@@ -54,18 +54,19 @@ def cached_windows(
     if found is not None:
         return found, True
     try:
-        _store(_asking(window_blocks(examples, tokenizer, max_length, stride), between), folder)
+        blocks = window_blocks(examples, tokenizer, max_length, stride)
+        _store(_announced(blocks, on_block), folder)
         found = _load(folder)
     except StorageError:
         pass  # a full cache disk costs time, never the run
     return found or build_windows(examples, tokenizer, max_length, stride), False
 
 
-def _asking(blocks: Iterable[Windows], between: Callable[[], None]) -> Iterator[Windows]:
-    between()
+def _announced(blocks: Iterable[Windows], on_block: Callable[[], None]) -> Iterator[Windows]:
+    on_block()
     for block in blocks:
         yield block
-        between()
+        on_block()
 
 
 def cache_key(

@@ -133,11 +133,11 @@ def window_blocks(
         end = min(begin + block, len(examples))
         while 0 < end < len(examples) and examples[end].context == examples[end - 1].context:
             end += 1
-        asked = examples[begin:end]
-        made = _block(asked, backend, template, max_length, stride)
+        some = examples[begin:end]
+        made = _block(some, backend, template, max_length, stride)
         if begin == 0:
             backend.enable_truncation(max_length, stride=stride, strategy="only_second")
-            _compare_with_tokenizer(made, asked[:2], backend, type(tokenizer).__name__)
+            _compare_with_tokenizer(made, some[:2], backend, type(tokenizer).__name__)
             backend.no_truncation()
         yield dataclasses.replace(
             made,
