@@ -1,9 +1,11 @@
 """Answers questions with a fine-tuned model, from Python or for `spantune predict`.
 
-from runner.predict.predictor import (Predictor)
+    from runner.predict import Predictor
 
-predictor = Predictor.load("runs/bert-squad/20261125-101500")
-predictor.answer("Who wrote it?", "It was written by Ada.").answer      # "Ada"
+    predictor = Predictor.load("runs/bert-squad/20261125-101500")
+    predictor.answer("Who wrote it?", "It was written by Ada.").answer  # "Ada"
+
+Windows, answer length and null threshold are those that were stored with the model.
 """
 
 from __future__ import annotations
@@ -189,6 +191,17 @@ class Predictor:
             default_threshold=default_threshold,
         )
 
+    def with_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> Predictor:
+        """The same model, fed by another tokenizer."""
+        return Predictor(
+            self.model.engine,
+            tokenizer,
+            self.answering,
+            name=self.name,
+            location=self.location,
+            device=self.model.loader.device,
+        )
+
     def answer(self, question: str, context: str) -> Prediction:
         """Answer one question."""
         return self.answers([Question("1", question, context)])[0]
@@ -200,10 +213,10 @@ class Predictor:
             DataError: naming the question that is empty.
             RoomError: naming the question that leaves no room for its context.
         """
-        for asked in questions:
+        for question in questions:
             for name in ("question", "context"):
-                if not getattr(asked, name).strip():
-                    raise DataError(f"question {asked.id}: its {name} is empty")
+                if not getattr(question, name).strip():
+                    raise DataError(f"question {question.id}: its {name} is empty")
         examples = [Example(q.id, q.question, q.context, (), ()) for q in questions]
         if not examples:
             return []
@@ -230,11 +243,11 @@ class Predictor:
         while some := list(islice(waiting, group)):
             yield from self.answers(some)
 
-    def _prediction(self, asked: Question, answer: Answer, windows: int) -> Prediction:
+    def _prediction(self, question: Question, answer: Answer, windows: int) -> Prediction:
         may_be_empty = self.answering.unanswerable
         return Prediction(
-            id=asked.id,
-            question=asked.question,
+            id=question.id,
+            question=question.question,
             answer=answer.text,
             score=answer.score,
             start=answer.start,

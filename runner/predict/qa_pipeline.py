@@ -82,15 +82,7 @@ def pipeline(
     if isinstance(model, str):
         place = None if device is None else str(device)
         found = Predictor.load(model, revision=revision, device=place)
-        if tokenizer is not None:
-            found = Predictor(
-                found.model.engine,
-                tokenizer,
-                found.answering,
-                name=found.name,
-                location=found.location,
-                device=found.model.loader.device,
-            )
+        found = found if tokenizer is None else found.with_tokenizer(tokenizer)
     elif model is None or tokenizer is None:
         raise ValueError("give the model's name, or a loaded model and its tokenizer")
     else:
@@ -111,8 +103,7 @@ class QuestionAnsweringPipeline:
     task = "question-answering"
 
     def __init__(self, predictor: Predictor, **options: Any) -> None:
-        self.predictor = predictor
-        self._given = options
+        self.predictor, self._given = predictor, options
         read_options(options)  # a wrong one is an error now
 
     def __call__(self, *args: Any, **kwargs: Any) -> Result | list[Any] | Iterator[Any]:
@@ -160,10 +151,9 @@ class QuestionAnsweringPipeline:
         examples = [Example(str(n), q, c, (), ()) for n, (q, c) in enumerate(pairs)]
         windows = build_windows(examples, tokenizer, longest, stride)
         wanted = 2 * options.top_k + 10 if options.align_to_words else options.top_k
-        spans, log_sum_N, null_N = self._read(windows, wanted, options.max_answer_len)
-        places_C2 = _words(windows, examples, tokenizer) if options.align_to_words else None
-        if places_C2 is None:
-            places_C2 = windows.chars_C2
+        spans, log_sum_N, null_N = self._search(windows, wanted, options.max_answer_len)
+        words_C2 = _words(windows, examples, tokenizer) if options.align_to_words else None
+        places_C2 = windows.chars_C2 if words_C2 is None else words_C2
         found: list[Any] = []
         for place, example in enumerate(examples):
             rows = np.flatnonzero(windows.questions_N == place)
@@ -175,16 +165,16 @@ class QuestionAnsweringPipeline:
             found.append(answers[0] if len(answers) == 1 else answers)
         return found
 
-    def _read(
+    def _search(
         self, windows: Windows, n_best: int, max_answer_len: int
     ) -> tuple[BestSpans, np.ndarray, np.ndarray]:
         """Best spans of each window; the log of what turns a logit score into a probability; and
         the probability of no answer."""
         parts: list[BestSpans] = []
         sums: list[torch.Tensor] = []
-        order: list[np.ndarray] = []
         model, batch_size = self.predictor.model, self.predictor.answering.score.batch_size
-        for rows in score_batches(windows.lengths_N, batch_size, 0, 1):
+        batches = score_batches(windows.lengths_N, batch_size, 0, 1)
+        for rows in batches:
             logits = model(model.batch(windows, rows))
             contexts_B2, cls_B = windows.contexts_N2[rows], windows.cls_N[rows]
             spans = search(
@@ -197,8 +187,7 @@ class QuestionAnsweringPipeline:
             )
             parts.append(spans.cpu())
             sums.append(_log_sums(logits, contexts_B2, cls_B))
-            order.append(rows)
-        place_N = torch.from_numpy(np.concatenate(order)).argsort()
+        place_N = torch.from_numpy(np.concatenate(batches)).argsort()
         spans, log_sum_N = join(parts)[place_N], torch.cat(sums)[place_N].numpy()
         return spans, log_sum_N, np.exp(spans.null_score_N.numpy() - log_sum_N)
 
@@ -243,16 +232,12 @@ def _candidates(
 ) -> Iterator[tuple[float, int, int]]:
     """(probability, start, end) of a question's spans, window after window."""
     for row in rows.tolist():
-        here = spans[row : row + 1]
-        columns = here.score_NK[0].tolist(), here.start_NK[0].tolist(), here.end_NK[0].tolist()
+        first = int(windows.chars_firsts_N[row])
+        columns = (x_NK[row].tolist() for x_NK in (spans.score_NK, spans.start_NK, spans.end_NK))
         for score, start, end in zip(*columns, strict=True):
             if start >= 0:
-                first = int(windows.chars_firsts_N[row])
-                yield (
-                    float(np.exp(score - log_sum_N[row])),
-                    int(places_C2[first + start, 0]),
-                    int(places_C2[first + end, 1]),
-                )
+                low, high = places_C2[first + start, 0], places_C2[first + end, 1]
+                yield float(np.exp(score - log_sum_N[row])), int(low), int(high)
 
 
 def _merged(
@@ -262,10 +247,8 @@ def _merged(
     found: dict[str, Result] = {}
     for score, start, end in candidates:
         text = context[start:end]
-        same = found.setdefault(
-            text.lower(), {"score": 0.0, "start": start, "end": end, "answer": text}
-        )
-        same["score"] += score
+        new = {"score": 0.0, "start": start, "end": end, "answer": text}
+        found.setdefault(text.lower(), new)["score"] += score
     answers = list(found.values())
     if null is not None:
         answers.append({"score": null, "start": 0, "end": 0, "answer": ""})

@@ -197,7 +197,7 @@ def read_question_rows(name: str, columns: Columns) -> list[QuestionRow]:
     if source.slice is not None:
         rows = rows[slice(*source.slice.bounds(len(rows)))]
     texts: dict[str, str | None] = {}
-    return [_asked(row, str(number), texts) for number, row in enumerate(rows, 1)]
+    return [_question_row(row, str(number), texts) for number, row in enumerate(rows, 1)]
 
 
 def parse_question_row(line: bytes, file: str, number: int, columns: Columns) -> QuestionRow:
@@ -212,7 +212,7 @@ def parse_question_row(line: bytes, file: str, number: int, columns: Columns) ->
     except DataError as error:
         why = _for_command(error).removeprefix(f"{place}: ").removeprefix(f"{file}: ")
         return QuestionRow(place, "", "", "", why)
-    return _asked(row, str(number), {})
+    return _question_row(row, str(number), {})
 
 
 def _for_command(error: DataError) -> str:
@@ -220,7 +220,7 @@ def _for_command(error: DataError) -> str:
     return str(error).replace("in [data.columns]", "with --column KEY=NAME")
 
 
-def _asked(row: Row, number: str, texts: dict[str, str | None]) -> QuestionRow:
+def _question_row(row: Row, number: str, texts: dict[str, str | None]) -> QuestionRow:
     row = row if row.id is not None else dataclasses.replace(row, id=number)
     bad = isinstance(row.answers, str) and row.question is None and row.context is None
     why = str(row.answers) if bad else row_problem(row, texts)
