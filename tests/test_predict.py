@@ -234,3 +234,11 @@ def test_the_command_lines_settings_are_checked(exported):
     for device in ("gpu9", "cuda:77"):
         with pytest.raises(UsageError):
             opened(device=device)
+
+
+def test_the_package_gives_what_is_public():
+    from runner import predict
+    from runner.predict.qa_pipeline import pipeline
+
+    assert (predict.Predictor, predict.pipeline) == (Predictor, pipeline)
+    assert not hasattr(predict, "Asker")

@@ -14,7 +14,7 @@ from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 from runner.data.windows import window_blocks
 from runner.errors import AssetError
 from runner.model.load import load_tokenizer
-from runner.predict.pipeline import pipeline
+from runner.predict.qa_pipeline import pipeline
 
 CONTEXT = (
     "The lantern folds flat; its battery lasts nine hours on the bright setting. In 1912 the café "
@@ -217,7 +217,7 @@ def test_many_questions_are_answered_as_each_alone(ask, monkeypatch):
     monkeypatch.setattr(
         "runner.data.windows.window_blocks", functools.partial(window_blocks, block=2)
     )
-    monkeypatch.setattr("runner.predict.pipeline.GROUP", 2)
+    monkeypatch.setattr("runner.predict.qa_pipeline.GROUP", 2)
     for mine, theirs in zip(ask(asked, top_k=3), alone, strict=True):
         assert [a["answer"] for a in mine] == [a["answer"] for a in theirs]
         assert [a["score"] for a in mine] == pytest.approx([a["score"] for a in theirs], rel=1e-4)
