@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
-from runner.data import windows as features
+from runner.data import tokenize, windows
 from runner.data.dataset import Example
 from runner.data.tokenize import tokenizer_sha256
 from runner.data.windows import Windows, build_windows, continued, window_blocks
@@ -73,7 +73,9 @@ def cache_key(
     content_sha256: str, tokenizer: PreTrainedTokenizerBase, max_length: int, stride: int
 ) -> str:
     """Name of the cache folder, 32 hex digits."""
-    code = [Path(file).read_bytes() for file in (features.__file__, __file__)]
+    # All code that decides an array: windows of an older version are never read.
+    files = (tokenize.__file__, windows.__file__, __file__)
+    code = [Path(file).read_bytes() for file in files]
     parts = {
         "content": content_sha256,
         "tokenizer": tokenizer_sha256(tokenizer),
