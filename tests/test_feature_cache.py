@@ -13,6 +13,7 @@ import pytest
 from tokenizers.normalizers import NFC
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from runner.data import tokenize
 from runner.data import window_cache as feature_cache
 from runner.data import windows as features
 from runner.data.dataset import Example
@@ -103,7 +104,7 @@ def test_the_key_names_everything_that_decides_the_windows(tokenizer_of, monkeyp
         assert len(keys) == n, other
     code = tmp_path / "features.py"
     code.write_text("changed")
-    for module in (features, feature_cache):
+    for module in (features, tokenize, feature_cache):
         with monkeypatch.context() as patch:
             patch.setattr(module, "__file__", str(code))
             assert cache_key("content", bert, 48, 8) not in keys
