@@ -6,14 +6,14 @@ import json
 import random
 
 import numpy as np
+import pytest
 import torch
 
 from runner.job.schema import Stop
 from runner.train.state import (
     EarlyStopping,
-    Memory,
-    Progress,
     Totals,
+    TrainState,
     random_state,
     restore_random_state,
     seed_everything,
@@ -62,45 +62,65 @@ def test_seeding_leads_every_generator():
     assert draw() != first
 
 
-def some_progress() -> Progress:
-    progress = Progress(torch.tensor([0.1, 3.0]), steps_per_epoch=20, epoch=3, done=7)
-    progress.totals = Totals(0.1 + 0.2, 5.0, 40.0, 4000.0, 4100.0, 1.5)
-    progress.mine = Totals(windows=4, tokens=400, slots=410, seconds=0.25)
-    return progress
+def new_state() -> TrainState:
+    return TrainState(CPU, 20, EarlyStopping(Stop(metric="f1")), PhaseTimer())
 
 
-def test_a_memory_comes_back(tmp_path):
-    memory = Memory(some_progress(), EarlyStopping(Stop(metric="f1")), PhaseTimer())
-    memory.stopper.best, memory.stopper.waited = 1 / 3, 1
-    memory.probe_rows.append({"epoch": 0, "answer": "é", "score": 0.1, "expected": None})
-    memory.best = "step-000040-scored-a0001"
-    path = tmp_path / "own.pt"
-    torch.save(memory.progress.own(), path)
-    facts = json.loads(json.dumps(memory.facts()))
-
-    other = Memory(Progress(torch.zeros(2), 20), EarlyStopping(Stop(metric="f1")), PhaseTimer())
-    other.restore(facts, torch.load(path, weights_only=True))
-    assert other.progress.sums_2.equal(memory.progress.sums_2)
-    assert other.progress.facts() == memory.progress.facts()
-    assert other.progress.mine == memory.progress.mine
-    assert vars(other.stopper) == vars(memory.stopper)
-    assert other.probe_rows == memory.probe_rows
-    assert other.best == memory.best
-    assert other.progress.step == 47
+def some_state() -> TrainState:
+    state = new_state()
+    state.epoch, state.done = 3, 7
+    state.sums_2 = torch.tensor([0.1, 3.0])
+    state.totals = Totals(0.1 + 0.2, 5.0, 40.0, 4000.0, 4100.0, 1.5)
+    state.since_row = Totals(windows=4, tokens=400, slots=410, seconds=0.25)
+    return state
 
 
-def test_a_row_moves_the_sums_into_the_epoch():
-    progress = some_progress()
-    progress.start_row(Totals(1.0, 1.0, 8.0, 800.0, 820.0, 0.5))
-    assert progress.totals == Totals(0.1 + 0.2 + 1.0, 6.0, 48.0, 4800.0, 4920.0, 2.0)
-    assert progress.mine == Totals()
-    assert progress.sums_2.tolist() == [0.0, 0.0]
+def test_the_state_of_training_comes_back(tmp_path):
+    state = some_state()
+    state.early_stopping.best, state.early_stopping.waited = 1 / 3, 1
+    state.probe_rows.append({"epoch": 0, "answer": "é", "score": 0.1, "expected": None})
+    state.best = "step-000040-scored-a0001"
+    path = tmp_path / "rank.pt"
+    torch.save(state.rank_state_dict(), path)
+    written = json.loads(json.dumps(state.state_dict()))
+    first = draw()
+
+    other = new_state()
+    other.load_state_dict(written, torch.load(path, weights_only=True))
+    assert draw() == first  # the generators of random numbers too
+    assert other.sums_2.equal(state.sums_2)
+    assert other.state_dict()["progress"] == state.state_dict()["progress"]
+    assert other.since_row == state.since_row
+    assert vars(other.early_stopping) == vars(state.early_stopping)
+    assert other.probe_rows == state.probe_rows
+    assert other.best == state.best
+    assert other.step == 47
+
+
+def test_the_keys_of_a_checkpoint_stay():
+    """A new name for one would refuse every open run."""
+    state = some_state()
+    assert list(state.state_dict()) == ["progress", "stopper", "seconds", "probe_rows", "best"]
+    assert list(state.state_dict()["progress"]) == ["epoch", "done", "scored", "over", "totals"]
+    assert list(state.rank_state_dict()) == ["random", "progress"]
+    assert list(state.rank_state_dict()["progress"]) == ["mine", "sums_2"]
+
+
+def test_a_row_moves_the_sums_into_the_epoch(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
+    state = some_state()
+    row = state.reduce()
+    assert row == Totals(pytest.approx(0.1), 3.0, 4.0, 400.0, 410.0, 0.25)
+    whole = Totals(0.1 + 0.2 + row.loss, 8.0, 44.0, 4400.0, 4510.0, 1.75)
+    assert state.totals == whole
+    assert state.since_row == Totals()
+    assert state.sums_2.tolist() == [0.0, 0.0]
 
 
 def test_the_next_epoch_begins_empty():
-    progress = some_progress()
-    progress.done, progress.scored = 20, True
-    progress.next_epoch()
-    assert (progress.epoch, progress.done, progress.scored, progress.step) == (4, 0, False, 60)
-    assert progress.totals == progress.mine == Totals()
-    assert progress.sums_2.tolist() == [0.0, 0.0]
+    state = some_state()
+    state.done, state.scored = 20, True
+    state.next_epoch()
+    assert (state.epoch, state.done, state.scored, state.step) == (4, 0, False, 60)
+    assert state.totals == state.since_row == Totals()
+    assert state.sums_2.tolist() == [0.0, 0.0]

@@ -7,41 +7,43 @@ way on. Nothing here knows what a checkpoint means or how ranks talk.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, TypeVar
+from dataclasses import dataclass
+from typing import Any
 
 from runner.checkpoint.store import CheckpointStore, DamagedError, Manifest, Stage
 from runner.errors import DataError, StorageError
 from runner.run.attempts import sealed
 from runner.run.lease import Lease
 
-Value = TypeVar("Value")
 
+@dataclass(frozen=True)
+class Ranks:
+    """The ranks that share a checkpoint, as this one sees them.
 
-class Talk(Protocol):
-    """How the ranks that share a checkpoint hear from each other."""
+    Attributes:
+        index: this rank.
+        all_gather: gives a value to every rank; returns the values of all, by rank.
+    """
 
     index: int
-
-    def everyone(self, value: Value) -> list[Value]:
-        """Give a value to every rank; returns the values of all, by rank."""
-        ...
+    all_gather: Callable[[Any], list[Any]]
 
 
-def agree(talk: Talk, work: Callable[[], object]) -> None:
+def agree(ranks: Ranks, work: Callable[[], object]) -> None:
     """Do something that may fail on some ranks before all of them do something together. Every rank
     must call this.
 
     Raises:
         StorageError: on every rank, if it failed on any.
     """
-    failures = _tried(talk, work)
+    failures = _tried(ranks, work)
     if failures:
         raise StorageError("; ".join(failures))
 
 
 def save(
     store: CheckpointStore,
-    talk: Talk,
+    ranks: Ranks,
     name: str,
     write: Callable[[Stage], None],
     facts: Mapping[str, Any],
@@ -51,7 +53,7 @@ def save(
 
     Args:
         store: of this rank.
-        talk: to the other ranks.
+        ranks: all of them.
         name: the checkpoint's, the same on every rank.
         write: puts this rank's files into the stage.
         facts: JSON, of rank 0.
@@ -64,31 +66,31 @@ def save(
         StorageError: on every rank, if any rank could not write: naming rank, file, reason and the
             bytes that are needed. What was committed before is untouched.
     """
-    main = talk.index == 0
+    main = ranks.index == 0
     stage = store.stage(name)
-    failures = _tried(talk, lambda: store.begin(name) if main else None)
+    failures = _tried(ranks, lambda: store.begin(name) if main else None)
     if not failures:
-        failures = _tried(talk, lambda: write(stage))
+        failures = _tried(ranks, lambda: write(stage))
     if not failures:
-        failures = _tried(talk, lambda: store.check_staged(stage))
-    needed = sum(talk.everyone(stage.wanted))
-    entries = {file: e for part in talk.everyone(stage.entries) for file, e in part.items()}
+        failures = _tried(ranks, lambda: store.check_staged(stage))
+    needed = sum(ranks.all_gather(stage.wanted))
+    entries = {file: e for part in ranks.all_gather(stage.entries) for file, e in part.items()}
     if not failures:
 
         def finish() -> None:
             fence()
             store.commit(name, entries, facts)
 
-        failures = _tried(talk, finish if main else lambda: None)
+        failures = _tried(ranks, finish if main else lambda: None)
     if failures:
-        _tried(talk, lambda: store.abandon(name) if main else None)
+        _tried(ranks, lambda: store.abandon(name) if main else None)
         raise StorageError(f"{'; '.join(failures)}; a checkpoint needs {needed:,} bytes")
     return needed
 
 
-def adopt_checkpoints(store: CheckpointStore, talk: Talk, attempt: Lease | None) -> list[str]:
+def adopt_checkpoints(store: CheckpointStore, ranks: Ranks, lease: Lease | None) -> list[str]:
     """Settle which checkpoints count from now on, and remove what was never finished. Every rank
-    must call this; `attempt` is rank 0's claim, None elsewhere.
+    must call this; `lease` is rank 0's, None elsewhere.
 
     Returns:
         Their names, newest first.
@@ -102,18 +104,18 @@ def adopt_checkpoints(store: CheckpointStore, talk: Talk, attempt: Lease | None)
     lost: list[str] = []
 
     def settle() -> None:
-        if attempt is None:
+        if lease is None:
             return
-        since, counted = sealed(attempt.run)
+        since, counted = sealed(lease.run)
         names.extend(store.names(since, counted))
         if not names:
             lost.extend(sorted({*counted, *store.damaged(since, counted)}))
         if not lost:  # else what counted stays written down, for the next start to be refused too
-            attempt.seal(names)
+            lease.seal(names)
             store.clean()
 
-    agree(talk, settle)
-    names, lost = talk.everyone((names, lost))[0]
+    agree(ranks, settle)
+    names, lost = ranks.all_gather((names, lost))[0]
     if lost:
         raise _nothing_whole(store, len(lost))
     return names
@@ -121,7 +123,7 @@ def adopt_checkpoints(store: CheckpointStore, talk: Talk, attempt: Lease | None)
 
 def rotate(
     store: CheckpointStore,
-    attempt: Lease,
+    lease: Lease,
     best: str | None,
     best_of: Callable[[Manifest], str | None],
 ) -> None:
@@ -130,7 +132,7 @@ def rotate(
 
     Args:
         store: of this rank.
-        attempt: the claim on the run.
+        lease: on the run folder.
         best: the checkpoint that holds the best weights now.
         best_of: the one that held them when a checkpoint was made. Should the newest be damaged,
             the run goes on from the second, which is of no use without its own best.
@@ -138,8 +140,8 @@ def rotate(
     Raises:
         OSError, DamagedError: nothing, or not everything, was removed.
     """
-    names = store.names(*sealed(attempt.run))
-    attempt.verify()
+    names = store.names(*sealed(lease.run))
+    lease.verify()
     if names[2:]:
         kept = {*names[:2], best, best_of(store.manifest(names[1]))}
         store.remove([name for name in names if name not in kept])
@@ -147,7 +149,7 @@ def rotate(
 
 def newest(
     store: CheckpointStore,
-    talk: Talk,
+    ranks: Ranks,
     names: Sequence[str],
     examine: Callable[[Manifest], None],
     warn: Callable[[str], None],
@@ -157,7 +159,7 @@ def newest(
 
     Args:
         store: of this rank.
-        talk: to the other ranks.
+        ranks: all of them.
         names: the checkpoints that count, newest first, as rank 0 sees them.
         examine: holds a manifest against what this start can load, on every rank; raises
             DamagedError where a checkpoint before this one may do better.
@@ -171,8 +173,8 @@ def newest(
         StorageError: if one cannot be read now. That says nothing about what it holds: nothing is
             put aside.
     """
-    main = talk.index == 0
-    names = talk.everyone(list(names))[0]
+    main = ranks.index == 0
+    names = ranks.all_gather(list(names))[0]
     for name in names:
         found: list[Manifest] = []
         damage: list[str] = []
@@ -183,26 +185,26 @@ def newest(
             try:
                 manifest = store.manifest(name)
                 examine(manifest)
-                mine = (file for file, entry in manifest.files.items() if entry.rank == talk.index)
+                mine = (file for file, entry in manifest.files.items() if entry.rank == ranks.index)
                 store.check(manifest, mine)
                 found.append(manifest)
             except DamagedError as error:
                 damage.append(str(error))
 
-        failures = _tried(talk, look)
+        failures = _tried(ranks, look)
         if failures:
             raise StorageError(
                 f"{'; '.join(failures)}; no checkpoint was touched, and the same command tries"
                 " again"
             )
-        damages = _of_ranks([part[0] if part else None for part in talk.everyone(damage)])
+        damages = _of_ranks([part[0] if part else None for part in ranks.all_gather(damage)])
         if not damages:
             return found[0]
 
         def put_aside(name: str = name, text: str = damages[0]) -> None:
             warn(f"{text}; this checkpoint is put aside as {store.quarantine(name)}")
 
-        agree(talk, put_aside if main else lambda: None)
+        agree(ranks, put_aside if main else lambda: None)
     if names:
         raise _nothing_whole(store, len(names))
     return None
@@ -215,7 +217,7 @@ def _nothing_whole(store: CheckpointStore, count: int) -> DataError:
     )
 
 
-def _tried(talk: Talk, work: Callable[[], object]) -> list[str]:
+def _tried(ranks: Ranks, work: Callable[[], object]) -> list[str]:
     """Do this rank's part; returns the failures of all ranks, none if every part succeeded."""
     failure = None
     try:
@@ -224,7 +226,7 @@ def _tried(talk: Talk, work: Callable[[], object]) -> list[str]:
         failure = str(error)
     except OSError as error:
         failure = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-    return _of_ranks(talk.everyone(failure))
+    return _of_ranks(ranks.all_gather(failure))
 
 
 def _of_ranks(texts: Sequence[str | None]) -> list[str]:

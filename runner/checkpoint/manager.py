@@ -10,8 +10,9 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -20,11 +21,10 @@ from runner.checkpoint.best import BestEvaluation, load_best
 from runner.checkpoint.deepspeed_io import StoreCheckpointEngine, load_tensors
 from runner.checkpoint.files import Writer
 from runner.checkpoint.store import CheckpointStore, DamagedError, Manifest, Stage
-from runner.distributed import collectives as control
+from runner.distributed.collectives import all_gather
 from runner.errors import DataError, StorageError
 from runner.run.folder import RunDir, checkpoint_name
 from runner.run.lease import Lease
-from runner.train.state import Memory, random_state, restore_random_state
 from runner.utils.files import storage_errors
 from runner.utils.ranks import Rank
 
@@ -49,16 +49,39 @@ _IDENTITY = {
 _READ = ("train", "validation", "tuning", "windows", "model")  # of these, what each rank reads
 
 
+class RunState(Protocol):
+    """What a run remembers beside weights and optimiser, as far as its checkpoints know it."""
+
+    best: str | None
+    scored: bool
+
+    @property
+    def step(self) -> int:
+        """Optimiser steps that are done."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is alike on every rank, as JSON; its key "best" is `best`."""
+        ...
+
+    def rank_state_dict(self) -> dict[str, Any]:
+        """What is this rank's own: tensors and plain values."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any], rank_state: Mapping[str, Any]) -> None:
+        """Take back what the two gave."""
+        ...
+
+
 class CheckpointManager:
-    """The checkpoints of a run, as one rank of an attempt sees them.
+    """The checkpoints of a run, as one rank of a start sees them.
 
     Args:
         run: the run folder.
-        number: of the attempt.
-        attempt: the claim itself, on rank 0.
+        number: of the start.
+        lease: on the run folder, on rank 0.
         rank: this one.
         engine: DeepSpeed's; from now on it saves through us.
-        device: of this rank.
         identity: what a checkpoint must share with this start, by the keys of `_IDENTITY`.
         warn: takes a line for the user, on rank 0.
     """
@@ -67,31 +90,26 @@ class CheckpointManager:
         self,
         run: RunDir,
         number: int,
-        attempt: Lease | None,
+        lease: Lease | None,
         rank: Rank,
         engine: Any,
-        device: torch.device,
         identity: Mapping[str, Any],
         warn: Callable[[str], None],
     ) -> None:
-        self.index = rank.index
-        self._run, self._number, self._attempt = run, number, attempt
-        self._engine, self._device, self._identity, self._warn = engine, device, identity, warn
+        self._run, self._number, self._lease, self._rank = run, number, lease, rank
+        self._engine, self._identity, self._warn = engine, identity, warn
         self._store = CheckpointStore(run.checkpoints, rank.index)
+        self._ranks = commit.Ranks(rank.index, all_gather)
         self._shards = StoreCheckpointEngine(self._store)
         engine.checkpoint_engine = self._shards
         self._saved: tuple[int, bool] | None = None  # step and scored of the newest one
         self._failed = 0
 
-    def everyone(self, value: Any) -> list[Any]:
-        """How `commit` lets the ranks talk."""
-        return control.all_gather(value)
-
     # --- saving
 
     def save(
         self,
-        memory: Memory,
+        state: RunState,
         best: Callable[[Stage], None] | None = None,
         *,
         required: bool = False,
@@ -100,7 +118,7 @@ class CheckpointManager:
         this.
 
         Args:
-            memory: what to save beside weights and optimiser.
+            state: what to save beside weights and optimiser.
             best: on every rank if this is the best evaluation so far: writes `best/` on rank 0.
             required: whether training cannot go on without this one.
 
@@ -111,68 +129,56 @@ class CheckpointManager:
             StorageError: if it cannot be written, and is required or the third in a row; else only
                 a warning is given, and the checkpoints before it stay.
         """
-        progress = memory.progress
-        if self._saved == (progress.step, progress.scored):
+        if self._saved == (state.step, state.scored):
             return True
-        name = checkpoint_name(progress.step, self._number, scored=progress.scored)
-        before, memory.best = memory.best, name if best else memory.best
-        facts = {"memory": memory.facts(), "step": progress.step, "identity": self._identity}
+        name = checkpoint_name(state.step, self._number, scored=state.scored)
+        before, state.best = state.best, name if best else state.best
+        facts = {"memory": state.state_dict(), "step": state.step, "identity": self._identity}
         try:
-            commit.agree(self, self._shards.prepare)
-            commit.save(
-                self._store,
-                self,
-                name,
-                lambda stage: self._write(stage, memory, best),
-                facts,
-                self._fence,
-            )
+            commit.agree(self._ranks, self._shards.prepare)
+            write = partial(self._write, state, best)
+            commit.save(self._store, self._ranks, name, write, facts, self._fence)
         except StorageError as error:
-            memory.best = before
+            state.best = before
             self._failed += 1
             text = f"{error}; {self._free()}; checkpoints from before are untouched"
             if required or self._failed >= TRIES:
                 raise StorageError(
                     f"{text}; free some space and start the same command again"
                 ) from None
-            self._warn(f"no checkpoint after step {progress.step}: {text}; training goes on")
+            self._warn(f"no checkpoint after step {state.step}: {text}; training goes on")
             return False
-        self._saved, self._failed = (progress.step, progress.scored), 0
-        self._rotate(memory)
+        self._saved, self._failed = (state.step, state.scored), 0
+        self._rotate(state.step, state.best)
         return True
 
-    def _write(self, stage: Stage, memory: Memory, best: Callable[[Stage], None] | None) -> None:
+    def _write(self, state: RunState, best: Callable[[Stage], None] | None, stage: Stage) -> None:
         self._shards.write(self._engine, stage)
-        own = {"random": random_state(self._device), "progress": memory.progress.own()}
-        stage.put(_rank_file(self.index), lambda file: torch.save(own, file))  # type: ignore[arg-type]
-        if self.index:
+        mine = state.rank_state_dict()
+        stage.put(_rank_file(self._rank.index), lambda file: torch.save(mine, file))  # type: ignore[arg-type]
+        if not self._rank.is_main:
             return
         for table in self._run.tables:
             if table.is_file():
-                content = table.read_bytes()
-
-                def write(file: Writer, content: bytes = content) -> None:
-                    file.write(content)
-
-                stage.put(f"tables/{table.name}", write)
+                stage.put(f"tables/{table.name}", partial(_copy, table.read_bytes()))
         if best is not None:
             best(stage)
             stage.adopt(BEST)
 
-    def _rotate(self, memory: Memory) -> None:
-        if self._attempt is None:
+    def _rotate(self, step: int, best: str | None) -> None:
+        if self._lease is None:
             return
-        self._attempt.step = memory.progress.step
+        self._lease.step = step
         try:
-            commit.rotate(self._store, self._attempt, memory.best, _best_of)
+            commit.rotate(self._store, self._lease, best, _best_of)
         except OSError as error:
             self._warn(f"old checkpoints stay: {error.filename}: {error.strerror}")
         except (DamagedError, StorageError) as error:
             self._warn(f"old checkpoints stay: {error}")
 
     def _fence(self) -> None:
-        if self._attempt is not None:
-            self._attempt.verify()
+        if self._lease is not None:
+            self._lease.verify()
 
     def _free(self) -> str:
         try:
@@ -182,12 +188,12 @@ class CheckpointManager:
 
     # --- loading
 
-    def load(self, memory: Memory, *, needs_best: bool) -> Manifest | None:
-        """Go on from the newest checkpoint that is whole: weights, optimiser, schedule, memory,
-        tables. Random numbers go on as the last thing. Every rank must call this.
+    def load(self, state: RunState, *, needs_best: bool) -> Manifest | None:
+        """Go on from the newest checkpoint that is whole: weights, optimiser, schedule, tables,
+        state. Every rank must call this.
 
         Args:
-            memory: is given what was saved.
+            state: is given what was saved.
             needs_best: whether the best evaluation so far must be at hand too.
 
         Returns:
@@ -198,45 +204,44 @@ class CheckpointManager:
             StorageError: if they cannot be read now; none is touched.
         """
         mine = {key: self._identity[key] for key in _READ}
-        if any(theirs != mine for theirs in self.everyone(mine)):
+        if any(theirs != mine for theirs in self._ranks.all_gather(mine)):
             raise DataError(
                 f"{self._run.path}: the ranks have read different data or weights: the files"
                 " changed while they were read; start the same command again"
             )
-        names = commit.adopt_checkpoints(self._store, self, self._attempt)
-        manifest = commit.newest(
-            self._store, self, names, lambda found: self._examine(found, needs_best), self._warn
-        )
+        names = commit.adopt_checkpoints(self._store, self._ranks, self._lease)
+        examine = partial(self._examine, needs_best)
+        manifest = commit.newest(self._store, self._ranks, names, examine, self._warn)
         if manifest is None:
             self._begin_tables(None)
-            self._began_at(0)
+            self._note_resumed_step(0)
             return None
         self._shards.read(self._engine, manifest)
-        own = load_tensors(self._store.folder / manifest.name / _rank_file(self.index))
-        memory.restore(manifest.facts["memory"], own["progress"])
-        self._saved = (memory.progress.step, memory.progress.scored)
-        digests = self.everyone(self._digest(manifest))
-        if len(set(digests)) > 1:
+        rank_state = load_tensors(self._store.folder / manifest.name / _rank_file(self._rank.index))
+        if len(set(self._ranks.all_gather(self._digest(manifest)))) > 1:
             raise DataError(f"{manifest.name}: the ranks have loaded different states of it")
         self._begin_tables(manifest)
-        self._began_at(memory.progress.step)
-        self._rotate(memory)  # an earlier start may have been cut short before it did
-        restore_random_state(own["random"], self._device)
+        step = manifest.facts["step"]
+        self._note_resumed_step(step)
+        self._rotate(step, _best_of(manifest))  # an earlier start may have been cut short before
+        # Last of all: the generators of random numbers are in it.
+        state.load_state_dict(manifest.facts["memory"], rank_state)
+        self._saved = (state.step, state.scored)
         return manifest
 
-    def kept(self, memory: Memory) -> BestEvaluation | None:
+    def load_best(self, state: RunState) -> BestEvaluation | None:
         """The best evaluation so far, read back (rank 0); None if there is none, or if it is
         damaged and the next evaluation takes its place anyway."""
         try:
-            return load_best(self.best_folder(memory)) if memory.best else None
+            return load_best(self.best_folder(state)) if state.best else None
         except DataError:
             return None
 
-    def best_folder(self, memory: Memory) -> Path:
+    def best_folder(self, state: RunState) -> Path:
         """`best/` of the best evaluation so far (rank 0)."""
-        return self._store.folder / (memory.best or "") / BEST
+        return self._store.folder / (state.best or "") / BEST
 
-    def _examine(self, manifest: Manifest, needs_best: bool) -> None:
+    def _examine(self, needs_best: bool, manifest: Manifest) -> None:
         """Hold a checkpoint against this start; raises DataError for what no other one will have
         either, DamagedError for what one before it may have whole."""
         written = manifest.facts["identity"]
@@ -254,7 +259,7 @@ class CheckpointManager:
                     " or begin anew with --restart"
                 )
         best = _best_of(manifest)
-        if self.index == 0 and best not in (None, manifest.name):
+        if self._rank.is_main and best not in (None, manifest.name):
             try:
                 holder = self._store.manifest(best)
                 self._store.check(holder, [f for f in holder.files if f.startswith(f"{BEST}/")])
@@ -277,7 +282,7 @@ class CheckpointManager:
 
     def _begin_tables(self, manifest: Manifest | None) -> None:
         """Let the tables be as they were at the checkpoint; rows that came after it come again."""
-        if self._attempt is None:
+        if self._lease is None:
             return
         for table in self._run.tables:
             name = f"tables/{table.name}"
@@ -289,9 +294,13 @@ class CheckpointManager:
                 else:
                     table.unlink(missing_ok=True)
 
-    def _began_at(self, step: int) -> None:
-        if self._attempt is not None:
-            self._attempt.note_resumed_step(step)
+    def _note_resumed_step(self, step: int) -> None:
+        if self._lease is not None:
+            self._lease.note_resumed_step(step)
+
+
+def _copy(content: bytes, file: Writer) -> None:
+    file.write(content)
 
 
 def _best_of(manifest: Manifest) -> str | None:

@@ -167,7 +167,7 @@ def run_rank(arguments: argparse.Namespace) -> int:
         from runner.distributed.process_group import stop_distributed
         from runner.train.trainer import train
 
-        train(job, attempt=lease, threads=arguments.threads)
+        train(job, lease=lease, threads=arguments.threads)
         with suppress(RuntimeError):  # the run is finished, whatever becomes of the other ranks
             stop_distributed()
         code = 0

@@ -8,11 +8,14 @@ Legend: N windows of the data set.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
-BUCKET_BATCHES = (
-    50  # windows are sorted by length inside chunks of this many batches, then batches are shuffled
-)
+from runner.job.schema import BatchLayout, Train
+
+# Windows are sorted by length inside chunks of this many batches, then batches are shuffled.
+BUCKET_BATCHES = 50
 
 
 def epoch_batches(
@@ -94,3 +97,47 @@ def score_batches(
     while len(batches) % world:
         batches.append(order[:0])
     return batches[rank::world]
+
+
+@dataclass(frozen=True)
+class TrainSampler:
+    """Deals the training windows to optimiser steps, ranks and forward passes.
+
+    Attributes:
+        lengths_N: tokens of each window.
+        section: the job's [train].
+        layout: how a step's windows are spread over ranks and passes.
+        seed: the job's.
+        rank: this rank's index.
+    """
+
+    lengths_N: np.ndarray
+    section: Train
+    layout: BatchLayout
+    seed: int
+    rank: int
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of one epoch; the last may be a short one."""
+        return -(-len(self.lengths_N) // self.section.batch_size)
+
+    def epoch(self, epoch: int) -> list[np.ndarray]:
+        """The windows of each step of an epoch, counted from 1; see `epoch_batches`."""
+        size, buckets = self.section.batch_size, self.section.length_buckets
+        return epoch_batches(self.lengths_N, size, self.seed, epoch - 1, buckets=buckets)
+
+    def passes(self, rows: np.ndarray) -> list[np.ndarray]:
+        """This rank's forward passes of one step over the windows at `rows`."""
+        layout = self.layout
+        return rank_passes(
+            rows, self.rank, layout.world, layout.micro_batch_size, layout.micro_batches
+        )
+
+    def weight(self, counted: int, rows: np.ndarray) -> float:
+        """What the mean loss of a pass over `counted` windows weighs in a step over `rows`.
+
+        DeepSpeed averages over ranks and passes; weighted so, a step's gradient is the mean over
+        its windows even where a short last batch leaves ranks with unequal shares.
+        """
+        return counted * self.layout.world * self.layout.micro_batches / len(rows)

@@ -1,4 +1,4 @@
-"""The end of a run on rank 0: export verified, predictions and report written, result.json last."""
+"""What a run is, and its end on rank 0: export proved, predictions and report, result.json last."""
 
 from __future__ import annotations
 
@@ -9,74 +9,81 @@ from typing import Any
 import torch
 
 from runner.checkpoint.best import BestEvaluation
-from runner.data.splits import Split
 from runner.data.windows import windows_sha256
-from runner.eval.results import result_scores
+from runner.eval.evaluation import Evaluation
+from runner.eval.results import reported, result_scores
+from runner.export.model_card import model_card
 from runner.export.verify import verify_export
-from runner.job.schema import Job
+from runner.job.inference import InferenceSettings
+from runner.job.load import dump_job
 from runner.report.render import write_report
 from runner.run import provenance
-from runner.run.folder import RunDir
-from runner.train.run_log import closing_lines, probe_changes, write_predictions
+from runner.train.run_log import RunLog
 from runner.train.setup import Session
-from runner.utils.console import Reporter
+from runner.train.state import TrainState
+from runner.train.summary import closing_lines, data_hashes, probe_changes, write_predictions
 from runner.utils.files import file_sha256, write_json
-from runner.utils.ranks import Rank
-from runner.utils.tables import CellValue, rich_table
-from runner.utils.timing import PhaseTimer
 
 
 def verified_result(
-    job: Job,
-    run: RunDir,
-    kept: BestEvaluation,
-    validation: Split,
-    clock: PhaseTimer,
-    peaks: Sequence[dict[str, int]],
+    session: Session, best: BestEvaluation, state: TrainState, peaks: Sequence[dict[str, int]]
 ) -> dict[str, Any]:
     """result.json: scores, the weights' hash, seconds and memory, after a fresh process has agreed.
 
     Raises:
         RunnerError: if the exported model is not the one that was scored.
     """
-    with clock("verification"):
+    job, model, validation = session.job, session.run.model, session.splits.validation
+    with state.timer("verification"):
         difference = verify_export(
-            run.model,
+            model,
             validation.dataset.examples,
             validation.windows,
-            kept.logits,
+            best.logits,
             job.data.max_length,
             job.data.stride,
         )
     return {
-        **result_scores(kept.scores, job.score.null_threshold, job.seed),
-        "epoch": kept.epoch,
-        "step": kept.step,
-        "weights_sha256": file_sha256(run.model / "model.safetensors"),
+        **result_scores(best.scores, job.score.null_threshold, job.seed),
+        "epoch": best.epoch,
+        "step": best.step,
+        "weights_sha256": file_sha256(model / "model.safetensors"),
         "export_difference": difference,
-        "seconds": clock.seconds(),
+        "seconds": state.timer.seconds(),
         "peak_memory_bytes": list(peaks),
     }
 
 
 def finish(
-    job: Job,
-    run: RunDir,
-    reporter: Reporter,
-    kept: BestEvaluation,
-    validation: Split,
-    probe_rows: Sequence[dict[str, CellValue]],
-    result: dict[str, Any],
+    session: Session, log: RunLog, best: BestEvaluation, state: TrainState, result: dict[str, Any]
 ) -> None:
     """Write predictions, report and, last of all, result.json; show the outcome."""
-    shown = probe_changes(probe_rows)
-    write_predictions(run, kept.scores, validation, unanswerable=job.data.unanswerable)
+    job, run = session.job, session.run
+    changes = probe_changes(state.probe_rows)
+    write_predictions(
+        run, best.scores, session.splits.validation, unanswerable=job.data.unanswerable
+    )
     write_report(run.path, result)
     write_json(run.result, result)
-    if shown:
-        reporter.table(rich_table("What the model answers", shown))
+    if changes:
+        log.table("What the model answers", changes)
     for line in closing_lines(job, run, result):
-        reporter.line(line)
+        log.line(line, indent="")
+    log.finish(best.scores)
+
+
+def card_text(session: Session, scores: Evaluation, settings: InferenceSettings) -> str:
+    """The model card of an evaluation's weights."""
+    # A card is made to be published: on whose cluster it ran is not for it.
+    public = session.job.model_copy(update={"slurm": None})
+    return model_card(
+        session.job,
+        reported(scores),
+        data_hashes(session.splits),
+        dump_job(public),
+        intervals=scores.intervals,
+        settings=settings,
+    )
 
 
 def peak_memory(device: torch.device) -> dict[str, int]:
@@ -87,51 +94,49 @@ def peak_memory(device: torch.device) -> dict[str, int]:
     return peak
 
 
-def record(job: Job, rank: Rank, device: torch.device, have: Session) -> dict[str, Any]:
+def provenance_record(session: Session) -> dict[str, Any]:
     """provenance.json: all that could make a second run differ."""
-    name = (
-        torch.cuda.get_device_name(device) if device.type == "cuda" else provenance.processor_name()
-    )
-    parts = (("train", have.training), ("validation", have.validation), ("tuning", have.tuning))
+    job, rank, device = session.job, session.rank, session.device
+    on_gpu = device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if on_gpu else provenance.processor_name()
     return {
         **provenance.collect(
             job.seed, rank.world, torch.get_num_threads(), [name] * rank.local_world
         ),
         "data": {
-            part: {
-                "source": questions.dataset.source,
-                "revision": questions.dataset.revision,
-                "sha256": questions.dataset.sha256,
+            name: {
+                "source": split.dataset.source,
+                "revision": split.dataset.revision,
+                "sha256": split.dataset.sha256,
             }
-            for part, questions in parts
-            if questions is not None
+            for name, split in session.splits.named().items()
         },
         "model": {
             "name": job.model.name,
-            "location": str(have.files.folder),
-            "revision": have.files.commit,
-            "sha256": have.files.weights_sha256,
+            "location": str(session.files.folder),
+            "revision": session.files.commit,
+            "sha256": session.files.weights_sha256,
         },
         "zero_stage": job.zero.stage,
-        "precision": have.precision,
-        "span_loss": {"path": have.span_loss.path, "reason": have.span_loss.reason},
-        "computing": have.computing.recorded(),
+        "precision": session.precision,
+        "span_loss": {"path": session.span_loss.path, "reason": session.span_loss.reason},
+        "computing": session.plan.record(),
     }
 
 
-def identity(job: Job, rank: Rank, have: Session) -> dict[str, Any]:
-    """What a checkpoint must share with this start to be its own."""
-    tuning = have.tuning
+def resume_identity(session: Session) -> dict[str, Any]:
+    """What a checkpoint must share with this start to be its own; the keys stand in every one."""
+    splits = session.splits
     return {
-        "world": rank.world,
-        "zero_stage": job.zero.stage,
-        "layout": have.layout.micro_batches,
-        "precision": have.precision,
-        "computing": have.computing.choice(),
-        "train": have.training.dataset.sha256,
-        "validation": have.validation.dataset.sha256,
-        "tuning": None if tuning is None else tuning.dataset.sha256,
-        "windows": windows_sha256(have.training.windows, have.validation.windows),
-        # Their frozen layers may be read before the checkpoint is (model.cache_frozen).
-        "model": have.files.weights_sha256,
+        "world": session.rank.world,
+        "zero_stage": session.job.zero.stage,
+        "layout": session.sampler.layout.micro_batches,
+        "precision": session.precision,
+        "computing": session.plan.choice(),
+        "train": splits.training.dataset.sha256,
+        "validation": splits.validation.dataset.sha256,
+        "tuning": None if splits.tuning is None else splits.tuning.dataset.sha256,
+        "windows": windows_sha256(splits.training.windows, splits.validation.windows),
+        # Frozen layers may be read before the checkpoint is (model.cache_frozen).
+        "model": session.files.weights_sha256,
     }

@@ -1,5 +1,5 @@
 """Chooses how a run computes, each choice with its reason: packed or padded batches, whose step,
-compiled layers or not, frozen layers' outputs kept or not."""
+compiled layers or not, frozen layers' outputs cached or not."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ class ExecutionPlan:
 
     Attributes:
         packing: how batches are packed; None pads them.
-        noise: where dropout comes from.
+        dropout: where dropout masks come from.
         optimiser: "flat" or "deepspeed".
-        trunk: the frozen bottom whose outputs are kept; None computes it in every pass.
+        frozen: the frozen layers whose outputs are cached; None computes them in every pass.
         choices: name to (choice, reason), for the log and for provenance.
     """
 
     packing: Packing | None
-    noise: DropoutMasks
+    dropout: DropoutMasks
     optimiser: str
-    trunk: FrozenLayers | None
+    frozen: FrozenLayers | None
     choices: dict[str, tuple[str, str]]
 
-    def described(self) -> list[str]:
+    def lines(self) -> list[str]:
         """One line a choice."""
         return [f"{name}: {choice} ({reason})" for name, (choice, reason) in self.choices.items()]
 
@@ -50,7 +50,7 @@ class ExecutionPlan:
         """All choices in a few words, without the reasons."""
         return ", ".join(f"{name}: {choice}" for name, (choice, _) in self.choices.items())
 
-    def recorded(self) -> dict[str, dict[str, str]]:
+    def record(self) -> dict[str, dict[str, str]]:
         """The same for provenance.json."""
         return {
             name: {"choice": choice, "reason": reason}
@@ -67,7 +67,7 @@ def choose_plan(
     *,
     longest: int,
     tokens: int,
-    noise: DropoutMasks,
+    dropout: DropoutMasks,
 ) -> ExecutionPlan:
     """Decide once for a run, and prepare the model for it.
 
@@ -80,7 +80,7 @@ def choose_plan(
         precision: "bf16", "fp16" or "fp32".
         longest: tokens of the longest window that it will read.
         tokens: tokens that it will be trained on, all epochs together.
-        noise: where dropout comes from.
+        dropout: where dropout masks come from.
 
     Raises:
         JobError: if the job asks for what cannot be.
@@ -92,23 +92,23 @@ def choose_plan(
     choices["step"] = (optimiser, reason)
     compiled, reason = _choose_compile(section.compile, model, device, tokens)
     choices["compile"] = ("each layer" if compiled else "off", reason)
-    trunk = FrozenLayers.of(model)
+    frozen = FrozenLayers.of(model)
     if section.cache_frozen:
-        trunk = check_cacheable(trunk, zero.stage)
+        frozen = check_cacheable(frozen, zero.stage)
         reason = "as the job says; dropout in them is off"
-        choices["frozen"] = (f"embeddings and {trunk.depth} layers once", reason)
-    elif trunk is not None:
+        choices["frozen"] = (f"embeddings and {frozen.depth} layers once", reason)
+    elif frozen is not None:
         choices["frozen"] = (
-            f"embeddings and {trunk.depth} layers forward only",
+            f"embeddings and {frozen.depth} layers forward only",
             "nothing to train",
         )
-        trunk = None
+        frozen = None
     if device.type == "cpu":
-        install_dropout(model, noise)
+        install_dropout(model, dropout)
         choices["dropout"] = ("16 bits an element", "torch's own takes a fifth of a step on a CPU")
     if compiled:
         compile_layers(model)
-    return ExecutionPlan(packing, noise, optimiser, trunk, choices)
+    return ExecutionPlan(packing, dropout, optimiser, frozen, choices)
 
 
 def _choose_compile(wanted: str, model: Any, device: torch.device, tokens: int) -> tuple[bool, str]:

@@ -1,218 +1,118 @@
-"""What a run shows and writes of itself: table rows, the terminal's lines, report.md and
-predictions.jsonl."""
+"""Tells what a run does while it goes on: terminal and log.txt, tables, curves, trackers."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
-from runner.data.splits import Split
+from runner.errors import StorageError
 from runner.eval.evaluation import Evaluation
 from runner.eval.inference import Predictions
-from runner.eval.predictions import as_lines, prediction_records
-from runner.eval.results import score_line, threshold_lines
-from runner.job.schema import BatchLayout, Job, Probe
-from runner.job.sources import describe_sample
+from runner.eval.results import headline
+from runner.job.schema import Job
+from runner.report.plots import draw_curves
 from runner.run.folder import RunDir
-from runner.train.state import Totals
-from runner.utils.files import below_here, write_atomic
-from runner.utils.tables import CellValue, read_rows
-from runner.utils.text import duration
-
-THRESHOLD = "null_threshold_logits"  # column of eval.csv
-
-INTERVAL_COLUMNS = ("EM %\n±95 % CI", "F1 %\n±95 % CI")  # of the table of epochs
-
-
-def data_hashes(training: Split, validation: Split, tuning: Split | None) -> dict[str, str]:
-    """What questions are for to the hash of their content, for the model card: two samples may be
-    of one slice."""
-    parts = {"training": training, "validation": validation, "tuning": tuning}
-    return {part: found.dataset.sha256 for part, found in parts.items() if found is not None}
-
-
-def eval_row(epoch: int, step: int, totals: Totals, scores: Evaluation) -> dict[str, CellValue]:
-    """One row of eval.csv."""
-    readings = scores.predictions
-    return {
-        "epoch": epoch,
-        "step": step,
-        "train_loss_nats": totals.loss / totals.windows,
-        "train_span_accuracy_percent": 100 * totals.right / totals.windows,
-        "validation_loss_nats": readings.loss,
-        "exact_match_percent": scores.exact_match,
-        **_ends("exact_match", scores),
-        "f1_percent": scores.f1,
-        **_ends("f1", scores),
-        "start_accuracy_percent": readings.start_accuracy,
-        "end_accuracy_percent": readings.end_accuracy,
-        "span_accuracy_percent": readings.span_accuracy,
-        **{f"{name}_percent": value for name, value in scores.details.items()},
-        **_threshold(scores),
-        "train_seconds": totals.seconds,
-        "evaluation_seconds": readings.seconds,
-        "examples_per_second": totals.windows / totals.seconds,
-    }
+from runner.run.lease import Lease
+from runner.tracking.client import Trackers, start_trackers
+from runner.train.setup import Session
+from runner.train.state import Totals, TrainState
+from runner.train.summary import (
+    INTERVAL_COLUMNS,
+    epoch_rows,
+    eval_row,
+    opening_lines,
+    probe_table,
+    train_row,
+)
+from runner.utils.console import Reporter, Step
+from runner.utils.files import below_here, write_json
+from runner.utils.ranks import Rank
+from runner.utils.tables import CellValue, append_row, rich_table
 
 
-def _ends(name: str, scores: Evaluation) -> dict[str, CellValue]:
-    low, high = scores.intervals[name]
-    return {f"{name}_low_percent": low, f"{name}_high_percent": high}
+class RunLog:
+    """What rank 0 tells of a run; on other ranks every method is silent.
 
+    Args:
+        job, run: whose.
+        rank: this one.
+        lease: on the run folder, on rank 0: it is verified before each row of a table.
+    """
 
-def latest_threshold(run: RunDir) -> float | None:
-    """The null threshold of eval.csv's last row, to the bit; None before the first evaluation, and
-    where "" is never an answer. A resumed run finds it too: its tables are those of the
-    checkpoint."""
-    rows = read_rows(run.eval_table)
-    return float(rows[-1][THRESHOLD]) if rows and THRESHOLD in rows[-1] else None
+    def __init__(self, job: Job, run: RunDir, rank: Rank, lease: Lease | None) -> None:
+        self._job, self._run, self._rank, self._lease = job, run, rank, lease
+        self._reporter = Reporter(run.log, speaks=rank.is_main)
+        self.line(f"{job.name}: {below_here(str(run.path))}", indent="")
+        self._trackers = Trackers((), 0, self.line)
+        if rank.is_main:
+            config = job.model_dump(mode="json", exclude_none=True, exclude={"probe", "track"})
+            self._trackers = start_trackers(job.track, run, job.name, config, self.line)
 
+    def line(self, text: str, indent: str = "  ") -> None:
+        """Print a line."""
+        self._reporter.line(f"{indent}{text}")
 
-def _threshold(scores: Evaluation) -> dict[str, CellValue]:
-    threshold = scores.null_threshold
-    return {} if threshold is None else {THRESHOLD: threshold}
+    def table(self, title: str, rows: Sequence[dict[str, CellValue]], **options: Any) -> None:
+        """Print a table."""
+        if self._rank.is_main:
+            self._reporter.table(rich_table(title, rows, **options))
 
+    def begin(self, session: Session) -> None:
+        """Say what is about to happen."""
+        if not self._rank.is_main:
+            return
+        write_json(self._run.deepspeed, session.config)
+        for text in opening_lines(session):
+            self.line(text)
+        if self._job.model.freeze:
+            self.table("Frozen layers", session.parameters)
 
-def probe_table(
-    epoch: int, readings: Predictions, probes: Sequence[Probe]
-) -> list[dict[str, CellValue]]:
-    """Rows of probes.csv: what the model answers after `epoch` epochs, with score and character
-    offsets."""
-    return [
-        {
-            "epoch": epoch,
-            "probe": number,
-            "question": probe.question,
-            "answer": answer.text,
-            "score": answer.score,
-            "start_character": answer.start,
-            "end_character": answer.end,
-            "expected": probe.answer,
-        }
-        for number, (probe, answer) in enumerate(zip(probes, readings.answers, strict=True), 1)
-    ]
+    def resume(self, state: TrainState, total_steps: int, checkpoint: str) -> None:
+        """Say where a run goes on, and remind the trackers of what it had found."""
+        self._trackers.resume(state.probe_rows)
+        self.line(f"goes on after step {state.step} of {total_steps} ({checkpoint})")
 
+    def steps(self, state: TrainState) -> AbstractContextManager[Step]:
+        """Follow the steps of the epoch that is trained."""
+        title = f"epoch {state.epoch}/{self._job.train.epochs}"
+        return self._reporter.steps(title, state.steps_per_epoch, self._job.train.log_every)
 
-def write_predictions(
-    run: RunDir, scores: Evaluation, validation: Split, *, unanswerable: bool
-) -> None:
-    """Write predictions.jsonl: one question a line, with the right answers beside the model's."""
-    records = prediction_records(
-        scores.predictions.answers,
-        validation.dataset.examples,
-        validation.windows,
-        scores.exact_N,
-        scores.f1_N,
-        unanswerable=unanswerable,
-    )
-    write_atomic(run.predictions, as_lines(records))
+    def step(self, state: TrainState, totals: Totals, engine: Any) -> None:
+        """A row of train.csv."""
+        if self._rank.is_main:
+            self._row(self._run.train_table, train_row(state, totals, engine))
 
+    def probes(self, state: TrainState, epoch: int, found: Predictions) -> None:
+        """Rows of probes.csv: the probes' answers after an epoch, 0 before training."""
+        rows = probe_table(epoch, found, self._job.probe)
+        state.probe_rows.extend(rows)
+        for row in rows:
+            self._row(self._run.probe_table, row)
 
-def announcement(
-    job: Job,
-    training: Split,
-    validation: Split,
-    tuning: Split | None,
-    parameters: Mapping[str, CellValue],
-    precision: str,
-    layout: BatchLayout,
-) -> list[str]:
-    """Say what is about to happen, in a few lines."""
-    lines = []
-    for name, part in (("train", training), ("validation", validation), ("tuning", tuning)):
-        if part is None:
-            continue
-        lines.append(
-            f"{name}: {len(part.dataset.examples)} questions in {len(part.windows)} windows of"
-            f" {part.windows.lengths_N.mean():.0f} tokens on"
-            f" average{' (cached)' if part.cached else ''}"
-        )
-        if part.dataset.dropped:
-            lines.append(
-                f"{name}: {len(part.dataset.dropped)} bad rows dropped, first:"
-                f" {part.dataset.dropped[0]}"
-            )
-    lines.append(
-        f"model: {job.model.name}, {parameters['parameters']:,} parameters,"
-        f" {parameters['trained']:,} trained, {precision}"
-    )
-    lines.append(
-        f"each step: {job.train.batch_size} windows = {layout.world} rank(s) x "
-        f"{layout.micro_batch_size} x {layout.micro_batches} micro-batch(es), ZeRO-{job.zero.stage}"
-    )
-    return lines
+    def evaluation(self, state: TrainState, scores: Evaluation) -> None:
+        """A row of eval.csv, the curves, and the table of all epochs."""
+        self._row(self._run.eval_table, eval_row(state.epoch, state.step, state.totals, scores))
+        self.curves()
+        self.table("", epoch_rows(self._run), right=INTERVAL_COLUMNS)
 
+    def curves(self) -> None:
+        """The curves so far; a picture that cannot be written is drawn again later."""
+        if not self._rank.is_main:
+            return
+        try:
+            draw_curves(self._run, self._job.name)
+        except StorageError as error:
+            self.line(f"no curves: {error}")
 
-def epoch_rows(run: RunDir) -> list[dict[str, CellValue]]:
-    """What eval.csv tells of each epoch, to fit a terminal of 80 columns: losses in nats, accuracy
-    of whole spans over windows, scores with half the width of their 95 % intervals, the epoch's
-    wall seconds, windows trained a second."""
-    return [
-        {
-            "epoch": int(row["epoch"]),
-            "train\nloss": float(row["train_loss_nats"]),
-            "train\nacc %": float(row["train_span_accuracy_percent"]),
-            "valid.\nloss": float(row["validation_loss_nats"]),
-            "valid.\nacc %": float(row["span_accuracy_percent"]),
-            INTERVAL_COLUMNS[0]: _with_half_width(row, "exact_match"),
-            INTERVAL_COLUMNS[1]: _with_half_width(row, "f1"),
-            "time\ns": round(float(row["train_seconds"]) + float(row["evaluation_seconds"])),
-            "win/s": float(row["examples_per_second"]),
-        }
-        for row in read_rows(run.eval_table)
-    ]
+    def finish(self, scores: Evaluation) -> None:
+        """Give the trackers the last scores, and let them end."""
+        self._trackers.log("result", headline(scores))
+        self._trackers.close()
 
-
-def _with_half_width(row: Mapping[str, str], name: str) -> str:
-    """A score and how far its interval reaches, which is not quite as far on both sides."""
-    value, low, high = (float(row[f"{name}{end}_percent"]) for end in ("", "_low", "_high"))
-    return f"{value:.1f} ±{(high - low) / 2:.1f}"
-
-
-def closing_lines(job: Job, run: RunDir, result: Mapping[str, Any]) -> list[str]:
-    """The last lines of a run: its scores and where everything is."""
-    lines = [
-        (
-            f"{score_line(result, '')} on"
-            f" {below_here(job.data.validation)}{describe_sample(job.data.validation_sample)}"
-        ),
-        *threshold_lines(result),
-        f"In brackets: 95 % intervals over the {result['questions']:,} questions",
-        (
-            f"Done in {duration(result['seconds']['total'])}. Written to"
-            f" {below_here(str(run.path))}:"
-        ),
-    ]
-    probes = [("probes.csv", "each probe's answers as training went on")] if job.probe else []
-    for name, what in (
-        ("model/", "the tuned model, for from_pretrained"),
-        ("eval.csv, train.csv", "scores per epoch, loss per step"),
-        *probes,
-        ("curves.png, curves.svg", "the same as pictures"),
-        ("predictions.jsonl", "an answer for each validation question"),
-        ("report.html, report.md", "scores, curves, where it is wrong and how"),
-        ("result.json", "the scores; only a run that succeeded has it"),
-    ):
-        lines.append(f"  {name:24}{what}")
-    return lines
-
-
-def probe_changes(rows: Sequence[Mapping[str, CellValue]]) -> list[dict[str, CellValue]]:
-    """Each probe's answer before training and after each evaluation, repeats left out."""
-    shown: list[dict[str, CellValue]] = []
-    latest: dict[CellValue, CellValue] = {}
-    final = max((int(str(row["epoch"])) for row in rows), default=0)
-    for row in sorted(rows, key=lambda r: (int(str(r["probe"])), int(str(r["epoch"])))):
-        if latest.get(row["probe"]) == row["answer"] and row["epoch"] != final:
-            continue
-        latest[row["probe"]] = row["answer"]
-        shown.append(
-            {
-                "question": row["question"] if row["epoch"] == 0 else "",
-                "after": "no training" if row["epoch"] == 0 else f"epoch {row['epoch']}",
-                "answer": row["answer"] or "(no answer)",
-                "score": row["score"],
-                "characters": f"{row['start_character']}-{row['end_character']}",
-            }
-        )
-    return shown
+    def _row(self, table: Path, row: dict[str, CellValue]) -> None:
+        if self._lease is not None:
+            self._lease.verify()
+        append_row(table, row)
+        self._trackers.log(table.stem, row)

@@ -1,4 +1,4 @@
-"""Loads all that a rank trains with: questions and windows, the model, DeepSpeed's engine."""
+"""Builds all that a rank trains with: questions and windows, the model, DeepSpeed's engine."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from runner.data.dataset import Example
-from runner.data.sampler import score_batches
+from runner.data.sampler import TrainSampler, score_batches
 from runner.data.splits import Split, load_splits, probe_examples
 from runner.data.windows import Windows, build_windows
 from runner.distributed.collectives import all_gather, broadcast, main_first
@@ -23,7 +24,7 @@ from runner.distributed.failures import leave_if_asked, stop_if_asked
 from runner.distributed.gradient_exchange import SharedMemoryExchange
 from runner.distributed.watchdog import Watchdog
 from runner.errors import StorageError
-from runner.job.schema import BatchLayout, Job, Model, batch_layout
+from runner.job.schema import Job, Model, batch_layout
 from runner.model.dropout import DropoutMasks
 from runner.model.forward import SpanModel, fill_cache
 from runner.model.freeze import freeze, optimiser_groups, parameter_table
@@ -32,7 +33,6 @@ from runner.model.load import ModelFiles, choose_precision, load_pretrained, loa
 from runner.model.loss import SpanLoss, choose_span_loss
 from runner.run.folder import RunDir
 from runner.train.plan import ExecutionPlan, choose_plan
-from runner.train.run_log import announcement
 from runner.train.state import seed_everything
 from runner.utils.ranks import Rank
 from runner.utils.tables import CellValue
@@ -40,139 +40,177 @@ from runner.utils.timing import PhaseTimer
 
 
 @dataclass(frozen=True)
-class Session:
-    """What a rank trains with.
+class Splits:
+    """The questions of a run, with their windows.
 
     Attributes:
-        tokenizer: as `load_tokenizer` gives it.
-        training, validation: questions and their windows.
-        tuning: questions on which the null threshold is tuned; None: it is not.
+        training, validation: what is trained on, and what is scored.
+        tuning: what the null threshold is tuned on; None: it is not.
         probes, probe_windows: the job's probes, spelt as questions.
-        layout: how a step's windows are spread over ranks.
-        files: where the model came from.
-        parameters: rows of the table of trained and frozen parameters, all of them last.
-        precision: "bf16", "fp16" or "fp32".
-        config: DeepSpeed's configuration.
-        total_steps: optimiser steps of all epochs.
-        computing: how the run computes.
-        span_loss: which implementation of the loss.
-        engine: DeepSpeed's, around the model.
-        model: the engine and how it is fed.
-        kept: lines for the log on frozen layers' outputs that are kept.
     """
 
-    tokenizer: PreTrainedTokenizerBase
     training: Split
     validation: Split
     tuning: Split | None
     probes: Sequence[Example]
     probe_windows: Windows
-    layout: BatchLayout
+
+    def named(self) -> dict[str, Split]:
+        """Those that there are, by what [data] calls them."""
+        splits = {"train": self.training, "validation": self.validation, "tuning": self.tuning}
+        return {name: split for name, split in splits.items() if split is not None}
+
+
+@dataclass(frozen=True)
+class Session:
+    """What a rank trains with.
+
+    Attributes:
+        job, run, rank, device: of this process.
+        splits: questions and windows.
+        sampler: deals training windows to steps and passes.
+        tokenizer: as `load_tokenizer` gives it.
+        files: where the model came from.
+        parameters: rows of the table of trained and frozen parameters, all of them last.
+        precision: "bf16", "fp16" or "fp32".
+        config: DeepSpeed's configuration.
+        plan: how the run computes.
+        span_loss: which implementation of the loss.
+        engine: DeepSpeed's, around the model.
+        model: the engine and how it is fed.
+        notes: lines for the log on frozen layers' outputs.
+    """
+
+    job: Job
+    run: RunDir
+    rank: Rank
+    device: torch.device
+    splits: Splits
+    sampler: TrainSampler
+    tokenizer: PreTrainedTokenizerBase
     files: ModelFiles
     parameters: Sequence[dict[str, CellValue]]
     precision: str
     config: dict[str, Any]
-    total_steps: int
-    computing: ExecutionPlan
+    plan: ExecutionPlan
     span_loss: SpanLoss
     engine: Any
     model: SpanModel
-    kept: Sequence[str]
+    notes: Sequence[str]
 
-    def described(self, job: Job) -> Iterator[str]:
-        """What is about to happen, line by line."""
-        yield from announcement(
-            job,
-            self.training,
-            self.validation,
-            self.tuning,
-            self.parameters[-1],
-            self.precision,
-            self.layout,
-        )
-        yield self.span_loss.described()
-        yield from self.computing.described()
-        if getattr(self.engine.optimizer, "exchanged_by", "") == SharedMemoryExchange.kind:
-            yield "exchange: shared memory (all ranks are on CPUs of one machine)"
-        yield from self.kept
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps of all epochs."""
+        return self.sampler.steps * self.job.train.epochs
+
+    @property
+    def exchanges_by_memory(self) -> bool:
+        """Whether ranks exchange gradients through memory that they share."""
+        return getattr(self.engine.optimizer, "exchanged_by", "") == SharedMemoryExchange.kind
 
 
 def build_session(
-    job: Job, run: RunDir, rank: Rank, device: torch.device, clock: PhaseTimer, watch: Watchdog
+    job: Job, run: RunDir, rank: Rank, device: torch.device, timer: PhaseTimer, watchdog: Watchdog
 ) -> Session:
     """Load everything on this rank; all ranks call it together.
 
     Raises:
         RunnerError: of the kind that says what is wrong with data, model or settings.
     """
-    layout = batch_layout(job.train, rank.world)
-
-    def between() -> None:
-        """Between two blocks of questions, or two batches, of which there may be many."""
-        watch.progress_at(watch.place, bounded=False)
-        leave_if_asked(run)
-
-    watch.progress_at("reading the data", bounded=False)
-    with clock("data"):
+    on_block = partial(_on_block, watchdog, run)
+    watchdog.progress_at("reading the data", bounded=False)
+    with timer("data"):
         files, tokenizer = main_first(rank, lambda: _files_and_tokenizer(job.model))
-        training, validation, tuning = main_first(
-            rank, lambda: load_splits(job.data, job.seed, tokenizer, between)
-        )
-        probes = probe_examples(job.probe)
-        probe_windows = build_windows(probes, tokenizer, job.data.max_length, job.data.stride)
-        sets = [part.windows for part in (training, validation, tuning) if part is not None]
+        splits = _load_data(job, tokenizer, rank, on_block)
     stop_if_asked(run)
-    watch.progress_at("loading the model", bounded=False)
-    with clock("model"):
+    watchdog.progress_at("loading the model", bounded=False)
+    with timer("model"):
+        layout = batch_layout(job.train, rank.world)
+        sampler = TrainSampler(
+            splits.training.windows.lengths_N, job.train, layout, job.seed, rank.index
+        )
         model = main_first(rank, lambda: load_pretrained(files, job.seed))
         freeze(model, job.model.freeze)
         parameters = parameter_table(model)
         precision = choose_precision(job.model.precision, device)
         trained = int(str(parameters[-1]["trained"]))
         config = deepspeed_config(job.zero, job.train, layout, precision, trained)
-        total_steps = -(-len(training.windows) // job.train.batch_size) * job.train.epochs
         # From here on each rank draws its own dropout.
         seed_everything(job.seed * 1_000_003 + rank.index)
-        computing = choose_plan(
-            job.model,
-            job.zero,
-            model,
-            device,
-            precision,
-            longest=max(int(windows.lengths_N.max()) for windows in sets),
-            tokens=len(training.windows.tokens_T) * job.train.epochs,
-            noise=DropoutMasks(job.seed, rank.index),
-        )
-        groups = optimiser_groups(model, job.train.weight_decay)
+        plan = _plan(job, model, splits, rank, device, precision)
         span_loss = choose_span_loss(job.model.span_loss, model, device, job.zero.stage)
         engine = start_engine(
-            model, device, groups, job.train, config, total_steps, computing.optimiser
+            model,
+            device,
+            optimiser_groups(model, job.train.weight_decay),
+            job.train,
+            config,
+            sampler.steps * job.train.epochs,
+            plan.optimiser,
         )
     stop_if_asked(run)
-    span_model = SpanModel.of(engine, tokenizer, device, computing.packing, sets)
-    watch.progress_at("computing the frozen layers", bounded=False)
-    with clock("frozen"):
-        span_model, kept = cache_frozen_layers(
-            span_model, computing.trunk, sets, job.score.batch_size, run.path, rank, between
+    watchdog.progress_at("computing the frozen layers", bounded=False)
+    with timer("frozen"):
+        windows = [split.windows for split in splits.named().values()]
+        span_model, notes = cache_frozen_layers(
+            SpanModel.of(engine, tokenizer, device, plan.packing, windows),
+            plan.frozen,
+            windows,
+            job.score.batch_size,
+            run.path,
+            rank,
+            on_block,
         )
     return Session(
+        job=job,
+        run=run,
+        rank=rank,
+        device=device,
+        splits=splits,
+        sampler=sampler,
         tokenizer=tokenizer,
-        training=training,
-        validation=validation,
-        tuning=tuning,
-        probes=probes,
-        probe_windows=probe_windows,
-        layout=layout,
         files=files,
         parameters=parameters,
         precision=precision,
         config=config,
-        total_steps=total_steps,
-        computing=computing,
+        plan=plan,
         span_loss=span_loss,
         engine=engine,
         model=span_model,
-        kept=kept,
+        notes=notes,
+    )
+
+
+def _on_block(watchdog: Watchdog, run: RunDir) -> None:
+    """Between two blocks of questions, or two batches, of which there may be many."""
+    watchdog.progress_at(watchdog.place, bounded=False)
+    leave_if_asked(run)
+
+
+def _load_data(
+    job: Job, tokenizer: PreTrainedTokenizerBase, rank: Rank, on_block: Callable[[], None]
+) -> Splits:
+    training, validation, tuning = main_first(
+        rank, lambda: load_splits(job.data, job.seed, tokenizer, on_block)
+    )
+    probes = probe_examples(job.probe)
+    windows = build_windows(probes, tokenizer, job.data.max_length, job.data.stride)
+    return Splits(training, validation, tuning, probes, windows)
+
+
+def _plan(
+    job: Job, model: Any, splits: Splits, rank: Rank, device: torch.device, precision: str
+) -> ExecutionPlan:
+    windows = [split.windows for split in splits.named().values()]
+    return choose_plan(
+        job.model,
+        job.zero,
+        model,
+        device,
+        precision,
+        longest=max(int(part.lengths_N.max()) for part in windows),
+        tokens=len(splits.training.windows.tokens_T) * job.train.epochs,
+        dropout=DropoutMasks(job.seed, rank.index),
     )
 
 
@@ -183,26 +221,26 @@ def _files_and_tokenizer(section: Model) -> tuple[ModelFiles, PreTrainedTokenize
 
 def cache_frozen_layers(
     model: SpanModel,
-    trunk: FrozenLayers | None,
-    sets: Sequence[Windows],
+    frozen: FrozenLayers | None,
+    data: Sequence[Windows],
     batch_size: int,
     folder: Path,
     rank: Rank,
-    between: Callable[[], None] = lambda: None,
+    on_batch: Callable[[], None] = lambda: None,
 ) -> tuple[SpanModel, list[str]]:
-    """Compute the trunk's outputs for whole data sets. Every rank must call this.
+    """Compute the frozen layers' outputs for whole data sets. Every rank must call this.
 
     They depend on the weights and on the data sets alone, so that a resumed run, which computes
     them anew, goes on with the same numbers.
 
     Args:
         model: runs the engine.
-        trunk: whose outputs are kept; None keeps nothing.
-        sets: training and validation windows.
+        frozen: whose outputs are cached; None caches nothing.
+        data: training and validation windows.
         batch_size: windows per forward pass.
         folder: where a file may be, should memory not do.
         rank: this one.
-        between: called before each of this rank's batches; it may raise.
+        on_batch: called before each of this rank's batches; it may raise.
 
     Returns:
         A model that begins above the frozen layers with these windows, and lines for the log.
@@ -210,14 +248,14 @@ def cache_frozen_layers(
     Raises:
         StorageError: if there is no room. Going on without would be another training: with dropout.
     """
-    if trunk is None:
+    if frozen is None:
         return model, []
     began = time.monotonic()
-    dtype = next(trunk.base.parameters()).dtype
-    model = dataclasses.replace(model, frozen=trunk)
+    dtype = next(frozen.base.parameters()).dtype
+    model = dataclasses.replace(model, frozen=frozen)
     caches = []
-    for windows in sets:
-        width = trunk.base.config.hidden_size
+    for windows in data:
+        width = frozen.base.config.hidden_size
         size = len(windows.tokens_T) * width * dtype.itemsize / 2**30
         device = model.loader.device
         cache = allocate(windows, width, dtype, device, folder, rank, broadcast, all_gather)
@@ -227,15 +265,15 @@ def cache_frozen_layers(
                 f" free memory nor below {folder}; set it to false, or train on fewer questions"
             )
         mine = score_batches(windows.lengths_N, batch_size, rank.local, rank.local_world)
-        fill_cache(model, cache, _asking(mine, between))
+        fill_cache(model, cache, _telling(mine, on_batch))
         all_gather(None)  # the windows of one rank are read by others
         caches.append((cache, size))
-    held = ", ".join(f"{size:.2f} GiB in {cache.place}" for cache, size in caches)
-    line = f"outputs of frozen layers: {held}, computed in {time.monotonic() - began:.1f} s"
+    places = ", ".join(f"{size:.2f} GiB in {cache.place}" for cache, size in caches)
+    line = f"outputs of frozen layers: {places}, computed in {time.monotonic() - began:.1f} s"
     return dataclasses.replace(model, hidden_caches=tuple(cache for cache, _ in caches)), [line]
 
 
-def _asking(batches: Iterable[np.ndarray], between: Callable[[], None]) -> Iterator[np.ndarray]:
+def _telling(batches: Iterable[np.ndarray], on_batch: Callable[[], None]) -> Iterator[np.ndarray]:
     for rows in batches:
-        between()
+        on_batch()
         yield rows
