@@ -111,7 +111,7 @@ import runner.checkpoint.manager, runner.utils.signals
 save = runner.checkpoint.manager.CheckpointManager.save
 def save_and_stop(self, memory, best=None, *, required=False):
     whole = save(self, memory, best, required=required)
-    if memory.progress.scored:
+    if memory.scored:
         runner.utils.signals.request_stop("SIGUSR1")
     return whole
 runner.checkpoint.manager.CheckpointManager.save = save_and_stop
@@ -121,8 +121,8 @@ runner.checkpoint.manager.CheckpointManager.save = save_and_stop
 TORCH_DROPOUT = """
 import runner.train.plan, runner.model.dropout
 runner.train.plan.install_dropout = lambda model, noise: 0
-restart = runner.model.dropout.DropoutMasks.restart
-runner.model.dropout.DropoutMasks.restart = lambda self, *place: None if place else restart(self)
+restart = runner.model.dropout.DropoutMasks.reseed
+runner.model.dropout.DropoutMasks.reseed = lambda self, *place: None if place else restart(self)
 """
 PLACES = ("mid-epoch", "epoch edge", "warm-up", "last step", "scoring", "scored")
 

@@ -7,13 +7,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 
+from runner.checkpoint.commit import Ranks
 from runner.checkpoint.manager import _IDENTITY, CheckpointManager
 from runner.checkpoint.store import Manifest
 from runner.errors import DataError
 from runner.run.folder import RunDir
-from runner.train.state import Memory
+from runner.train.state import TrainState
 from runner.utils.ranks import Rank
 
 IDENTITY = dict.fromkeys(_IDENTITY, "then")
@@ -23,8 +23,7 @@ IDENTITY = dict.fromkeys(_IDENTITY, "then")
 def start(tmp_path: Path) -> CheckpointManager:
     """A start whose engine does nothing."""
     run, rank = RunDir(tmp_path), Rank(0, 1, 0, 1)
-    cpu = torch.device("cpu")
-    return CheckpointManager(run, 1, None, rank, SimpleNamespace(), cpu, IDENTITY, lambda _: None)
+    return CheckpointManager(run, 1, None, rank, SimpleNamespace(), IDENTITY, lambda _: None)
 
 
 def manifest(identity: dict[str, object]) -> Manifest:
@@ -33,14 +32,14 @@ def manifest(identity: dict[str, object]) -> Manifest:
 
 
 def test_a_checkpoint_of_the_same_kind_is_taken(start):
-    start._examine(manifest(dict(IDENTITY)), True)
+    start._examine(True, manifest(dict(IDENTITY)))
 
 
 @pytest.mark.parametrize("key", _IDENTITY)
 def test_whatever_a_checkpoint_belongs_to_has_to_be_the_same(start, key):
     """Each is refused with its own sentence, before anything is loaded."""
     with pytest.raises(DataError) as caught:
-        start._examine(manifest(IDENTITY | {key: "another"}), False)
+        start._examine(False, manifest(IDENTITY | {key: "another"}))
     assert type(caught.value) is DataError  # no damage: none before it will do better
     sentence = _IDENTITY[key].format("another", "then")
     assert str(caught.value).endswith(f"{sentence}, or begin anew with --restart")
@@ -52,12 +51,12 @@ def test_whatever_a_checkpoint_belongs_to_has_to_be_the_same(start, key):
 )
 def test_a_checkpoint_of_another_version_is_refused_as_such(start, identity):
     with pytest.raises(DataError, match="was made by another version of spantune"):
-        start._examine(manifest(identity), False)
+        start._examine(False, manifest(identity))
 
 
-def test_ranks_that_have_read_different_data_do_not_begin(start, monkeypatch):
+def test_ranks_that_have_read_different_data_do_not_begin(start):
     other = IDENTITY | {"train": "read later"}
-    monkeypatch.setattr(start, "everyone", lambda mine: [mine, other])
-    memory: Memory = SimpleNamespace()  # type: ignore[assignment]  # not looked at
+    start._ranks = Ranks(0, lambda mine: [mine, other])
+    state: TrainState = SimpleNamespace()  # type: ignore[assignment]  # not looked at
     with pytest.raises(DataError, match="the files changed while they were read"):
-        start.load(memory, needs_best=False)
+        start.load(state, needs_best=False)

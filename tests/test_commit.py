@@ -208,7 +208,7 @@ class Alone:
 
     index = 0
 
-    def everyone(self, value):
+    def all_gather(self, value):
         return [value]
 
 

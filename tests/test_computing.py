@@ -35,7 +35,7 @@ def chosen(model, section=None, zero=None, device=CPU, precision="fp32", tokens=
         precision,
         longest=40,
         tokens=tokens,
-        noise=DropoutMasks(1, 0),
+        dropout=DropoutMasks(1, 0),
     )
 
 
@@ -53,7 +53,7 @@ def test_a_cpu_packs_and_draws_its_own_dropout():
         "dropout": "16 bits an element",
     }
     assert all(reason for _, reason in computing.choices.values())
-    assert len(computing.described()) == 4
+    assert len(computing.lines()) == 4
 
 
 @pytest.mark.parametrize(
@@ -143,15 +143,15 @@ def test_frozen_layers_are_told_of_and_kept_on_demand(tmp_path):
         "embeddings and 1 layers forward only",
         "nothing to train",
     )
-    assert computing.trunk is None
+    assert computing.frozen is None
     computing = chosen(model, Model(name="x", freeze=bottom, cache_frozen=True))
-    assert computing.trunk is not None
+    assert computing.frozen is not None
     assert "once" in computing.choices["frozen"][0]
     windows, validation = windows_of((7, 5, 9)), windows_of((4,), seed=1)
     fed = SpanModel(model, WindowLoader(CPU, 0, computing.packing), True)
     alone = Rank(0, 1, 0, 1)
     found, lines = cache_frozen_layers(
-        fed, computing.trunk, (windows, validation), 2, tmp_path, alone
+        fed, computing.frozen, (windows, validation), 2, tmp_path, alone
     )
     assert [cache.windows for cache in found.hidden_caches] == [windows, validation]
     assert all(cache.hidden_TD.abs().sum(1).all() for cache in found.hidden_caches)
@@ -159,12 +159,12 @@ def test_frozen_layers_are_told_of_and_kept_on_demand(tmp_path):
     assert cache_frozen_layers(fed, None, (windows,), 2, tmp_path, alone) == (fed, [])
     batches = []
     cache_frozen_layers(
-        fed, computing.trunk, (windows,), 2, tmp_path, alone, lambda: batches.append(1)
+        fed, computing.frozen, (windows,), 2, tmp_path, alone, lambda: batches.append(1)
     )
     assert len(batches) == 2
     endless = dataclasses.replace(windows, tokens_T=np.broadcast_to(np.int32(0), 10**15))
     with pytest.raises(StorageError, match="fit neither"):
-        cache_frozen_layers(fed, computing.trunk, (endless,), 2, tmp_path, alone)
+        cache_frozen_layers(fed, computing.frozen, (endless,), 2, tmp_path, alone)
 
 
 def test_what_cannot_be_kept_is_refused():

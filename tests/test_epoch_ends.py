@@ -48,7 +48,7 @@ def tell(self, table, row):
     if table == "earlier_probes":
         print("SPY earlier", row["epoch"])
     log(self, table, row)
-runner.train.trainer.predict_windows, runner.train.trainer.draw_curves = read_windows, draw_curves
+runner.train.trainer.predict_windows, runner.train.run_log.draw_curves = read_windows, draw_curves
 runner.tracking.client.Trackers.log = tell
 """
 

@@ -100,7 +100,7 @@ def test_a_rank_that_is_stuck_ends_all(zygote, job_file, tmp_path, what, words):
 
 HANGS = {
     # The phase, and what never returns in it on rank 1.
-    "saving after step": "import runner.checkpoint.deepspeed_io as m; m.ShardEngine.write = nap",
+    "saving after step": "import runner.checkpoint.deepspeed_io as m; m.StoreCheckpointEngine.write = nap",
     "loading the checkpoint": "import runner.checkpoint.commit as m; m.newest = nap",
 }
 

@@ -33,11 +33,11 @@ runner.checkpoint.store.Files = Full
 NOW = """
 import runner.train.state
 now = []
-init = runner.train.state.Progress.__init__
+init = runner.train.state.TrainState.__init__
 def noted(self, *arguments, **options):
     init(self, *arguments, **options)
     now.append(self)
-runner.train.state.Progress.__init__ = noted
+runner.train.state.TrainState.__init__ = noted
 """
 
 

@@ -18,12 +18,9 @@ from runner.model.dropout import DropoutMasks
 from runner.model.forward import SpanModel, span_logits
 from runner.model.freeze import optimiser_groups
 from runner.model.loss import choose_span_loss
-from runner.train.nan_monitor import NanMonitor
 from runner.train.plan import choose_plan
-from runner.train.state import Progress
-from runner.train.trainer import Course, train_steps
 from runner.utils.ranks import Rank
-from runner.utils.timing import PhaseTimer
+from tests.bench.training_loop import train_batches
 from tests.small_models import model_of, takes_types, windows_of
 
 pytestmark = [
@@ -42,9 +39,9 @@ def trainer(*, zero=None, model=None, section=None, resident=False):
     section = section or Model(name="x", precision="bf16")
     model = (model or model_of("bert", **STILL)).train()
     train = Train(epochs=1, batch_size=8, learning_rate=1e-3)
-    noise, windows = DropoutMasks(1, 0), windows_of(LENGTHS)
+    dropout, windows = DropoutMasks(1, 0), windows_of(LENGTHS)
     computing = choose_plan(
-        section, zero, model, device, "bf16", longest=40, tokens=10**6, noise=noise
+        section, zero, model, device, "bf16", longest=40, tokens=10**6, dropout=dropout
     )
     trained = sum(p.numel() for p in model.parameters())
     config = deepspeed_config(zero, train, batch_layout(train, 1), "bf16", trained)
@@ -54,16 +51,16 @@ def trainer(*, zero=None, model=None, section=None, resident=False):
     there = tokens_on_device([windows], device) if resident else ()
     fed = SpanModel(engine, WindowLoader(device, 0, computing.packing, 8, there), True)
     engine.train()
-    return fed, span_loss, noise, windows, train
+    return fed, span_loss, dropout, windows, train
 
 
 def steps(count, **way):
     """Train on the same batches: the losses, and a function that takes one more step and returns
     its loss, on the device."""
-    fed, span_loss, noise, windows, _ = trainer(**way)
+    fed, span_loss, dropout, windows, _ = trainer(**way)
 
     def step(number):
-        noise.reseed(0, number, 0)
+        dropout.reseed(0, number, 0)
         logits = fed(fed.batch(windows, np.roll(np.arange(8), number)))
         loss = span_loss(logits)
         fed.engine.backward(loss)
@@ -99,10 +96,10 @@ def test_attention_dropout_drops_and_repeats_after_a_restart():
     model = model_of("bert", **STILL | {"attention_probs_dropout_prob": 0.5})
     model = model.to(CUDA, torch.bfloat16).train()
     packing, _ = choose_packing("on", model, CUDA, "bf16", 40)
-    fed, noise = SpanModel(model, WindowLoader(CUDA, 0, packing, 8), True), DropoutMasks(1, 0)
+    fed, dropout = SpanModel(model, WindowLoader(CUDA, 0, packing, 8), True), DropoutMasks(1, 0)
     windows, found = windows_of(LENGTHS), []
     for position in (1, 2, 1):
-        noise.reseed(0, position, 0)
+        dropout.reseed(0, position, 0)
         found.append(fed(fed.batch(windows, np.arange(8))).logits_T2[:100])
     assert not torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
@@ -124,26 +121,19 @@ def test_a_step_waits_for_nothing(resident):
 @pytest.mark.parametrize("resident", [False, True])
 def test_the_loop_waits_for_nothing_between_two_rows(resident):
     """As a run has it: look-ahead, accuracy, health, and what follows each step."""
-    alone, written = Rank(0, 1, 0, 1), []
-    fed, span_loss, noise, windows, train = trainer(resident=resident)
-    health = NanMonitor(alone, windows.questions_N, [*map(str, range(8))], scaled=False)
-    course = Course(
-        fed, span_loss, windows, train.model_copy(update={"log_every": 10}), 1, alone,
-        batch_layout(train, 1), noise, PhaseTimer(), health, lambda text: None, written.append,
-        lambda: None,
-    )  # fmt: skip
+    fed, span_loss, dropout, windows, train = trainer(resident=resident)
+    train = train.model_copy(update={"log_every": 10})
 
     def follow(done, note=""):
         # The first row warms up; the second one is written, and waits, after step 20.
         torch.cuda.set_sync_debug_mode("error" if 10 <= done < 19 else "default")
 
     batches = [np.sort(np.roll(np.arange(8), number)) for number in range(20)]
-    progress = Progress(torch.zeros(2, device=CUDA), len(batches))
     try:
-        train_steps(course, progress, batches, follow)
+        written = train_batches(fed, span_loss, dropout, windows, train, batches, follow)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert [row["step"] for row in written] == [10, 20]
+    assert written == [10, 20]
 
 
 def test_every_way_to_take_a_step_has_the_same_result():

@@ -14,7 +14,7 @@ ALONE = """
 import os
 from datetime import timedelta
 from runner import errors
-from runner.distributed import engine
+from runner.distributed import process_group as engine
 from runner.utils import signals
 os.environ |= {{"RANK": "1", "WORLD_SIZE": "2", "MASTER_PORT": "{port}"}}
 signals.listen({leave})

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shutil
-import time
 from types import SimpleNamespace
 
 import numpy as np

@@ -150,7 +150,7 @@ def test_what_a_job_may_ask_for_besides_is_resumed_too(zygote, job_file, tmp_pat
 BREACHES = {
     "generators": """
 import runner.checkpoint.manager
-runner.checkpoint.manager.restore_random_state = lambda *_: None
+runner.train.state.restore_random_state = lambda *_: None
 """,
     "moments": """
 import runner.checkpoint.deepspeed_io
@@ -166,11 +166,11 @@ runner.checkpoint.deepspeed_io.load_tensors = forgetful
 """,
     "place": """
 import runner.train.state
-restore = runner.train.state.Progress.restore
-def late(self, facts, own):
-    restore(self, facts, own)
+restore = runner.train.state.TrainState.load_state_dict
+def late(self, state, rank_state):
+    restore(self, state, rank_state)
     self.done += 1
-runner.train.state.Progress.restore = late
+runner.train.state.TrainState.load_state_dict = late
 """,
     "nothing": "",
 }
@@ -179,8 +179,8 @@ runner.train.state.Progress.restore = late
 # Dropout on a CPU draws from our own generator, whose state is the place in training alone.
 NO_PLACE = """
 import runner.model.dropout
-restart = runner.model.dropout.DropoutMasks.restart
-runner.model.dropout.DropoutMasks.restart = lambda self, *place: None if place else restart(self)
+restart = runner.model.dropout.DropoutMasks.reseed
+runner.model.dropout.DropoutMasks.reseed = lambda self, *place: None if place else restart(self)
 """
 
 

@@ -20,7 +20,7 @@ def verdicts(stop: Stop | None, *values: float) -> list[tuple[bool, bool]]:
 
     found = [stopper.judge(scores(value)) for value in values]
     assert asked == ([] if stop is None else [stop.metric] * len(values))
-    return [(verdict.keep, verdict.stop) for verdict in found]
+    return [(verdict.is_best, verdict.stop) for verdict in found]
 
 
 KEPT, WAITED, STOPPED = (True, False), (False, False), (False, True)

@@ -11,7 +11,8 @@ from rich.console import Console
 
 from runner.job.schema import Job
 from runner.run.folder import RunDir
-from runner.train.run_log import (
+from runner.train.setup import Splits
+from runner.train.summary import (
     INTERVAL_COLUMNS,
     closing_lines,
     data_hashes,
@@ -118,7 +119,7 @@ def test_two_samples_of_one_slice_have_a_hash_each():
         SimpleNamespace(dataset=SimpleNamespace(source="o/n:dev", sha256=digest))
         for digest in ("a1", "b2")
     )
-    found = data_hashes(cast(Any, one), cast(Any, other), None)
+    found = data_hashes(Splits(cast(Any, one), cast(Any, other), None, (), cast(Any, None)))
     assert found == {"training": "a1", "validation": "b2"}
 
 

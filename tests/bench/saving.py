@@ -34,7 +34,8 @@ checkpoint_minutes = 0.02
 # Rank 0 notes how long each of these takes, and writes it down when the run ends.
 TIMED = """
 import json, time
-import runner.checkpoint.manager, runner.checkpoint.commit, runner.distributed.collectives, runner.checkpoint.deepspeed_io, runner.checkpoint.store, runner.train.trainer
+import runner.checkpoint.manager, runner.checkpoint.commit, runner.distributed.preemption
+import runner.checkpoint.deepspeed_io, runner.checkpoint.store, runner.train.trainer
 times = {{}}
 def timed(owner, name, title):
     plain = getattr(owner, name)
@@ -50,7 +51,7 @@ timed(runner.checkpoint.deepspeed_io.StoreCheckpointEngine, "write", "write, has
 timed(runner.checkpoint.store.CheckpointStore, "check_staged", "read back")
 timed(runner.checkpoint.store.CheckpointStore, "commit", "manifest and rename")
 timed(runner.checkpoint.commit, "rotate", "remove old ones")
-timed(runner.distributed.preemption.StopSaveSync, "agree", "agree")
+timed(runner.distributed.preemption.StopSaveSync, "poll", "agree")
 timed(runner.train.trainer, "take_step", "optimiser step")
 finish = runner.train.trainer.finish
 def finish_and_tell(*arguments):

@@ -5,7 +5,7 @@
 Weights and tokens are random, which changes no time; window lengths are those of --data, or drawn
 from the quantiles below. Every mode takes the same batches of the same windows, a round of steps at
 a time, in turn; the table shows medians over rounds. "ours" is the loop of a run itself
-(`epoch.train_steps`: tokens resident on a GPU, batches prepared ahead, accuracy, health, a row of
+(`Trainer.train_epoch`: tokens resident on a GPU, batches prepared ahead, accuracy, health, a row of
 the log at the end of a round); only its rows go nowhere and nothing is saved. The models of a part
 share the device's memory: with a large shape call one part at a time.
 

@@ -12,6 +12,7 @@ import numpy as np
 from runner.data.sampler import TrainSampler
 from runner.job.schema import Train, batch_layout
 from runner.model.dropout import DropoutMasks
+from runner.model.forward import SpanModel
 from runner.model.loss import SpanLoss
 from runner.train.trainer import Trainer
 from runner.utils.ranks import Rank
@@ -39,7 +40,7 @@ class Rows:
 
 
 def train_batches(
-    reader: Any,
+    model: SpanModel,
     span_loss: SpanLoss,
     dropout: DropoutMasks,
     windows: Any,
@@ -51,7 +52,7 @@ def train_batches(
     steps after which a row of train.csv would have been written.
 
     Args:
-        reader: around DeepSpeed's engine.
+        model: around DeepSpeed's engine.
         span_loss, dropout: as for a run.
         windows: of the training questions, one each.
         section: the job's [train].
@@ -64,7 +65,7 @@ def train_batches(
         job=SimpleNamespace(train=section, stop=None),
         run=None,
         rank=ALONE,
-        device=reader.device,
+        device=model.loader.device,
         splits=SimpleNamespace(
             training=SimpleNamespace(
                 windows=windows,
@@ -82,8 +83,8 @@ def train_batches(
         ),
         plan=SimpleNamespace(dropout=dropout),
         span_loss=span_loss,
-        engine=reader.model,
-        reader=reader,
+        engine=model.engine,
+        model=model,
         precision="bf16",
     )
     watchdog: Any = SimpleNamespace(progress_at=lambda place, bounded=True: None)

@@ -17,25 +17,21 @@ import measuring  # noqa: F401  (puts the checkout on the path)
 import numpy as np
 import torch
 from torch import Tensor, nn
+from training_loop import train_batches
 
 from runner.data.collate import collate
 from runner.data.loader import DeviceBatch, WindowLoader, pad, tokens_on_device
 from runner.data.sampler import epoch_batches
 from runner.data.windows import Windows
 from runner.distributed.engine import deepspeed_config, start_engine
-from runner.distributed.preemption import StopSaveSync
 from runner.job.schema import Model, Train, Zero, batch_layout
 from runner.model.dropout import CpuDropout, DropoutMasks
 from runner.model.forward import SpanModel
 from runner.model.freeze import freeze, optimiser_groups
 from runner.model.loss import choose_span_loss
-from runner.train.nan_monitor import NanMonitor
 from runner.train.plan import choose_plan
 from runner.train.setup import cache_frozen_layers
-from runner.train.state import Progress
-from runner.train.trainer import Course, train_steps
 from runner.utils.ranks import Rank
-from runner.utils.timing import PhaseTimer
 
 SHAPES = {  # width, layers, heads, inner width
     "base": (768, 12, 12, 3072),
@@ -191,43 +187,21 @@ class Modes:
         self, zero: Zero, *, compiled: str = "off", torch_dropout: bool = False, **section: Any
     ) -> Steps:
         """spantune's own loop."""
-        fed, span_loss, noise = self._engine(zero, compile=compiled, **section)
+        fed, span_loss, dropout = self._engine(zero, compile=compiled, **section)
         if torch_dropout:
             for parent in fed.engine.module.modules():
                 for name, child in parent.named_children():
                     if isinstance(child, CpuDropout):
                         parent.register_module(name, nn.Dropout(child.p))
-        ids = [str(n) for n in range(len(self.windows))]
-        meeting = StopSaveSync(RANK, float("inf"))
-
-        def boundary() -> None:
-            meeting.poll()
-
-        course = Course(
-            fed,
-            span_loss,
-            self.windows,
-            self.section,
-            seed=1,
-            rank=RANK,
-            layout=batch_layout(self.section, 1),
-            noise=noise,
-            clock=PhaseTimer(),
-            health=NanMonitor(RANK, self.windows.questions_N, ids, scaled=False),
-            say=lambda text: None,
-            write_row=lambda row: None,
-            boundary=boundary,
-        )
 
         def steps(batches: Batches) -> None:
-            progress = Progress(torch.zeros(2, device=self.device), len(batches))
-            train_steps(course, progress, batches, lambda done, note="": None)
+            train_batches(fed, span_loss, dropout, self.windows, self.section, batches)
 
         return steps
 
     def _engine(self, zero: Zero, **section: Any) -> tuple[SpanModel, Any, DropoutMasks]:
         job = Model(name="none", precision=self.precision, **section)
-        model, noise = new_model(self.args.shape).train(), DropoutMasks(1, 0)
+        model, dropout = new_model(self.args.shape).train(), DropoutMasks(1, 0)
         freeze(model, job.freeze)
         computing = choose_plan(
             job,
@@ -237,7 +211,7 @@ class Modes:
             self.precision,
             longest=self.args.max_length,
             tokens=len(self.windows.tokens_T),
-            noise=noise,
+            dropout=dropout,
         )
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         layout = batch_layout(self.section, 1)
@@ -251,11 +225,11 @@ class Modes:
         with tempfile.TemporaryDirectory() as folder:
             size = self.args.batch_size
             sets = (self.windows,)
-            fed, lines = cache_frozen_layers(fed, computing.trunk, sets, size, Path(folder), RANK)
+            fed, lines = cache_frozen_layers(fed, computing.frozen, sets, size, Path(folder), RANK)
         for line in lines:
             print(f"  {line}", file=sys.stderr)
         engine.train()
-        return fed, span_loss, noise
+        return fed, span_loss, dropout
 
     def _fed(self, model: Any, packing: Any) -> SpanModel:
         there = tokens_on_device((self.windows,), self.device)
@@ -266,8 +240,8 @@ class Modes:
         """DeepSpeed's ZeRO-2 with nothing configured but what it must be told."""
         import deepspeed
 
-        model, noise = new_model(self.args.shape).train(), DropoutMasks(1, 0)
-        fed, span_loss = self._packed(model, noise)
+        model, dropout = new_model(self.args.shape).train(), DropoutMasks(1, 0)
+        fed, span_loss = self._packed(model, dropout)
         config: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": self.args.batch_size,
             "gradient_clipping": 1.0,
@@ -297,9 +271,9 @@ class Modes:
 
     def plain(self) -> Steps:
         """PyTorch alone: the same packed model and loss, bf16 weights, fused AdamW."""
-        model, noise = new_model(self.args.shape).train(), DropoutMasks(1, 0)
+        model, dropout = new_model(self.args.shape).train(), DropoutMasks(1, 0)
         model = model.to(self.device, torch.bfloat16 if self.on_gpu else torch.float32)
-        fed, span_loss = self._packed(model, noise)
+        fed, span_loss = self._packed(model, dropout)
         optimiser = torch.optim.AdamW(optimiser_groups(model, 0.01), lr=3e-5, fused=True)
 
         def step(batch: DeviceBatch) -> None:
@@ -310,7 +284,7 @@ class Modes:
 
         return self._ahead(fed, step)
 
-    def _packed(self, model: Any, noise: DropoutMasks) -> tuple[SpanModel, Any]:
+    def _packed(self, model: Any, dropout: DropoutMasks) -> tuple[SpanModel, Any]:
         computing = choose_plan(
             Model(name="none", precision=self.precision, compile="off"),
             Zero(),
@@ -319,7 +293,7 @@ class Modes:
             self.precision,
             longest=self.args.max_length,
             tokens=1,
-            noise=noise,
+            dropout=dropout,
         )
         span_loss = choose_span_loss("auto", model, self.device, 2)
         return self._fed(model, computing.packing), span_loss

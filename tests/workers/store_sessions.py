@@ -57,7 +57,7 @@ class Pipes:
     def __init__(self, index: int, reads: int, writes: int) -> None:
         self.index, self._reads, self._writes = index, reads, writes
 
-    def everyone(self, value):
+    def all_gather(self, value):
         data = repr_bytes(value)
         os.write(self._writes, struct.pack("<I", len(data)) + data)
         theirs = from_bytes(self._take(struct.unpack("<I", self._take(4))[0]))
@@ -126,7 +126,7 @@ def session(path: Path, talk: Pipes, files: Watched) -> dict:
     names = adopt_checkpoints(store, talk, attempt)
     if main:
         files.mark("sealed")
-    number = talk.everyone(attempt.number if attempt else 0)[0]
+    number = talk.all_gather(attempt.number if attempt else 0)[0]
     warnings: list[str] = []
 
     def examine(manifest: Manifest) -> None:
@@ -174,7 +174,7 @@ def session(path: Path, talk: Pipes, files: Watched) -> dict:
                 (stage.folder / "model" / "weights").write_bytes(state)
                 stage.adopt("model")
 
-        fence = attempt.check if attempt else lambda: None
+        fence = attempt.verify if attempt else lambda: None
         try:
             save(store, talk, name, write, {"step": step, "best": best}, fence)
         except StorageError as error:
@@ -675,7 +675,7 @@ class Alone:
 
     index = 0
 
-    def everyone(self, value):
+    def all_gather(self, value):
         return [value] * RANKS
 
 

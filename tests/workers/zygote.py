@@ -26,7 +26,7 @@ FRESH = Path(__file__).with_name("fresh_models.py")
 WITHOUT = """
 import runner.train.finish, runner.train.trainer
 runner.train.finish.verify_export = lambda *_: 0.0
-runner.train.trainer.draw_curves = lambda *_: None
+runner.train.run_log.draw_curves = lambda *_: None
 """
 # The exported model is opened by a process that has opened others before.
 VERIFIED = """
