@@ -172,7 +172,7 @@ def merge_answers(
     if not len(question_N) == len(offset_N) == len(spans.score_NK) or len(contexts) != num:
         raise ValueError("the arrays hold different numbers of windows or of questions")
     if settings.n_best < 1 or (settings.n_listed is not None and settings.n_listed < 1):
-        raise ValueError("n_best and n_listed, spans of a question, must be at least 1")
+        raise ValueError("n_best and n_listed, the spans to keep per question, must be at least 1")
     steps = np.diff(question_N.astype(np.int64), prepend=-1, append=num)
     if steps[0] != 1 or steps[-1] != 1 or not np.isin(steps, (0, 1)).all():
         raise ValueError("question_N must be ascending and name every question at least once")
