@@ -130,7 +130,7 @@ def test_where_all_is_equal_the_lowest_start_comes_first_then_the_lowest_end():
 @settings(deadline=None, max_examples=100)
 @given(
     case=questions(),
-    n_listed=st.integers(1, 4),
+    keep=st.integers(1, 4),
     threshold=st.none() | st.sampled_from([-1.0, 0.0, 2.5]),
 )
 def test_a_shorter_list_changes_nothing_else(case, keep, threshold):
