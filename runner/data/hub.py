@@ -83,8 +83,7 @@ def snapshot(kind: AssetKind, name: str, revision: str | None) -> Snapshot:
 
 
 def _cached(kind: AssetKind, name: str, revision: str | None) -> tuple[Snapshot | None, str | None]:
-    """What the cache holds of a revision, and what of it is missing: "" for nothing, None where
-    that cannot be told (another program fetched single files)."""
+    """What the cache holds of a revision, and what it lacks: "" for nothing, None if unknown."""
     try:
         folder = snapshot_download(
             name,
@@ -101,7 +100,7 @@ def _cached(kind: AssetKind, name: str, revision: str | None) -> tuple[Snapshot 
         return None, None
     try:
         get_cached_repo_tree(name, repo_type=kind, revision=revision)
-    except CachedRepoTreeNotFoundError:
+    except CachedRepoTreeNotFoundError:  # another program fetched single files
         return _at(folder), None
     return _at(folder), ""
 

@@ -58,12 +58,10 @@ def epoch_batches(
 
 
 def _largest_first(lengths_N: np.ndarray, batches: list[np.ndarray]) -> list[np.ndarray]:
-    """Move the full batches that need the most memory to the front; all others keep their order.
-
-    These are two to four: the two of most tokens, which bound the memory of packed steps, and the
-    two with the longest windows, which bound that of padded ones. Two of each, since the second
-    meets the optimiser's state; both kinds, since packed and padded runs train in one order.
-    """
+    """Move the full batches that need the most memory to the front; all others keep their order."""
+    # The two of most tokens bound the memory of packed steps, the two with the longest windows that
+    # of padded ones. Two of each, since the second meets the optimiser's state; both kinds, since
+    # packed and padded runs train in one order.
     tokens = [int(lengths_N[rows].sum()) for rows in batches]
     longest = [int(lengths_N[rows].max()) for rows in batches]
     places = range(len(batches))
@@ -80,8 +78,7 @@ def rank_passes(
     """Deal one step's windows to a rank, as the rows of its forward passes.
 
     Windows go round the ranks one by one, so that each gets the same mix of lengths. Every rank
-    makes the same number of
-    forward passes: a short last batch leaves some of them empty.
+    makes the same number of forward passes: a short last batch leaves some of them empty.
     """
     mine = rows[rank::world]
     return [mine[n * micro_batch_size : (n + 1) * micro_batch_size] for n in range(micro_batches)]

@@ -16,9 +16,8 @@ from runner.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_CHUNK = (
-    2048  # texts handed to the tokenizer at once: enough for its threads, little enough for memory
-)
+# Texts handed to the tokenizer at once: enough for its threads, little enough for memory.
+_CHUNK = 2048
 
 
 def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -47,9 +46,6 @@ def _backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
             f"{type(tokenizer).__name__} has no fast tokenizer; character offsets need one"
         )
     return backend
-
-
-# --- tokenising --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -141,8 +141,7 @@ def _header(file: BinaryIO, values: np.ndarray, rows: int) -> None:
 
 
 def _load(folder: Path) -> Windows | None:
-    """Map the arrays of a cache folder; None where it is absent or damaged (it is then removed, to
-    be built again)."""
+    """Map the arrays of a cache folder; None where it is absent or damaged, and so removed."""
     if not folder.is_dir():
         return None
     try:

@@ -221,8 +221,8 @@ def _assemble(
     from_N: np.ndarray,
     to_N: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Gather every window as five ranges of one pool: special, question, special, context,
-    special."""
+    """Tokens, types and bounds of all windows."""
+    # Each window is five ranges of one pool: special, question, special, context, special.
     specials = np.array([token for part in template.ids for token in part], dtype=np.int32)
     special_types = np.array([kind for part in template.types for kind in part], dtype=np.uint8)
     pool = np.concatenate([specials, questions.ids, contexts.ids])
@@ -277,10 +277,10 @@ def _labels(
     low_N: np.ndarray,
     cls_N: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """First and last token of each question's first answer: the last token that starts at or before
-    the answer's first character, and the first that ends at or after its last one. An answer of one
-    character that is several byte-level tokens has them in this order reversed: it is all of them.
-    """
+    """First and last token of each question's first answer."""
+    # These are the last token that starts at or before the answer's first character, and the first
+    # that ends at or after its last one. An answer of one character that is several byte-level
+    # tokens has them in this order reversed: it is all of them.
     answered_Q = np.array([bool(e.answers) for e in examples], dtype=bool)
     spans = [
         (e.answer_starts[0], e.answer_starts[0] + len(e.answers[0])) for e in examples if e.answers
@@ -314,8 +314,7 @@ def _labels(
 def _compare_with_tokenizer(
     windows: Windows, examples: Sequence[Example], truncating: Tokenizer, name: str
 ) -> None:
-    """Hold the first windows against the tokenizer's own: a template we misread must not train a
-    wrong model."""
+    """Hold windows against the tokenizer's own: a misread template must not train a wrong model."""
     for place, example in enumerate(examples):
         encoding = truncating.encode(example.question.lstrip(), example.context)
         theirs = [encoding.ids, *(piece.ids for piece in encoding.overflowing)]

@@ -246,8 +246,7 @@ def _ranked(
     num: int,
     settings: MergeSettings,
 ) -> tuple[np.ndarray, ...]:
-    """Spans found of each question; of its n_best best ones, best first: question, logit, start,
-    end, window."""
+    """Spans found, by question; then question, logit, start, end, window of the n_best best."""
     score_NK = spans.score_NK.numpy()
     window_C, rank_C = np.nonzero(score_NK > NEVER)
     logit_C, question_C = score_NK[window_C, rank_C], question_N[window_C]
@@ -273,9 +272,8 @@ def _answer(
     many: bool,
     settings: MergeSettings,
 ) -> Answer:
-    """The answer out of a question's candidates, `many` where more than one span was found; `null`
-    is score, probability and window of no answer, and how many candidates are not below it."""
-    null_score, null_share, null_window, above = null
+    """The answer out of a question's candidates; `many`: more than one span was found."""
+    null_score, null_share, null_window, above = null  # above: candidates that are not below it
     nothing = _NOTHING[settings.mode]
     best = next((candidate for candidate in listed if candidate.text), nothing)
     span, null_difference = best, null_score - best.logit

@@ -152,9 +152,9 @@ def dry_run(model: SpanModel, windows: Windows, score: Score) -> None:
 def _read_ahead(
     model: SpanModel, windows: Windows, first: int, batches: Sequence[np.ndarray]
 ) -> Iterator[tuple[np.ndarray, SpanLogits]]:
-    """Run the model over batch after batch of the windows from `first` on. The next one is
-    assembled and sent while the device is at work on this one: the search for its spans waits for
-    the device."""
+    """Run the model over batch after batch of the windows from `first` on."""
+    # The next batch is assembled and sent while the device is at work on this one: the search for
+    # its spans waits for the device.
     upcoming = model.batch(windows, first + batches[0]) if batches else None
     for number, batch in enumerate(batches, 1):
         if upcoming is None:
@@ -180,8 +180,7 @@ def _best_spans(logits: SpanLogits, windows: Windows, score: Score) -> BestSpans
 
 
 def _blocks(questions_N: np.ndarray) -> Iterator[slice]:
-    """Cut windows into blocks of whole questions, `BLOCK_WINDOWS` at most where no question has
-    more."""
+    """Cut windows into blocks of whole questions, of `BLOCK_WINDOWS` where questions allow it."""
     first = 0
     while first < len(questions_N):
         last = min(first + BLOCK_WINDOWS, len(questions_N))

@@ -232,10 +232,8 @@ def _usable(logits: Tensor) -> Tensor:
 
 
 def _exact(start_RW: Tensor, end_RV: Tensor, n_best: int) -> tuple[Tensor, Tensor, Tensor]:
-    """score_RK, start_RK, end_RK of the best spans; K = n_best or, if fewer, all candidates.
-
-    Positions are int64 and mean nothing where the score is -inf.
-    """
+    """score_RK, start_RK, end_RK of the best spans; K = n_best or, if fewer, all candidates."""
+    # Positions are int64 and mean nothing where the score is -inf.
     num_rows, width = start_RW.shape
     longest = end_RV.shape[1] - width + 1
     # best_end[r, w] = max(end[r, w : w + A]): maxima over 1, 2, 4, ... ends, then two that overlap.
@@ -273,10 +271,8 @@ def _run_qa(
 
 
 def _top(score_RC: Tensor, num: int) -> tuple[Tensor, Tensor]:
-    """The `num` best scores of each row, or all if there are fewer, best first, and their places.
-
-    Equal scores come in the order of their places. Scores must not hold NaN or -0.0.
-    """
+    """The `num` best scores of each row, or all if fewer, best first, and their places."""
+    # Equal scores come in the order of their places. Scores must not hold NaN or -0.0.
     if num == 1:
         return score_RC.max(1, keepdim=True)  # the first of equal maxima, on every device
     count, device = score_RC.shape[1], score_RC.device

@@ -108,15 +108,8 @@ class SpanModel:
         packing: Packing | None = None,
         sets: Sequence[Windows] = (),
     ) -> SpanModel:
-        """Feed a model as its tokenizer says.
-
-        Args:
-            engine: the model, on its device.
-            tokenizer: as `load_tokenizer` gives it.
-            device: where the model is.
-            packing: how windows are packed; None pads them.
-            sets: data sets whose tokens a GPU may hold.
-        """
+        """Feed a model that is on `device` as its tokenizer says; a GPU may hold the tokens of
+        `sets`."""
         pad_id = tokenizer.pad_token_id
         loader = WindowLoader(
             device=device,

@@ -195,9 +195,9 @@ def allocate(
 
 
 def _reserve(path: Path, size: int) -> str | None:
-    """Make a file and take all of its room at once: a hole that finds none when it is written
-    through a mapping ends the process by SIGBUS. Returns what failed."""
+    """Make a file and take all of its room at once; returns what failed."""
     try:
+        # A hole that finds no room when it is written through a mapping ends the process by SIGBUS.
         with path.open("wb") as file:
             os.posix_fallocate(file.fileno(), 0, size)
     except OSError as error:

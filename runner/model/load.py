@@ -85,8 +85,7 @@ class ModelFiles:
                 " transformers"
             )
         _set_dropout(config, section)
-        # A checkpoint of a classifier brings its own number of labels; a span head has start and
-        # end.
+        # A classifier's checkpoint brings its own number of labels; a span head has start and end.
         config.num_labels = 2
         return cls(section, folder, commit, config)
 
@@ -168,12 +167,8 @@ def load_pretrained(files: ModelFiles, seed: int) -> PreTrainedModel:
 
 
 def load_finetuned(files: ModelFiles, device: torch.device, name: str) -> PreTrainedModel:
-    """Load weights that answer questions, in the precision they were stored in, on the CPU.
-
-    Args:
-        files: the model.
-        device: where it will run: what a processor does not multiply in becomes float32.
-        name: of the model, for messages.
+    """Load weights that answer questions, onto the CPU, in the precision they were stored in; where
+    they will run on a `device` that does not multiply in it, in float32.
 
     Raises:
         DataError: if it was never fine-tuned to answer questions, or cannot be read.
@@ -262,8 +257,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _takes_segment_ids(config: PreTrainedConfig) -> bool | None:
-    """Whether the architecture tells question and context apart by token_type_ids; None where only
-    the tokenizer can know."""
+    """Whether the architecture takes token_type_ids; None where only the tokenizer can know."""
     head: Any = MODEL_FOR_QUESTION_ANSWERING_MAPPING[type(config)]
     if "token_type_ids" not in inspect.signature(head.forward).parameters:
         return False

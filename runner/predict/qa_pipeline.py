@@ -168,8 +168,7 @@ class QuestionAnsweringPipeline:
     def _search(
         self, windows: Windows, n_best: int, max_answer_len: int
     ) -> tuple[BestSpans, np.ndarray, np.ndarray]:
-        """Best spans of each window; the log of what turns a logit score into a probability; and
-        the probability of no answer."""
+        """Best spans; the log of what turns their scores into probabilities; that of no answer."""
         parts: list[BestSpans] = []
         sums: list[torch.Tensor] = []
         model, batch_size = self.predictor.model, self.predictor.answering.score.batch_size
@@ -193,8 +192,8 @@ class QuestionAnsweringPipeline:
 
 
 def _log_sums(logits: SpanLogits, contexts_B2: np.ndarray, cls_B: np.ndarray) -> torch.Tensor:
-    """Log of the sum of exp(start) times that of exp(end) over the context and [CLS], float64 [B]:
-    the old pipeline's two softmaxes."""
+    """Log of the product of the old pipeline's two softmaxes' sums, float64 [B]."""
+    # Of exp(start) and of exp(end), each over the context and [CLS].
     logits_T2, sums = logits.logits_T2.detach().double().cpu(), []
     rows = zip(logits.batch.segments_B2.tolist(), contexts_B2.tolist(), cls_B.tolist(), strict=True)
     for (offset, _), (low, high), cls in rows:
@@ -206,8 +205,7 @@ def _log_sums(logits: SpanLogits, contexts_B2: np.ndarray, cls_B: np.ndarray) ->
 def _words(
     windows: Windows, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase
 ) -> np.ndarray | None:
-    """Characters [start, end) of the word of each context token; None where the tokenizer knows no
-    words."""
+    """Characters [start, end) of each context token's word; None where a tokenizer knows none."""
     backend = plain_backend(tokenizer)
     parts = []
     for context in dict.fromkeys(example.context for example in examples):

@@ -36,12 +36,7 @@ FORMATS: dict[str, tuple[Parser, tuple[Layout, ...]]] = {
 
 
 def file_rows(path: Path, columns: Columns, *, answers: bool = True) -> list[Row]:
-    """Rows of a file, in its order.
-
-    Args:
-        path: the file; its suffix is one of FORMATS.
-        columns: names of columns, for layouts that have them.
-        answers: False leaves the right answers aside, which then need not be there.
+    """Rows of a file of a known suffix; without `answers`, right answers need not be there.
 
     Raises:
         AssetError: if there is no such file.

@@ -14,14 +14,8 @@ from runner.job.schema import Columns
 def flat_rows(
     file: str, table: Table, columns: Columns, *, answers: bool = True, first: int = 1
 ) -> list[Row]:
-    """Rows of a table with named columns.
-
-    Args:
-        file: for messages.
-        table: its rows; without names, the columns are those that the rows have.
-        columns: the job's names; None takes the usual ones, where they are there.
-        answers: whether right answers are read.
-        first: number of the first row, for messages.
+    """Rows of a table with named columns: its own, or those that its rows have. Messages count from
+    `first`.
 
     Raises:
         DataError: if a column is missing or there twice.
