@@ -143,7 +143,7 @@ def test_percentages_split_without_gap_or_overlap(total):
 
 @pytest.mark.parametrize("tail", ["", "[:10]", "[10%:]"])
 def test_at_moves_the_file_and_keeps_the_slice(tail):
-    moved = parse_data(parse_data(f"a.json{tail}").at(Path("/x/y [1:2].json")))
+    moved = parse_data(parse_data(f"a.json{tail}").relocated(Path("/x/y [1:2].json")))
     assert (moved.location, moved.slice) == ("/x/y [1:2].json", parse_data(f"a.json{tail}").slice)
 
 

@@ -260,7 +260,7 @@ def _locate(
                 )
                 problems.append((("data", key), sentence))
             else:
-                located["data"][key] = source.at(found)
+                located["data"][key] = source.relocated(found)
     name = _text_at(table, "model", "name")
     found = find_file(name, beside) if name.strip() else None
     if found is not None and found.is_dir():

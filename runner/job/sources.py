@@ -69,17 +69,10 @@ class DataSource:
     config: str | None = None
     slice: Slice | None = None
 
-    def at(self, location: Path) -> str:
-        """Spell this source with another file location, the slice kept."""
-        return (
-            f"{location}{self.text[len(self.text) - len(self._tail()) :]}"
-            if self._tail()
-            else str(location)
-        )
-
-    def _tail(self) -> str:
-        found = _SLICE.search(self.text)
-        return found[0] if found else ""
+    def relocated(self, location: Path) -> str:
+        """Spell this source with another location of its file and the same slice."""
+        tail = _SLICE.search(self.text)
+        return f"{location}{tail[0] if tail else ''}"
 
 
 def parse_data(text: str) -> DataSource:
