@@ -356,7 +356,7 @@ def test_check_on_the_login_node_brings_all_that_the_run_needs(
     assert {part["revision"] for part in record["data"].values()} == {pinned[0]}
     exported = (tmp_path / "run" / "model").iterdir()
     written = "".join(p.read_text() for p in exported if p.suffix in (".json", ".md"))
-    assert f'base_model: "{model}"' in written
+    assert f"base_model: {model}" in written
     assert os.environ["HF_HOME"] not in written  # the cache's folder stays here
     assert str(tmp_path) not in written
 

@@ -164,7 +164,7 @@ def test_a_job_made_small_runs_from_end_to_end(runs, path, tiny):
     assert run.curves_png.stat().st_size > 10_000
     assert "optimiser step" in run.curves_svg.read_text(encoding="utf-8")
     card = (run.model / "README.md").read_text(encoding="utf-8")
-    assert ('license: "apache-2.0"' in card) is (path in HUB)
+    assert ("\nlicense: apache-2.0\n" in card) is (path in HUB)
     assert ("drawn with the seed:" in card) is (job.data.validation_sample is not None)
     assert ("best_f1" in result["metrics"]) is job.data.unanswerable
     assert (", tuned on 4 questions of" in card) is (job.data.tuning is not None)

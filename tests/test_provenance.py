@@ -11,6 +11,7 @@ from importlib import metadata
 import pytest
 
 from runner.run import provenance
+from runner.utils.files import file_sha256
 
 AS_SOMEONE = ("-c", "user.name=n", "-c", "user.email=e", "-c", "core.hooksPath=/dev/null")
 
@@ -77,7 +78,7 @@ def test_a_repository_around_the_installed_package_is_not_ours(checkout, monkeyp
 def test_the_hash_of_a_file(tmp_path):
     content = bytes(range(256)) * 10_000
     (tmp_path / "a").write_bytes(content)
-    assert provenance.file_sha256(tmp_path / "a") == hashlib.sha256(content).hexdigest()
+    assert file_sha256(tmp_path / "a") == hashlib.sha256(content).hexdigest()
 
 
 def test_versions_are_those_installed(monkeypatch):

@@ -109,7 +109,7 @@ TUNING = """
 import runner.train.trainer, runner.utils.signals
 read = runner.train.trainer.predict_windows
 def read_windows(*arguments, **options):
-    if options.get("keep") == 1:
+    if options.get("n_listed") == 1:
         runner.utils.signals.request_stop("SIGTERM")
     return read(*arguments, **options)
 runner.train.trainer.predict_windows = read_windows

@@ -31,6 +31,11 @@ def open_control_group() -> None:
         _group = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
 
 
+def control_group() -> Any:
+    """The group, to start work on it that nobody waits for; None with one rank."""
+    return _group
+
+
 def main_first(rank: Rank, work: Callable[[], Result]) -> Result:
     """Let rank 0 do `work` first (it may fill a cache), then the others; a failure of rank 0 ends
     all of them."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from runner.distributed.collectives import _group
+from runner.distributed.collectives import control_group
 from runner.utils import signals
 from runner.utils.ranks import Rank
 
@@ -43,11 +43,12 @@ class StopSaveSync:
         """What to do now. Every rank must call this equally often."""
         due = self._rank.is_main and time.monotonic() - self._saved >= self._seconds
         wishes_2 = torch.tensor([signals.stop_reason() is not None, due], dtype=torch.uint8)
-        if _group is None:
+        group = control_group()
+        if group is None:
             stop, save = wishes_2.tolist()
             return StopSave(bool(stop), bool(save))
         pending = self._pending
-        work = dist.all_reduce(wishes_2, op=dist.ReduceOp.MAX, group=_group, async_op=True)
+        work = dist.all_reduce(wishes_2, op=dist.ReduceOp.MAX, group=group, async_op=True)
         self._pending = (wishes_2, work)
         if pending is None:
             return StopSave(stop=False, save=False)

@@ -1,8 +1,8 @@
 """Opens exported models in a process that knows only transformers, one request after another: as
-`runner/fresh_logits.py` does for one, which takes longer to import than a tiny run to train.
+`runner/export/fresh_logits.py` does for one, which takes longer to import than a tiny run to train.
 
 As a program it prints the port at which it answers, until its stdin ends. `ask` stands for
-`subprocess.run` in `runner.export`.
+`subprocess.run` in `runner.export.verify`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
-FRESH = Path(__file__).resolve().parents[2] / "runner" / "fresh_logits.py"
+FRESH = Path(__file__).resolve().parents[2] / "runner" / "export" / "fresh_logits.py"
 
 
 def ask(port: int, command: list[str], *, input: str, **_: Any) -> subprocess.CompletedProcess[str]:
