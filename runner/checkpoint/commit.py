@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from runner.checkpoint.store import CheckpointStore, DamagedError, Manifest, Stage
@@ -178,20 +179,9 @@ def newest(
     for name in names:
         found: list[Manifest] = []
         damage: list[str] = []
-
-        def look(
-            name: str = name, found: list[Manifest] = found, damage: list[str] = damage
-        ) -> None:
-            try:
-                manifest = store.manifest(name)
-                examine(manifest)
-                mine = (file for file, entry in manifest.files.items() if entry.rank == ranks.index)
-                store.check(manifest, mine)
-                found.append(manifest)
-            except DamagedError as error:
-                damage.append(str(error))
-
-        failures = _tried(ranks, look)
+        failures = _tried(
+            ranks, partial(_check_mine, store, ranks.index, name, examine, found, damage)
+        )
         if failures:
             raise StorageError(
                 f"{'; '.join(failures)}; no checkpoint was touched, and the same command tries"
@@ -208,6 +198,24 @@ def newest(
     if names:
         raise _nothing_whole(store, len(names))
     return None
+
+
+def _check_mine(
+    store: CheckpointStore,
+    rank: int,
+    name: str,
+    examine: Callable[[Manifest], None],
+    found: list[Manifest],
+    damage: list[str],
+) -> None:
+    """Hold this rank's files against the manifest; adds it to `found`, or says what is damaged."""
+    try:
+        manifest = store.manifest(name)
+        examine(manifest)
+        store.check(manifest, (f for f, entry in manifest.files.items() if entry.rank == rank))
+        found.append(manifest)
+    except DamagedError as error:
+        damage.append(str(error))
 
 
 def _nothing_whole(store: CheckpointStore, count: int) -> DataError:

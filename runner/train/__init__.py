@@ -5,7 +5,8 @@
 - `plan`: how a run computes, with reasons
 - `state`: what a run remembers
 - `nan_monitor`: finds the step where numbers were lost
-- `run_log`: what a run shows and writes
+- `run_log`: terminal, tables, curves and trackers of a run that goes on
+- `summary`: rows of tables and lines of the log
 - `finish`: export proved, result.json last
 - `preflight`: what `check --data` tells
 """

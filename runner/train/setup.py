@@ -60,6 +60,10 @@ class Splits:
         splits = {"train": self.training, "validation": self.validation, "tuning": self.tuning}
         return {name: split for name, split in splits.items() if split is not None}
 
+    def windows(self) -> list[Windows]:
+        """Of each of these."""
+        return [split.windows for split in self.named().values()]
+
 
 @dataclass(frozen=True)
 class Session:
@@ -126,9 +130,8 @@ def build_session(
     watchdog.progress_at("loading the model", bounded=False)
     with timer("model"):
         layout = batch_layout(job.train, rank.world)
-        sampler = TrainSampler(
-            splits.training.windows.lengths_N, job.train, layout, job.seed, rank.index
-        )
+        lengths_N = splits.training.windows.lengths_N
+        sampler = TrainSampler(lengths_N, job.train, layout, job.seed, rank.index)
         model = main_first(rank, lambda: load_pretrained(files, job.seed))
         freeze(model, job.model.freeze)
         parameters = parameter_table(model)
@@ -139,46 +142,21 @@ def build_session(
         seed_everything(job.seed * 1_000_003 + rank.index)
         plan = _plan(job, model, splits, rank, device, precision)
         span_loss = choose_span_loss(job.model.span_loss, model, device, job.zero.stage)
-        engine = start_engine(
-            model,
-            device,
-            optimiser_groups(model, job.train.weight_decay),
-            job.train,
-            config,
-            sampler.steps * job.train.epochs,
-            plan.optimiser,
-        )
+        groups = optimiser_groups(model, job.train.weight_decay)
+        steps = sampler.steps * job.train.epochs
+        engine = start_engine(model, device, groups, job.train, config, steps, plan.optimiser)
     stop_if_asked(run)
     watchdog.progress_at("computing the frozen layers", bounded=False)
     with timer("frozen"):
-        windows = [split.windows for split in splits.named().values()]
+        windows, size = splits.windows(), job.score.batch_size
+        span_model = SpanModel.of(engine, tokenizer, device, plan.packing, windows)
         span_model, notes = cache_frozen_layers(
-            SpanModel.of(engine, tokenizer, device, plan.packing, windows),
-            plan.frozen,
-            windows,
-            job.score.batch_size,
-            run.path,
-            rank,
-            on_block,
+            span_model, plan.frozen, windows, size, run.path, rank, on_block
         )
     return Session(
-        job=job,
-        run=run,
-        rank=rank,
-        device=device,
-        splits=splits,
-        sampler=sampler,
-        tokenizer=tokenizer,
-        files=files,
-        parameters=parameters,
-        precision=precision,
-        config=config,
-        plan=plan,
-        span_loss=span_loss,
-        engine=engine,
-        model=span_model,
-        notes=notes,
-    )
+        job, run, rank, device, splits, sampler, tokenizer, files, parameters, precision, config,
+        plan, span_loss, engine, span_model, notes,
+    )  # fmt: skip
 
 
 def _on_block(watchdog: Watchdog, run: RunDir) -> None:
@@ -201,14 +179,13 @@ def _load_data(
 def _plan(
     job: Job, model: Any, splits: Splits, rank: Rank, device: torch.device, precision: str
 ) -> ExecutionPlan:
-    windows = [split.windows for split in splits.named().values()]
     return choose_plan(
         job.model,
         job.zero,
         model,
         device,
         precision,
-        longest=max(int(part.lengths_N.max()) for part in windows),
+        longest=max(int(part.lengths_N.max()) for part in splits.windows()),
         tokens=len(splits.training.windows.tokens_T) * job.train.epochs,
         dropout=DropoutMasks(job.seed, rank.index),
     )

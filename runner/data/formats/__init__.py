@@ -19,12 +19,12 @@ from runner.data.formats.csv_text import csv_table
 from runner.data.formats.flat import flat_rows
 from runner.data.formats.json_text import json_lines_table, json_table
 from runner.data.formats.parquet_file import parquet_table
-from runner.data.formats.rows import Row, Table
+from runner.data.formats.rows import Row, RawTable
 from runner.data.formats.squad import squad_rows
 from runner.errors import AssetError, DataError
 from runner.job.schema import Columns
 
-Parser = Callable[[Path, bytes], Table]
+Parser = Callable[[Path, bytes], RawTable]
 Layout = Callable[..., list[Row] | None]
 
 FORMATS: dict[str, tuple[Parser, tuple[Layout, ...]]] = {

@@ -6,13 +6,13 @@ import re
 from collections import Counter
 from typing import Any
 
-from runner.data.formats.rows import NO_ROW, Row, Table, id_text, kind, paired_answers
+from runner.data.formats.rows import NO_ROW, Row, RawTable, id_text, kind, paired_answers
 from runner.errors import DataError
 from runner.job.schema import Columns
 
 
 def flat_rows(
-    file: str, table: Table, columns: Columns, *, answers: bool = True, first: int = 1
+    file: str, table: RawTable, columns: Columns, *, answers: bool = True, first: int = 1
 ) -> list[Row]:
     """Rows of a table with named columns: its own, or those that its rows have. Messages count from
     `first`.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from runner.data.formats.flat import flat_rows
-from runner.data.formats.rows import Row, Table
+from runner.data.formats.rows import Row, RawTable
 from runner.data.hub import snapshot
 from runner.errors import DataError
 from runner.job.schema import Columns
@@ -32,5 +32,5 @@ def hub_rows(source: DataSource, columns: Columns) -> tuple[list[Row], str]:
         raise DataError(f"{source.text}: datasets cannot read it: {why}") from None
     if not isinstance(table, datasets.Dataset):
         raise DataError(f"{source.text}: names no single split")
-    rows = Table(table.to_list(), table.column_names)
+    rows = RawTable(table.to_list(), table.column_names)
     return flat_rows(source.text, rows, columns), found.commit

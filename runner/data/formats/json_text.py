@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from runner.data.formats.rows import Table, kind
+from runner.data.formats.rows import RawTable, kind
 from runner.errors import DataError
 
 
-def json_table(path: Path, raw: bytes) -> Table:
+def json_table(path: Path, raw: bytes) -> RawTable:
     """A list, or the one that stands under "data", as in SQuAD's files."""
     parsed = parse_json(decode(path, raw), str(path))
     if isinstance(parsed, dict) and isinstance(parsed.get("data"), list):
@@ -19,13 +19,13 @@ def json_table(path: Path, raw: bytes) -> Table:
         raise DataError(
             f"{path}: expected SQuAD's {{'data': [...]}} or a list of rows, found {kind(parsed)}"
         )
-    return Table(parsed)
+    return RawTable(parsed)
 
 
-def json_lines_table(path: Path, raw: bytes) -> Table:
+def json_lines_table(path: Path, raw: bytes) -> RawTable:
     """A value a line; empty lines are left out."""
     lines = enumerate(decode(path, raw).split("\n"), 1)
-    return Table([parse_json(line, f"{path}:{n}") for n, line in lines if line.strip()])
+    return RawTable([parse_json(line, f"{path}:{n}") for n, line in lines if line.strip()])
 
 
 def decode(path: Path, raw: bytes) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from runner.data.formats.rows import Table
+from runner.data.formats.rows import RawTable
 from runner.errors import DataError
 from runner.utils.text import first_line
 
@@ -13,7 +13,7 @@ _EXPANSION = 100  # times that a file may grow when it is read, beyond 256 MiB
 _BATCH = 64  # rows that are looked at before more are read
 
 
-def parquet_table(path: Path, raw: bytes) -> Table:
+def parquet_table(path: Path, raw: bytes) -> RawTable:
     """Rows in the columns of the file's schema."""
     import pyarrow
     import pyarrow.parquet
@@ -33,4 +33,4 @@ def parquet_table(path: Path, raw: bytes) -> Table:
             rows += part
     except (pyarrow.ArrowException, MemoryError, OSError, ValueError) as error:
         raise DataError(f"{path}: not valid Parquet: {first_line(error)}") from None
-    return Table(rows, names)
+    return RawTable(rows, names)

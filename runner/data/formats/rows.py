@@ -11,7 +11,7 @@ NO_ROW = (None, None, None)  # id, question and context of a row that is none
 
 
 @dataclass(frozen=True)
-class Table:
+class RawTable:
     """What a file holds, not looked at yet; `names` are its columns where it names them itself."""
 
     rows: Sequence[Any]

@@ -8,7 +8,7 @@ from typing import Any
 from runner.data.formats.rows import (
     NO_ROW,
     Row,
-    Table,
+    RawTable,
     id_text,
     kind,
     paired_answers,
@@ -18,7 +18,7 @@ from runner.errors import DataError
 from runner.job.schema import Columns
 
 
-def squad_rows(file: str, table: Table, columns: Columns, *, answers: bool) -> list[Row] | None:
+def squad_rows(file: str, table: RawTable, columns: Columns, *, answers: bool) -> list[Row] | None:
     """Rows of a table of articles; None for any other. It has no columns to be named, and right
     answers beside a question do no harm.
 
