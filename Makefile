@@ -11,7 +11,7 @@ PYTEST := $(BIN)/python -m pytest
 BESIDE := -n $(WORKERS) --dist loadgroup
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-slow test-all test-slurm soak lint format schema clean
+.PHONY: help setup quickstart test test-slow test-all test-cluster soak lint format schema clean
 
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
@@ -41,16 +41,17 @@ test-all: test test-slow   ## both tiers
 soak: setup            ## an hour of kills, resumes and mutations; goes on where it was; writes .soak/RESULTS.md
 	$(BIN)/python tests/soak/soak.py
 
-test-slurm: setup      ## the tests on a real SLURM of two nodes; installs Debian's packages for it
-	@if bash tests/slurm/cluster.sh install; then \
-	  SPANTUNE_TEST_SLURM=1 $(BIN)/python -m pytest tests/slurm; \
+test-cluster: setup      ## the tests on a real SLURM of two nodes; installs Debian's packages for it
+	@if bash tests/cluster/cluster.sh install; then \
+	  SPANTUNE_TEST_CLUSTER=1 $(BIN)/python -m pytest tests/cluster; \
 	else \
 	  echo "skipped: SLURM's packages (slurmctld, slurmd, munge) cannot be installed here"; \
 	fi
 
-lint: setup            ## ruff and pyright
+lint: setup            ## ruff, what may import what, pyright
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 format: setup          ## let ruff rewrite what it can

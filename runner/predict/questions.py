@@ -13,7 +13,7 @@ from runner.data.dataset import row_problem
 from runner.data.formats import file_rows
 from runner.data.formats.flat import flat_rows
 from runner.data.formats.json_text import parse_json
-from runner.data.formats.rows import Row, Table
+from runner.data.formats.rows import RawTable, Row
 from runner.errors import AssetError, DataError, StorageError
 from runner.job.schema import Columns
 from runner.job.sources import parse_data
@@ -205,7 +205,7 @@ def parse_question_row(line: bytes, file: str, number: int, columns: Columns) ->
     place = f"{file}:{number}"
     try:
         text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-        table = Table([parse_json(text, place)])
+        table = RawTable([parse_json(text, place)])
         row, *_ = flat_rows(file, table, columns, answers=False, first=number)
     except UnicodeDecodeError as error:
         return QuestionRow(place, "", "", "", f"byte 0x{line[error.start]:02x} is not UTF-8")

@@ -8,7 +8,7 @@ questions, labels in a Python loop), ours from nothing, ours from the cache (fil
 hashes checked), and the recipe's own cache. Then it assembles batches: the recipe's rows through
 its default collator, ours padded and packed: a whole epoch's in a row, then with caches that are
 cold from other work, as between the steps of a training. Windows and labels are the same; a test of
-tests/test_features.py holds them against the recipe's. Wall time, all of the machine's cores.
+tests/data/test_windows.py holds them against the recipe's. Wall time, all of the machine's cores.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ CHAIN = 10
 TRIES = 12  # starts that may end before a kill reaches them
 STORE = (20, 100)  # rounds, kills in each
 MUTATIONS = (20, 500)  # rounds, files in each
-PROBLEM = r"(:[1-9]\d*)?: \S.*"  # of a job file, after its name (tests/test_jobfile.py)
+PROBLEM = r"(:[1-9]\d*)?: \S.*"  # of a job file, after its name (tests/job/test_load.py)
 
 
 class Soak:

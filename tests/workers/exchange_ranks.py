@@ -1,5 +1,5 @@
-"""One of three ranks of tests/test_exchange.py: exchanges by shared memory and by messages, among
-two and three ranks, and prints for each the kind that was chosen and a hash of the weights."""
+"""One of three ranks: exchanges by shared memory and by messages, among two and three ranks, and
+prints for each the kind that was chosen and a hash of the weights."""
 
 from __future__ import annotations
 

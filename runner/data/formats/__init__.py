@@ -19,7 +19,7 @@ from runner.data.formats.csv_text import csv_table
 from runner.data.formats.flat import flat_rows
 from runner.data.formats.json_text import json_lines_table, json_table
 from runner.data.formats.parquet_file import parquet_table
-from runner.data.formats.rows import Row, RawTable
+from runner.data.formats.rows import RawTable, Row
 from runner.data.formats.squad import squad_rows
 from runner.errors import AssetError, DataError
 from runner.job.schema import Columns

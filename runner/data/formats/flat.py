@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from typing import Any
 
-from runner.data.formats.rows import NO_ROW, Row, RawTable, id_text, kind, paired_answers
+from runner.data.formats.rows import NO_ROW, RawTable, Row, id_text, kind, paired_answers
 from runner.errors import DataError
 from runner.job.schema import Columns
 

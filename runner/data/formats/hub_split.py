@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from runner.data.formats.flat import flat_rows
-from runner.data.formats.rows import Row, RawTable
+from runner.data.formats.rows import RawTable, Row
 from runner.data.hub import snapshot
 from runner.errors import DataError
 from runner.job.schema import Columns

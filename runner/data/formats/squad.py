@@ -7,8 +7,8 @@ from typing import Any
 
 from runner.data.formats.rows import (
     NO_ROW,
-    Row,
     RawTable,
+    Row,
     id_text,
     kind,
     paired_answers,

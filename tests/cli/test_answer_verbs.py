@@ -1,0 +1,154 @@
+"""`predict`, `evaluate` and `report` as commands: what goes where, exit codes, wrong arguments."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from runner.cli import command as cli
+from tests.sample_runs import make_run, predictions
+
+ROOT = Path(__file__).parents[2]
+PRODUCTS = ROOT / "jobs" / "data" / "product_qa_validation.json"
+CONTEXT = "The lantern folds flat; its battery lasts nine hours on the bright setting."
+
+
+@pytest.fixture
+def spantune(capsys, monkeypatch):
+    """`spantune(*arguments)`: exit code, stdout and stderr of the command, in this process: other
+    tests start it as a process of its own."""
+    monkeypatch.chdir(ROOT)
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()  # what making a model has said
+        code = cli.main(list(map(str, arguments)))
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["predict", "m", "--question", "Who?"], "give both --question and --context"),
+        (["predict", "m", "f.json", "--question", "Who?", "--context", "Ann."], "no FILE"),
+        (["predict", "m", "f.json", "--column", "q=x"], "KEY is one of id, question, context"),
+        (["evaluate", "m", "--data", "f.json", "--column", "question"], "write KEY=NAME"),
+        *(
+            (["evaluate", "p.json", "--data", "f.json", *option], f"{option[0]} is for a model")
+            for option in (
+                ("--output", "found"),
+                ("--null-threshold", "1"),
+                ("--max-answer-length", "9"),
+                ("--batch-size", "8"),
+                ("--device", "cpu"),
+                ("--threads", "1"),
+            )
+        ),
+        *(
+            (["evaluate", "m", "--data", "f.json", *option], "is for a file of predictions")
+            for option in (("--no-answer", "na.json"), ("--no-answer-threshold", "0.5"))
+        ),
+    ],
+)
+def test_arguments_that_do_not_go_together_are_2(arguments, words, capsys):
+    assert cli.main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("spantune: ")
+    assert words in err
+    assert err.count("\n") == 1
+
+
+def test_nobody_is_left_waiting_at_a_terminal(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    assert cli.main(["predict", "m"]) == 2
+    assert "lines of JSON on stdin" in capsys.readouterr().err
+
+
+def test_one_question_given_on_the_command_line(spantune, tiny):
+    code, out, err = spantune(
+        "predict", tiny("bert"), "--question", "How long?", "--context", CONTEXT, "--n-best", 2
+    )
+    assert (code, err) == (0, "")
+    found = json.loads(out)
+    assert CONTEXT[found["start"] : found["end"]] == found["answer"]
+    assert len(found["n_best"]) == 2
+    assert out.count("\n") == 1
+
+
+def test_bad_rows_fail_or_are_left_out(spantune, tiny, tmp_path):
+    path = tmp_path / "q.csv"
+    path.write_text(f"Frage,context\nHow long?,{CONTEXT}\n,{CONTEXT}\n")
+    arguments = ("predict", tiny("bert"), path, "--column", "question=Frage")
+    code, out, err = spantune(*arguments)
+    assert (code, out) == (65, "")
+    assert err.splitlines()[1] == "  q.csv:2: question is empty"
+    code, out, err = spantune(*arguments, "--on-bad-row", "drop")
+    assert (code, out.count("\n")) == (0, 1)
+    assert err.splitlines() == ["left out: q.csv:2: question is empty", "1 left out, 1 answered"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["predict", "no/such/model", "--question", "Who?", "--context", "Ann."], 69, "no folder"),
+        (["predict", "MODEL", "nowhere.jsonl"], 69, "nowhere.jsonl: no such file"),
+        (["predict", "MODEL", "--question", " ", "--context", "Ann."], 65, "question is empty"),
+        (["evaluate", "MODEL", "--data", "nowhere.json"], 69, "nowhere.json: no such file"),
+        (["evaluate", "nowhere.json", "--data", "DATA"], 69, "nowhere.json: no such file"),
+        (["report", "nowhere"], 73, "neither a run folder nor an evaluation"),
+    ],
+)
+def test_what_is_not_there_is_one_sentence(spantune, tiny, arguments, code, words):
+    names = {"MODEL": str(tiny("bert")), "DATA": f"{PRODUCTS}[:3]"}
+    found, out, err = spantune(*(names.get(part, part) for part in arguments))
+    assert (found, out) == (code, "")
+    assert words in err
+    assert "Traceback" not in err
+
+
+def test_evaluate_shows_scores_with_intervals_and_keeps_them_in_the_run(spantune, tiny, tmp_path):
+    run = make_run(tmp_path / "run", predictions(5))
+    (run / "model").symlink_to(tiny("bert"))
+    code, out, err = spantune("evaluate", run, "--data", f"{PRODUCTS}[:6]")
+    assert (code, err) == (0, "")
+    lines = out.splitlines()
+    assert lines[0].endswith("product_qa_validation.json[:6]: 6 questions, SQuAD v1.1")
+    assert re.match(r"Exact match [\d.]+ % \[[\d.]+ to [\d.]+\], F1 [\d.]+ % \[", lines[1])
+    folder = run / "evaluations" / "product_qa_validation.json-0-6"
+    assert lines[-1] == f"Written to {folder}: report.html, predictions.jsonl, result.json"
+    assert json.loads((folder / "result.json").read_text())["questions"] == 6
+    # The run's own page tells of it from now on.
+    assert spantune("report", run)[0] == 0
+    assert "product_qa_validation.json[:6] | 6 |" in (run / "report.md").read_text().replace(
+        "\\", ""
+    )
+
+
+def test_evaluate_a_file_of_predictions(spantune, tmp_path):
+    golds = json.loads(PRODUCTS.read_text())["data"]
+    rows = [qa for a in golds for p in a["paragraphs"] for qa in p["qas"]][:4]
+    path = tmp_path / "predictions.json"
+    path.write_text(json.dumps({qa["id"]: qa["answers"][0]["text"] for qa in rows}))
+    code, out, err = spantune("evaluate", path, "--data", f"{PRODUCTS}[:4]")
+    assert (code, err) == (0, "")
+    assert out.splitlines()[0].split() == ["exact_match", "100.000000", "[100.0", "to", "100.0]"]
+    code, out, _ = spantune("evaluate", path, "--data", f"{PRODUCTS}[:4]", "--json", "--v2")
+    assert code == 0
+    assert json.loads(out)["metrics"]["HasAns_total"] == 4
+
+
+def test_report_of_one_run_and_of_several(spantune, tmp_path):
+    first = make_run(tmp_path / "a", predictions())
+    second = make_run(tmp_path / "b", predictions(better=6))
+    code, out, err = spantune("report", first)
+    assert (code, err) == (0, "")
+    assert out.splitlines()[1] == f"Written: {first / 'report.html'}"
+    code, out, err = spantune("report", first, second, "--output", tmp_path / "c")
+    assert (code, err) == (0, "")
+    assert "more than chance over questions explains." in out
+    assert (tmp_path / "c" / "comparison.html").is_file()

@@ -1,0 +1,383 @@
+"""The command as it is used: exit codes, what goes to stdout, what to stderr."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from runner import __version__, errors
+from runner.cli import command as cli
+from runner.cli import run
+from runner.errors import JobError, RunnerError
+from runner.run import launch
+
+ROOT = Path(__file__).parents[2]
+JOB = """\
+name = "n"
+data = {train = "o/n", validation = "o/n"}
+model = {name = "o/n"}
+train = {epochs = 1, batch_size = 8, learning_rate = 1e-4}
+"""
+WRONG = JOB.replace("epochs = 1", "epoch = 1").replace('"n"', "5", 1)
+PROBLEMS = [
+    "job.toml:1: name: expected a string in quotes, found 5",
+    "job.toml:4: train.epoch: unknown key; did you mean epochs?",
+]
+VERBS = ("check", "run", "predict", "evaluate", "report", "reproduce", "submit", "status", "logs")
+VERBS += ("cancel", "schema")
+CODES = {
+    "JobError": 64,
+    "DataError": 65,
+    "AssetError": 69,
+    "MachineError": 71,
+    "SlurmError": 72,
+    "RunDirError": 73,
+    "StorageError": 74,
+    "Interrupted": 75,
+    "DivergedError": 76,
+    "ExpectationError": 78,
+}
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path, monkeypatch):
+    """Run each test alone, in an empty folder with one good job."""
+    monkeypatch.chdir(tmp_path)
+    for name in list(os.environ):
+        if name.startswith(("SLURM_", "PYTHON")) or name in {"RANK", "WORLD_SIZE", "LOCAL_RANK"}:
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    Path("job.toml").write_text(JOB)
+
+
+def spantune(*arguments: str, script: str = "-m runner", **variables: str):
+    """Run the command as a process of its own; return its exit code, stdout and stderr."""
+    done = subprocess.run(
+        [sys.executable, *script.split(), *arguments],
+        env={**os.environ, **variables},
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
+    return done.returncode, done.stdout.decode(), done.stderr.decode()
+
+
+def called(capsys, *arguments: str) -> tuple[int, str, str]:
+    """The same of a call in this process, which takes no time to start."""
+    try:
+        code = cli.main(arguments)
+    except SystemExit as end:  # by argparse
+        code = end.code
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+# ---- processes
+
+
+def test_a_good_job():
+    code, out, err = spantune("check", "job.toml")
+    assert (code, err) == (0, "")
+    assert out == "job.toml: no problems (n: o/n on o/n)\n"
+
+
+def test_every_trial_of_a_sweep_is_checked(capsys):
+    Path("job.toml").write_text(f"{JOB}[sweep]\nover = {{train.epochs = [1, 2]}}\n")
+    code, out, err = called(capsys, "check", "job.toml")
+    assert (code, err) == (0, "")
+    assert out == "job.toml: no problems (n: o/n on o/n, 2 trials)\n"
+    Path("job.toml").write_text(f"{JOB}[sweep]\nover = {{train.epochs = [1, 0]}}\n")
+    code, out, err = called(capsys, "check", "job.toml")
+    assert (code, out) == (64, "")
+    assert err == "job.toml:6: sweep.over.train.epochs.2: must be at least 1, found 0\n"
+
+
+@pytest.mark.parametrize("verb", [["check"], ["run"], ["rank"], []])
+def test_a_wrong_job_is_a_line_a_problem_and_64(verb):
+    Path("job.toml").write_text(WRONG)
+    code, out, err = spantune(*verb, "job.toml")
+    assert (code, out) == (64, "")
+    assert err.splitlines() == PROBLEMS
+
+
+def test_deepspeed_starts_the_same_command(tmp_path):
+    # Another package of our name must not come before the checkout's own.
+    (tmp_path / "runner").mkdir()
+    (tmp_path / "runner" / "__init__.py").write_text("raise RuntimeError('not this one')")
+    main = str(ROOT / "runner" / "main.py")
+    Path("job.toml").write_text(WRONG)
+    assert spantune("check", "job.toml", script=main, PYTHONPATH=str(tmp_path)) == (
+        64,
+        "",
+        "\n".join([*PROBLEMS, ""]),
+    )
+
+
+@pytest.mark.parametrize("verb", [[], ["check"]])
+@pytest.mark.parametrize(("rank", "lines"), [("0", PROBLEMS), ("1", [])])
+def test_rank_0_speaks_for_all(rank, lines, verb):
+    Path("job.toml").write_text(WRONG)
+    code, out, err = spantune("--local_rank=0", *verb, "job.toml", RANK=rank, WORLD_SIZE="2")
+    assert (code, out) == (64, "")
+    assert err.splitlines() == lines
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "problem"),
+    [
+        (["--set", "name=7"], 0, ""),
+        (["--set", "train.epochs=0"], 64, "--set: train.epochs: must be at least 1, found 0"),
+        (["--set", "seed"], 64, "--set seed: write it as section.key=value"),
+    ],
+)
+def test_overrides(capsys, arguments, code, problem):
+    found, out, err = called(capsys, "check", "job.toml", *arguments)
+    assert found == code
+    assert err.startswith(problem)
+    assert bool(err) is bool(problem)
+    assert ("no problems (7: " in out) is not bool(problem)
+
+
+def test_line_100_is_a_line(capsys):
+    Path("job.toml").write_text(JOB + "\n" * 95 + "nmae = 1\n")
+    assert called(capsys, "check", "job.toml")[2] == (
+        "job.toml:100: nmae: unknown key; did you mean name?\n"
+    )
+
+
+@pytest.mark.parametrize("verb", [[], *([v] for v in VERBS)])
+def test_help_fits_80_columns(capsys, monkeypatch, verb):
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, err = called(capsys, *verb, "--help")
+    assert (code, err) == (0, "")
+    assert max(map(len, out.splitlines())) <= 80
+    assert out.startswith("usage: spantune ")
+    if not verb:
+        assert all(f" {number} " in " ".join(out.split()) for number in (0, 2, *CODES.values(), 70))
+
+
+def test_version():
+    assert spantune("--version") == (0, f"spantune {__version__}\n", "")
+
+
+def test_the_schema_is_written_as_it_is_committed():
+    committed = (ROOT / "jobs" / "job.schema.json").read_text(encoding="utf-8")
+    assert spantune("schema") == (0, committed, "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "the following arguments are required: VERB"),
+        (["check"], "the following arguments are required: JOB.toml"),
+        (["chekc", "job.toml"], "invalid choice"),
+        (["check", "job.toml", "--ranks", "0"], "must be a whole number of at least 1, not '0'"),
+        (["check", "job.toml", "--ranks", "two"], "must be a whole number of at least 1, not"),
+        (["check", "job.toml", "--gpu"], "unrecognized arguments: --gpu"),
+    ],
+)
+def test_a_wrong_command_line_is_2(capsys, arguments, words):
+    code, out, err = called(capsys, *arguments)
+    assert (code, out) == (2, "")
+    assert words in err
+    assert "Traceback" not in err
+
+
+def test_names_that_a_terminal_cannot_spell():
+    name = os.fsdecode("n\u00e4me\u4e2d".encode() + b"\xff.toml")
+    Path(name).write_text(JOB)
+    code, out, err = spantune("check", name, PYTHONIOENCODING="ascii")
+    assert (code, err) == (0, "")
+    assert out.startswith("n\\xe4me\\u4e2d\\udcff.toml: no problems")
+    Path(name).write_text(WRONG)
+    code, out, err = spantune("check", name, PYTHONIOENCODING="ascii")
+    assert (code, out) == (64, "")
+    assert err.count("\n") == 2
+
+
+def test_a_reader_who_has_seen_enough():
+    command = f"{sys.executable} -m runner schema | head -c 1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, timeout=60, check=False)
+    assert done.stdout == b"{"
+    assert done.stderr == b""
+    assert done.returncode in (0, 141)  # 0 where the pipe takes all before `head` has gone
+
+
+def test_a_closed_pipe_is_no_traceback():
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-m", "runner", "schema"], stdout=write, stderr=-1, timeout=60, check=False
+    )
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_a_rank_that_cannot_be_told_is_said(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "x")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, out, err = called(capsys, "check", "job.toml")
+    assert (code, out) == (70, "")
+    assert err.startswith("the launcher's variables")
+    assert err.count("\n") == 1
+
+
+def test_a_wrong_command_line_is_the_code_of_the_process():
+    code, out, err = spantune("chekc", "job.toml")
+    assert (code, out) == (2, "")
+    assert "invalid choice" in err
+
+
+@pytest.mark.parametrize(
+    ("verb", "text", "code"),
+    [
+        ("check", JOB, 0),
+        ("check", WRONG, 64),
+        ("schema", JOB, 0),
+        ("run", JOB, 0),
+        ("--help", JOB, 0),
+    ],
+)
+def test_the_desk_loads_no_heavy_library(verb, text, code):
+    """It answers within a third of a second, since it does with a few hundred modules."""
+    Path("job.toml").write_text(text)
+    script = (
+        "import sys, runner.run.launch\n"
+        "runner.run.launch.launch = lambda *_: 0\n"
+        "from runner.cli.command import main\n"
+        "try: code = main(sys.argv[1:])\n"
+        "except SystemExit as end: code = end.code\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'deepspeed', 'evaluate', 'numpy'}\n"
+        "print(heavy & set(sys.modules) or len(sys.modules))\n"
+        "sys.exit(code)\n"
+    )
+    arguments = [verb] if verb in ("--help", "schema") else [verb, "job.toml"]
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments], capture_output=True, timeout=60, check=False
+    )
+    assert done.returncode == code
+    assert len(done.stderr.splitlines()) == (2 if code else 0)
+    assert 100 < int(done.stdout.splitlines()[-1]) < 600
+
+
+# ---- in this process
+
+
+@pytest.mark.parametrize(("name", "code"), CODES.items())
+def test_every_error_of_a_run_is_its_sentence_and_its_code(monkeypatch, capsys, name, code):
+    kind = getattr(errors, name)
+    error = kind(["a: b [c]"]) if kind is JobError else kind("a: b [c]")
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr("runner.cli.run.load_job", fail)
+    assert cli.main(["check", "job.toml"]) == code
+    assert capsys.readouterr() == ("", "a: b [c]\n")
+
+
+def test_every_kind_of_error_has_a_code_of_its_own():
+    kinds = {kind.__name__: kind.exit_code for kind in RunnerError.__subclasses__()}
+    assert kinds == CODES
+    assert RunnerError.exit_code == 70
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (
+            ZeroDivisionError("x"),
+            70,
+            ("Traceback", "ZeroDivisionError: x", "a mistake in spantune"),
+        ),
+        (KeyboardInterrupt(), 130, ()),
+    ],
+)
+def test_what_is_no_error_of_a_run(monkeypatch, capsys, error, code, words):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr("runner.cli.run.load_job", fail)
+    assert cli.main(["check", "job.toml"]) == code
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert all(word in err for word in words)
+    assert bool(err) is bool(words)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "passed", "ranks"),
+    [
+        (["job.toml"], ["rank", "job.toml", "--runs", "runs"], None),
+        (["run", "job.toml"], ["rank", "job.toml", "--runs", "runs"], None),
+        (
+            [
+                *("job.toml", "--set", "seed=1", "--set", "model.revision=a b", "--runs", "r"),
+                *("--run-dir", "d", "--threads", "3", "--ranks", "2"),
+            ],
+            [
+                *(
+                    "rank",
+                    "job.toml",
+                    "--set",
+                    "seed=1",
+                    "--set",
+                    "model.revision=a b",
+                    "--runs",
+                    "r",
+                ),
+                *("--run-dir", "d", "--threads", "3"),
+            ],
+            2,
+        ),
+    ],
+)
+def test_what_a_run_starts(monkeypatch, arguments, passed, ranks):
+    started = []
+    monkeypatch.setattr(launch, "launch", lambda *given: started.append(given) or 65)
+    assert cli.main(arguments) == 65
+    assert started == [(passed, ranks)]
+
+
+def test_a_job_may_have_any_name(monkeypatch):
+    Path("my job").write_text(JOB)
+    started = []
+    monkeypatch.setattr(launch, "launch", lambda *given: started.append(given) or 0)
+    assert cli.main(["run", "my job"]) == 0
+    # the rank's command must not take it for a verb
+    assert started[0][0][:2] == ["rank", "my job"]
+
+
+SRUN = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "1", "SLURM_LOCALID": "1"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "verb"),
+    [
+        ({}, "run_run"),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, "run_rank"),
+        ({**SRUN, "SLURM_NTASKS": "2"}, "run_rank"),  # srun has started every rank already
+        ({**SRUN, "SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, "run_run"),
+        ({"SLURM_NTASKS": "2", "SLURM_PROCID": "0"}, "run_run"),  # the batch script itself
+    ],
+)
+def test_a_bare_job_is_a_run_or_one_rank_of_it(monkeypatch, variables, verb):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    called = []
+    for name in ("run_run", "run_rank"):
+        monkeypatch.setattr(run, name, lambda _, name=name: called.append(name) or 0)
+    assert cli.main(["--local_rank=0", "job.toml"]) == 0
+    assert called == [verb]
+
+
+def test_the_help_tells_every_verb_that_people_use(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    verbs = re.findall(r"^    (\w+)(?: {2,}|$)", capsys.readouterr().out, re.MULTILINE)
+    assert verbs == list(VERBS)

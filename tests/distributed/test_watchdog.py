@@ -1,0 +1,181 @@
+"""How a rank's end is explained, once, whoever is at fault."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from runner.distributed import watchdog as module
+from runner.distributed.heartbeat import ExitNote, RankHeartbeats
+from runner.distributed.watchdog import Watchdog
+from runner.errors import MachineError, RunnerError, StorageError
+from runner.run.folder import RunDir
+
+ROOT = Path(__file__).parents[2]
+
+
+class CutOff(Exception):
+    """The connection to the others broke."""
+
+
+@pytest.fixture
+def crews(tmp_path: Path) -> list[RankHeartbeats]:
+    run = RunDir(tmp_path)
+    run.attempts.mkdir()
+    found = [RankHeartbeats(run, 1, rank, 2) for rank in range(2)]
+    found[1].register()
+    return found
+
+
+@pytest.fixture
+def watch(crews, monkeypatch):
+    monkeypatch.setattr(module, "SIGN_OF_LIFE_S", 0.5)
+    made = Watchdog(crews[0], 0, 60.0, None, lambda error: isinstance(error, CutOff))
+    yield made
+    made.close()
+
+
+def test_an_error_of_ones_own_is_left_for_the_others(watch, crews):
+    with pytest.raises(StorageError) as caught, watch.explaining():
+        raise StorageError("train.csv: no space left")
+    assert caught.value.speaks is True
+    assert crews[1].notes() == {0: ExitNote(74, "train.csv: no space left", waits=False)}
+
+
+def test_a_mistake_of_ours_is_left_with_its_place(watch, crews):
+    watch.progress_at("step 7 (epoch 1)")
+    with pytest.raises(KeyError), watch.explaining():
+        raise KeyError("x")
+    assert crews[1].notes() == {0: ExitNote(70, "at step 7 (epoch 1): KeyError: 'x'", waits=False)}
+
+
+def test_who_is_cut_off_takes_over_the_reason_and_the_code(watch, crews):
+    crews[1].leave_note(ExitNote(74, "disk full", waits=False))
+    with pytest.raises(RunnerError, match=r"^rank 1: disk full$") as caught, watch.explaining():
+        raise CutOff("gloo says something")
+    assert caught.value.exit_code == 74
+    assert caught.value.speaks is True
+
+
+def test_who_is_cut_off_says_nothing_if_the_other_has(watch, crews, monkeypatch):
+    crews[1].leave_note(ExitNote(65, "checkpoint refused", waits=False))
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    assert crews[1].claim_output()
+    with pytest.raises(RunnerError) as caught, watch.explaining():
+        raise CutOff("gloo says something")
+    assert (caught.value.exit_code, caught.value.speaks) == (65, False)
+
+
+def test_a_rank_without_a_word_is_named(watch):
+    watch.progress_at("step 7 (epoch 1)")
+    with pytest.raises(MachineError) as caught, watch.explaining():
+        raise CutOff("connection closed by peer")
+    assert f"process {os.getpid()}) died without a word at step 7 (epoch 1)" in str(caught.value)
+    assert str(caught.value).startswith("rank 1 (")
+
+
+def test_a_broken_connection_between_living_ranks_is_said(watch, crews):
+    crews[1].leave_note(ExitNote(71, "cut off", waits=True))
+    watch.progress_at("step 7 (epoch 1)")
+    with pytest.raises(MachineError) as caught, watch.explaining():
+        raise CutOff("network is unreachable")
+    assert "connection between ranks broke at step 7 (epoch 1): network" in str(caught.value)
+
+
+STUCK = """
+import sys, time
+from runner.distributed.heartbeat import RankHeartbeats
+from runner.run.folder import RunDir
+from runner.distributed import watchdog as watch
+watch.SIGN_OF_LIFE_S = 0.5
+crew = RankHeartbeats(RunDir(sys.argv[1]), 1, 0, {world})
+w = watch.Watchdog(crew, 0, 0.5, None, lambda error: False)
+{before}
+def take_a_nap():
+    time.sleep({nap})
+watch.LONG_WORK_FACTOR = {wide}
+w.progress_at("step 7 (epoch 1)", bounded={bounded})
+take_a_nap()
+w.close()
+"""
+
+
+def stuck(
+    tmp_path: Path,
+    *,
+    nap: float,
+    bounded: bool,
+    world: int = 1,
+    before: str = "",
+    wide: float = 99,
+):
+    (tmp_path / "attempts").mkdir(exist_ok=True)
+    script = tmp_path / "stuck.py"
+    script.write_text(STUCK.format(world=world, nap=nap, bounded=bounded, before=before, wide=wide))
+    return subprocess.run(
+        [sys.executable, str(script), str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        timeout=60,
+        text=True,
+        check=False,
+    )
+
+
+def test_a_rank_that_makes_no_progress_ends_and_says_where_it_hangs(tmp_path):
+    done = stuck(tmp_path, nap=60, bounded=True)
+    assert done.returncode == 71
+    assert done.stderr.count("\n") == 1
+    assert (
+        "no progress at step 7 (epoch 1) for 0 s (train.timeout_minutes): rank 0 (" in done.stderr
+    )
+    assert "hangs in take_a_nap (stuck.py:" in done.stderr
+
+
+def test_long_work_has_more_time_than_a_step(tmp_path):
+    done = stuck(tmp_path, nap=1, bounded=False)  # twice the time of a step
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_long_work_that_never_ends_is_found_too(tmp_path):
+    done = stuck(tmp_path, nap=60, bounded=False, wide=2)
+    assert done.returncode == 71
+    assert done.stderr.count("\n") == 1
+    assert "no progress at step 7 (epoch 1) for 1 s (2 train.timeout_minutes): rank 0 (" in (
+        done.stderr
+    )
+    assert "hangs in take_a_nap (stuck.py:" in done.stderr
+
+
+def test_a_rank_that_gives_no_sign_of_life_is_named_even_so(tmp_path):
+    # Rank 1 appears and is never heard of again; rank 0 waits for it without a bound.
+    before = (
+        "import dataclasses, os\n"
+        "from runner import crew as c\n"
+        "other = RankHeartbeats(RunDir(sys.argv[1]), 1, 1, 2)\n"
+        "other.register()\n"
+        "path = os.path.join(sys.argv[1], 'attempts', '0001.rank-0001')\n"
+        "os.utime(path, (1, time.time() - 5))"
+    )
+    done = stuck(tmp_path, nap=60, bounded=False, world=2, before=before)
+    assert done.returncode == 71
+    assert "rank 1 (" in done.stderr
+    assert "gives no sign of life" in done.stderr
+    assert "take_a_nap" not in done.stderr
+
+
+def test_a_rank_that_does_not_notice_the_end_follows_with_its_code(tmp_path):
+    before = (
+        "other = RankHeartbeats(RunDir(sys.argv[1]), 1, 1, 2)\n"
+        "other.register()\n"
+        "from runner.distributed.heartbeat import ExitNote\n"
+        "other.leave_note(ExitNote(76, 'the loss is nan', waits=False))\n"
+        "other.claim_output(at_once=True)"
+    )
+    done = stuck(tmp_path, nap=60, bounded=False, world=2, before=before)
+    assert (done.returncode, done.stderr) == (76, "")

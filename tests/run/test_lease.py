@@ -1,0 +1,358 @@
+"""Who may run in a folder: claims, signs of life, succession, and races between starts."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from runner.errors import RunDirError
+from runner.run import lease as claim
+from runner.run.attempts import (
+    SILENT_S,
+    attempt_numbers,
+    attempts,
+    attempts_without_progress,
+    entry_file,
+    is_alive,
+    is_earlier_life,
+    read_attempt,
+    sealed,
+)
+from runner.run.folder import RunDir
+from runner.run.lease import Lease
+
+ROOT = Path(__file__).parents[2]
+CLAIMER = """
+import os, sys
+from runner.run.lease import Lease
+from runner.errors import RunDirError
+from runner.run.folder import RunDir
+print("ready", flush=True)
+os.read(int(sys.argv[2]), 1)  # until its other end is closed, for all who wait at once
+try:
+    attempt = Lease.acquire(RunDir(sys.argv[1]))
+except RunDirError as error:
+    print(error, file=sys.stderr)
+    sys.exit(error.exit_code)
+print(attempt.number, flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
+    for name in list(os.environ):
+        if name.startswith("SLURM_"):
+            monkeypatch.delenv(name)
+    return RunDir(tmp_path)
+
+
+def claimers(run: RunDir, count: int) -> list[subprocess.Popen[str]]:
+    """Processes that claim the folder at the same moment; who has it holds it until its stdin
+    ends."""
+    gate, opens = os.pipe()
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", CLAIMER, str(run.path), str(gate)],
+            cwd=ROOT,
+            pass_fds=[gate],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(count)
+    ]
+    os.close(gate)
+    for process in processes:
+        assert process.stdout
+        assert process.stdout.readline() == "ready\n"
+    os.close(opens)
+    return processes
+
+
+def elsewhere(run: RunDir, number: int = 1, *, silent: float = 0.0, **changes) -> None:
+    """Enter an attempt of another machine, `silent` seconds after its last sign of life."""
+    run.attempts.mkdir(exist_ok=True)
+    entry = {
+        "attempt": number,
+        "host": "node07",
+        "pid": 4711,
+        "slurm_job_id": "1234",
+        "slurm_restart_count": 0,
+        "started": time.time() - 3600,
+        "from_step": 0,
+        "machine": "another",
+        "born": 0.0,
+        "anew": False,
+        **changes,
+    }
+    entry_file(run, number, "json").write_text(json.dumps(entry))
+    entry_file(run, number, "alive").touch()
+    for kind in ("json", "alive"):
+        then = time.time() - silent
+        os.utime(entry_file(run, number, kind), (then, then))
+
+
+def test_a_claim_says_who_made_it(run, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    attempt = Lease.acquire(run)
+    entry = json.loads((run.attempts / "0001.json").read_text())
+    assert entry["attempt"] == attempt.number == 1
+    assert (entry["host"], entry["pid"]) == (socket.gethostname(), os.getpid())
+    assert (entry["slurm_job_id"], entry["slurm_restart_count"]) == ("77", 2)
+    assert abs(entry["started"] - time.time()) < 60
+    assert entry["from_step"] is None
+    attempt.note_resumed_step(40)
+    assert read_attempt(run, 1) == attempts(run)[0]
+    assert json.loads((run.attempts / "0001.json").read_text())["from_step"] == 40
+    attempt.step = 60
+    attempt.release(75)
+    end = json.loads((run.attempts / "0001.end.json").read_text())
+    assert (end["exit_code"], end["step"]) == (75, 60)
+    assert abs(end["ended"] - time.time()) < 60
+
+
+def test_signs_of_life_are_given_until_the_end(run, monkeypatch):
+    monkeypatch.setattr(claim, "LEASE_BEAT_S", 0.02)
+    attempt = Lease.acquire(run)
+    alive = run.attempts / "0001.alive"
+    for _ in range(2):
+        os.utime(alive, (0, 0))
+        deadline = time.monotonic() + 10
+        while alive.stat().st_mtime == 0 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert alive.stat().st_mtime > 0
+    attempt.release(0)
+    time.sleep(0.2)
+    os.utime(alive, (0, 0))
+    time.sleep(0.2)
+    assert alive.stat().st_mtime == 0
+
+
+def test_a_living_owner_is_named(run):
+    elsewhere(run, silent=7)
+    assert is_alive(run)
+    with pytest.raises(RunDirError) as caught:
+        Lease.acquire(run)
+    assert re.fullmatch(
+        rf"{re.escape(str(run.path))} is being run by node07 \(job 1234, process 4711, started"
+        r" 1 h 0 min ago\), whose last sign of life is [78] s old; nothing was started",
+        str(caught.value),
+    )
+    assert attempt_numbers(run) == [1]
+
+
+@pytest.mark.parametrize("silent", [0, SILENT_S / 2, SILENT_S - 5])
+def test_an_owner_on_another_machine_lives_until_it_is_silent(run, silent):
+    elsewhere(run, silent=silent)
+    with pytest.raises(RunDirError, match="nothing was started"):
+        Lease.acquire(run)
+
+
+@pytest.mark.parametrize("silent", [SILENT_S + 5, 3600, 30 * 24 * 3600])
+def test_a_silent_owner_is_succeeded(run, silent):
+    elsewhere(run, silent=silent)
+    assert not is_alive(run)
+    assert Lease.acquire(run).number == 2
+
+
+@pytest.mark.parametrize("skew", [-3600, 3600])
+def test_clocks_of_hosts_may_disagree(run, skew, monkeypatch):
+    # Only the file system's times are compared with each other.
+    elsewhere(run, silent=7)
+    now = time.time
+    monkeypatch.setattr(time, "time", lambda: now() + skew)
+    with pytest.raises(RunDirError, match=r"sign of life is [78] s old"):
+        Lease.acquire(run)
+
+
+def test_an_ended_owner_is_succeeded_at_once(run):
+    first = Lease.acquire(run)
+    with pytest.raises(RunDirError):
+        Lease.acquire(run)
+    first.release(75)
+    assert Lease.acquire(run).number == 2
+
+
+def test_an_owner_whose_process_is_gone_is_succeeded_at_once(run):
+    [process] = claimers(run, 1)
+    assert process.stdout
+    assert process.stdout.readline() == "1\n"
+    with pytest.raises(RunDirError):
+        Lease.acquire(run)
+    process.kill()
+    # Not waited for: a killed process that nobody has asked for its code is dead too.
+    deadline = time.monotonic() + 10
+    while is_alive(run) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert Lease.acquire(run).number == 2
+    process.wait()
+
+
+def test_a_process_id_that_another_process_has_now_is_no_life(run):
+    attempt = Lease.acquire(run)
+    entry = json.loads((run.attempts / "0001.json").read_text())
+    entry["born"] -= 100
+    (run.attempts / "0001.json").write_text(json.dumps(entry))
+    assert not is_alive(run)
+    attempt.release(0)
+
+
+def test_a_requeued_job_succeeds_its_earlier_life_at_once(run, monkeypatch):
+    elsewhere(run, slurm_job_id="1234", slurm_restart_count=1)
+    monkeypatch.setenv("SLURM_JOB_ID", "1234")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    with pytest.raises(RunDirError):
+        Lease.acquire(run)
+    monkeypatch.setenv("SLURM_JOB_ID", "1235")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    with pytest.raises(RunDirError):
+        Lease.acquire(run)
+    monkeypatch.setenv("SLURM_JOB_ID", "1234")
+    assert is_earlier_life(attempts(run)[0])
+    assert Lease.acquire(run).number == 2
+
+
+def test_an_entry_that_is_just_being_written_is_a_life(run):
+    run.attempts.mkdir()
+    (run.attempts / "0001.json").touch()
+    with pytest.raises(RunDirError, match="a start that just began"):
+        Lease.acquire(run)
+    os.utime(run.attempts / "0001.json", (0, 0))
+    assert Lease.acquire(run).number == 2  # it was never finished
+
+
+def test_who_was_succeeded_learns_it(run):
+    first = Lease.acquire(run)
+    first.verify()
+    elsewhere(run, 2)
+    with pytest.raises(RunDirError) as caught:
+        first.verify()
+    assert "was taken over by node07 (job 1234, process 4711" in str(caught.value)
+    assert "without writing anything more" in str(caught.value)
+    assert caught.value.exit_code == 73
+
+
+def test_what_counts_is_settled_by_the_newest_attempt_that_could_commit(run):
+    assert sealed(run) == (0, [])
+    first = Lease.acquire(run)
+    assert sealed(run) == (0, [])
+    first.seal([])
+    assert sealed(run) == (1, [])
+    first.release(75)
+    second = Lease.acquire(run)
+    assert sealed(run) == (1, [])  # the second has not looked yet
+    for name in ("0001.rank-0000", "0001.rank-0001", "0002.rank-0000"):
+        (run.attempts / name).touch()
+    second.seal(["step-000010-a0001"])
+    assert sealed(run) == (2, ["step-000010-a0001"])
+    assert [path.name for path in run.attempts.glob("*.rank-*")] == ["0002.rank-0000"]
+    second.release(75)
+    third = Lease.acquire(run)
+    third.release(75)
+    (run.attempts / "0002.sealed").write_text("{")
+    assert sealed(run) == (1, [])
+    # Begun anew, and killed before it could settle anything: nothing of before counts.
+    Lease.acquire(run, anew=True)
+    assert sealed(run) == (4, [])
+
+
+@pytest.mark.parametrize(
+    ("from_steps", "committed", "idle"),
+    [
+        ([], [], 0),
+        ([0], [], 1),
+        ([0, 0, 0], [], 3),
+        ([0, None, None], [], 3),
+        ([0, 0, 0], [40], 0),
+        ([0, 40, 40], [40], 2),
+        ([0, 40, None], [40], 2),
+        ([0, 40, 40], [], 2),  # checkpoints that are gone
+        ([0, 40, 40, 40], [30, 40], 3),
+        ([0, 40, 40, 40], [40, 60], 0),
+        ([500, "anew", 0, 0], [], 3),
+    ],
+)
+def test_starts_without_progress_are_counted(run, from_steps, committed, idle):
+    for number, step in enumerate(from_steps, 1):
+        anew = step == "anew"
+        elsewhere(run, number, from_step=None if anew else step, anew=anew)
+    for step in committed:
+        (run.checkpoints / f"step-{step:06d}-a0001").mkdir(parents=True)
+    assert attempts_without_progress(run) == idle
+
+
+@pytest.mark.parametrize("stale", [False, True])
+def test_of_starts_at_once_exactly_one_wins(tmp_path, run, stale):
+    """50 races (25 for a new folder, 25 for a dead owner's) of 2 to 8 starts on threads, and one of
+    4 processes for each."""
+    for number in range(25):
+        folder = RunDir(tmp_path / f"{number}")
+        folder.path.mkdir()
+        if stale:
+            elsewhere(folder, silent=3600)
+        count = 2 + number % 7
+
+        def start(_, folder=folder):
+            try:
+                return Lease.acquire(folder).number
+            except RunDirError as error:
+                return str(error)
+
+        with ThreadPoolExecutor(count) as pool:
+            outcomes = list(pool.map(start, range(count)))
+        assert outcomes.count(2 if stale else 1) == 1
+        refused = [text for text in outcomes if isinstance(text, str)]
+        assert len(refused) == count - 1
+        assert all("nothing was started" in text for text in refused)
+        named = f"{socket.gethostname()} (process {os.getpid()}, started 0 s ago)"
+        assert all(named in text or "that just began (0 s ago)" in text for text in refused)
+        assert attempt_numbers(folder) == ([1, 2] if stale else [1])
+
+    if stale:
+        elsewhere(run, silent=3600)
+    starters = claimers(run, 4)
+    winner = next(p for p in starters if p.stdout and p.stdout.readline())
+    losers = [p for p in starters if p is not winner]
+    for process in losers:
+        _, err = process.communicate(timeout=20)
+        assert process.returncode == 73
+        assert f"process {winner.pid}" in err or "just began" in err
+        assert err.count("\n") == 1
+    winner.communicate(timeout=20)
+    assert winner.returncode == 0
+
+
+def test_a_frozen_start_that_thaws_is_fenced(run):
+    """SIGSTOP, takeover, SIGCONT: the thawed one gives signs of life again, to nobody's harm."""
+    [process] = claimers(run, 1)
+    assert process.stdout
+    assert process.stdout.readline() == "1\n"
+    process.send_signal(signal.SIGSTOP)
+    try:
+        with pytest.raises(RunDirError):
+            Lease.acquire(run)
+        for kind in ("alive", "json"):
+            then = time.time() - SILENT_S - 5
+            os.utime(entry_file(run, 1, kind), (then, then))
+        heir = Lease.acquire(run)
+        assert heir.number == 2
+    finally:
+        process.send_signal(signal.SIGCONT)
+    entry_file(run, 1, "alive").touch()
+    heir.verify()
+    with pytest.raises(RunDirError, match=f"process {os.getpid()}"):
+        Lease.acquire(run)
+    process.communicate(timeout=20)
