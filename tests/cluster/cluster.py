@@ -133,9 +133,9 @@ def thaw(pids: Iterable[int]) -> None:
             os.kill(pid, signal.SIGCONT)
 
 
-def let_hear(pids: Iterable[int], number: signal.Signals) -> None:
-    """Let frozen processes go on once a signal has come to each of them, or SLURM has let it go on,
-    as it does with what it sends a TERM."""
+def signalled(pids: Iterable[int], number: signal.Signals) -> None:
+    """Wait until a signal has come to each of some frozen processes, or SLURM has let it go on, as
+    it does with what it sends a TERM."""
 
     def has_come(pid: int) -> bool:
         try:
@@ -148,6 +148,11 @@ def let_hear(pids: Iterable[int], number: signal.Signals) -> None:
         return any(mask >> (number - 1) & 1 for mask in pending)
 
     until(lambda: all(map(has_come, pids)), f"{number.name} has come to {pids}", every=0.05)
+
+
+def let_hear(pids: Iterable[int], number: signal.Signals) -> None:
+    """Let frozen processes go on once a signal has come to each of them."""
+    signalled(pids, number)
     thaw(pids)
 
 

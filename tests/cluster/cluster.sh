@@ -95,7 +95,7 @@ PreemptMode=REQUEUE
 SlurmctldParameters=preempt_send_user_signal
 # Seconds between SIGTERM and SIGKILL, and until a silent node counts as down (defaults 30, 300).
 KillWait=25
-SlurmdTimeout=10
+SlurmdTimeout=20
 MinJobAge=3600
 JobRequeue=1
 ReturnToService=2
@@ -108,7 +108,7 @@ $(for ((i = 1; i <= NODES; i++)); do
 $(for ((i = 1; i <= PAIRS; i++)); do
     nodes="Nodes=n[$((2 * i - 1))-$((2 * i))] MaxTime=60 State=UP"
     # In the second pair whole runs queue up: side by side they would take too much memory.
-    echo "PartitionName=p$i $nodes PriorityTier=1 GraceTime=25" \
+    echo "PartitionName=p$i $nodes PriorityTier=1 GraceTime=120" \
       "$([ $i != 1 ] || echo Default=YES) $([ $i != 2 ] || echo MaxCPUsPerNode=2)"
     echo "PartitionName=urgent$i $nodes PriorityTier=10 PreemptMode=OFF"
   done)

@@ -19,7 +19,18 @@ from typing import Any
 from runner.run.folder import RunDir
 from runner.slurm.client import read_submission
 
-from .cluster import CHECKOUT, ENDED, Cluster, freeze, is_alive, let_hear, thaw, until, waits
+from .cluster import (
+    CHECKOUT,
+    ENDED,
+    Cluster,
+    freeze,
+    is_alive,
+    let_hear,
+    signalled,
+    thaw,
+    until,
+    waits,
+)
 
 DATA = CHECKOUT / "jobs" / "data"
 JOB = """
@@ -330,9 +341,9 @@ def disturbed(run: Run) -> Iterator[tuple[str, Seen]]:
     thaw(ranks)
     yield "a rank is killed", run.at_the_end(ends=ends)
 
-    # A time limit that SLURM warns of later in this job.
+    # Later in this job SLURM warns of a time limit.
     ends = len(run.ends())
-    run.submit(*options, "--set", "slurm.time=30", "--set", "slurm.signal_seconds=10")
+    run.submit(*options, "--set", "slurm.time=60", "--set", "slurm.signal_seconds=600")
     ranks = run.hold()
     cluster.do("scontrol", "requeue", run.job)
     let_hear(ranks, signal.SIGTERM)
@@ -349,10 +360,12 @@ def disturbed(run: Run) -> Iterator[tuple[str, Seen]]:
 
     ends = len(run.ends())
     ranks = run.hold()
-    # SLURM looks at time limits every 30 s, and warns at a look too early rather than too late.
-    cluster.do("scontrol", "update", f"JobId={run.job}", "EndTime=now+38")
-    let_hear(ranks, signal.SIGUSR2)
-    cluster.do("scontrol", "update", f"JobId={run.job}", "TimeLimit=30")  # one warning is enough
+    # SLURM looks at time limits every 30 s, and warns at a look too early rather than too late: at
+    # the next one, ten minutes before it would kill the run.
+    cluster.do("scontrol", "update", f"JobId={run.job}", "EndTime=now+620")
+    signalled(ranks, signal.SIGUSR2)
+    cluster.do("scontrol", "update", f"JobId={run.job}", "TimeLimit=60")  # one warning is enough
+    thaw(ranks)
     run.goes_on(3, ends)
     yield "warned of its time limit", run.seen(ends=ends)
 
