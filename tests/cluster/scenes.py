@@ -54,7 +54,7 @@ Scene = tuple[str, Path]  # a job's number, and its run folder
 CODES = (64, 65, 69, 70, 71, 73, 76, 78)
 PAIR = {"ranks_per_node": 2}
 LIMIT = {"time": "1", "signal_seconds": 30}  # SLURM's shortest
-EARLY = {"time": "10", "signal_seconds": 600}  # at SLURM's first look, long before the limit
+EARLY = {"time": "10", "signal_seconds": 590}  # at SLURM's first look, long before the limit
 
 
 def submit_all(jobs: Jobs) -> dict[str | int, Scene]:
