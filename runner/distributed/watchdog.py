@@ -20,9 +20,7 @@ from runner.utils.text import duration
 
 TICK_S = 1.0  # seconds between two looks
 SIGN_OF_LIFE_S = 2 * RANK_BEAT_S + 2  # seconds in which a living rank surely shows itself
-LONG_WORK_FACTOR = (
-    12  # times as long as a step may take long work, such as reading the data or saving
-)
+LONG_WORK_FACTOR = 12  # times as long as a step may take reading the data, saving and the like
 # Where a main thread stands that waits for other ranks.
 _WAITING = ("torch/distributed", "deepspeed/comm", "runner/distributed/collectives")
 
@@ -118,10 +116,6 @@ class Watchdog:
     def _follow(self) -> None:
         beaten, spoken = time.monotonic(), None
         while not self._over.wait(min(TICK_S, self._seconds / 4)):
-            if time.monotonic() > beaten + min(RANK_BEAT_S, self._seconds / 4):
-                beaten = time.monotonic()
-                with suppress(OSError):  # away for a moment; where it matters, writing says so
-                    self._crew.beat()
             if spoken is None and self._crew.output_is_claimed():
                 spoken = time.monotonic()
             if spoken is not None and time.monotonic() > spoken + SIGN_OF_LIFE_S:
@@ -131,6 +125,11 @@ class Watchdog:
             quiet = time.monotonic() - self._since
             if quiet > self._limit():
                 self._give_up(self._own_place())
+            # Only now: whoever sees a sign of life without a note takes this rank for a healthy one.
+            if time.monotonic() > beaten + min(RANK_BEAT_S, self._seconds / 4):
+                beaten = time.monotonic()
+                with suppress(OSError):  # away for a moment; where it matters, writing says so
+                    self._crew.beat()
             silent = {r for r in self._others() if (self._crew.silence(r) or 0) > self._seconds}
             if silent and not silent <= set(self._crew.notes()):
                 self._give_up(
