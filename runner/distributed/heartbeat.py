@@ -91,13 +91,13 @@ class RankHeartbeats:
         """Show that this rank lives."""
         os.utime(entry_file(self._run, self._attempt, self._name(self._rank)))
 
-    def leave_note(self, words: ExitNote) -> None:
+    def leave_note(self, note: ExitNote) -> None:
         """Leave this rank's last words, if the file system lets it; only the first count."""
         path = entry_file(self._run, self._attempt, self._name(self._rank))
         if self._rank in self.notes():
             return
-        text = words.text
-        while len(spelled := json.dumps(asdict(words) | {"text": text}).encode()) > _WHOLE - _HEAD:
+        text = note.text
+        while len(spelled := json.dumps(asdict(note) | {"text": text}).encode()) > _WHOLE - _HEAD:
             text = text[: len(text) // 2]
         try:
             with path.open("r+b") as file:
@@ -176,31 +176,31 @@ class RankHeartbeats:
 
 
 def diagnose(
-    crew: RankHeartbeats, rank: int, patience: float
+    heartbeats: RankHeartbeats, rank: int, patience: float
 ) -> tuple[dict[int, ExitNote], list[int]]:
-    """Wait until it is clear what became of each other rank: it left words, is dead, or lives.
+    """Wait until it is clear what became of each other rank: it left a note, is dead, or lives.
 
     Args:
-        crew: the ranks.
-        rank: this one, which has left its own words.
+        heartbeats: the ranks.
+        rank: this one, which has left its own notes.
         patience: seconds after which a rank without any sign counts as dead.
 
     Returns:
-        The words of all, and the ranks that are dead or silent.
+        The notes of all, and the ranks that are dead or silent.
     """
-    started, seen = time.monotonic(), {r: crew.last_sign(r) for r in range(crew.world)}
+    started, seen = time.monotonic(), {r: heartbeats.last_sign(r) for r in range(heartbeats.world)}
     while True:
-        words = crew.notes()
+        notes = heartbeats.notes()
         open_ones, gone = [], []
-        for other in range(crew.world):
-            member = crew.rank_record(other)
-            if other == rank or other in words:
+        for other in range(heartbeats.world):
+            record = heartbeats.rank_record(other)
+            if other == rank or other in notes:
                 continue
-            if member is not None and member.is_dead():
+            if record is not None and record.is_dead():
                 gone.append(other)
-            elif crew.last_sign(other) == seen[other]:
+            elif heartbeats.last_sign(other) == seen[other]:
                 open_ones.append(other)
-        faulty = any(not said.waits for said in words.values())
+        faulty = any(not said.waits for said in notes.values())
         if faulty or not open_ones or time.monotonic() > started + patience:
-            return words, sorted(gone + open_ones)
+            return notes, sorted(gone + open_ones)
         time.sleep(0.1)

@@ -29,28 +29,28 @@ class Watchdog:
     """Follows this rank's main thread from a thread of its own.
 
     Args:
-        crew: the ranks' files.
+        heartbeats: the ranks' files.
         rank: this one's number.
         seconds: without progress, or without another rank's sign of life, that are too many.
-        attempt: the claim on the run, on rank 0.
-        cut_off: whether an exception means that the connection to other ranks broke.
+        lease: on the run folder, on rank 0.
+        connection_lost: whether an exception means that the connection to other ranks broke.
     """
 
     def __init__(
         self,
-        crew: RankHeartbeats,
+        heartbeats: RankHeartbeats,
         rank: int,
         seconds: float,
-        attempt: Lease | None,
-        cut_off: Callable[[Exception], bool],
+        lease: Lease | None,
+        connection_lost: Callable[[Exception], bool],
     ) -> None:
-        self._crew, self._rank, self._seconds = crew, rank, seconds
-        self._attempt, self._cut_off = attempt, cut_off
+        self._heartbeats, self._rank, self._seconds = heartbeats, rank, seconds
+        self._lease, self._connection_lost = lease, connection_lost
         self.rank = rank
         self._launcher = signals.Launcher()
         self.place, self._since, self._bounded = "the start", time.monotonic(), False
         self._over = threading.Event()
-        crew.register()
+        heartbeats.register()
         threading.Thread(target=self._follow, daemon=True, name="watch").start()
 
     def progress_at(self, place: str, *, bounded: bool = True) -> None:
@@ -75,40 +75,40 @@ class Watchdog:
             yield
         except RunnerError as error:
             self._over.set()
-            self._crew.leave_note(ExitNote(error.exit_code, str(error), waits=False))
-            error.speaks = self._crew.claim_output()
+            self._heartbeats.leave_note(ExitNote(error.exit_code, str(error), waits=False))
+            error.speaks = self._heartbeats.claim_output()
             raise
         except Exception as error:
             self._over.set()
-            if self._cut_off(error):
+            if self._connection_lost(error):
                 raise self._explained(error) from None
             first = (str(error).splitlines() or [""])[0]
             text = f"at {self.place}: {type(error).__name__}: {first}"
-            self._crew.claim_output(at_once=True)  # with its traceback
-            self._crew.leave_note(ExitNote(RunnerError.exit_code, text, waits=False))
+            self._heartbeats.claim_output(at_once=True)  # with its traceback
+            self._heartbeats.leave_note(ExitNote(RunnerError.exit_code, text, waits=False))
             raise
 
     def _explained(self, error: Exception) -> RunnerError:
         """Why other ranks can no longer be reached."""
         first = " ".join(str(error).split())[:200]
-        self._crew.leave_note(
+        self._heartbeats.leave_note(
             ExitNote(MachineError.exit_code, f"cut off at {self.place}", waits=True)
         )
-        words, gone = diagnose(self._crew, self._rank, SIGN_OF_LIFE_S)
-        said = next(((r, w) for r, w in sorted(words.items()) if not w.waits), None)
+        notes, gone = diagnose(self._heartbeats, self._rank, SIGN_OF_LIFE_S)
+        said = next(((r, w) for r, w in sorted(notes.items()) if not w.waits), None)
         if said is not None:
             name = f"rank {said[0]}"
             found = RunnerError(said[1].text if name in said[1].text else f"{name}: {said[1].text}")
             found.exit_code = said[1].code
         elif gone:
-            names = ", ".join(self._crew.name(rank) for rank in gone)
+            names = ", ".join(self._heartbeats.name(rank) for rank in gone)
             found = MachineError(
                 f"{names} died without a word at {self.place}: killed, out of memory, or its"
                 " machine failed; the same command goes on from the last checkpoint"
             )
         else:
             found = MachineError(f"the connection between ranks broke at {self.place}: {first}")
-        found.speaks = self._crew.claim_output()
+        found.speaks = self._heartbeats.claim_output()
         return found
 
     # --- the watching thread
@@ -116,7 +116,7 @@ class Watchdog:
     def _follow(self) -> None:
         beaten, spoken = time.monotonic(), None
         while not self._over.wait(min(TICK_S, self._seconds / 4)):
-            if spoken is None and self._crew.output_is_claimed():
+            if spoken is None and self._heartbeats.output_is_claimed():
                 spoken = time.monotonic()
             if spoken is not None and time.monotonic() > spoken + SIGN_OF_LIFE_S:
                 self._follow_out()
@@ -125,13 +125,15 @@ class Watchdog:
             quiet = time.monotonic() - self._since
             if quiet > self._limit():
                 self._give_up(self._own_place())
-            # Only now: whoever sees a sign of life without a note takes this rank for a healthy one.
+            # Only now: a rank that shows that it lives, and left no note, counts as a healthy one.
             if time.monotonic() > beaten + min(RANK_BEAT_S, self._seconds / 4):
                 beaten = time.monotonic()
                 with suppress(OSError):  # away for a moment; where it matters, writing says so
-                    self._crew.beat()
-            silent = {r for r in self._others() if (self._crew.silence(r) or 0) > self._seconds}
-            if silent and not silent <= set(self._crew.notes()):
+                    self._heartbeats.beat()
+            silent = {
+                r for r in self._others() if (self._heartbeats.silence(r) or 0) > self._seconds
+            }
+            if silent and not silent <= set(self._heartbeats.notes()):
                 self._give_up(
                     ExitNote(MachineError.exit_code, f"waited at {self.place}", waits=True)
                 )
@@ -144,19 +146,19 @@ class Watchdog:
         """End this rank after the run has ended elsewhere: its main thread does not notice, waiting
         on a device for a rank that is gone."""
         if not self._over.is_set():
-            words = sorted(self._crew.notes().items())
-            codes = [said.code for _, said in words if not said.waits]
+            notes = sorted(self._heartbeats.notes().items())
+            codes = [said.code for _, said in notes if not said.waits]
             self._leave(codes[0] if codes else MachineError.exit_code)
 
     def _leave(self, code: int) -> None:
-        if self._attempt is not None:
+        if self._lease is not None:
             with suppress(RunnerError):  # the next start then waits for a silence
-                self._attempt.release(code)
+                self._lease.release(code)
         os._exit(code)
 
     def _others(self) -> list[int]:
         """The ranks that this one looks after: rank 0 after all, rank 1 after rank 0."""
-        return list(range(1, self._crew.world)) if self._rank == 0 else [0][: self._rank == 1]
+        return list(range(1, self._heartbeats.world)) if self._rank == 0 else [0][: self._rank == 1]
 
     def _own_place(self) -> ExitNote:
         """Where this rank's main thread is."""
@@ -175,19 +177,19 @@ class Watchdog:
             if self._bounded
             else f"{LONG_WORK_FACTOR} train.timeout_minutes"
         )
-        self._crew.leave_note(mine)
-        words, gone = diagnose(self._crew, self._rank, SIGN_OF_LIFE_S)
-        faults = [f"{self._crew.name(rank)} gives no sign of life" for rank in gone]
+        self._heartbeats.leave_note(mine)
+        notes, gone = diagnose(self._heartbeats, self._rank, SIGN_OF_LIFE_S)
+        faults = [f"{self._heartbeats.name(rank)} gives no sign of life" for rank in gone]
         # Ranks that hang by themselves; where all of them wait for each other, each is named.
-        hanging = {r: said for r, said in words.items() if not said.waits}
+        hanging = {r: said for r, said in notes.items() if not said.waits}
         if not faults:
-            hanging = hanging or words
-        faults += [f"{self._crew.name(r)} {said.text}" for r, said in sorted(hanging.items())]
+            hanging = hanging or notes
+        faults += [f"{self._heartbeats.name(r)} {said.text}" for r, said in sorted(hanging.items())]
         error = MachineError(
             f"no progress at {place} for {duration(limit)} ({key}): {'; '.join(faults)}"
         )
         if self._over.is_set():
             return  # the main thread has come to an end meanwhile, and explains it
-        if self._crew.claim_output():
+        if self._heartbeats.claim_output():
             print_error(str(error))
         self._leave(error.exit_code)

@@ -156,7 +156,6 @@ def test_a_rank_that_gives_no_sign_of_life_is_named_even_so(tmp_path):
     # Rank 1 appears and is never heard of again; rank 0 waits for it without a bound.
     before = (
         "import dataclasses, os\n"
-        "from runner import crew as c\n"
         "other = RankHeartbeats(RunDir(sys.argv[1]), 1, 1, 2)\n"
         "other.register()\n"
         "path = os.path.join(sys.argv[1], 'attempts', '0001.rank-0001')\n"
