@@ -134,7 +134,7 @@ def main() -> None:
                 folder = Path(sys.argv[1]) / key
                 folder.mkdir()
                 found[key] = cell(folder, stage, precision, several, device)
-    print(json.dumps(found), flush=True)
+    os.write(1, f"{json.dumps(found)}\n".encode())  # one write: ranks share a file
     os._exit(0)
 
 
