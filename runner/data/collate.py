@@ -55,18 +55,6 @@ class Bounds(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Packed:
-    """A batch end to end in one row; for a GPU, where its length is not yet one of few, a last
-    segment that nobody reads rounds it up."""
-
-    input_ids_1T: Tensor
-    types_1T: Tensor
-    positions_1T: Tensor
-    segments_B2: Tensor
-    bounds: Bounds
-
-
-@dataclass(frozen=True)
 class Packing:
     """How batches are packed.
 
