@@ -1,13 +1,13 @@
 """From files and the hub to batches of windows on the device.
 
 - `hub`: snapshots of the Hugging Face hub
-- `formats`: rows of files of every format
+- `formats`: rows of files of every format (a folder: one file a format)
 - `dataset`: rows, checked, as examples
 - `splits`: a run's data sets: training, validation, tuning
 - `tokenize`: texts as token ids and offsets
 - `windows`: examples as windows with labels
 - `window_cache`: windows kept on disk
 - `sampler`: which windows each step sees
-- `collate`: windows as a batch, padded or packed
-- `loader`: batches on the device
+- `collate`: windows as a batch on the host
+- `loader`: batches on the device, padded or packed
 """

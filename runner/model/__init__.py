@@ -1,7 +1,7 @@
 """The pretrained encoder, and what is done to it.
 
 - `structure`: where encoders keep layers and positions
-- `load`: files found once; configuration, tokenizer and weights from them
+- `load`: a model's files, found once; configuration, tokenizer, weights
 - `freeze`: which parameters are trained
 - `forward`: batches in, logits out
 - `loss`: which kernel computes the span loss
