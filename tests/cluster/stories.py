@@ -159,15 +159,19 @@ class Run:
         # A life that goes on first drops rows behind its checkpoint, so count what is added.
         enough = max(self.steps(), default=0) + more
         self.cluster.wait(self.job, "RUNNING", *ENDED)
-        restarts = self.cluster.show(self.job)["Restarts"]
-        life = {"SLURM_RESTART_COUNT": restarts} if restarts != "0" else {}
+        found: list[int] = []
 
-        def ranks() -> list[int]:
+        def come() -> bool:
+            # Asked anew each time: a job that is just being requeued still counts its life before,
+            # whose ranks go on where their node is lost.
+            restarts = self.cluster.show(self.job)["Restarts"]
+            life = {"SLURM_RESTART_COUNT": restarts} if restarts != "0" else {}
             numbers = (self.cluster.ranks(self.job, SLURM_PROCID=n, **life) for n in (0, 1))
-            return [pid for pids in numbers for pid in pids]
+            # Held is what is seen here: a rank that starts a program is there twice for a moment.
+            found[:] = [pid for pids in numbers for pid in pids]
+            return len(found) == 2 or self.is_over()
 
-        until(lambda: len(ranks()) == 2 or self.is_over(), f"job {self.job} has two ranks")
-        found = ranks()
+        until(come, f"job {self.job} has two ranks")
         looked = time.monotonic()
         while max(self.steps(), default=0) < enough:
             time.sleep(0.02)
