@@ -42,9 +42,14 @@ _IDENTITY = {
     "train": "was trained on other questions: the content of data.train has changed",
     "validation": "was scored on other questions: the content of data.validation has changed",
     "tuning": "was tuned on other questions: the content of data.tuning has changed",
+    "labels": "was trained on labels by another rule: an answer was {}, now it is {}; go on with"
+    " the version that made it",
     "windows": "was trained on other windows: the tokenizer or its library has changed",
     "model": "began with other weights: the files of model.name have changed",
 }
+
+# What checkpoints from before a key was noted have there.
+_BEFORE = {"labels": "the tokens up to the first that ends at or after its last character"}
 
 _READ = ("train", "validation", "tuning", "windows", "model")  # of these, what each rank reads
 
@@ -244,7 +249,7 @@ class CheckpointManager:
     def _examine(self, needs_best: bool, manifest: Manifest) -> None:
         """Hold a checkpoint against this start; raises DataError for what no other one will have
         either, DamagedError for what one before it may have whole."""
-        written = manifest.facts["identity"]
+        written = _BEFORE | manifest.facts["identity"]
         if set(written) != set(self._identity):
             raise DataError(
                 f"{self._run.path}: checkpoint {manifest.name} was made by another version of"

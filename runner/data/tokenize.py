@@ -1,15 +1,17 @@
-"""Tokenises questions and contexts, each text once, and lays special tokens around them."""
+"""Tokenises texts, each once: their tokens, the characters that each stands for, and the special
+tokens around a pair."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING
 
 import numpy as np
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
 from runner.errors import DataError
 
@@ -89,22 +91,52 @@ class Template:
 
 @dataclass(frozen=True)
 class Encoded:
-    """Texts as flat token ids; text i is ids[firsts[i]:firsts[i] + lengths[i]]."""
+    """Texts as flat token ids, int32 [C]; text i is ids[firsts[i]:firsts[i] + lengths[i]]."""
 
     ids: np.ndarray
-    offsets: np.ndarray
     firsts: np.ndarray
     lengths: np.ndarray
 
 
-def encode(backend: Tokenizer, texts: Sequence[str], *, offsets: bool) -> Encoded:
-    ids: list[np.ndarray] = []
-    spans: list[np.ndarray] = []
+def encode(backend: Tokenizer, texts: Sequence[str]) -> Encoded:
+    """Tokenise texts without special tokens and without offsets, which cost the tokenizer time."""
+    return _encode(backend.encode_batch_fast, texts)[0]
+
+
+def encode_with_offsets(
+    backend: Tokenizer, texts: Sequence[str], name: str
+) -> tuple[Encoded, np.ndarray]:
+    """Tokenise texts without special tokens; also the characters [start, end) of each token in its
+    text, int32 [C, 2], as `true_offsets` makes them of the tokenizer's own.
+
+    Raises:
+        DataError: naming the tokenizer by `name`, as `true_offsets`.
+    """
+    # All that it does without special tokens is to trim blanks off offsets, and RoBERTa's trims
+    # letters too behind some pre-tokenizers. Blanks go below.
+    trimming = backend.post_processor
+    backend.post_processor = None  # type: ignore[assignment]
+    try:
+        encoded, offsets_C2 = _encode(backend.encode_batch, texts, offsets=True)
+    finally:
+        backend.post_processor = trimming
+    # A space that the tokenizer puts in front of a word has no character, whatever it says.
+    marks = [id for mark in "Ġ▁" if (id := backend.token_to_id(mark)) is not None]
+    in_front_C = np.isin(encoded.ids, marks)
+    in_front_C &= offsets_C2[:, 0] == np.append(offsets_C2[1:, 0], -1)
+    offsets_C2[in_front_C, 1] = offsets_C2[in_front_C, 0]
+    rewrite = backend.normalizer.normalize_str if backend.normalizer is not None else str
+    return encoded, true_offsets(texts, encoded.lengths, offsets_C2, rewrite, name)
+
+
+def _encode(
+    batch: Callable[..., list[Encoding]], texts: Sequence[str], *, offsets: bool = False
+) -> tuple[Encoded, np.ndarray]:
+    ids: list[np.ndarray] = [np.zeros(0, np.int32)]
+    spans: list[np.ndarray] = [np.zeros((0, 2), np.int32)]
     lengths: list[int] = []
-    # Without offsets the tokenizer has less to do.
-    encode = backend.encode_batch if offsets else backend.encode_batch_fast
     for place in range(0, len(texts), _CHUNK):
-        encodings = encode(list(texts[place : place + _CHUNK]), add_special_tokens=False)
+        encodings = batch(list(texts[place : place + _CHUNK]), add_special_tokens=False)
         rows = [encoding.ids for encoding in encodings]
         sizes = list(map(len, rows))
         ids.append(np.fromiter(chain.from_iterable(rows), np.int32, sum(sizes)))
@@ -114,9 +146,126 @@ def encode(backend: Tokenizer, texts: Sequence[str], *, offsets: bool) -> Encode
             flat = np.fromiter(chain.from_iterable(pairs), np.int32, 2 * sum(sizes))
             spans.append(flat.reshape(-1, 2))
     length = np.array(lengths, dtype=np.int64)
-    return Encoded(
-        ids=np.concatenate(ids) if ids else np.zeros(0, np.int32),
-        offsets=np.concatenate(spans) if spans else np.zeros((0, 2), np.int32),
-        firsts=np.cumsum(length) - length,
-        lengths=length,
-    )
+    return Encoded(np.concatenate(ids), np.cumsum(length) - length, length), np.concatenate(spans)
+
+
+# --- the characters of tokens -------------------------------------------------------------------
+
+_BLANK = np.array([chr(code).isspace() for code in range(0x3001)])  # none is above U+3000
+_SIGNS = ("Mn", "Mc", "Me", "Cf")  # marks; joiners, selectors, soft hyphens, direction marks
+
+
+def true_offsets(
+    texts: Sequence[str],
+    lengths: np.ndarray,
+    offsets_C2: np.ndarray,
+    rewrite: Callable[[str], str],
+    name: str,
+) -> np.ndarray:
+    """What a tokenizer says of its tokens' characters, checked and mended.
+
+    - Blanks around a token's text are not its own: many tokenizers count the space before a word.
+    - A sign (`_SIGNS`) in no token, since the normaliser drops it, belongs to the token it touches:
+      the one before, else the one after. So does a letter that the normaliser joins to the one
+      before it, or that is left out.
+    - A token without characters, such as a lone space, gets the next token's start and the end of
+      the one before: a span that begins or ends with it holds whole tokens, alone it is empty.
+
+    Args:
+        texts, lengths: what was tokenised, and how many tokens each text has, int64.
+        offsets_C2: characters [start, end) of each token in its text, int [C, 2].
+        rewrite: the tokenizer's normaliser, text to text.
+        name: of the tokenizer, for errors.
+
+    Returns:
+        Characters [start, end) of each token, int32 [C, 2]; neither column goes back in a text.
+
+    Raises:
+        DataError: if offsets go back or leave their text, or a character that the normaliser keeps
+            is in no token and touches none.
+    """
+    # All texts end to end, U positions, each closed by a line break, which no token holds.
+    text = "".join(f"{text}\n" for text in texts)
+    codes_U = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
+    blank_U = _BLANK[np.minimum(codes_U, len(_BLANK) - 1)] & (codes_U < len(_BLANK))
+    sizes = np.array([len(text) for text in texts], dtype=np.int64)
+    low_C = np.repeat(np.cumsum(sizes + 1) - sizes - 1, lengths)
+    high_C = low_C + np.repeat(sizes, lengths)
+    start_C, end_C = low_C + offsets_C2[:, 0], low_C + offsets_C2[:, 1]
+    if not ((low_C <= start_C) & (start_C <= end_C) & (end_C <= high_C)).all():
+        raise DataError(f"{name}: offsets of its tokens lie outside the text{_UNUSABLE}")
+    after_U, before_U = _passing(blank_U)
+    start_C, end_C = after_U[start_C], before_U[end_C]
+    some_C = start_C < end_C
+    starts, ends = start_C[some_C], end_C[some_C]
+    if (np.diff(starts) < 0).any() or (np.diff(ends) < 0).any():
+        raise DataError(f"{name}: offsets of its tokens go back in the text{_UNUSABLE}")
+    lost_U = ~blank_U & ~_covered(starts, ends, len(text))
+    if lost_U.any():
+        starts, ends, still_lost_U = _bring_back(lost_U, codes_U, starts, ends, rewrite)
+        if still_lost_U.any():
+            raise DataError(f"{name}: {_lost(texts, int(still_lost_U.argmax()))}{_UNUSABLE}")
+    start_C[some_C], end_C[some_C] = starts, ends
+    start_C[~some_C], end_C[~some_C] = len(text), 0
+    start_C = np.minimum(np.minimum.accumulate(start_C[::-1])[::-1], high_C)
+    end_C = np.maximum(np.maximum.accumulate(end_C), low_C)
+    return np.stack([start_C - low_C, end_C - low_C], axis=1).astype(np.int32)
+
+
+def _bring_back(
+    lost_U: np.ndarray,
+    codes_U: np.ndarray,
+    starts: np.ndarray,
+    ends: np.ndarray,
+    rewrite: Callable[[str], str],
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Starts and ends of tokens drawn out over what is in none of them (`lost_U`), and what that
+    the normaliser keeps is lost even so, bool [U]."""
+    seen = {int(code): chr(code) for code in np.unique(codes_U[lost_U])}
+    signs = [code for code, character in seen.items() if _is_sign(character)]
+    kept = [code for code in seen if code not in signs and _keeps(rewrite, seen[code])]
+    lost_U = lost_U & np.isin(codes_U, [*signs, *kept])
+    ends = _passing(lost_U)[0][ends]
+    lost_U &= ~_covered(starts, ends, len(lost_U))
+    starts = _passing(lost_U)[1][starts]
+    lost_U &= ~_covered(starts, ends, len(lost_U)) & np.isin(codes_U, kept)
+    return starts, ends, lost_U
+
+
+def _lost(texts: Sequence[str], place: int) -> str:
+    """Says which character is in no token, by its place in all texts end to end."""
+    number = 0
+    while place > len(texts[number]):
+        place -= len(texts[number]) + 1
+        number += 1
+    around = texts[number][max(0, place - 10) : place + 10]
+    code = ord(texts[number][place])
+    return f"U+{code:04X} in {around!r} is in none of its tokens, so answers would lose it"
+
+
+_UNUSABLE = "; character offsets must be right: use another tokenizer for this model"
+
+
+def _passing(over_U: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where one comes from each of the positions 0..U on the way right, and on the way left, when
+    all characters that are marked are passed over. int64 [U + 1] each."""
+    place = np.arange(len(over_U) + 1)
+    right = np.where(np.append(~over_U, True), place, len(over_U))
+    left = np.where(np.append(True, ~over_U), place, 0)
+    return np.minimum.accumulate(right[::-1])[::-1], np.maximum.accumulate(left)
+
+
+def _covered(starts: np.ndarray, ends: np.ndarray, size: int) -> np.ndarray:
+    """Whether each of `size` characters is in a range [start, end), bool."""
+    edges = np.bincount(starts, minlength=size + 1) - np.bincount(ends, minlength=size + 1)
+    return np.cumsum(edges)[:size] > 0
+
+
+def _is_sign(character: str) -> bool:
+    """Whether it only changes the character beside it; a half-width voicing mark does too."""
+    return all(unicodedata.category(c) in _SIGNS for c in unicodedata.normalize("NFKD", character))
+
+
+def _keeps(rewrite: Callable[[str], str], character: str) -> bool:
+    """Whether a normaliser leaves anything of a character but a blank."""
+    return rewrite(f"a{character}a") not in (rewrite("aa"), rewrite("a a"))

@@ -163,3 +163,12 @@ def _sums(folder: Path) -> str:
     """Hashes of the arrays in a cache folder, in the form of `sha256sum`."""
     names = [f"{name}.npy" for name in _FIELDS]
     return "".join(f"{file_sha256(folder / name)}  {name}\n" for name in names)
+
+
+def windows_sha256(*parts: Windows) -> str:
+    """Hash of all arrays of windows: of the tokens and labels themselves."""
+    digest = hashlib.sha256()
+    for part in parts:
+        for name in _FIELDS:
+            digest.update(memoryview(getattr(part, name)).cast("B"))
+    return digest.hexdigest()

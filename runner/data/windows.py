@@ -8,22 +8,24 @@ by array arithmetic (Hugging Face's example tokenises a context again for each o
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from runner.data.dataset import Example
-from runner.data.tokenize import Encoded, Template, encode, plain_backend
+from runner.data.formats.rows import short_value
+from runner.data.tokenize import Encoded, Template, encode, encode_with_offsets, plain_backend
 from runner.errors import DataError, RoomError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 BLOCK_QUESTIONS = 16_384  # questions whose windows are made together: it bounds the memory
+
+LABELS = "the tokens that overlap it"  # an answer's label; `answer_tokens` finds them
 
 _CONTEXT = 1 << 40  # more characters than a context has
 
@@ -42,7 +44,8 @@ class Windows:
             is not inside.
         ends_N: int32, position of the answer's last token (inclusive).
         cls_N: int32, position of the token that stands for "no answer here".
-        chars_C2: int32, [start, end) character offsets of each context token.
+        chars_C2: int32, [start, end) character offsets of each context token, as
+            `tokenize.true_offsets` makes them.
         chars_firsts_N: int64, row of chars_C2 that a token at position 0 of the window would have;
             the token at position p of the context has row chars_firsts_N[n] + p.
     """
@@ -78,8 +81,8 @@ def build_windows(
     """Make the windows that the tokenizer's own `truncation="only_second"` with overflow would
     make.
 
-    The question is stripped on the left, as in Hugging Face's run_qa.py. Labels come from a
-    question's first answer.
+    The question is stripped on the left, as in Hugging Face's run_qa.py. Labels are the tokens that
+    overlap a question's first answer, outer blanks aside, in windows that hold all of them.
 
     Args:
         examples: questions, in order.
@@ -128,16 +131,17 @@ def window_blocks(
     """
     backend = plain_backend(tokenizer)
     template = Template.of(backend, tokenizer)
+    name = tokenizer.name_or_path or type(tokenizer).__name__
     begin = tokens = characters = 0
     while begin == 0 or begin < len(examples):
         end = min(begin + block, len(examples))
         while 0 < end < len(examples) and examples[end].context == examples[end - 1].context:
             end += 1
         some = examples[begin:end]
-        made = _block(some, backend, template, max_length, stride)
+        made = _block(some, backend, template, max_length, stride, name)
         if begin == 0:
             backend.enable_truncation(max_length, stride=stride, strategy="only_second")
-            _compare_with_tokenizer(made, some[:2], backend, type(tokenizer).__name__)
+            _compare_with_tokenizer(made, some[:2], backend, name)
             backend.no_truncation()
         yield dataclasses.replace(
             made,
@@ -158,27 +162,17 @@ def _block(
     template: Template,
     max_length: int,
     stride: int,
+    name: str,
 ) -> Windows:
     context_of: dict[str, int] = {}
     place_Q = np.array(
         [context_of.setdefault(e.context, len(context_of)) for e in examples], dtype=np.int64
     )
-    questions = encode(backend, [e.question.lstrip() for e in examples], offsets=False)
-    contexts = encode(backend, list(context_of), offsets=True)
+    questions = encode(backend, [e.question.lstrip() for e in examples])
+    contexts, chars_C2 = encode_with_offsets(backend, list(context_of), name)
 
     room_Q = max_length - template.specials - questions.lengths
-    tight = np.flatnonzero(
-        (room_Q <= stride) & ((contexts.lengths[place_Q] > room_Q) | (room_Q < 1))
-    )
-    if len(tight):
-        worst = tight[np.argmin(room_Q[tight])]
-        raise RoomError(
-            f"question {examples[worst].id}: its {questions.lengths[worst]} tokens and"
-            f" {template.specials} special tokens leave {max(0, room_Q[worst])} of max_length"
-            f" {max_length} for the context, which must be more than stride {stride} ({len(tight)}"
-            " such questions); raise data.max_length or lower data.stride"
-        )
-
+    _check_room(examples, room_Q, contexts.lengths[place_Q], template, max_length, stride)
     # Windows of one question start every `room - stride` context tokens until one reaches the
     # context's end.
     length_Q = contexts.lengths[place_Q]
@@ -197,7 +191,12 @@ def _block(
     if template.cls < 0:  # counted from the end, as in XLNet
         cls_N += np.diff(firsts_N1)
     chars_firsts_N = contexts.firsts[place_Q[questions_N]] + from_N - low_N
-    starts_N, ends_N = _labels(examples, contexts, place_Q, questions_N, from_N, to_N, low_N, cls_N)
+    first_Q, last_Q = answer_tokens(examples, contexts, chars_C2, place_Q)
+    first_N, last_N = first_Q[questions_N], last_Q[questions_N]
+    inside_N = (from_N <= first_N) & (first_N <= last_N) & (last_N < to_N)
+    starts_N, ends_N = (
+        np.where(inside_N, low_N + token_N - from_N, cls_N) for token_N in (first_N, last_N)
+    )
     return Windows(
         tokens_T=tokens_T,
         types_T=types_T,
@@ -207,9 +206,30 @@ def _block(
         starts_N=starts_N.astype(np.int32),
         ends_N=ends_N.astype(np.int32),
         cls_N=cls_N.astype(np.int32),
-        chars_C2=contexts.offsets,
+        chars_C2=chars_C2,
         chars_firsts_N=chars_firsts_N,
     )
+
+
+def _check_room(
+    examples: Sequence[Example],
+    room_Q: np.ndarray,
+    length_Q: np.ndarray,
+    template: Template,
+    max_length: int,
+    stride: int,
+) -> None:
+    """Refuse questions that leave too little room for their context's tokens (`length_Q`)."""
+    tight = np.flatnonzero((room_Q <= stride) & ((length_Q > room_Q) | (room_Q < 1)))
+    if len(tight):
+        worst = tight[np.argmin(room_Q[tight])]
+        tokens = max_length - template.specials - room_Q[worst]
+        raise RoomError(
+            f"question {examples[worst].id}: its {tokens} tokens and"
+            f" {template.specials} special tokens leave {max(0, room_Q[worst])} of max_length"
+            f" {max_length} for the context, which must be more than stride {stride} ({len(tight)}"
+            " such questions); raise data.max_length or lower data.stride"
+        )
 
 
 def _assemble(
@@ -267,48 +287,42 @@ def ranges(starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     return np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - (ends - sizes), sizes)
 
 
-def _labels(
-    examples: Sequence[Example],
-    contexts: Encoded,
-    place_Q: np.ndarray,
-    questions_N: np.ndarray,
-    from_N: np.ndarray,
-    to_N: np.ndarray,
-    low_N: np.ndarray,
-    cls_N: np.ndarray,
+def answer_tokens(
+    examples: Sequence[Example], contexts: Encoded, chars_C2: np.ndarray, place_Q: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """First and last token of each question's first answer."""
-    # These are the last token that starts at or before the answer's first character, and the first
-    # that ends at or after its last one. An answer of one character that is several byte-level
-    # tokens has them in this order reversed: it is all of them.
+    """First and last of the tokens that overlap each question's first answer, in its context's
+    tokens, int64 [Q] each; (-1, -1) without an answer.
+
+    Not run_qa's rule, the first token that ends at or after the answer's last character: where that
+    character is in no token (a blank, a mark that the normaliser drops), it is the next word.
+    """
     answered_Q = np.array([bool(e.answers) for e in examples], dtype=bool)
-    spans = [
-        (e.answer_starts[0], e.answer_starts[0] + len(e.answers[0])) for e in examples if e.answers
-    ]
     char_Q2 = np.zeros((len(examples), 2), dtype=np.int64)
-    char_Q2[answered_Q] = np.array(spans, dtype=np.int64).reshape(-1, 2)
+    char_Q2[answered_Q] = np.array(
+        [answer_span(e.answers[0], e.answer_starts[0]) for e in examples if e.answers],
+        dtype=np.int64,
+    ).reshape(-1, 2)
     # One search over all contexts at once: a context's characters count from its number.
     context_C = np.repeat(np.arange(len(contexts.lengths)), contexts.lengths) * _CONTEXT
     begin_Q, end_Q = (place_Q * _CONTEXT + char_Q2[:, side] for side in (0, 1))
-    first_Q = np.searchsorted(context_C + contexts.offsets[:, 0], begin_Q, side="right") - 1
-    last_Q = np.searchsorted(context_C + contexts.offsets[:, 1], end_Q, side="left")
-    first_Q = np.where(answered_Q, first_Q - contexts.firsts[place_Q], -1)
-    last_Q = np.where(answered_Q, last_Q - contexts.firsts[place_Q], -1)
-    context_first_N = contexts.firsts[place_Q[questions_N]]
-    some_N = (first_Q[questions_N] >= 0) & (to_N > from_N)
-    row = np.minimum(context_first_N + from_N, max(0, len(contexts.offsets) - 1))
-    last_row = np.maximum(context_first_N + to_N - 1, 0)
-    inside_N = some_N.copy()
-    if len(contexts.offsets):
-        inside_N &= contexts.offsets[row, 0] <= char_Q2[questions_N, 0]
-        inside_N &= contexts.offsets[last_row, 1] >= char_Q2[questions_N, 1]
-    # Byte-level tokens of one character share their offsets, so a range may begin before the
-    # window: keep it inside.
-    first_N = np.clip(first_Q[questions_N], from_N, np.maximum(from_N, to_N - 1))
-    last_N = np.clip(last_Q[questions_N], from_N, np.maximum(from_N, to_N - 1))
-    starts_N = np.where(inside_N, low_N + np.minimum(first_N, last_N) - from_N, cls_N)
-    ends_N = np.where(inside_N, low_N + np.maximum(first_N, last_N) - from_N, cls_N)
-    return starts_N, ends_N
+    first_Q = np.searchsorted(context_C + chars_C2[:, 1], begin_Q, side="right")
+    last_Q = np.searchsorted(context_C + chars_C2[:, 0], end_Q, side="left") - 1
+    lost_Q = answered_Q & (first_Q > last_Q)
+    if lost_Q.any():
+        lost = examples[int(lost_Q.argmax())]
+        raise DataError(
+            f"question {lost.id}: no token of the context holds any of its answer"
+            f" ({short_value(lost.answers[0])}; {lost_Q.sum()} such questions): the tokenizer drops"
+            " these characters"
+        )
+    first_C = contexts.firsts[place_Q]
+    return np.where(answered_Q, first_Q - first_C, -1), np.where(answered_Q, last_Q - first_C, -1)
+
+
+def answer_span(text: str, start: int) -> tuple[int, int]:
+    """Characters [start, end) of an answer in its context, without outer blanks."""
+    begin = start + len(text) - len(text.lstrip())
+    return begin, begin + len(text.strip())
 
 
 def _compare_with_tokenizer(
@@ -327,12 +341,3 @@ def _compare_with_tokenizer(
                 f"question {example.id}: {name} builds pairs in a way that"
                 " spantune does not know; please report the model's name"
             )
-
-
-def windows_sha256(*parts: Windows) -> str:
-    """Hash of all arrays of windows: of the tokens and labels themselves."""
-    digest = hashlib.sha256()
-    for windows in parts:
-        for field in fields(windows):
-            digest.update(memoryview(getattr(windows, field.name)).cast("B"))
-    return digest.hexdigest()

@@ -207,18 +207,19 @@ def _words(
 ) -> np.ndarray | None:
     """Characters [start, end) of each context token's word; None where a tokenizer knows none."""
     backend = plain_backend(tokenizer)
-    parts = []
+    words_C2, first = windows.chars_C2.copy(), 0
     for context in dict.fromkeys(example.context for example in examples):
-        encoding = backend.encode(context, add_special_tokens=False)
-        spans: dict[int, tuple[int, int]] = {}
-        for word, (start, end) in zip(encoding.word_ids, encoding.offsets, strict=True):
-            if word is None:
-                return None
-            low, high = spans.get(word, (start, end))
-            spans[word] = min(low, start), max(high, end)
-        parts += [spans[word] for word in encoding.word_ids if word is not None]
-    words_C2 = np.array(parts, dtype=np.int64).reshape(-1, 2)
-    return words_C2 if len(words_C2) == len(windows.chars_C2) else None
+        found = backend.encode(context, add_special_tokens=False).word_ids
+        if None in found:
+            return None
+        word_C = np.array(found, dtype=int)
+        chars_C2 = words_C2[first : first + len(word_C)]  # of this context's tokens
+        low_W, high_W = np.full(len(word_C), len(context)), np.zeros(len(word_C), dtype=int)
+        np.minimum.at(low_W, word_C, chars_C2[:, 0])
+        np.maximum.at(high_W, word_C, chars_C2[:, 1])
+        chars_C2[:, 0], chars_C2[:, 1] = low_W[word_C], high_W[word_C]
+        first += len(word_C)
+    return words_C2
 
 
 def _candidates(
@@ -234,8 +235,9 @@ def _candidates(
         columns = (x_NK[row].tolist() for x_NK in (spans.score_NK, spans.start_NK, spans.end_NK))
         for score, start, end in zip(*columns, strict=True):
             if start >= 0:
-                low, high = places_C2[first + start, 0], places_C2[first + end, 1]
-                yield float(np.exp(score - log_sum_N[row])), int(low), int(high)
+                low, high = int(places_C2[first + start, 0]), int(places_C2[first + end, 1])
+                if low < high:
+                    yield float(np.exp(score - log_sum_N[row])), low, high
 
 
 def _merged(
@@ -248,8 +250,8 @@ def _merged(
         new = {"score": 0.0, "start": start, "end": end, "answer": text}
         found.setdefault(text.lower(), new)["score"] += score
     answers = list(found.values())
-    if null is not None:
-        answers.append({"score": null, "start": 0, "end": 0, "answer": ""})
+    if null is not None or not answers:
+        answers.append({"score": null or 0.0, "start": 0, "end": 0, "answer": ""})
     return sorted(answers, key=lambda answer: -answer["score"])
 
 

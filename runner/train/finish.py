@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from runner.checkpoint.best import BestEvaluation
-from runner.data.windows import windows_sha256
+from runner.data.window_cache import windows_sha256
+from runner.data.windows import LABELS
 from runner.eval.evaluation import Evaluation
 from runner.eval.results import reported, result_scores
 from runner.export.model_card import model_card
@@ -136,6 +137,7 @@ def resume_identity(session: Session) -> dict[str, Any]:
         "train": splits.training.dataset.sha256,
         "validation": splits.validation.dataset.sha256,
         "tuning": None if splits.tuning is None else splits.tuning.dataset.sha256,
+        "labels": LABELS,
         "windows": windows_sha256(splits.training.windows, splits.validation.windows),
         # Frozen layers may be read before the checkpoint is (model.cache_frozen).
         "model": session.files.weights_sha256,

@@ -54,6 +54,12 @@ def test_a_checkpoint_of_another_version_is_refused_as_such(start, identity):
         start._examine(False, manifest(identity))
 
 
+def test_a_checkpoint_from_before_labels_were_noted_says_why_it_is_refused(start):
+    before = {key: value for key, value in IDENTITY.items() if key != "labels"}
+    with pytest.raises(DataError, match="labels by another rule: an answer was the tokens up to"):
+        start._examine(False, manifest(before))
+
+
 def test_ranks_that_have_read_different_data_do_not_begin(start):
     other = IDENTITY | {"train": "read later"}
     start._ranks = Ranks(0, lambda mine: [mine, other])

@@ -70,6 +70,16 @@ def test_its_records_say_what_they_said(older):
     assert len(found.predictions) == 8
 
 
+def test_a_run_cut_short_before_labels_were_the_tokens_of_the_answer_is_refused(zygote, older):
+    run = RunDir(older / "cut")
+    before = sorted((run.path / "checkpoints").rglob("*"))
+    codes, text = zygote.run(run.job, "--run-dir", run.path, "--threads", 1)
+    assert codes == [65], text
+    refusals = [line for line in text.splitlines() if "labels by another rule" in line]
+    assert len(refusals) == 1
+    assert sorted((run.path / "checkpoints").rglob("*")) == before
+
+
 def test_a_run_that_was_cut_short_goes_on_to_its_end(zygote, older):
     """On the machine that made both it ends with the bits of the undisturbed one."""
     run = RunDir(older / "cut")
