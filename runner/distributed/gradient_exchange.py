@@ -100,10 +100,10 @@ class CollectiveExchange:
 class SharedMemoryExchange(CollectiveExchange):
     """By memory of one machine, for ranks on CPUs.
 
-    Who writes while others read is kept apart by three meetings in a step: before the sums all
+    Who writes while others read is kept apart by three barriers in a step: before the sums all
     gradients are there; the reduction of the norm, which follows `shares`, waits until all sums are
     made, so that the next backward pass may write; and after the update all parts are there. The
-    next ones are written behind the next step's first meeting.
+    next ones are written behind the next step's first barrier.
     """
 
     kind = "shared memory"

@@ -1,7 +1,7 @@
-"""The ranks of one attempt as files: each shows that it lives and leaves its last words, so that
-those who are cut off can tell whose fault it was.
+"""The ranks of one attempt as files: each shows that it lives and leaves a note of why it ends, so
+that those who are cut off can tell whose fault it was.
 
-`attempts/0002.rank-0001` is made whole at the start, so that the last words of a rank whose disk is
+`attempts/0002.rank-0001` is made whole at the start, so that the note of a rank whose disk is
 full have their place.
 """
 
@@ -20,7 +20,7 @@ from runner.run.folder import RunDir
 from runner.utils.files import parse_json, storage_errors
 
 RANK_BEAT_S = 5.0  # seconds between signs of life
-_HEAD, _WHOLE = 1024, 8192  # bytes: who it is, then its last words
+_HEAD, _WHOLE = 1024, 8192  # bytes: who it is, then its note
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class RankHeartbeats:
         os.utime(entry_file(self._run, self._attempt, self._name(self._rank)))
 
     def leave_note(self, note: ExitNote) -> None:
-        """Leave this rank's last words, if the file system lets it; only the first count."""
+        """Leave this rank's note, if the file system lets it; only the first count."""
         path = entry_file(self._run, self._attempt, self._name(self._rank))
         if self._rank in self.notes():
             return
@@ -109,7 +109,7 @@ class RankHeartbeats:
             return
 
     def notes(self) -> dict[int, ExitNote]:
-        """The last words that were left, by rank."""
+        """The notes that were left, by rank."""
         found = {}
         for rank in range(self.world):
             content = self._read(rank)[_HEAD:].strip()

@@ -20,14 +20,14 @@ from runner.utils.signals import stop_reason
 
 
 def start_distributed(
-    rank: Rank, threads: int | None = None, meeting_minutes: float = 10.0
+    rank: Rank, threads: int | None = None, rendezvous_minutes: float = 10.0
 ) -> torch.device:
     """Choose the device, the CPU threads, and join the process group (also one process).
 
     Args:
         rank: this one.
         threads: CPU threads; None shares the cores of the machine among its ranks.
-        meeting_minutes: how long to wait for the other ranks to come.
+        rendezvous_minutes: how long to wait for the other ranks to come.
     """
     on_cuda = torch.cuda.is_available()
     if on_cuda:
@@ -60,8 +60,8 @@ def start_distributed(
         warnings.filterwarnings("ignore", message=f".*{name}.*", category=FutureWarning)
     if not dist.is_initialized():
         # Ranks meet soon or never; once they have met, they wait for each other's work.
-        meeting = timedelta(minutes=meeting_minutes)
-        store, index, world = _meet(meeting)
+        rendezvous = timedelta(minutes=rendezvous_minutes)
+        store, index, world = _rendezvous(rendezvous)
         backend = "nccl" if on_cuda else "gloo"
         dist.init_process_group(
             backend, store=store, rank=index, world_size=world, timeout=COLLECTIVE_TIMEOUT
@@ -71,7 +71,7 @@ def start_distributed(
     return torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")
 
 
-def _meet(patience: timedelta) -> tuple[Any, int, int]:
+def _rendezvous(patience: timedelta) -> tuple[Any, int, int]:
     """Wait for the other ranks, in a thread of its own: a signal ends the waiting, for one that is
     gone perhaps, which the store would not let this process hear."""
     found: list[tuple[Any, int, int] | Exception] = []

@@ -253,6 +253,7 @@ def _ranked(
     offset_C = offset_N[window_C]
     start_C = chars_T2[offset_C + spans.start_NK.numpy()[window_C, rank_C], 0]
     end_C = chars_T2[offset_C + spans.end_NK.numpy()[window_C, rank_C], 1]
+    end_C = np.maximum(start_C, end_C)  # tokens without characters only: nothing, not less
     found_Q = np.bincount(question_C, minlength=num)
     if settings.mode == "exact":
         order_C = np.lexsort((window_C, end_C, start_C, -logit_C, question_C))

@@ -25,7 +25,7 @@ def told(*arguments, **options):
 engine.rendezvous = told
 code = 0
 try:
-    engine._meet(timedelta(minutes=10))
+    engine._rendezvous(timedelta(minutes=10))
 except errors.Interrupted as stop:
     code = stop.exit_code
 os._exit(code)

@@ -35,13 +35,13 @@ def bounds():
     return Bounds(torch.tensor(ENDS, dtype=torch.int32), 23, ENDS)
 
 
-def by_hand(query, key, value, p, noise, scale):
+def by_hand(query, key, value, p, masks, scale):
     """The formula, window by window, out of differentiable operations."""
     parts = []
     for low, high in pairwise(ENDS):
         q, k, v = (x[0, :, low:high] for x in (query, key, value))
         weights = torch.softmax(scale * q @ k.transpose(1, 2), dim=-1)
-        kept = torch.from_numpy(noise.keep_mask(weights.shape, p))
+        kept = torch.from_numpy(masks.keep_mask(weights.shape, p))
         parts.append((weights * kept * keep_scale(p)) @ v)
     return torch.cat(parts, dim=1).transpose(0, 1)[None]
 

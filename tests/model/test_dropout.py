@@ -26,10 +26,10 @@ def test_elements_are_dropped_with_the_probability_asked_for(p):
 
 def test_masks_depend_on_seed_rank_and_position_alone():
     def mask(seed, rank, *position, before=0):
-        noise = DropoutMasks(seed, rank)
-        noise.keep_mask((before,), 0.5)
-        noise.reseed(*position)
-        return noise.keep_mask((64,), 0.5).tobytes()
+        masks = DropoutMasks(seed, rank)
+        masks.keep_mask((before,), 0.5)
+        masks.reseed(*position)
+        return masks.keep_mask((64,), 0.5).tobytes()
 
     assert mask(1, 0, 2, 30, 0, before=100) == mask(1, 0, 2, 30, 0)
     places = [(1, 0, 2, 30, 0), (2, 0, 2, 30, 0), (1, 1, 2, 30, 0), (1, 0, 3, 30, 0)]
@@ -39,12 +39,12 @@ def test_masks_depend_on_seed_rank_and_position_alone():
 
 def test_torchs_own_dropout_is_a_function_of_the_position_too():
     """Models that draw with torch, on any device, repeat after a restart."""
-    noise, drop = DropoutMasks(1, 0), nn.Dropout(0.5)
-    noise.reseed(0, 1, 0)
+    masks, drop = DropoutMasks(1, 0), nn.Dropout(0.5)
+    masks.reseed(0, 1, 0)
     first = drop(torch.ones(64))
-    noise.reseed(0, 1, 0)
+    masks.reseed(0, 1, 0)
     assert torch.equal(drop(torch.ones(64)), first)
-    noise.reseed(0, 2, 0)
+    masks.reseed(0, 2, 0)
     assert not torch.equal(drop(torch.ones(64)), first)
 
 

@@ -18,7 +18,7 @@ from runner.cli.command import main
 from runner.errors import RunDirError, RunnerError, SlurmError
 from runner.run.attempts import AttemptRecord, entry_file
 from runner.run.folder import RunDir
-from runner.slurm import control as attend
+from runner.slurm import control
 from runner.slurm.client import Submission, write_submission
 from runner.slurm.control import follow_log, log_file
 
@@ -38,8 +38,8 @@ def meanwhile(monkeypatch):
     def arrange(*events) -> None:
         left = list(events)
         clock = SimpleNamespace(monotonic=time.monotonic, sleep=lambda _: left.pop(0)())
-        monkeypatch.setattr(attend, "time", clock)
-        monkeypatch.setattr(attend, "STATE_POLL_S", -1.0)  # asks SLURM at each look
+        monkeypatch.setattr(control, "time", clock)
+        monkeypatch.setattr(control, "STATE_POLL_S", -1.0)  # asks SLURM at each look
 
     return arrange
 
@@ -57,7 +57,7 @@ def submit(run: RunDir, job: str = "17", when: str = "") -> Path:
 
 
 def cancel(run: RunDir) -> str:
-    [(_, outcome)] = attend.cancel_runs([run])
+    [(_, outcome)] = control.cancel_runs([run])
     if isinstance(outcome, RunnerError):
         raise outcome
     return outcome

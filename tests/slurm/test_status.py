@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from runner.cli import slurm as desk
+from runner.cli import slurm as slurm_verbs
 from runner.cli.command import main
 from runner.errors import Interrupted, RunDirError
 from runner.run.attempts import AttemptRecord, check_budget, entry_file
@@ -355,7 +355,7 @@ def test_watching_goes_on_until_all_is_over(capsys, monkeypatch):
         if len(looks) == 2:
             start(run, code=65)
 
-    monkeypatch.setattr(desk.time, "sleep", sleep)
+    monkeypatch.setattr(slurm_verbs.time, "sleep", sleep)
     assert main(["status", "--watch", "7"]) == 0
     assert looks == [7, 7]
     assert "failed (65)" in capsys.readouterr().out
