@@ -2,7 +2,7 @@
 that those who are cut off can tell whose fault it was.
 
 `attempts/0002.rank-0001` is made whole at the start, so that the note of a rank whose disk is
-full have their place.
+full has its place.
 """
 
 from __future__ import annotations
