@@ -19,7 +19,7 @@ from runner import __version__
 from runner.cli import predict, report, run, slurm
 from runner.errors import RunnerError, UsageError
 from runner.utils.console import print_error
-from runner.utils.ranks import Rank, current_rank
+from runner.utils.ranks import current_rank, speaks_for_all
 
 EPILOG = """\
 exit codes: 0 done, 2 command line, 64 job file, 65 data, model or checkpoint
@@ -51,14 +51,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):  # a name that the terminal cannot spell is no error
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    speaks = True
     try:
-        rank = current_rank()
-        speaks = rank.is_main
-        arguments = _parse(list(sys.argv[1:] if argv is None else argv), rank)
+        arguments = _parse(list(sys.argv[1:] if argv is None else argv))
         return arguments.verb(arguments)
     except RunnerError as error:
-        if speaks:
+        if speaks_for_all():
             print_error(str(error))
         return error.exit_code
     except UsageError as error:
@@ -72,12 +69,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return RunnerError.exit_code
 
 
-def _parse(argv: list[str], rank: Rank) -> argparse.Namespace:
+def _parse(argv: list[str]) -> argparse.Namespace:
     # The launcher puts --local_rank=N first; a bare JOB.toml means run, or, where a launcher has
     # started us already, be one rank of a run.
     argv = [a for a in argv if not a.startswith(("--local_rank", "--local-rank"))]
     if argv and argv[0].endswith(".toml"):
-        argv.insert(0, "rank" if "RANK" in os.environ or rank.world > 1 else "run")
+        launched = "RANK" in os.environ or current_rank().world > 1
+        argv.insert(0, "rank" if launched else "run")
     parser = argparse.ArgumentParser(
         prog="spantune",
         description="Fine-tune extractive question-answering models from a job file.",

@@ -7,7 +7,11 @@ import re
 import socket
 from dataclasses import dataclass
 
-from runner.errors import RunnerError
+from runner.errors import MachineError
+
+# From here on SLURM numbers steps that srun has not made of a command: the batch script, the shell
+# that salloc gives (4294967290). SLURM_PROCID is set there too, but one process runs.
+_FIRST_OWN_STEP = 0xFFFFFFF0
 
 
 @dataclass(frozen=True)
@@ -36,16 +40,16 @@ def current_rank() -> Rank:
     """Read the rank from `deepspeed`, `torchrun` or plain `srun` (one task a rank); alone, it is
     rank 0 of 1.
 
-    SLURM's own variables count only inside a step (`SLURM_STEP_ID` is set by srun): in the batch
-    script itself `SLURM_NTASKS` is set too, although only one process runs there.
+    SLURM's own variables count only inside a step of srun's: in the batch script and in the shell
+    of salloc `SLURM_NTASKS` is set too, although only one process runs there.
 
     Raises:
-        RunnerError: if one of these variables is missing or no number.
+        MachineError: if one of these variables is missing or no number.
     """
     try:
         return _from_environment()
     except (KeyError, ValueError) as error:
-        raise RunnerError(
+        raise MachineError(
             f"the launcher's variables (RANK, WORLD_SIZE, ... or SLURM_PROCID, ...) do not tell"
             f" this process's rank: {error}"
         ) from None
@@ -61,8 +65,9 @@ def _from_environment() -> Rank:
             local=int(env.get("LOCAL_RANK", env["RANK"])),
             local_world=int(env.get("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", world))),
         )
-    if "SLURM_STEP_ID" in env and "SLURM_PROCID" in env:
-        world = int(env["SLURM_NTASKS"])
+    if in_srun_step() and "SLURM_PROCID" in env:
+        # The step's own count: `srun --preserve-env` leaves the allocation's in SLURM_NTASKS.
+        world = int(env.get("SLURM_STEP_NUM_TASKS") or env["SLURM_NTASKS"])
         return Rank(
             index=int(env["SLURM_PROCID"]),
             world=world,
@@ -72,9 +77,24 @@ def _from_environment() -> Rank:
     return Rank(index=0, world=1, local=0, local_world=1)
 
 
+def in_srun_step() -> bool:
+    """Whether srun has started this process, as one task of a command."""
+    step = os.environ.get("SLURM_STEP_ID", "")
+    return step.isdecimal() and int(step) < _FIRST_OWN_STEP
+
+
 def is_launched() -> bool:
     """Whether a launcher has started this process as one rank of a run."""
-    return "RANK" in os.environ or "SLURM_STEP_ID" in os.environ
+    return "RANK" in os.environ or in_srun_step()
+
+
+def speaks_for_all() -> bool:
+    """Whether this process is the one of its run that tells what is wrong; one that cannot tell
+    its rank speaks for itself."""
+    try:
+        return current_rank().is_main
+    except MachineError:
+        return True
 
 
 def rendezvous_address(rank: Rank) -> tuple[str, int]:
@@ -86,7 +106,7 @@ def rendezvous_address(rank: Rank) -> tuple[str, int]:
     env = os.environ
     if rank.world == 1:
         return "127.0.0.1", free_port()
-    if "SLURM_STEP_ID" not in env or "SLURM_JOB_ID" not in env:
+    if not in_srun_step() or "SLURM_JOB_ID" not in env:
         return "127.0.0.1", 29500
     port = 10_000 + (int(env["SLURM_JOB_ID"]) + 7919 * int(env["SLURM_STEP_ID"])) % 20_000
     nodes = env.get("SLURM_STEP_NODELIST", "")

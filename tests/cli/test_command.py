@@ -218,13 +218,35 @@ def test_a_closed_pipe_is_no_traceback():
     assert (done.returncode, done.stderr) == (141, b"")
 
 
-def test_a_rank_that_cannot_be_told_is_said(capsys, monkeypatch):
+def codes_without_a_rank(capsys) -> list[int]:
+    """Exit codes of verbs that need no rank."""
+    verbs = (["check"], ["submit", "--dry-run"])
+    commands = [["schema"], ["status"], *([*verb, "job.toml"] for verb in verbs)]
+    return [called(capsys, *command)[0] for command in commands]
+
+
+def test_only_what_trains_needs_a_rank(capsys, monkeypatch):
+    monkeypatch.setenv("SPANTUNE_SLURM", "")
     monkeypatch.setenv("RANK", "x")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    code, out, err = called(capsys, "check", "job.toml")
-    assert (code, out) == (70, "")
+    code, out, err = called(capsys, "rank", "job.toml")
+    assert (code, out) == (71, "")
     assert err.startswith("the launcher's variables")
     assert err.count("\n") == 1
+    assert codes_without_a_rank(capsys) == [0, 0, 0, 0]
+    Path("job.toml").write_text(WRONG)
+    assert called(capsys, "check", "job.toml") == (64, "", "\n".join([*PROBLEMS, ""]))
+
+
+def test_every_verb_answers_in_the_shell_of_salloc(capsys, monkeypatch):
+    # A step of its own, one process; no SLURM_NTASKS unless -n was given.
+    monkeypatch.setenv("SPANTUNE_SLURM", "")
+    for name in ("PROCID", "LOCALID", "NODEID"):
+        monkeypatch.setenv(f"SLURM_{name}", "0")
+    monkeypatch.setenv("SLURM_STEP_ID", "4294967290")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
+    assert codes_without_a_rank(capsys) == [0, 0, 0, 0]
+    assert called(capsys, "predict", "x", "--question", "a")[0] == 2
 
 
 def test_a_wrong_command_line_is_the_code_of_the_process():
@@ -364,6 +386,8 @@ SRUN = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "1", "SLURM_LOCALID": "1"}
         ({**SRUN, "SLURM_NTASKS": "2"}, "run_rank"),  # srun has started every rank already
         ({**SRUN, "SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, "run_run"),
         ({"SLURM_NTASKS": "2", "SLURM_PROCID": "0"}, "run_run"),  # the batch script itself
+        # the shell of salloc -n 2: nobody has started another rank
+        ({**SRUN, "SLURM_NTASKS": "2", "SLURM_STEP_ID": "4294967290"}, "run_run"),
     ],
 )
 def test_a_bare_job_is_a_run_or_one_rank_of_it(monkeypatch, variables, verb):

@@ -6,8 +6,15 @@ import os
 
 import pytest
 
-from runner.errors import RunnerError
-from runner.utils.ranks import Rank, current_rank, first_host, rendezvous_address
+from runner.errors import MachineError
+from runner.utils.ranks import (
+    Rank,
+    current_rank,
+    first_host,
+    is_launched,
+    rendezvous_address,
+    speaks_for_all,
+)
 
 SRUN = {
     "SLURM_STEP_ID": "0",
@@ -15,6 +22,13 @@ SRUN = {
     "SLURM_NTASKS": "8",
     "SLURM_LOCALID": "1",
     "SLURM_STEP_NUM_NODES": "2",
+}
+SALLOC = {
+    "SLURM_STEP_ID": "4294967290",
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
+    "SLURM_STEP_NUM_NODES": "1",
+    "SLURM_STEP_NUM_TASKS": "1",
 }
 
 
@@ -43,6 +57,16 @@ def _no_launcher(monkeypatch):
         (SRUN, Rank(5, 8, 1, 4)),
         # inside the batch script itself, outside any step, one process runs
         ({name: SRUN[name] for name in SRUN if name != "SLURM_STEP_ID"}, Rank(0, 1, 0, 1)),
+        # the shell that salloc gives where it is a step of its own, and with -n 2
+        (SALLOC, Rank(0, 1, 0, 1)),
+        ({**SALLOC, "SLURM_NTASKS": "2"}, Rank(0, 1, 0, 1)),
+        ({**SALLOC, "SLURM_STEP_ID": "4294967291"}, Rank(0, 1, 0, 1)),  # the batch script's step
+        # an older cluster's: srun --pty --preserve-env $SHELL
+        ({**SALLOC, "SLURM_STEP_ID": "0", "SLURM_NTASKS": "2"}, Rank(0, 1, 0, 1)),
+        ({**SALLOC, "SLURM_STEP_ID": "0"}, Rank(0, 1, 0, 1)),
+        # a launcher started in that shell counts, and so does srun
+        ({**SALLOC, "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}, Rank(1, 2, 1, 2)),
+        ({**SALLOC, "SLURM_NTASKS": "2", **SRUN, "SLURM_STEP_NUM_TASKS": "8"}, Rank(5, 8, 1, 4)),
         # a launcher started by srun counts, not the step around it
         ({**SRUN, "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, Rank(0, 2, 0, 2)),
     ],
@@ -64,8 +88,19 @@ def test_each_launcher(monkeypatch, variables, expected):
 def test_variables_that_tell_no_rank_are_named(monkeypatch, variables):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(RunnerError, match="do not tell this process's rank"):
+    with pytest.raises(MachineError, match="do not tell this process's rank"):
         current_rank()
+    assert speaks_for_all()
+
+
+@pytest.mark.parametrize(
+    ("variables", "launched"),
+    [({}, False), ({"RANK": "0"}, True), (SRUN, True), (SALLOC, False)],
+)
+def test_a_shell_in_a_job_is_no_rank(monkeypatch, variables, launched):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert is_launched() is launched
 
 
 def test_only_rank_0_is_main():
