@@ -29,6 +29,15 @@ def write(text: str) -> None:
         sys.exit(128 + 13)
 
 
+def write_data(text: str) -> None:
+    """Print what a program reads, such as JSON or a script: in UTF-8, whatever the terminal
+    spells."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A lone surrogate is spelt as JSON spells it.
+        sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
+    write(text)
+
+
 def write_line(text: str) -> None:
     """Print a line."""
     write(f"{text}\n")

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from runner.cli.output import count, write_line
+from runner.cli.output import count, write_data, write_line
 from runner.errors import UsageError
 from runner.job.schema import Columns
 
@@ -60,7 +60,7 @@ def run_predict(arguments: argparse.Namespace) -> int:
         columns,
         on_bad_row=arguments.on_bad_row,
         output=arguments.output,
-        say=write_line,
+        say=lambda line: write_data(f"{line}\n"),
     )
     return 0
 
@@ -153,8 +153,11 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
         lines = evaluation_lines(arguments.data, result, len(dataset.dropped))
         if folder is not None:
             lines.append(f"Written to {folder}: report.html, predictions.jsonl, result.json")
-    for line in [json.dumps(result, indent=2, ensure_ascii=False)] if arguments.json else lines:
-        write_line(line)
+    if arguments.json:
+        write_data(f"{json.dumps(result, indent=2, ensure_ascii=False)}\n")
+    else:
+        for line in lines:
+            write_line(line)
     return 0
 
 

@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from runner.cli.output import RUNS_OPTION, SET_OPTION, count, write_line
+from runner.cli.output import RUNS_OPTION, SET_OPTION, count, write_data, write_line
 from runner.cli.report import write_trials
 from runner.errors import Interrupted, JobError, RunnerError
 from runner.job.assets import check_assets
@@ -226,7 +226,7 @@ def add_schema(verbs: Any) -> None:
 
 
 def run_schema(_: argparse.Namespace) -> int:
-    write_line(job_schema().removesuffix("\n"))
+    write_data(job_schema())
     return 0
 
 

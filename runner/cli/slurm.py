@@ -12,7 +12,15 @@ from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
-from runner.cli.output import RUNS_OPTION, SET_OPTION, count, write, write_line, write_table
+from runner.cli.output import (
+    RUNS_OPTION,
+    SET_OPTION,
+    count,
+    write,
+    write_data,
+    write_line,
+    write_table,
+)
 from runner.errors import JobError, RunnerError
 from runner.run.attempts import check_budget
 from runner.run.folder import RunDir
@@ -50,7 +58,10 @@ def run_submit(arguments: argparse.Namespace) -> int:
     for request in requests:
         if arguments.dry_run:
             script = draft(request, arguments.runs, arguments.run_dir)
-            write(script or _finished(request, arguments.run_dir))
+            if script is None:
+                write(_finished(request, arguments.run_dir))
+            else:
+                write_data(script)
         else:
             _submit(request, arguments.runs, arguments.run_dir)
     return 0

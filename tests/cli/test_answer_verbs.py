@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -28,6 +30,41 @@ def spantune(capsys, monkeypatch):
         return code, *capsys.readouterr()
 
     return run
+
+
+@pytest.fixture(params=["ascii", "latin-1", "utf-16"])
+def printed(request, monkeypatch):
+    """Runs the command at a terminal of another encoding; returns the bytes that it prints."""
+
+    def run(*arguments: object) -> bytes:
+        screen = io.TextIOWrapper(io.BytesIO(), encoding=request.param)
+        monkeypatch.setattr(sys, "stdout", screen)
+        assert cli.main(list(map(str, arguments))) == 0
+        return screen.buffer.getvalue()
+
+    return run
+
+
+def test_what_programs_read_is_utf_8_at_every_terminal(printed, tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    context = "Im Caf\u00e9 Z\u00fcrich \u2713 \U0001f600"
+    answer = json.loads(
+        printed("predict", tiny("bert"), "--question", "\u00fc?", "--context", context).decode()
+    )
+    assert answer["question"] == "\u00fc?"
+    assert context[answer["start"] : answer["end"]] == answer["answer"]
+    row = {"id": "\u00fc", "question": "Who?", "context": context, "answers": {}}
+    row["answers"] = {"text": ["Caf\u00e9"], "answer_start": [3]}
+    Path("d\u00e4.jsonl").write_text(json.dumps(row), encoding="utf-8")
+    Path("p.json").write_text('{"\u00fc": "Caf\u00e9"}', encoding="utf-8")
+    result = json.loads(printed("evaluate", "p.json", "--data", "d\u00e4.jsonl", "--json").decode())
+    assert result["data"]["source"] == "d\u00e4.jsonl"
+    assert json.loads(printed("schema").decode())["title"] == "Job"
+    job = (ROOT / "jobs" / "quickstart.toml").read_text(encoding="utf-8")
+    Path("j.toml").write_text(job.replace('= "data/', f'= "{ROOT}/jobs/data/'), encoding="utf-8")
+    monkeypatch.setenv("SPANTUNE_SLURM", "")
+    script = printed("submit", "j.toml", "--dry-run", "--runs", "l\u00e4ufe").decode()
+    assert f"{tmp_path}/l\u00e4ufe/quickstart/" in script
 
 
 @pytest.mark.parametrize(
