@@ -15,6 +15,7 @@ from runner.checkpoint.store import CheckpointStore, DamagedError, Manifest, Sta
 from runner.errors import DataError, StorageError
 from runner.run.attempts import sealed
 from runner.run.lease import Lease
+from runner.utils.disk import reason
 
 
 @dataclass(frozen=True)
@@ -233,7 +234,7 @@ def _tried(ranks: Ranks, work: Callable[[], object]) -> list[str]:
     except StorageError as error:
         failure = str(error)
     except OSError as error:
-        failure = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        failure = f"{error.filename}: {reason(error)}" if error.filename else str(error)
     return _of_ranks(ranks.all_gather(failure))
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from runner.checkpoint.files import is_lasting
 from runner.checkpoint.store import CheckpointStore, Manifest, Stage
 from runner.errors import DataError, StorageError
+from runner.utils.disk import room
 from runner.utils.files import storage_errors
 
 _SCRIPTS = 2**18  # bytes that are more than enough for them
@@ -99,12 +100,25 @@ class StoreCheckpointEngine:
         nobody is to find in a run and run.
 
         Raises:
-            OSError: if there is no room for them. Found out later, it would leave ranks waiting.
+            StorageError: if there is no room for them. Found out later, it would leave ranks
+                waiting.
         """
-        self._scratch = tempfile.TemporaryDirectory(prefix="spantune-")
-        room = Path(self._scratch.name, "room")
-        room.write_bytes(bytes(_SCRIPTS))
-        room.unlink()
+        try:
+            self._scratch = tempfile.TemporaryDirectory(prefix="spantune-")
+            probe = Path(self._scratch.name, "room")
+            probe.write_bytes(bytes(_SCRIPTS))
+            probe.unlink()
+        except OSError as error:
+            if self._scratch is not None:
+                self._scratch.cleanup()
+                self._scratch = None
+            folder = tempfile.tempdir  # None where not even a few bytes found room anywhere
+            free = "" if folder is None else f", where {room(Path(folder))}"
+            raise StorageError(
+                f"{folder or 'temporary files'}: {error.strerror}; a checkpoint needs"
+                f" {_SCRIPTS:,} bytes for a moment in the folder of temporary files{free}; free"
+                " some space there or set TMPDIR to another folder"
+            ) from error
 
     def write(self, engine: Any, stage: Stage) -> None:
         """Let an engine save itself into a stage, after `prepare`. Every rank must call this.
@@ -138,8 +152,7 @@ class StoreCheckpointEngine:
             self._manifest = None
         if path is None:
             raise DataError(f"{manifest.name}: DeepSpeed found nothing to load in it")
-        with storage_errors():
-            self.prepare()
+        self.prepare()
         self._pass(engine)
         self.loaded = {}
         if self.differences:
@@ -154,7 +167,7 @@ class StoreCheckpointEngine:
         if scratch is None:
             raise AssertionError("prepare comes first")
         # A failure in here would be this rank's alone: it must end it, and so the others.
-        with scratch, storage_errors():
+        with scratch, storage_errors(Path(scratch.name)):
             engine.save_checkpoint(scratch.name, tag="files", save_latest=False)
 
 

@@ -7,7 +7,9 @@ sums since the last row of train.csv), the tables as they were, and, at the best
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -25,6 +27,7 @@ from runner.distributed.collectives import all_gather
 from runner.errors import DataError, StorageError
 from runner.run.folder import RunDir, checkpoint_name
 from runner.run.lease import Lease
+from runner.utils.disk import room
 from runner.utils.files import storage_errors
 from runner.utils.ranks import Rank
 
@@ -146,11 +149,10 @@ class CheckpointManager:
         except StorageError as error:
             state.best = before
             self._failed += 1
-            text = f"{error}; {self._free()}; checkpoints from before are untouched"
+            free, advice = self._if_full(str(error))
+            text = f"{error}{free}; checkpoints from before are untouched"
             if required or self._failed >= TRIES:
-                raise StorageError(
-                    f"{text}; free some space and start the same command again"
-                ) from None
+                raise StorageError(f"{text}; {advice}start the same command again") from None
             self._warn(f"no checkpoint after step {state.step}: {text}; training goes on")
             return False
         self._saved, self._failed = (state.step, state.scored), 0
@@ -185,11 +187,14 @@ class CheckpointManager:
         if self._lease is not None:
             self._lease.verify()
 
-    def _free(self) -> str:
-        try:
-            return f"{shutil.disk_usage(self._run.path).free:,} are free"
-        except OSError:
-            return "how many are free cannot be told"
+    def _if_full(self, failures: str) -> tuple[str, str]:
+        """What is free in the run folder, and the advice to free some, if it is there that a rank
+        found no room."""
+        if str(self._run.checkpoints) not in failures:
+            return "", ""
+        if os.strerror(errno.ENOSPC) in failures:
+            return f"; {room(self._run.path, unit='')}", "free some space and "
+        return "", "free some space and " if os.strerror(errno.EDQUOT) in failures else ""
 
     # --- loading
 

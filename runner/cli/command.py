@@ -19,6 +19,7 @@ from runner import __version__
 from runner.cli import predict, report, run, slurm
 from runner.errors import RunnerError, UsageError
 from runner.utils.console import print_error
+from runner.utils.files import full_disk_errors
 from runner.utils.ranks import current_rank, speaks_for_all
 
 EPILOG = """\
@@ -53,7 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     try:
         arguments = _parse(list(sys.argv[1:] if argv is None else argv))
-        return arguments.verb(arguments)
+        with full_disk_errors():
+            return arguments.verb(arguments)
     except RunnerError as error:
         if speaks_for_all():
             print_error(str(error))

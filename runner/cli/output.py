@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import io
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console, RenderableType
+
+from runner.utils.console import stdout_errors
 
 # Options that several verbs have.
 SET_OPTION: dict[str, Any] = {"action": "append", "default": [], "metavar": "A.B=VALUE"}
@@ -23,9 +24,9 @@ RUNS_OPTION: dict[str, Any] = {
 def write(text: str) -> None:
     """Print a piece of text as it is."""
     try:
-        print(text, end="", flush=True)
+        with stdout_errors():
+            print(text, end="", flush=True)
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + 13)
 
 

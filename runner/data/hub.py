@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import HfApi, get_cached_repo_tree, snapshot_download
+from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import (
     CachedRepoTreeNotFoundError,
     IncompleteSnapshotError,
@@ -24,8 +25,9 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import disable_progress_bars, httpx
 
-from runner.errors import AssetError
+from runner.errors import AssetError, StorageError
 from runner.job.assets import UNWANTED, WANTED, AssetKind, fetch_command
+from runner.utils.disk import full_disk, no_room
 from runner.utils.text import first_line
 
 # Seconds to wait for the hub's first answer. Its client waits for ever by itself, and the firewalls
@@ -48,6 +50,7 @@ def snapshot(kind: AssetKind, name: str, revision: str | None) -> Snapshot:
 
     Raises:
         AssetError: saying why they are not to be had, and how to fetch them.
+        StorageError: if the cache has no room for them.
     """
     cached, missing = _cached(kind, name, revision)
     if cached and missing == "" and _COMMIT.fullmatch(revision or ""):
@@ -71,6 +74,9 @@ def snapshot(kind: AssetKind, name: str, revision: str | None) -> Snapshot:
     except (OSError, httpx.HTTPError) as error:
         if cached:
             return cached
+        full = full_disk(error)
+        if full is not None:
+            raise StorageError(no_room(full, full.filename or HF_HUB_CACHE)) from None
         if isinstance(error, RepositoryNotFoundError):
             raise AssetError(
                 f"{name}: the hub has no {kind} of this name, or it is a private or gated one; for"

@@ -29,11 +29,13 @@ def load_splits(
     seed: int,
     tokenizer: PreTrainedTokenizerBase,
     on_block: Callable[[], None] = lambda: None,
+    warn: Callable[[str], None] = lambda line: None,
 ) -> tuple[Split, Split, Split | None]:
     """Return training and validation questions, and those on which a null threshold is tuned.
 
     All data sets are read and checked before one is tokenised: what is wrong in the last must not
-    wait. `on_block` is called before each block of questions that is tokenised, and may raise.
+    wait. `on_block` is called before each block of questions that is tokenised, and may raise;
+    `warn` is told why windows cannot be kept.
 
     Raises:
         JobError: if a window is longer than the model's positions reach; else as `load_dataset` and
@@ -66,6 +68,7 @@ def load_splits(
                 section.max_length,
                 section.stride,
                 on_block,
+                warn,
             ),
         )
         for dataset in datasets

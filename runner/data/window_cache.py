@@ -37,6 +37,7 @@ def cached_windows(
     max_length: int,
     stride: int,
     on_block: Callable[[], None] = lambda: None,
+    warn: Callable[[str], None] = lambda line: None,
 ) -> tuple[Windows, bool]:
     """Load the windows from the cache, or build and store them. Returns them and whether the cache
     had them.
@@ -46,7 +47,7 @@ def cached_windows(
     files. Windows are written as they are made: memory does not grow with their number.
 
     `on_block` is called before each block of questions that is tokenised; it may end that by an
-    exception, and nothing is stored then.
+    exception, and nothing is stored then. `warn` is told why they cannot be stored.
     """
     key = cache_key(content_sha256, tokenizer, max_length, stride)
     folder = cache_root() / "features" / key
@@ -57,8 +58,8 @@ def cached_windows(
         blocks = window_blocks(examples, tokenizer, max_length, stride)
         _store(_announced(blocks, on_block), folder)
         found = _load(folder)
-    except StorageError:
-        pass  # a full cache disk costs time, never the run
+    except StorageError as error:  # a full cache disk costs time, never the run
+        warn(f"windows are not kept for the next run: {error}; SPANTUNE_CACHE names another")
     return found or build_windows(examples, tokenizer, max_length, stride), False
 
 
@@ -98,10 +99,9 @@ def _store(blocks: Iterable[Windows], folder: Path) -> None:
     # Not named after the process: two machines that share the cache may have the same number.
     aside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
     try:
-        with storage_errors(folder):
+        with storage_errors(folder):  # also what is only found out when a file is closed
             aside.mkdir(parents=True)
-        _write(blocks, aside)
-        with storage_errors(folder):
+            _write(blocks, aside)
             (aside / _SUMS).write_text(_sums(aside), encoding="utf-8")
             try:
                 aside.rename(folder)
@@ -119,19 +119,17 @@ def _write(blocks: Iterable[Windows], folder: Path) -> None:
     last: dict[str, np.ndarray] = {}
     with contextlib.ExitStack() as stack:
         for number, block in enumerate(blocks):
-            with storage_errors(folder):
-                for name in _FIELDS:
-                    values = continued(block, name, first=number == 0)
-                    if number == 0:
-                        files[name] = stack.enter_context((folder / f"{name}.npy").open("wb"))
-                        _header(files[name], values, 0)
-                    files[name].write(np.ascontiguousarray(values).tobytes())
-                    rows[name] += len(values)
-                    last[name] = values
-        with storage_errors(folder):
-            for name, file in files.items():
-                file.seek(0)  # numpy leaves room in the header for the number of rows to grow
-                _header(file, last[name], rows[name])
+            for name in _FIELDS:
+                values = continued(block, name, first=number == 0)
+                if number == 0:
+                    files[name] = stack.enter_context((folder / f"{name}.npy").open("wb"))
+                    _header(files[name], values, 0)
+                files[name].write(np.ascontiguousarray(values).tobytes())
+                rows[name] += len(values)
+                last[name] = values
+        for name, file in files.items():
+            file.seek(0)  # numpy leaves room in the header for the number of rows to grow
+            _header(file, last[name], rows[name])
 
 
 def _header(file: BinaryIO, values: np.ndarray, rows: int) -> None:

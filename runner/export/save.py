@@ -104,4 +104,5 @@ def _link(source: str, target: str) -> None:
     try:
         os.link(source, target)
     except OSError:
-        shutil.copy2(source, target)
+        with storage_errors(Path(target)):  # else it would be one of a list of failures
+            shutil.copy2(source, target)

@@ -29,7 +29,8 @@ def check_data(job: Job, ranks: int) -> Iterator[str]:
     model = empty_model(files)
     freeze(model, job.model.freeze)
     tokenizer = load_tokenizer(files)
-    training, validation, tuning = load_splits(job.data, job.seed, tokenizer)
+    warnings: list[str] = []
+    training, validation, tuning = load_splits(job.data, job.seed, tokenizer, warn=warnings.append)
     yield f"{job.name}: {job.model.name} on {job.data.train}"
     yield ""
     parts = {"train": training, "validation": validation}

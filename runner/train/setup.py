@@ -82,7 +82,7 @@ class Session:
         span_loss: which implementation of the loss.
         engine: DeepSpeed's, around the model.
         model: the engine and how it is fed.
-        notes: lines for the log on frozen layers' outputs.
+        notes: lines for the log: on windows that could not be kept, on frozen layers' outputs.
     """
 
     job: Job
@@ -122,10 +122,11 @@ def build_session(
         RunnerError: of the kind that says what is wrong with data, model or settings.
     """
     on_block = partial(_on_block, watchdog, run)
+    warnings: list[str] = []
     watchdog.progress_at("reading the data", bounded=False)
     with timer("data"):
         files, tokenizer = main_first(rank, lambda: _files_and_tokenizer(job.model))
-        splits = _load_data(job, tokenizer, rank, on_block)
+        splits = _load_data(job, tokenizer, rank, on_block, warnings.append)
     stop_if_asked(run)
     watchdog.progress_at("loading the model", bounded=False)
     with timer("model"):
@@ -155,7 +156,7 @@ def build_session(
         )
     return Session(
         job, run, rank, device, splits, sampler, tokenizer, files, parameters, precision, config,
-        plan, span_loss, engine, span_model, notes,
+        plan, span_loss, engine, span_model, [*warnings, *notes],
     )  # fmt: skip
 
 
@@ -166,10 +167,14 @@ def _on_block(watchdog: Watchdog, run: RunDir) -> None:
 
 
 def _load_data(
-    job: Job, tokenizer: PreTrainedTokenizerBase, rank: Rank, on_block: Callable[[], None]
+    job: Job,
+    tokenizer: PreTrainedTokenizerBase,
+    rank: Rank,
+    on_block: Callable[[], None],
+    warn: Callable[[str], None],
 ) -> Splits:
     training, validation, tuning = main_first(
-        rank, lambda: load_splits(job.data, job.seed, tokenizer, on_block)
+        rank, lambda: load_splits(job.data, job.seed, tokenizer, on_block, warn)
     )
     probes = probe_examples(job.probe)
     windows = build_windows(probes, tokenizer, job.data.max_length, job.data.stride)

@@ -1,6 +1,7 @@
 """Helpers without a subject of their own.
 
 - `files`: whole files or none; JSON as what it is declared to be
+- `disk`: which file system is full
 - `console`: what the terminal shows
 - `tables`: CSV files and terminal tables
 - `signals`: requests to stop

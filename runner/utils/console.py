@@ -14,11 +14,30 @@ from typing import Protocol
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from runner.errors import printable
+from runner.errors import StorageError, printable
+from runner.utils.disk import is_full
 from runner.utils.files import open_own, storage_errors
 from runner.utils.text import duration
 
 LOG_WIDTH = 100
+
+
+@contextmanager
+def stdout_errors() -> Iterator[None]:
+    """Name standard output where it can be written no more: its disk is full, say.
+
+    Raises:
+        StorageError: saying why; BrokenPipeError passes, for then its reader has gone.
+    """
+    try:
+        yield
+    except OSError as error:
+        # What is left of it would fail again when the process ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            raise
+        hint = "; free some space where it goes, or send it elsewhere" if is_full(error) else ""
+        raise StorageError(f"standard output: {error.strerror}{hint}") from error
 
 
 class Step(Protocol):
@@ -74,7 +93,8 @@ class Reporter:
 
     def line(self, text: str = "") -> None:
         """Print one line, as it is (no markup: texts hold brackets)."""
-        self._screen.print(text, markup=False, soft_wrap=True)
+        with stdout_errors():
+            self._screen.print(text, markup=False, soft_wrap=True)
         if self._log:
             self._log.print(
                 f"{time.strftime('%H:%M:%S')} {text}" if text else "", markup=False, soft_wrap=True
@@ -83,7 +103,8 @@ class Reporter:
 
     def table(self, renderable: RenderableType) -> None:
         """Print a table."""
-        self._screen.print(renderable)
+        with stdout_errors():
+            self._screen.print(renderable)
         if self._log:
             self._log.print(renderable)
             self._report_gap()

@@ -3,7 +3,6 @@ is declared to be."""
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -16,7 +15,8 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from runner.errors import StorageError
+from runner.errors import RunnerError, StorageError
+from runner.utils.disk import full_disk, is_full, no_room
 from runner.utils.text import first_problem
 
 Kind = TypeVar("Kind")
@@ -113,14 +113,38 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
 @contextmanager
 def storage_errors(path: Path | None = None) -> Iterator[None]:
     """Turn an OSError into one sentence that names the file and, for a full disk or quota, what to
-    do."""
+    do. The file is `path`, unless the error names one that is neither in nor beside it."""
     try:
         yield
     except OSError as error:
-        name = path or error.filename or "a file"
-        hint = "; free some space or choose another folder with --runs" if _is_full(error) else ""
-        raise StorageError(f"{name}: {error.strerror or error}{hint}") from error
+        name = _failed(error, path)
+        if is_full(error):
+            raise StorageError(no_room(error, name)) from error
+        raise StorageError(f"{name or 'a file'}: {error.strerror or error}") from error
 
 
-def _is_full(error: OSError) -> bool:
-    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+def _failed(error: OSError, path: Path | None) -> Path | None:
+    named = error.filename2 or error.filename
+    if not isinstance(named, str | bytes | os.PathLike):
+        return path
+    found = Path(os.fsdecode(named))
+    near = path is not None and {path, path.parent} & set(found.parents)
+    return path if near else found
+
+
+@contextmanager
+def full_disk_errors() -> Iterator[None]:
+    """Tell a full disk as such, wherever it was found and whatever a library made of it.
+
+    Raises:
+        StorageError: naming the file system that is full.
+    """
+    try:
+        yield
+    except RunnerError:
+        raise
+    except Exception as error:
+        full = full_disk(error)
+        if full is None:
+            raise
+        raise StorageError(no_room(full, None)) from error

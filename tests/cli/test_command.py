@@ -225,6 +225,19 @@ def codes_without_a_rank(capsys) -> list[int]:
     return [called(capsys, *command)[0] for command in commands]
 
 
+def test_a_full_disk_below_stdout_is_named():
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "runner", "schema"],
+            stdout=full, stderr=-1, timeout=60, check=False,
+        )  # fmt: skip
+    assert (done.returncode, done.stderr.decode()) == (
+        74,
+        "standard output: No space left on device; free some space where it goes, or send it"
+        " elsewhere\n",
+    )
+
+
 def test_only_what_trains_needs_a_rank(capsys, monkeypatch):
     monkeypatch.setenv("SPANTUNE_SLURM", "")
     monkeypatch.setenv("RANK", "x")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -18,6 +19,10 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
+from runner.data.hub import Snapshot
+from runner.errors import StorageError
+from runner.job.schema import Columns
+from runner.job.sources import parse_data
 from tests.forked import command
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -389,3 +394,38 @@ def test_what_is_missing_offline_ends_the_run_with_the_commands_that_fetch_it(
         assert fetched.returncode == 0, fetched.stderr[-2000:]
     code, said = command(zygote, "check", "--data", job)
     assert code == 0, said
+
+
+def test_a_full_cache_is_no_silent_hub(monkeypatch):
+    from runner.data import hub
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(hub, "_cached", lambda *_: (None, None))
+    monkeypatch.setattr(hub.HfApi, "repo_info", lambda *_, **__: None)
+    monkeypatch.setattr(hub, "snapshot_download", full)
+    with pytest.raises(StorageError, match=rf"^{re.escape(hub.HF_HUB_CACHE)}: No space left on"):
+        hub.snapshot.__wrapped__("model", MODEL, None)
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_a_full_cache_is_no_unreadable_data_set(monkeypatch, tmp_path, wrapped):
+    import datasets
+
+    from runner.data.formats import hub_split
+
+    def full(*_, **__):
+        if not wrapped:  # what it says after a look at the disk
+            raise OSError("Not enough disk space. Needed: 8 GB")
+        try:
+            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+        except OSError as error:
+            raise datasets.exceptions.DatasetGenerationError("An error occurred") from error
+
+    monkeypatch.setattr(hub_split, "snapshot", lambda *_: Snapshot(tmp_path, "0"))
+    monkeypatch.setattr(datasets, "load_dataset", full)
+    words = os.strerror(errno.EDQUOT) if wrapped else "Not enough disk space. Needed: 8 GB"
+    with pytest.raises(StorageError) as caught:
+        hub_split.hub_rows(parse_data(f"{DATA}:train"), Columns())
+    assert str(caught.value).startswith(f"{datasets.config.HF_DATASETS_CACHE}: {words}")

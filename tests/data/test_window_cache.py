@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import io
 import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -171,6 +173,34 @@ def test_a_cache_that_cannot_be_written_costs_time_only(load, cache, monkeypatch
     again, cached = load()
     assert same(again, windows)
     assert not cached
+
+
+def test_a_full_cache_is_named_when_only_the_closing_of_a_file_finds_it_full(
+    cache, tokenizer_of, monkeypatch
+):
+    opened = Path.open
+
+    class Closing(io.FileIO):
+        def close(self):
+            super().close()
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def full(path, mode="r", *rest, **options):
+        return Closing(path, mode) if mode == "wb" else opened(path, mode, *rest, **options)
+
+    told = []
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", full)
+        windows, cached = cached_windows(
+            [ask(CONTEXT)], "content", tokenizer_of("bert"), 48, 8, warn=told.append
+        )
+    assert not cached
+    assert len(windows) > 0
+    (line,) = told
+    assert line.startswith(f"windows are not kept for the next run: {cache}/")
+    assert "No space left on device; " in line
+    assert line.endswith("bytes are free there: free some space or choose another folder;"
+                         " SPANTUNE_CACHE names another")  # fmt: skip
 
 
 def test_blocks_are_written_end_to_end(cache, tokenizer_of, monkeypatch):

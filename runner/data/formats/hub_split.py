@@ -7,9 +7,10 @@ import sys
 from runner.data.formats.flat import flat_rows
 from runner.data.formats.rows import RawTable, Row
 from runner.data.hub import snapshot
-from runner.errors import DataError
+from runner.errors import DataError, StorageError
 from runner.job.schema import Columns
 from runner.job.sources import DataSource
+from runner.utils.disk import full_disk, no_room
 from runner.utils.text import first_line
 
 
@@ -18,8 +19,13 @@ def hub_rows(source: DataSource, columns: Columns) -> tuple[list[Row], str]:
 
     The repository is fetched first and read as a folder: `datasets` by itself, when it cannot reach
     the hub, takes whatever revision its cache holds and says so in a log line only.
+
+    Raises:
+        AssetError, StorageError: as `snapshot`; the latter also if its own cache has no room.
+        DataError: if it cannot be read, or the name is not one split's.
     """
     import datasets
+    from datasets.config import HF_DATASETS_CACHE
 
     found = snapshot("dataset", source.location, source.revision)
     if not sys.stderr.isatty():
@@ -27,6 +33,12 @@ def hub_rows(source: DataSource, columns: Columns) -> tuple[list[Row], str]:
     try:
         table = datasets.load_dataset(str(found.folder), source.config, split=source.split)
     except Exception as error:
+        cache = HF_DATASETS_CACHE
+        full = full_disk(error)
+        if full is not None:
+            raise StorageError(no_room(full, full.filename or cache)) from None
+        if isinstance(error, OSError) and "disk space" in str(error):  # its own look beforehand
+            raise StorageError(f"{cache}: {first_line(error)}") from None
         # Whatever it is, datasets could not make rows of the repository.
         why = first_line(error.__cause__ or error).replace(f"{found.folder}", source.location)
         raise DataError(f"{source.text}: datasets cannot read it: {why}") from None
