@@ -4,6 +4,7 @@
 - `span_search`: the best spans of each window
 - `answers`: a question's answer over all its windows
 - `evaluation`: exact match, F1, thresholds
+- `caveats`: ceilings and leaks that scores do not show
 - `results`: scores for result.json and the log
 - `predictions`: predictions.jsonl
 - `score_file`: scores any file of predictions

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from runner.data.dataset import Dataset
+from runner.data.formats.rows import short_value
 from runner.errors import AssetError, DataError, UsageError
 from runner.metrics.squad import Scores, ScoresV2, squad_scores, squad_v2_scores
 from runner.metrics.statistics import LEVEL, RESAMPLES, intervals
@@ -144,9 +145,19 @@ def score_predictions(
         seed: of the bootstrap.
 
     Raises:
-        DataError: if SQuAD v2.0 lacks a prediction (v1.1 counts it as wrong).
+        DataError: if no prediction is of these questions, or SQuAD v2.0 lacks one (v1.1 counts it
+            as wrong).
     """
     references = {example.id: example.answers for example in dataset.examples}
+    if not references.keys() & predictions.texts.keys():
+        given, asked = (
+            next(map(short_value, ids), "none") for ids in (predictions.texts, references)
+        )
+        raise DataError(
+            f"{dataset.source}: none of its {len(references):,} questions is among the"
+            f" {len(predictions.texts):,} predictions (ids such as {asked} here, {given} there);"
+            " are they of other data, or was one of the two numbered anew?"
+        )
     scores: Scores | ScoresV2
     if v2:
         scores = squad_v2_scores(predictions.texts, references, predictions.no_answer, threshold)

@@ -13,9 +13,11 @@ from typing import Any
 import torch
 
 from runner.data.dataset import Dataset
+from runner.data.splits import Split
 from runner.data.windows import Windows, build_windows
 from runner.distributed.failures import explaining_inference_oom
 from runner.errors import DataError, UsageError
+from runner.eval.caveats import caveats
 from runner.eval.evaluation import Evaluation, TunedThreshold, evaluate, in_use
 from runner.eval.inference import batch_count, predict_windows
 from runner.eval.predictions import LISTED, as_lines, prediction_records
@@ -71,7 +73,7 @@ def evaluate_model(
     v2 = v2 or predictor.answering.unanswerable
     with explaining_inference_oom():
         scores, windows = assess(predictor, dataset, v2=v2, seed=seed)
-    result = result_of(predictor, dataset, scores, seed)
+    result = result_of(predictor, dataset, windows, scores, seed)
     run = RunDir(predictor.name)
     if output is None and run.job.is_file():
         output = own_folder(run.evaluations, folder_name(dataset.source), result)
@@ -110,6 +112,7 @@ def evaluation_lines(source: str, result: Mapping[str, Any], dropped: int) -> li
         if key in result["metrics"]:
             low, high = result["intervals"][key]
             lines.append(f"{name} {result['metrics'][key]:.1f} % [{low:.1f} to {high:.1f}]")
+    lines += result["caveats"]
     resamples = result["bootstrap"]["resamples"]
     lines.append(f"In brackets: 95 % bootstrap intervals over questions ({resamples:,} resamples)")
     return lines
@@ -159,9 +162,11 @@ def assess(
 
 
 def result_of(
-    predictor: Predictor, dataset: Dataset, scores: Evaluation, seed: int
+    predictor: Predictor, dataset: Dataset, windows: Windows, scores: Evaluation, seed: int
 ) -> dict[str, Any]:
     """result.json of an evaluation: as a run's, with the data set and the model."""
+    longest = predictor.answering.score.max_answer_length
+    parts = {"data": Split(dataset, windows, cached=False)}
     return {
         **result_scores(scores, predictor.default_threshold, seed),
         "data": {
@@ -173,6 +178,7 @@ def result_of(
             "name": public_name(predictor.name.rstrip("/")),
             "weights_sha256": hash_weights(Path(predictor.location)),
         },
+        "caveats": caveats(parts, longest, key="--max-answer-length"),
         "answering": predictor.answering.model_dump(mode="json"),
         "seconds": {"total": round(scores.predictions.seconds, 3)},
     }

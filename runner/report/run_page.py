@@ -162,6 +162,8 @@ def _scores(result: Mapping[str, Any], is_run: bool) -> Iterator[Block]:
         " say how much other questions of this kind would move a score, not what another seed"
         " would."
     )
+    # Folders of an earlier version have none.
+    yield from (Paragraph(line) for line in result.get("caveats", ()))
     if "null_threshold" in result:
         yield from _thresholds(result, is_run)
     rest = [

@@ -48,6 +48,7 @@ def verified_result(
         **result_scores(best.scores, job.score.null_threshold, job.seed),
         "epoch": best.epoch,
         "step": best.step,
+        "caveats": list(session.caveats),
         "weights_sha256": file_sha256(model / "model.safetensors"),
         "export_difference": difference,
         "seconds": state.timer.seconds(),

@@ -3,7 +3,7 @@ and memory."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -11,6 +11,7 @@ from runner.data.sampler import epoch_batches
 from runner.data.splits import Split, load_splits
 from runner.data.windows import Windows
 from runner.distributed.engine import learning_rate_factor
+from runner.eval.caveats import caveats
 from runner.job.schema import Job, batch_layout
 from runner.model.freeze import freeze, parameter_table
 from runner.model.load import ModelFiles, empty_model, load_tokenizer
@@ -31,18 +32,14 @@ def check_data(job: Job, ranks: int) -> Iterator[str]:
     tokenizer = load_tokenizer(files)
     warnings: list[str] = []
     training, validation, tuning = load_splits(job.data, job.seed, tokenizer, warn=warnings.append)
-    yield f"{job.name}: {job.model.name} on {job.data.train}"
-    yield ""
     parts = {"train": training, "validation": validation}
     parts |= {} if tuning is None else {"tuning": tuning}
+    yield f"{job.name}: {job.model.name} on {job.data.train}"
+    yield from [*dict.fromkeys(warnings), *caveats(parts, job.score.max_answer_length)]
+    yield ""
     yield markdown([_data_row(name, part) for name, part in parts.items()]).rstrip()
     for part in parts.values():
-        dropped = part.dataset.dropped
-        if dropped:
-            yield ""
-        yield from (f"dropped: {line}" for line in dropped[:5])
-        if len(dropped) > 5:
-            yield f"dropped: and {len(dropped) - 5} more"
+        yield from _dropped_lines(part.dataset.dropped)
 
     lengths_N = training.windows.lengths_N
     batches = epoch_batches(
@@ -74,6 +71,14 @@ def check_data(job: Job, ranks: int) -> Iterator[str]:
         f" {_states(total, trained, job.zero.stage, ranks) / 2**30:.2f} GiB a rank in fp32 with"
         f" ZeRO-{job.zero.stage}; activations come on top"
     )
+
+
+def _dropped_lines(dropped: Sequence[str]) -> Iterator[str]:
+    if dropped:
+        yield ""
+    yield from (f"dropped: {line}" for line in dropped[:5])
+    if len(dropped) > 5:
+        yield f"dropped: and {len(dropped) - 5} more"
 
 
 def _data_row(name: str, part: Split) -> dict[str, str | int | float | None]:

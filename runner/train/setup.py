@@ -24,6 +24,7 @@ from runner.distributed.failures import leave_if_asked, stop_if_asked
 from runner.distributed.gradient_exchange import SharedMemoryExchange
 from runner.distributed.watchdog import Watchdog
 from runner.errors import StorageError
+from runner.eval.caveats import caveats
 from runner.job.schema import Job, Model, batch_layout
 from runner.model.dropout import DropoutMasks
 from runner.model.forward import SpanModel, fill_cache
@@ -83,6 +84,7 @@ class Session:
         engine: DeepSpeed's, around the model.
         model: the engine and how it is fed.
         notes: lines for the log: on windows that could not be kept, on frozen layers' outputs.
+        caveats: what keeps the scores from meaning what they seem to, on rank 0.
     """
 
     job: Job
@@ -101,6 +103,7 @@ class Session:
     engine: Any
     model: SpanModel
     notes: Sequence[str]
+    caveats: Sequence[str]
 
     @property
     def total_steps(self) -> int:
@@ -127,6 +130,8 @@ def build_session(
     with timer("data"):
         files, tokenizer = main_first(rank, lambda: _files_and_tokenizer(job.model))
         splits = _load_data(job, tokenizer, rank, on_block, warnings.append)
+        named, longest = splits.named(), job.score.max_answer_length
+        doubts = caveats(named, longest) if rank.is_main else []
     stop_if_asked(run)
     watchdog.progress_at("loading the model", bounded=False)
     with timer("model"):
@@ -156,7 +161,7 @@ def build_session(
         )
     return Session(
         job, run, rank, device, splits, sampler, tokenizer, files, parameters, precision, config,
-        plan, span_loss, engine, span_model, [*warnings, *notes],
+        plan, span_loss, engine, span_model, [*dict.fromkeys(warnings), *notes], doubts,
     )  # fmt: skip
 
 

@@ -139,6 +139,7 @@ def opening_lines(session: Session) -> list[str]:
                 f"{name}: {len(split.dataset.dropped)} bad rows dropped, first:"
                 f" {split.dataset.dropped[0]}"
             )
+    lines += session.caveats
     everything = session.parameters[-1]
     lines.append(
         f"model: {job.model.name}, {everything['parameters']:,} parameters,"

@@ -47,6 +47,22 @@ def test_every_form_gives_the_same_table(tmp_path, name, text):
     assert result["intervals"]["f1"] == [100.0, 100.0]
 
 
+@pytest.mark.parametrize("texts", [{"1": "red", "2": "house"}, {}])
+@pytest.mark.parametrize("v2", [False, True])
+def test_predictions_of_other_questions_are_no_score_of_zero(tmp_path, texts, v2):
+    path = tmp_path / "p.json"
+    path.write_text(json.dumps(texts))
+    given = '"1"' if texts else "none"
+    with pytest.raises(DataError) as caught:
+        score(path, V2 if v2 else V1, v2=v2)
+    assert caught.value.exit_code == 65
+    assert str(caught.value) == (
+        f"dev.json: none of its {3 if v2 else 2} questions is among the {len(texts)} predictions"
+        f' (ids such as "a" here, {given} there); are they of other data, or was one of the two'
+        " numbered anew?"
+    )
+
+
 def test_missing_predictions_count_as_wrong_in_v1_and_are_an_error_in_v2(tmp_path):
     path = tmp_path / "p.json"
     path.write_text('{"a": "red"}')

@@ -49,6 +49,16 @@ def test_the_comparison_is_the_golden_one(tmp_path):
     assert (tmp_path / "out" / "comparison.html").is_file()
 
 
+def test_what_a_run_has_found_doubtful_stands_with_its_scores(tmp_path):
+    run = RunDir(make_run(tmp_path / "run", predictions()))
+    result = json.loads(run.result.read_text())
+    run.result.write_text(json.dumps(result | {"caveats": ["validation: <3> of 8 are long"]}))
+    write_report(run.path)
+    scores = text_of(run.path).split("\n## ")[1]
+    assert scores.startswith("Scores")
+    assert "validation: \\<3\\> of 8 are long" in scores
+
+
 def test_a_report_says_that_only_a_sample_was_scored(tmp_path):
     runs = [make_run(tmp_path / name, predictions()) for name in ("first", "second")]
     for run in runs:

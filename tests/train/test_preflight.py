@@ -94,6 +94,16 @@ def test_the_report_counts_questions_windows_padding_and_steps(job):
     assert f"steps: {steps} from step 6" in told
 
 
+def test_ceilings_and_leaks_stand_first(job):
+    told = report(job([row("v", 5)])).splitlines()
+    assert told[1:3] == [
+        "validation: its 1 questions are those of train: their scores tell how well they were"
+        " learnt by heart; take others",
+        "",
+    ]
+    assert report(job([row("other", 6)])).splitlines()[1] == ""
+
+
 def test_of_many_dropped_rows_the_first_five_are_named(job):
     rows = [row(str(n), 5, answer_start=n) for n in range(8)]
     told = report(job(rows, data={"on_bad_row": "drop"}))

@@ -33,12 +33,11 @@ def hub_rows(source: DataSource, columns: Columns) -> tuple[list[Row], str]:
     try:
         table = datasets.load_dataset(str(found.folder), source.config, split=source.split)
     except Exception as error:
-        cache = HF_DATASETS_CACHE
         full = full_disk(error)
         if full is not None:
-            raise StorageError(no_room(full, full.filename or cache)) from None
+            raise StorageError(no_room(full, full.filename or HF_DATASETS_CACHE)) from None
         if isinstance(error, OSError) and "disk space" in str(error):  # its own look beforehand
-            raise StorageError(f"{cache}: {first_line(error)}") from None
+            raise StorageError(f"{HF_DATASETS_CACHE}: {first_line(error)}") from None
         # Whatever it is, datasets could not make rows of the repository.
         why = first_line(error.__cause__ or error).replace(f"{found.folder}", source.location)
         raise DataError(f"{source.text}: datasets cannot read it: {why}") from None
