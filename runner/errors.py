@@ -6,7 +6,7 @@ requeue) from an interruption after a checkpoint (75, requeue me).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 
 def printable(text: str) -> str:
@@ -46,8 +46,13 @@ class DataError(RunnerError):
     exit_code = 65
 
 
-class RoomError(DataError):
-    """A question is so long that its windows have no room for the context (65)."""
+class BadRowsError(DataError):
+    """Questions cannot be cut into windows or labelled (65); `rows` holds what is wrong with each,
+    by its position."""
+
+    def __init__(self, rows: Mapping[int, str], message: str = "") -> None:
+        self.rows = dict(rows)
+        super().__init__(message)
 
 
 class AssetError(RunnerError):

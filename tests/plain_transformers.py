@@ -38,10 +38,13 @@ def by_hand(
         inside = [n for n, part in enumerate(encoded.sequence_ids(window)) if part == 1]
         for s in inside:
             for e in [e for e in inside if s <= e < s + longest]:
-                place = (
-                    encoded["offset_mapping"][window][s][0],
-                    encoded["offset_mapping"][window][e][1],
-                )
+                first = encoded["offset_mapping"][window][s][0]
+                # A space in front of a word counts as the word's first character.
+                space = tokenizer.convert_ids_to_tokens(encoded["input_ids"][window][e]) == "▁"
+                last = encoded["offset_mapping"][window][e][0 if space else 1]
+                text = asked.context[first:last]
+                first += len(text) - len(text.lstrip())  # an answer has no outer blanks
+                place = first, first + len(text.strip())
                 score = float(start_L[s] + end_L[e])
                 if place[0] < place[1] and score > spans.get(place, (-np.inf,))[0]:
                     spans[place] = score, window

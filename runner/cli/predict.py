@@ -146,13 +146,15 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
         result, folder = evaluate_model(
             _model_loader(arguments, listed=None),
             dataset,
+            on_bad_row=arguments.on_bad_row,
             v2=v2,
             seed=arguments.seed,
             output=arguments.output,
         )
-        lines = evaluation_lines(arguments.data, result, len(dataset.dropped))
+        lines = evaluation_lines(arguments.data, result)
         if folder is not None:
             lines.append(f"Written to {folder}: report.html, predictions.jsonl, result.json")
+    lines += dataset.contradictions
     if arguments.json:
         write_data(f"{json.dumps(result, indent=2, ensure_ascii=False)}\n")
     else:

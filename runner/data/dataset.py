@@ -5,21 +5,28 @@ from __future__ import annotations
 
 import hashlib
 import json
-import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from runner.data.formats import file_rows
+from runner.data.formats.diagnosis import absent, misplaced, no_start, no_text
 from runner.data.formats.hub_split import hub_rows
-from runner.data.formats.rows import Row, kind, short_value
+from runner.data.formats.rows import Row, is_blank, kind, short_value
 from runner.errors import DataError
 from runner.job.schema import Columns
-from runner.job.sources import parse_data
+from runner.job.sources import parse_data, unread_here
+
+# is_impossible as JSON, CSV and pandas spell it, in small letters; None is none.
+_IMPOSSIBLE = {
+    **dict.fromkeys(("true", "1", "1.0"), True),
+    **dict.fromkeys(("false", "0", "0.0"), False),
+    **dict.fromkeys(("", "none", "nan", "null"), None),
+}
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,7 @@ class Dataset:
         sha256: hash of the examples' content, whatever file they came from.
         dropped: one line for each row left out by `on_bad_row = "drop"`.
         revision: the hub's commit, whatever the job calls it; None for a file.
+        contradictions: a sentence for each kind of row that says "no answer" and also not.
     """
 
     source: str
@@ -58,6 +66,7 @@ class Dataset:
     sha256: str
     dropped: tuple[str, ...]
     revision: str | None = None
+    contradictions: tuple[str, ...] = ()
 
 
 def load_dataset(
@@ -88,6 +97,8 @@ def load_dataset(
         source = parse_data(name)
     except ValueError as error:
         raise DataError(str(error)) from None
+    if problem := unread_here(source, Path.cwd()):
+        raise DataError(problem)
     if source.kind == "hub":
         rows, commit = hub_rows(source, columns)
     else:
@@ -101,7 +112,7 @@ def load_dataset(
         rows = rows[start:stop]
     if sample is not None:
         rows = [rows[place] for place in sample_places(len(rows), sample, seed, name)]
-    examples, bad = _check(rows, unanswerable)
+    examples, bad, contradictions = _check(rows, unanswerable)
     if bad and on_bad_row == "fail":
         raise DataError(_report(name, bad, len(rows)))
     if not examples:
@@ -114,6 +125,31 @@ def load_dataset(
         content_sha256(examples),
         tuple(f"{p}: {why}" for p, why in bad),
         commit,
+        contradictions,
+    )
+
+
+def without_rows(
+    dataset: Dataset, bad: Mapping[int, str], on_bad_row: Literal["fail", "drop"]
+) -> Dataset:
+    """Leave out examples that have turned out bad, or refuse them: their places, and what is wrong
+    with each.
+
+    Raises:
+        DataError: naming them; also if none is left.
+    """
+    told = [(f"question {dataset.examples[place].id}", why) for place, why in bad.items()]
+    report = _report(dataset.source, told, len(dataset.examples))
+    if on_bad_row == "fail" and bad:
+        raise DataError(report)
+    examples = tuple(e for place, e in enumerate(dataset.examples) if place not in bad)
+    if not examples:
+        raise DataError(f"{dataset.source}: no row is left after dropping bad ones\n{report}")
+    return replace(
+        dataset,
+        examples=examples,
+        sha256=content_sha256(examples),
+        dropped=(*dataset.dropped, *(f"{place}: {why}" for place, why in told)),
     )
 
 
@@ -142,25 +178,34 @@ def content_sha256(examples: Iterable[Example]) -> str:
 # --- checking ----------------------------------------------------------------------------------
 
 
-def _check(rows: Sequence[Row], unanswerable: bool) -> tuple[list[Example], list[tuple[str, str]]]:
+def _check(
+    rows: Sequence[Row], unanswerable: bool
+) -> tuple[list[Example], list[tuple[str, str]], tuple[str, ...]]:
+    """Examples of the good rows; (place, problem) of the others; what good ones contradict."""
     examples: list[Example] = []
     bad: list[tuple[str, str]] = []
     seen: dict[str, str] = {}
+    contradictions: dict[tuple[str, str], list[str]] = {}
     # A context is shared by several questions: check its encoding once.
     texts: dict[str, str | None] = {}
     for row in rows:
-        why = row.answers if isinstance(row.answers, str) else row_problem(row, texts)
-        if why is None and not row.answers and not unanswerable:
-            why = "no answer (set data.unanswerable = true for SQuAD v2 data)"
+        answers, why, contradiction = _meant(row)
+        why = why or row_problem(row, texts)
+        if why is None and not answers and not unanswerable:
+            reason = f"{contradiction}; " if contradiction else ""
+            why = f"no answer ({reason}set data.unanswerable = true for SQuAD v2 data)"
         if why is None and row.id in seen:
             why = f"id repeated (first at {seen[row.id]})"
         spans: list[tuple[str, int]] = []
         if why is None:
-            spans, why = _spans(row)
+            spans, why = _spans(answers, row.context)
         if why is not None:
             bad.append((row.place, why))
             continue
         seen[row.id] = row.place
+        if contradiction:
+            taken = "answered" if spans else "without an answer"
+            contradictions.setdefault((contradiction, taken), []).append(row.place)
         examples.append(
             Example(
                 row.id,
@@ -170,7 +215,34 @@ def _check(rows: Sequence[Row], unanswerable: bool) -> tuple[list[Example], list
                 tuple(s for _, s in spans),
             )
         )
-    return examples, bad
+    told = (
+        f"{len(places)} question{'' if len(places) == 1 else 's'} taken as {taken} where"
+        f" {contradiction}, first: {places[0]}"
+        for (contradiction, taken), places in contradictions.items()
+    )
+    return examples, bad, tuple(told)
+
+
+def _meant(row: Row) -> tuple[list[tuple[Any, Any]], str | None, str | None]:
+    """The answers that a row means, none where it says in any spelling that there is none; why that
+    cannot be told; what contradicts it."""
+    spelled = str(row.impossible).strip().lower()
+    if spelled not in _IMPOSSIBLE:
+        return [], f"is_impossible is {kind(row.impossible)}, not true or false", None
+    impossible = _IMPOSSIBLE[spelled]
+    listed = row.answers if isinstance(row.answers, list) else []
+    # str.find() and many tools say -1 for "not there".
+    answers = [(text, start) for text, start in listed if not is_blank(text) and start != -1]
+    if impossible:
+        return [], None, "is_impossible is true beside an answer" if answers else None
+    if isinstance(row.answers, str):
+        return [], row.answers, None
+    if answers:
+        fewer = len(answers) < len(listed)
+        return answers, None, "an answer is empty or at -1 beside others" if fewer else None
+    if any(not is_blank(text) for text, _ in listed):
+        return [], None, "answer_start is -1 beside an answer"
+    return [], None, "is_impossible is false without an answer" if impossible is False else None
 
 
 def row_problem(row: Row, texts: dict[str, str | None]) -> str | None:
@@ -198,53 +270,35 @@ def _text_problem(text: str) -> str | None:
     return None
 
 
-def _spans(row: Row) -> tuple[list[tuple[str, int]], str | None]:
+def _spans(
+    answers: Sequence[tuple[Any, Any]], context: str
+) -> tuple[list[tuple[str, int]], str | None]:
     spans = []
-    for text, start in row.answers:
+    for text, start in answers:
         if not isinstance(text, str):
-            return [], f"answer is {kind(text)}, not text"
-        if not text.strip():
-            return [], "answer is empty"
+            return [], no_text(text)
         if start is None:
-            start = row.context.find(text)
+            start = context.find(text)
             if start < 0:
-                why = f"{_other_form(text, row.context)}answer is not in the context"
-                return [], f"{why} ({short_value(text)})"
-            if row.context.find(text, start + 1) >= 0:
+                return [], absent(text, context)
+            if context.find(text, start + 1) >= 0:
                 why = "answer occurs more than once and has no answer_start"
                 return [], f"{why} ({short_value(text)})"
         if isinstance(start, float) and start.is_integer():
             start = int(start)
         if not isinstance(start, int) or isinstance(start, bool):
-            return [], f"answer_start is {kind(start)}, not a whole number"
-        if not 0 <= start < len(row.context):
-            size = len(row.context)
-            return [], f"answer_start is outside the context ({start}, of {size} characters)"
-        found = row.context[start : start + len(text)]
-        if found != text:
-            form = _other_form(text, row.context[start : start + 4 * len(text)])
-            why = f"{form}answer text not at answer_start"
-            return (
-                [],
-                f"{why} ({short_value(text)} declared at {start}, {short_value(found)} found)",
-            )
+            return [], no_start(start)
+        if start < 0 or not context.startswith(text, start):
+            return [], misplaced(text, start, context)
         spans.append((text, start))
     return spans, None
-
-
-def _other_form(text: str, context: str) -> str:
-    """What to say first where the two differ only in how accents are encoded."""
-    same = unicodedata.normalize("NFC", text) in unicodedata.normalize("NFC", context)
-    return "Unicode forms (NFC, NFD) differ: " if same else ""
 
 
 def _report(name: str, bad: Sequence[tuple[str, str]], total: int) -> str:
     classes = Counter(why.split(" (")[0] if " (" in why else why for _, why in bad)
     common = "; ".join(f"{count} x {why}" for why, count in classes.most_common(5))
-    lines = [
-        f'{name}: {len(bad)} of {total} rows refused: {common}; set data.on_bad_row = "drop" to'
-        " leave them out"
-    ]
+    fix = '; set data.on_bad_row = "drop" to leave them out' if len(bad) < total else ""
+    lines = [f"{name}: {len(bad)} of {total} rows refused: {common}{fix}"]
     lines += [f"  {place}: {why}" for place, why in bad[:5]]
     if len(bad) > 5:
         lines.append(f"  and {len(bad) - 5} more")

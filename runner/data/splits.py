@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from runner.data.dataset import Dataset, Example, load_dataset
+from runner.data.dataset import Dataset, Example, load_dataset, without_rows
 from runner.data.window_cache import cached_windows
 from runner.data.windows import Windows
-from runner.errors import DataError, JobError
+from runner.errors import BadRowsError, DataError, JobError
 from runner.job.schema import Data, Probe
 
 
@@ -58,21 +58,7 @@ def load_splits(
     ]
     if section.tuning is not None:
         refuse_shared_questions(datasets[2], datasets[1])
-    parts = [
-        Split(
-            dataset,
-            *cached_windows(
-                dataset.examples,
-                dataset.sha256,
-                tokenizer,
-                section.max_length,
-                section.stride,
-                on_block,
-                warn,
-            ),
-        )
-        for dataset in datasets
-    ]
+    parts = [_split(dataset, section, tokenizer, on_block, warn) for dataset in datasets]
     for part in parts:
         longest = int(part.windows.lengths_N.max())
         if longest > tokenizer.model_max_length:
@@ -83,6 +69,23 @@ def load_splits(
                 ]
             )
     return parts[0], parts[1], parts[2] if len(parts) > 2 else None
+
+
+def _split(
+    dataset: Dataset,
+    section: Data,
+    tokenizer: PreTrainedTokenizerBase,
+    on_block: Callable[[], None],
+    warn: Callable[[str], None],
+) -> Split:
+    size = section.max_length, section.stride
+    while True:
+        examples, content = dataset.examples, dataset.sha256
+        try:
+            found = cached_windows(examples, content, tokenizer, *size, on_block, warn)
+            return Split(dataset, *found)
+        except BadRowsError as error:
+            dataset = without_rows(dataset, error.rows, section.on_bad_row)
 
 
 def refuse_shared_questions(tuning: Dataset, validation: Dataset) -> None:

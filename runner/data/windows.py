@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from runner.data.dataset import Example
 from runner.data.formats.rows import short_value
 from runner.data.tokenize import Encoded, Template, encode, encode_with_offsets, plain_backend
-from runner.errors import DataError, RoomError
+from runner.errors import BadRowsError, DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -91,8 +91,9 @@ def build_windows(
         stride: tokens shared by neighbouring windows of a context.
 
     Raises:
-        RoomError: if a question leaves too little room for its context.
-        DataError: if the tokenizer is not a fast one.
+        BadRowsError: for questions that leave too little room for their contexts, and answers of
+            which no token holds anything.
+        DataError: if the tokenizer is not a fast one, or its offsets cannot be used.
     """
     blocks = list(window_blocks(examples, tokenizer, max_length, stride))
     if len(blocks) == 1:
@@ -133,27 +134,36 @@ def window_blocks(
     template = Template.of(backend, tokenizer)
     name = tokenizer.name_or_path or type(tokenizer).__name__
     begin = tokens = characters = 0
+    bad: dict[int, str] = {}
     while begin == 0 or begin < len(examples):
         end = min(begin + block, len(examples))
         while 0 < end < len(examples) and examples[end].context == examples[end - 1].context:
             end += 1
         some = examples[begin:end]
-        made = _block(some, backend, template, max_length, stride, name)
-        if begin == 0:
-            backend.enable_truncation(max_length, stride=stride, strategy="only_second")
-            _compare_with_tokenizer(made, some[:2], backend, name)
-            backend.no_truncation()
-        yield dataclasses.replace(
-            made,
-            firsts_N1=made.firsts_N1 + tokens,
-            questions_N=(made.questions_N + begin).astype(np.int32),
-            chars_firsts_N=made.chars_firsts_N + characters,
-        )
-        tokens += len(made.tokens_T)
-        characters += len(made.chars_C2)
+        try:
+            made = _block(some, backend, template, max_length, stride, name)
+        except BadRowsError as error:  # all that are bad are told of at once
+            bad |= {begin + place: why for place, why in error.rows.items()}
+        else:
+            if begin == 0:
+                backend.enable_truncation(max_length, stride=stride, strategy="only_second")
+                _compare_with_tokenizer(made, some[:2], backend, name)
+                backend.no_truncation()
+            yield dataclasses.replace(
+                made,
+                firsts_N1=made.firsts_N1 + tokens,
+                questions_N=(made.questions_N + begin).astype(np.int32),
+                chars_firsts_N=made.chars_firsts_N + characters,
+            )
+            tokens += len(made.tokens_T)
+            characters += len(made.chars_C2)
         begin = end
         if end == len(examples):
-            return
+            break
+    if bad:
+        first = min(bad)
+        more = f" and {len(bad) - 1} more questions" if len(bad) > 1 else ""
+        raise BadRowsError(bad, f"question {examples[first].id}: {bad[first]}{more}")
 
 
 def _block(
@@ -172,7 +182,7 @@ def _block(
     contexts, chars_C2 = encode_with_offsets(backend, list(context_of), name)
 
     room_Q = max_length - template.specials - questions.lengths
-    _check_room(examples, room_Q, contexts.lengths[place_Q], template, max_length, stride)
+    _check_room(room_Q, contexts.lengths[place_Q], template, max_length, stride)
     # Windows of one question start every `room - stride` context tokens until one reaches the
     # context's end.
     length_Q = contexts.lengths[place_Q]
@@ -212,24 +222,19 @@ def _block(
 
 
 def _check_room(
-    examples: Sequence[Example],
-    room_Q: np.ndarray,
-    length_Q: np.ndarray,
-    template: Template,
-    max_length: int,
-    stride: int,
+    room_Q: np.ndarray, length_Q: np.ndarray, template: Template, max_length: int, stride: int
 ) -> None:
-    """Refuse questions that leave too little room for their context's tokens (`length_Q`)."""
-    tight = np.flatnonzero((room_Q <= stride) & ((length_Q > room_Q) | (room_Q < 1)))
-    if len(tight):
-        worst = tight[np.argmin(room_Q[tight])]
-        tokens = max_length - template.specials - room_Q[worst]
-        raise RoomError(
-            f"question {examples[worst].id}: its {tokens} tokens and"
-            f" {template.specials} special tokens leave {max(0, room_Q[worst])} of max_length"
-            f" {max_length} for the context, which must be more than stride {stride} ({len(tight)}"
-            " such questions); raise data.max_length or lower data.stride"
-        )
+    """Refuse questions that leave too little room for their contexts' tokens (`length_Q`)."""
+    tight_Q = (room_Q <= stride) & ((length_Q > room_Q) | (room_Q < 1))
+    bad = {
+        place: "question is too long for its window"
+        f" (its {max_length - template.specials - room_Q[place]} tokens and"
+        f" {template.specials} special tokens leave {max(0, room_Q[place])} of max_length"
+        f" {max_length} for the context, which must be more than stride {stride})"
+        for place in np.flatnonzero(tight_Q).tolist()
+    }
+    if bad:
+        raise BadRowsError(bad)
 
 
 def _assemble(
@@ -309,11 +314,12 @@ def answer_tokens(
     last_Q = np.searchsorted(context_C + chars_C2[:, 0], end_Q, side="left") - 1
     lost_Q = answered_Q & (first_Q > last_Q)
     if lost_Q.any():
-        lost = examples[int(lost_Q.argmax())]
-        raise DataError(
-            f"question {lost.id}: no token of the context holds any of its answer"
-            f" ({short_value(lost.answers[0])}; {lost_Q.sum()} such questions): the tokenizer drops"
-            " these characters"
+        raise BadRowsError(
+            {
+                place: "answer is in no token: the tokenizer drops its characters"
+                f" ({short_value(examples[place].answers[0])})"
+                for place in np.flatnonzero(lost_Q).tolist()
+            }
         )
     first_C = contexts.firsts[place_Q]
     return np.where(answered_Q, first_Q - first_C, -1), np.where(answered_Q, last_Q - first_C, -1)

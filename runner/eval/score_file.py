@@ -3,15 +3,16 @@ no torch."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from runner.data.dataset import Dataset
-from runner.data.formats.rows import short_value
-from runner.errors import AssetError, DataError, UsageError
+from runner.data.formats import read_file
+from runner.data.formats.json_text import read_json
+from runner.data.formats.rows import row_id, short_value
+from runner.errors import DataError, UsageError
 from runner.metrics.squad import Scores, ScoresV2, squad_scores, squad_v2_scores
 from runner.metrics.statistics import LEVEL, RESAMPLES, intervals
 
@@ -103,20 +104,30 @@ def read_predictions(path: Path) -> SubmittedAnswers:
         AssetError: if there is no such file.
         DataError: naming the line that is not such an object, or repeats an id.
     """
-    text = _read(path)
-    if path.suffix.lower() == ".jsonl":
-        rows = [
-            (f"{path}:{number}", _json(line, f"{path}:{number}"))
-            for number, line in enumerate(text.split("\n"), 1)
-            if line.strip()
-        ]
-        return _from_rows(path, rows)
-    table = _json(text, str(path))
+    table, lines = read_json(path, read_file(path))
+    named_lines = path.suffix.lower() == ".jsonl"
+    if isinstance(table, dict) and (
+        _text_key(table) or (named_lines and table.keys() & {"id", *_TEXT_KEYS})
+    ):
+        table, lines = [table], [1]  # JSON Lines with a single prediction
     if isinstance(table, list):
-        return _from_rows(path, [(f"{path}, entry {n}", row) for n, row in enumerate(table, 1)])
+        return _from_rows(path, list(zip(_places(path, table, lines), table, strict=True)))
     if not isinstance(table, dict) or not all(isinstance(v, str) for v in table.values()):
         raise DataError(f"{path}: is no object of question ids and predicted texts")
     return SubmittedAnswers(table, None)
+
+
+def _places(path: Path, rows: Sequence[Any], lines: Sequence[int] | None) -> Iterator[str]:
+    if lines is not None:
+        return (f"{path}:{line}" for line in lines)
+    return (f"{path}, entry {number}" for number in range(1, len(rows) + 1))
+
+
+def _text_key(row: Any) -> str | None:
+    """What a row calls its text; None where it is no prediction."""
+    if not isinstance(row, dict) or "id" not in row:
+        return None
+    return next((key for key in _TEXT_KEYS if isinstance(row.get(key), str)), None)
 
 
 def read_no_answer(path: Path) -> dict[str, float]:
@@ -125,7 +136,7 @@ def read_no_answer(path: Path) -> dict[str, float]:
     Raises:
         AssetError, DataError: as `read_predictions`.
     """
-    table = _json(_read(path), str(path))
+    table, _ = read_json(path, read_file(path))
     if not isinstance(table, dict) or not all(map(_is_number, table.values())):
         raise DataError(f"{path}: is no object of question ids and numbers")
     return {id: float(value) for id, value in table.items()}
@@ -184,11 +195,11 @@ def _from_rows(path: Path, rows: list[tuple[str, Any]]) -> SubmittedAnswers:
     texts: dict[str, str] = {}
     best: dict[str, str | None] = {}
     numbers: dict[str, dict[str, float]] = {_PROBABILITY: {}, _DIFFERENCE: {}}
-    for place, row in rows:
-        key = next((key for key in _TEXT_KEYS if isinstance(row, dict) and key in row), None)
-        if key is None or "id" not in row or not isinstance(row[key], str):
+    for number, (place, row) in enumerate(rows, 1):
+        key = _text_key(row)
+        if key is None:
             raise DataError(f"{place}: has no id, or no text called {', '.join(_TEXT_KEYS)}")
-        id = str(row["id"])
+        id = str(row_id(row["id"], number))
         if id in texts:
             raise DataError(f"{place}: question {id} has a prediction already")
         texts[id] = row[key]
@@ -220,19 +231,3 @@ def _best_span(row: Mapping[str, Any]) -> str | None:
 def _is_number(value: Any) -> bool:
     # NaN has no place in an order, and the search for the best threshold sorts.
     return isinstance(value, int | float) and not isinstance(value, bool) and value == value
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise AssetError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read: {error}") from None
-
-
-def _json(text: str, place: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{place}: not valid JSON: {error}") from None

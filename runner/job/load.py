@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from runner.errors import DataError, JobError
 from runner.job.messages import accepts_text, key_path, schema_problems, shown
 from runner.job.schema import Job
-from runner.job.sources import find_file, is_hub_model, package_folder, parse_data
+from runner.job.sources import find_file, is_hub_model, package_folder, parse_data, unread_here
 from runner.job.toml_lines import Path as KeyPath
 from runner.job.toml_lines import key_lines, line_of
 from runner.utils.text import shorten
@@ -252,11 +252,15 @@ def _locate(
             source = parse_data(_text_at(table, "data", key))
         except ValueError:
             continue
+        if problem := unread_here(source, beside):
+            problems.append((("data", key), problem))
         if source.kind == "file":
             found = find_file(source.location, beside)
             if found is None or found.is_dir():
                 sentence = (
                     f"no file {shown(source.location)} beside the job file or in the current folder"
+                    if found is None
+                    else f"{shown(source.location)} is a folder; name a file in it"
                 )
                 problems.append((("data", key), sentence))
             else:
@@ -265,6 +269,9 @@ def _locate(
     found = find_file(name, beside) if name.strip() else None
     if found is not None and found.is_dir():
         located["model"]["name"] = str(found)
+    elif found is not None:
+        problem = f"{shown(name)} is a file; name the folder of config.json and the weights"
+        problems.append((("model", "name"), problem))
     elif problem := _model_problem(name):
         problems.append((("model", "name"), problem))
     return located, problems

@@ -93,8 +93,8 @@ def parse_data(text: str) -> DataSource:
     hub = _HUB.fullmatch(name)
     if hub is None:
         raise ValueError(
-            f"{text!r} is neither a file ({', '.join(FILE_SUFFIXES)}) nor a hub name such as"
-            " rajpurkar/squad:train[:1000]"
+            f"{text!r} is neither a file of a kind that is read ({', '.join(FILE_SUFFIXES)}) nor a"
+            " hub name such as rajpurkar/squad:train[:1000]"
         )
     return DataSource(
         text=text,
@@ -118,6 +118,31 @@ def find_file(location: str, beside: Path) -> Path | None:
         if os.path.exists(folder / path):
             return (folder / path).resolve()
     return None
+
+
+def unread_here(source: DataSource, beside: Path) -> str | None:
+    """What to say where the name of a hub data set is that of a file or folder, which comes first;
+    None where it is not, and where a revision or config says that the hub is meant."""
+    if source.kind == "file":
+        return None
+    names = {_SLICE.sub("", source.text)}
+    if source.revision is None and source.config is None:
+        names.add(source.location)
+    for name in sorted(names):
+        if (found := find_file(name, beside)) is not None:
+            return (
+                _unread(name, found) + f"; for the hub's of this name write {source.location}@main"
+            )
+    return None
+
+
+def _unread(name: str, found: Path) -> str:
+    readable = ", ".join(FILE_SUFFIXES)
+    if found.is_dir():
+        return f"{name!r} is a folder here; name a file in it ({readable})"
+    packed = found.suffix.lower() in (".gz", ".bz2", ".xz", ".zst", ".zip", ".tar")
+    fix = "unpack it" if packed else "convert it, or rename it if it is one of them"
+    return f"{name!r} is a file here, and of none of the kinds that are read ({readable}); {fix}"
 
 
 def is_hub_model(name: str) -> bool:

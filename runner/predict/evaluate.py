@@ -8,15 +8,15 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-from runner.data.dataset import Dataset
+from runner.data.dataset import Dataset, without_rows
 from runner.data.splits import Split
 from runner.data.windows import Windows, build_windows
 from runner.distributed.failures import explaining_inference_oom
-from runner.errors import DataError, UsageError
+from runner.errors import BadRowsError, DataError, UsageError
 from runner.eval.caveats import caveats
 from runner.eval.evaluation import Evaluation, TunedThreshold, evaluate, in_use
 from runner.eval.inference import batch_count, predict_windows
@@ -45,6 +45,7 @@ def evaluate_model(
     load: Callable[[], Predictor],
     dataset: Dataset,
     *,
+    on_bad_row: Literal["fail", "drop"] = "fail",
     v2: bool,
     seed: int,
     output: Path | None,
@@ -54,6 +55,7 @@ def evaluate_model(
     Args:
         load: opens the model.
         dataset: questions with right answers.
+        on_bad_row: what to do with questions that are too long for the model's windows.
         v2: by SQuAD v2.0; so is a model that may answer nothing.
         seed: of the bootstrap.
         output: folder for what is found; None takes one in the run folder, where it is one.
@@ -63,7 +65,8 @@ def evaluate_model(
 
     Raises:
         UsageError: if `output` holds a run, whose own files it would replace.
-        DataError: if the model's null threshold was tuned on these questions.
+        DataError: if the model's null threshold was tuned on these questions; for questions that
+            are too long.
         RunnerError, UsageError: as `load` and `write_evaluation`.
     """
     if output is not None and RunDir(output).job.is_file():
@@ -72,7 +75,13 @@ def evaluate_model(
     refuse_tuned(predictor.answering, dataset)
     v2 = v2 or predictor.answering.unanswerable
     with explaining_inference_oom():
-        scores, windows = assess(predictor, dataset, v2=v2, seed=seed)
+        while True:
+            try:
+                scores, windows = assess(predictor, dataset, v2=v2, seed=seed)
+                break
+            except BadRowsError as error:
+                dataset = without_rows(dataset, error.rows, on_bad_row)
+                refuse_tuned(predictor.answering, dataset)
     result = result_of(predictor, dataset, windows, scores, seed)
     run = RunDir(predictor.name)
     if output is None and run.job.is_file():
@@ -99,9 +108,10 @@ def refuse_tuned(answering: InferenceSettings, dataset: Dataset) -> None:
         )
 
 
-def evaluation_lines(source: str, result: Mapping[str, Any], dropped: int) -> list[str]:
+def evaluation_lines(source: str, result: Mapping[str, Any]) -> list[str]:
     """What an evaluation found, for a terminal."""
     official = "SQuAD v2.0" if "best_f1" in result["metrics"] else "SQuAD v1.1"
+    dropped = result["data"]["dropped"]
     left = f", {dropped} bad rows left out" if dropped else ""
     lines = [f"{below_here(source)}: {result['questions']:,} questions, {official}{left}"]
     lines += [score_line(result, ""), *threshold_lines(result)]

@@ -211,7 +211,7 @@ class Predictor:
 
         Raises:
             DataError: naming the question that is empty.
-            RoomError: naming the question that leaves no room for its context.
+            BadRowsError: for questions that leave no room for their contexts.
         """
         for question in questions:
             for name in ("question", "context"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import json
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -16,7 +16,7 @@ from runner.data.formats.json_text import parse_json
 from runner.data.formats.rows import RawTable, Row
 from runner.errors import AssetError, DataError, StorageError
 from runner.job.schema import Columns
-from runner.job.sources import parse_data
+from runner.job.sources import parse_data, unread_here
 
 GROUP = 256  # questions answered together, sorted by length
 
@@ -35,7 +35,7 @@ def file_questions(name: str, columns: Columns) -> Iterator[list[QuestionRow]]:
     Raises:
         DataError, AssetError: if it cannot be read.
     """
-    if Path(name).suffix.lower() == ".jsonl":
+    if Path(name).suffix.lower() == ".jsonl" and _holds_rows(Path(name)):
         yield from _grouped_lines(Path(name), columns)
         return
     rows = read_question_rows(name, columns)
@@ -73,13 +73,14 @@ def live_questions(descriptor: int, name: str, columns: Columns) -> Iterator[lis
     waiting = _Waiting()
     # Not through sys.stdin: a thread that waits in its lock could not be left at the end.
     threading.Thread(target=_read_lines, args=(descriptor, waiting), daemon=True).start()
-    number = 0
+    number = count = 0
     while lines := waiting.take():
         group = []
         for line in lines:
             number += 1
             if line.strip():
-                group.append(parse_question_row(line, name, number, columns))
+                count += 1
+                group.append(parse_question_row(line, name, number, count, columns))
         if group:
             yield group
     if waiting.error is not None:
@@ -136,13 +137,27 @@ def _read_lines(descriptor: int, waiting: _Waiting) -> None:
     waiting.end(None)
 
 
+def _holds_rows(path: Path) -> bool:
+    """Whether a file's lines are questions, as its name says: not SQuAD's articles, nor one JSON
+    document."""
+    first = b""
+    try:
+        with path.open("rb") as file:
+            first = next((line.strip() for line in file if line.strip()), b"")
+        row = json.loads(first)
+    except (OSError, ValueError, RecursionError):
+        return first not in (b"[", b"{")
+    nested = isinstance(row, dict) and ("paragraphs" in row or isinstance(row.get("data"), list))
+    return isinstance(row, dict) and not nested
+
+
 def _grouped_lines(path: Path, columns: Columns) -> Iterator[list[QuestionRow]]:
     try:
         with path.open("rb") as file:
             group: list[QuestionRow] = []
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    group.append(parse_question_row(line, path.name, number, columns))
+            lines = ((number, line) for number, line in enumerate(file, 1) if line.strip())
+            for count, (number, line) in enumerate(lines, 1):
+                group.append(parse_question_row(line, path.name, number, count, columns))
                 if len(group) == GROUP:
                     yield group
                     group = []
@@ -188,6 +203,8 @@ def read_question_rows(name: str, columns: Columns) -> list[QuestionRow]:
         source = parse_data(name)
     except ValueError as error:
         raise DataError(str(error)) from None
+    if problem := unread_here(source, Path.cwd()):
+        raise DataError(problem)
     if source.kind == "hub":
         raise DataError(f"{name}: no file; questions are read from a file or from stdin")
     try:
@@ -197,22 +214,25 @@ def read_question_rows(name: str, columns: Columns) -> list[QuestionRow]:
     if source.slice is not None:
         rows = rows[slice(*source.slice.bounds(len(rows)))]
     texts: dict[str, str | None] = {}
-    return [_question_row(row, str(number), texts) for number, row in enumerate(rows, 1)]
+    return [_question_row(row, texts) for row in rows]
 
 
-def parse_question_row(line: bytes, file: str, number: int, columns: Columns) -> QuestionRow:
-    """Read a question from a line of JSON; what is wrong with it is its problem."""
+def parse_question_row(
+    line: bytes, file: str, number: int, count: int, columns: Columns
+) -> QuestionRow:
+    """Read a question from line `number` of JSON, the `count`th that is not empty; what is wrong
+    with it is its problem."""
     place = f"{file}:{number}"
     try:
         text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-        table = RawTable([parse_json(text, place)])
-        row, *_ = flat_rows(file, table, columns, answers=False, first=number)
+        table = RawTable([parse_json(text, place)], lines=[number])
+        row, *_ = flat_rows(file, table, columns, answers=False, first=count)
     except UnicodeDecodeError as error:
         return QuestionRow(place, "", "", "", f"byte 0x{line[error.start]:02x} is not UTF-8")
     except DataError as error:
         why = _for_command(error).removeprefix(f"{place}: ").removeprefix(f"{file}: ")
         return QuestionRow(place, "", "", "", why)
-    return _question_row(row, str(number), {})
+    return _question_row(row, {})
 
 
 def _for_command(error: DataError) -> str:
@@ -220,10 +240,9 @@ def _for_command(error: DataError) -> str:
     return str(error).replace("in [data.columns]", "with --column KEY=NAME")
 
 
-def _question_row(row: Row, number: str, texts: dict[str, str | None]) -> QuestionRow:
-    row = row if row.id is not None else dataclasses.replace(row, id=number)
+def _question_row(row: Row, texts: dict[str, str | None]) -> QuestionRow:
     bad = isinstance(row.answers, str) and row.question is None and row.context is None
     why = str(row.answers) if bad else row_problem(row, texts)
     if why is not None:
-        return QuestionRow(row.place, number, "", "", why)
+        return QuestionRow(row.place, "", "", "", why)
     return QuestionRow(row.place, str(row.id), str(row.question), str(row.context), None)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from runner.distributed.failures import explaining_inference_oom
-from runner.errors import DataError, RoomError
+from runner.errors import BadRowsError, DataError
 from runner.job.schema import Columns
 from runner.predict.predictor import Prediction, Predictor, Question
 from runner.predict.questions import QuestionRow, file_questions, live_questions, refused, survey
@@ -123,20 +123,13 @@ def _answered(
     questions = [Question(row.id, row.question, row.context) for row in good]
     try:
         answers: list[Prediction | str] = list(predictor.answers(questions))
-    except RoomError:
-        # One question is too long for the windows: find out which, one by one.
-        answers = [_alone(predictor, question) for question in questions]
+    except BadRowsError as error:
+        bad = error.rows
+        rest = iter(predictor.answers([q for n, q in enumerate(questions) if n not in bad]))
+        answers = [bad[n] if n in bad else next(rest) for n in range(len(questions))]
     found = {row.place: answer for row, answer in zip(good, answers, strict=True)}
     for row in group:
         yield row, found[row.place] if row.problem is None else row.problem
-
-
-def _alone(predictor: Predictor, question: Question) -> Prediction | str:
-    try:
-        return predictor.answers([question])[0]
-    except RoomError as error:
-        why = str(error).removeprefix(f"question {question.id}: ").partition(" (1 such")[0]
-        return f"{why}; the question is too long"
 
 
 @contextmanager

@@ -3,7 +3,7 @@ and memory."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -38,8 +38,14 @@ def check_data(job: Job, ranks: int) -> Iterator[str]:
     yield from [*dict.fromkeys(warnings), *caveats(parts, job.score.max_answer_length)]
     yield ""
     yield markdown([_data_row(name, part) for name, part in parts.items()]).rstrip()
-    for part in parts.values():
-        yield from _dropped_lines(part.dataset.dropped)
+    for name, part in parts.items():
+        contradictions, dropped = part.dataset.contradictions, part.dataset.dropped
+        if contradictions or dropped:
+            yield ""
+        yield from (f"{name}: {sentence}" for sentence in contradictions)
+        yield from (f"dropped: {line}" for line in dropped[:5])
+        if len(dropped) > 5:
+            yield f"dropped: and {len(dropped) - 5} more"
 
     lengths_N = training.windows.lengths_N
     batches = epoch_batches(
@@ -71,14 +77,6 @@ def check_data(job: Job, ranks: int) -> Iterator[str]:
         f" {_states(total, trained, job.zero.stage, ranks) / 2**30:.2f} GiB a rank in fp32 with"
         f" ZeRO-{job.zero.stage}; activations come on top"
     )
-
-
-def _dropped_lines(dropped: Sequence[str]) -> Iterator[str]:
-    if dropped:
-        yield ""
-    yield from (f"dropped: {line}" for line in dropped[:5])
-    if len(dropped) > 5:
-        yield f"dropped: and {len(dropped) - 5} more"
 
 
 def _data_row(name: str, part: Split) -> dict[str, str | int | float | None]:

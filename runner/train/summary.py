@@ -134,6 +134,7 @@ def opening_lines(session: Session) -> list[str]:
             f" {split.windows.lengths_N.mean():.0f} tokens on"
             f" average{' (cached)' if split.cached else ''}"
         )
+        lines += [f"{name}: {sentence}" for sentence in split.dataset.contradictions]
         if split.dataset.dropped:
             lines.append(
                 f"{name}: {len(split.dataset.dropped)} bad rows dropped, first:"

@@ -123,10 +123,10 @@ def test_bad_rows_fail_or_are_left_out(spantune, tiny, tmp_path):
     arguments = ("predict", tiny("bert"), path, "--column", "question=Frage")
     code, out, err = spantune(*arguments)
     assert (code, out) == (65, "")
-    assert err.splitlines()[1] == "  q.csv:2: question is empty"
+    assert err.splitlines()[1] == "  q.csv:3: question is empty"
     code, out, err = spantune(*arguments, "--on-bad-row", "drop")
     assert (code, out.count("\n")) == (0, 1)
-    assert err.splitlines() == ["left out: q.csv:2: question is empty", "1 left out, 1 answered"]
+    assert err.splitlines() == ["left out: q.csv:3: question is empty", "1 left out, 1 answered"]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -57,11 +58,35 @@ def test_settings_of_the_section_reach_the_data(data, tokenizer):
     with pytest.raises(DataError, match="1 of 2 rows refused"):
         load_splits(data(validation=(CONTEXT, "")), 0, tokenizer)
     _, validation, _ = load_splits(data(validation=(CONTEXT, ""), on_bad_row="drop"), 0, tokenizer)
-    assert validation.dataset.dropped == ("validation.json:2: context is empty",)
+    assert validation.dataset.dropped == ("validation.json: row 2: context is empty",)
     with pytest.raises(DataError, match="no column 'text'"):
         load_splits(data(columns={"context": "text"}), 0, tokenizer)
     train, *_ = load_splits(data((CONTEXT * 9,), (CONTEXT,), max_length=32, stride=8), 0, tokenizer)
     assert train.windows.lengths_N.max() == 32
+
+
+def test_a_question_too_long_for_its_window_is_a_bad_row(data, tokenizer):
+    section = data((CONTEXT * 9, CONTEXT, CONTEXT), max_length=40, stride=20)
+    rows = json.loads(Path(section.train).read_text())
+    rows[0]["question"] = rows[2]["question"] = "how long battery " * 6  # 18 tokens
+    rows[2] |= {"context": "beech", "answer": "beech"}  # with so short a context it fits
+    Path(section.train).write_text(json.dumps(rows))
+    with pytest.raises(DataError) as refused:
+        load_splits(section, 0, tokenizer)
+    assert str(refused.value).split("\n") == [
+        f"{section.train}: 1 of 3 rows refused: 1 x question is too long for its window; set"
+        ' data.on_bad_row = "drop" to leave them out',
+        "  question train0: question is too long for its window (its 18 tokens and 3 special tokens"
+        " leave 19 of max_length 40 for the context, which must be more than stride 20)",
+    ]
+    dropping = section.model_copy(update={"on_bad_row": "drop"})
+    train, *_ = load_splits(dropping, 0, tokenizer)
+    assert [e.id for e in train.dataset.examples] == ["train1", "train2"]
+    assert train.dataset.dropped[0].startswith("question train0: question is too long")
+    assert len(train.windows) == 2
+    again, *_ = load_splits(dropping, 0, tokenizer)
+    assert again.cached
+    assert again.dataset == train.dataset
 
 
 def test_the_threshold_is_tuned_on_questions_of_its_own(data, tokenizer):
@@ -88,7 +113,7 @@ def test_a_question_that_is_reported_is_never_tuned_on(data, tokenizer, monkeypa
 
 def test_a_bad_validation_set_is_found_before_anything_is_tokenised(data, tokenizer, monkeypatch):
     monkeypatch.setattr(prepare, "cached_windows", None)
-    with pytest.raises(DataError, match=r"validation\.json:1: context is empty"):
+    with pytest.raises(DataError, match=r"validation\.json: row 1: context is empty"):
         load_splits(data(validation=("",)), 0, tokenizer)
 
 

@@ -35,6 +35,8 @@ def score(path, dataset, **options):
         ("p.json", json.dumps(TEXTS)),
         ("p.json", json.dumps([{"id": i, "prediction_text": t} for i, t in TEXTS.items()])),
         ("p.jsonl", "".join(json.dumps({"id": i, "answer": t}) + "\n" for i, t in TEXTS.items())),
+        ("p.json", "".join(json.dumps({"id": i, "answer": t}) + "\n" for i, t in TEXTS.items())),
+        ("p.jsonl", json.dumps(TEXTS, indent=1)),
         ("p.jsonl", "".join(json.dumps({"id": i, "text": t}) + "\n\n" for i, t in TEXTS.items())),
     ],
 )
@@ -61,6 +63,17 @@ def test_predictions_of_other_questions_are_no_score_of_zero(tmp_path, texts, v2
         f' (ids such as "a" here, {given} there); are they of other data, or was one of the two'
         " numbered anew?"
     )
+
+
+def test_a_single_line_is_a_prediction_and_numbers_are_ids(tmp_path):
+    path = tmp_path / "p.json"
+    path.write_text('{"id": "a", "answer": "red"}\n')
+    assert read_predictions(path).texts == {"a": "red"}
+    path.write_text('\n{"id": 1.0, "text": "x"}\n\n{"id": 2, "text": "y"}\n')
+    assert read_predictions(path).texts == {"1": "x", "2": "y"}
+    path.write_text('{"id": "a", "text": "x"}\n\n{"id": "a", "text": "y"}\n')
+    with pytest.raises(DataError, match=r"p\.json:3: question a has a prediction already"):
+        read_predictions(path)
 
 
 def test_missing_predictions_count_as_wrong_in_v1_and_are_an_error_in_v2(tmp_path):

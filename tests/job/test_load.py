@@ -267,7 +267,7 @@ CONTRADICTORY = [
     ("data.train = 'o/n[200:100]'", "ends in a slice that never holds a question"),
     ("data.validation = 'o/n[20%:10%]'", "ends in a slice that never holds a question"),
     ("data.train = 'o/n[-1:-2]'", "ends in a slice that never holds a question"),
-    ("data.train = 'a.txt'", "4: data.train: 'a.txt' is neither a file (.json, .jsonl"),
+    ("data.train = 'a.txt'", "4: data.train: 'a.txt' is neither a file of a kind"),
     ("data.train = 'o/n[::2]'", "cannot be read; write [:1000], [100:200] or [10%:20%]"),
     ("model.name = 'package:'", '"package:" names no package; write package:NAME/SUBFOLDER'),
     ("model.name = 'package:a.b/c'", '"package:a.b/c" names no package'),
@@ -618,17 +618,34 @@ def test_a_folder_is_no_data_and_a_file_is_no_model():
     Path("model.bin").touch()
     text = JOB.replace('train = "o/n"', 'train = "folder.json"')
     assert problems(text.replace('name = "o/n"', 'name = "./model.bin"')) == [
-        'job.toml:4: data.train: no file "folder.json" beside the job file or in the current'
-        " folder",
-        'job.toml:8: model.name: no folder "./model.bin" beside the job file or in the current'
-        " folder, and no hub id such as google-bert/bert-base-uncased",
+        'job.toml:4: data.train: "folder.json" is a folder; name a file in it',
+        'job.toml:8: model.name: "./model.bin" is a file; name the folder of config.json and the'
+        " weights",
     ]
+
+
+@pytest.mark.parametrize("name", ["o/train.tsv", "o/train.tsv:train[:5]", "o/train.tsv[:5]"])
+def test_what_is_here_is_never_the_hubs(name):
+    Path("o").mkdir()
+    Path("o/train.tsv").touch()
+    Path("o/model.safetensors").touch()
+    text = JOB.replace('train = "o/n"', f'train = "{name}"')
+    assert problems(text.replace('name = "o/n"', 'name = "o/model.safetensors"')) == [
+        "job.toml:4: data.train: 'o/train.tsv' is a file here, and of none of the kinds that are"
+        " read (.json, .jsonl, .csv, .parquet); convert it, or rename it if it is one of them; for"
+        " the hub's of this name write o/train.tsv@main",
+        'job.toml:8: model.name: "o/model.safetensors" is a file; name the folder of config.json'
+        " and the weights",
+    ]
+    hub = "o/train.tsv@main:train"
+    assert load(JOB.replace('train = "o/n"', f'train = "{hub}"')).data.train == hub
 
 
 def test_a_hub_id_stays_unless_a_folder_has_its_name():
     assert load().model.name == "o/n"
-    Path("o/n").mkdir(parents=True)
-    assert load().model.name == str(Path("o/n").resolve())
+    Path("o/m").mkdir(parents=True)
+    text = JOB.replace('name = "o/n"', 'name = "o/m"')
+    assert load(text).model.name == str(Path("o/m").resolve())
 
 
 def test_weights_in_an_installed_package_keep_their_name(tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -115,7 +116,8 @@ def test_the_stored_threshold_is_used_and_the_default_shown_beside_it(run, mixed
     # That is known of a run's own questions alone.
     assert "none of them is scored here" not in report
     assert (where / "report.html").is_file()
-    lines = evaluation_lines("x/mixed.json", result, 2)
+    two = result | {"data": {"dropped": 2}}
+    lines = evaluation_lines("x/mixed.json", two)
     assert lines[0] == "x/mixed.json: 4 questions, SQuAD v2.0, 2 bad rows left out"
     assert lines[1].startswith("Exact match 50.0 % [")
     assert "tuned on 3 questions of t.json" in lines[2]
@@ -211,6 +213,18 @@ def test_a_runs_own_folder_is_no_output(run, mixed):
     folder = run()
     with pytest.raises(UsageError, match="holds a run"):
         evaluate_model(opening(folder), mixed, v2=False, seed=1, output=folder)
+
+
+def test_questions_too_long_for_the_windows_are_refused_or_left_out(run, mixed):
+    folder = run()
+    long = replace(mixed.examples[0], id="long", question="How long? " * 60)
+    dataset = replace(mixed, examples=(long, *mixed.examples))
+    asked = {"v2": False, "seed": 1, "output": None}
+    with pytest.raises(DataError, match=r"question long: question is too long for its window"):
+        evaluate_model(opening(folder), dataset, **asked)
+    result, _ = evaluate_model(opening(folder), dataset, on_bad_row="drop", **asked)
+    assert (result["questions"], result["data"]["dropped"]) == (4, 1)
+    assert result["data"]["sha256"] == mixed.sha256
 
 
 # ---- while it goes on

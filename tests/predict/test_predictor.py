@@ -141,7 +141,7 @@ def test_questions_that_cannot_be_asked(exported):
         predictor.answer("Who?", " \n")
     with pytest.raises(DataError, match="question 1: its question is empty"):
         predictor.answer("", "Ann.")
-    with pytest.raises(DataError, match=r"question long: its .* leave"):
+    with pytest.raises(DataError, match=r"question long: question is too long .* leave"):
         predictor.answers([QUESTIONS[2], Question("long", "Who? " * 60, CONTEXT)])
     assert predictor.answers([]) == []
 

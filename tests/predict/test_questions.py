@@ -99,7 +99,7 @@ def test_bad_rows_say_where_and_why(tmp_path):
         ("q.jsonl:4", "question is empty"),
         (
             "q.jsonl:5",
-            "no column 'context'; the columns are 'question'; name them with --column KEY=NAME",
+            "no column 'context'; the columns are 'question'; a row has a question and a context",
         ),
         ("q.jsonl:6", "expected rows with named columns, found a list"),
         ("q.jsonl:7", "byte 0xff is not UTF-8"),

@@ -88,7 +88,7 @@ def test_the_report_counts_questions_windows_padding_and_steps(job):
         "1",
         "0",
     )
-    assert "dropped: train.json:5: answer text not at answer_start" in told
+    assert "dropped: train.json: row 5: answer text not at answer_start" in told
     assert f"({100 * (1 - 136 / (7 * 25)):.1f} % if every window were padded to 25)" in told
     steps = "4 an epoch, 12 in all; 2 windows each = 1 rank(s) x 2 x 1; learning rate at its peak"
     assert f"steps: {steps} from step 6" in told
@@ -107,8 +107,18 @@ def test_ceilings_and_leaks_stand_first(job):
 def test_of_many_dropped_rows_the_first_five_are_named(job):
     rows = [row(str(n), 5, answer_start=n) for n in range(8)]
     told = report(job(rows, data={"on_bad_row": "drop"}))
-    named = [line.split(": ")[1] for line in told.splitlines() if line.startswith("dropped: ")]
-    assert named == [*(f"train.json:{n}" for n in range(2, 7)), "and 2 more"]
+    named = [line.split(": ")[2] for line in told.splitlines() if line.startswith("dropped: t")]
+    assert named == [f"row {n}" for n in range(2, 7)]
+    assert "\ndropped: and 2 more\n" in told
+
+
+def test_rows_that_contradict_themselves_are_counted(job):
+    rows = [row(str(n), 5) | {"is_impossible": n > 0} for n in range(3)]
+    told = report(job(rows, data={"unanswerable": True})).splitlines()
+    assert (
+        "train: 2 questions taken as without an answer where is_impossible is true beside an"
+        " answer, first: train.json: row 2"
+    ) in told
 
 
 def test_padding_is_that_of_the_batches_of_the_first_epoch(job):

@@ -5,10 +5,14 @@ from __future__ import annotations
 import io
 from types import SimpleNamespace
 from typing import Any, cast
+from unittest.mock import MagicMock
 
+import numpy as np
 import pytest
 from rich.console import Console
 
+from runner.data.dataset import Dataset, Example
+from runner.data.splits import Split
 from runner.job.schema import Job
 from runner.run.folder import RunDir
 from runner.train.setup import Splits
@@ -18,6 +22,7 @@ from runner.train.summary import (
     data_hashes,
     epoch_rows,
     latest_threshold,
+    opening_lines,
     probe_changes,
 )
 from runner.utils.tables import append_row, rich_table
@@ -121,6 +126,16 @@ def test_two_samples_of_one_slice_have_a_hash_each():
     )
     found = data_hashes(Splits(cast(Any, one), cast(Any, other), None, (), cast(Any, None)))
     assert found == {"training": "a1", "validation": "b2"}
+
+
+def test_the_first_lines_count_rows_that_contradict_themselves():
+    told = "2 questions taken as without an answer where is_impossible is true beside an answer"
+    windows = MagicMock(lengths_N=np.array([3]))
+    dataset = Dataset("t", (Example("a", "q", "c", (), ()),), "f" * 64, (), None, (told,))
+    split = Split(dataset, windows, cached=False)
+    session = MagicMock(notes=(), parameters=[{"parameters": 1, "trained": 1}])
+    session.splits.named.return_value = {"train": split}
+    assert f"train: {told}" in opening_lines(session)
 
 
 def test_the_last_lines_say_what_was_scored(tmp_path):

@@ -7,6 +7,7 @@ the first one that recognises the table takes it. A new format is a file here an
 - `rows`: a table, a row, and values as messages name them
 - `json_text`, `csv_text`, `parquet_file`: bytes as a table
 - `squad`, `flat`: layouts of a table
+- `diagnosis`: what is seen where they do not fit
 - `hub_split`: a split of a hub repository
 """
 
@@ -17,7 +18,7 @@ from pathlib import Path
 
 from runner.data.formats.csv_text import csv_table
 from runner.data.formats.flat import flat_rows
-from runner.data.formats.json_text import json_lines_table, json_table
+from runner.data.formats.json_text import json_table
 from runner.data.formats.parquet_file import parquet_table
 from runner.data.formats.rows import RawTable, Row
 from runner.data.formats.squad import squad_rows
@@ -29,7 +30,7 @@ Layout = Callable[..., list[Row] | None]
 
 FORMATS: dict[str, tuple[Parser, tuple[Layout, ...]]] = {
     ".json": (json_table, (squad_rows, flat_rows)),
-    ".jsonl": (json_lines_table, (flat_rows,)),
+    ".jsonl": (json_table, (squad_rows, flat_rows)),
     ".csv": (csv_table, (flat_rows,)),
     ".parquet": (parquet_table, (flat_rows,)),
 }
@@ -43,12 +44,18 @@ def file_rows(path: Path, columns: Columns, *, answers: bool = True) -> list[Row
         DataError: if it cannot be read as a whole.
     """
     parse, layouts = FORMATS[path.suffix.lower()]
-    table = parse(path, _read(path))
+    table = parse(path, read_file(path))
     found = (layout(path.name, table, columns, answers=answers) for layout in layouts)
     return next(rows for rows in found if rows is not None)
 
 
-def _read(path: Path) -> bytes:
+def read_file(path: Path) -> bytes:
+    """All bytes of a file.
+
+    Raises:
+        AssetError: if there is no such file.
+        DataError: if it cannot be read.
+    """
     try:
         if path.exists() and not path.is_file():
             raise DataError(f"{path}: is not a file")

@@ -12,11 +12,26 @@ from runner.errors import DataError
 
 
 def csv_table(path: Path, raw: bytes) -> RawTable:
-    """Rows under a header that names the columns."""
+    """Rows under a header that names the columns; a field may hold line breaks."""
     csv.field_size_limit(2**31 - 1)
-    reader = csv.DictReader(io.StringIO(decode(path, raw), newline=""), strict=True)
+    reader = csv.reader(io.StringIO(decode(path, raw), newline=""), strict=True)
+    records: list[list[str]] = []
+    lines: list[int] = []
+    line = 1
     try:
-        names = list(reader.fieldnames or ())
-        return RawTable(list(reader), names)
+        for record in reader:
+            if record:
+                records.append(record)
+                lines.append(line)
+            line = reader.line_num + 1
     except csv.Error as error:
-        raise DataError(f"{path}:{reader.reader.line_num}: not valid CSV: {error}") from None
+        raise DataError(f"{path}:{line}: not valid CSV: {error}") from None
+    names, *fields = records or [[]]
+    return RawTable([_row(names, values) for values in fields], names, lines[1:])
+
+
+def _row(names: list[str], values: list[str]) -> dict[str | None, str | list[str] | None]:
+    """A row's fields by name; those that lack a name at None, None for those that lack a value."""
+    row: dict[str | None, str | list[str] | None] = dict.fromkeys(names)
+    row |= dict(zip(names, values, strict=False))
+    return row | {None: values[len(names) :]} if len(values) > len(names) else row

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +12,49 @@ from runner.errors import DataError
 
 
 def json_table(path: Path, raw: bytes) -> RawTable:
-    """A list, or the one that stands under "data", as in SQuAD's files."""
-    parsed = parse_json(decode(path, raw), str(path))
+    """A list, the one that stands under "data", as in SQuAD's files, or a row a line; a single
+    table is one row."""
+    parsed, lines = read_json(path, raw)
     if isinstance(parsed, dict) and isinstance(parsed.get("data"), list):
         parsed = parsed["data"]
+    if isinstance(parsed, dict):
+        before = raw[: len(raw) - len(raw.lstrip())]
+        return RawTable([parsed], lines=[before.count(b"\n") + 1])
     if not isinstance(parsed, list):
-        raise DataError(
-            f"{path}: expected SQuAD's {{'data': [...]}} or a list of rows, found {kind(parsed)}"
-        )
-    return RawTable(parsed)
+        raise DataError(f"{path}: expected SQuAD's {{'data': [...]}} or rows, found {kind(parsed)}")
+    return RawTable(parsed, lines=lines)
 
 
-def json_lines_table(path: Path, raw: bytes) -> RawTable:
-    """A value a line; empty lines are left out."""
-    lines = enumerate(decode(path, raw).split("\n"), 1)
-    return RawTable([parse_json(line, f"{path}:{n}") for n, line in lines if line.strip()])
+def read_json(path: Path, raw: bytes) -> tuple[Any, list[int] | None]:
+    """The value that a file holds, or a list of those that its lines hold and the numbers of these
+    lines, from 1. What is there decides, not the file's name; empty lines are left out.
+
+    Raises:
+        DataError: naming the line that is no JSON.
+    """
+    text = decode(path, raw)
+    lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if not lines:
+        return [], []
+    if not _are_values(lines):
+        try:
+            return parse_json(text, str(path)), None
+        except DataError:
+            if path.suffix.lower() != ".jsonl":
+                raise
+    # The first wrong one of the lines is named.
+    return [parse_json(line, f"{path}:{n}") for n, line in lines], [n for n, _ in lines]
+
+
+def _are_values(lines: Sequence[tuple[int, str]]) -> bool:
+    """Whether lines are values of their own, and not one value together."""
+    if len(lines) < 2:
+        return False
+    try:
+        json.loads(lines[0][1])
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def decode(path: Path, raw: bytes) -> str:

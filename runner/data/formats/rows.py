@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,44 +13,87 @@ NO_ROW = (None, None, None)  # id, question and context of a row that is none
 
 @dataclass(frozen=True)
 class RawTable:
-    """What a file holds, not looked at yet; `names` are its columns where it names them itself."""
+    """What a file holds, not looked at yet.
+
+    Attributes:
+        rows: its rows, whatever they are.
+        names: its columns, where it names them itself.
+        lines: the line of the file that each row begins at, from 1, where it has a line.
+    """
 
     rows: Sequence[Any]
     names: Sequence[str] | None = None
+    lines: Sequence[int] | None = None
+
+    def places(self, file: str) -> Iterator[str]:
+        """How messages name each row of a file."""
+        if self.lines is not None:
+            return (f"{file}:{line}" for line in self.lines)
+        return (f"{file}: row {number}" for number in range(1, len(self.rows) + 1))
 
 
 @dataclass(frozen=True)
 class Row:
     """A raw row and the place to name when it is wrong; `answers` is a sentence where they cannot
-    be read."""
+    be read, `impossible` what stands at is_impossible."""
 
     place: str
     id: Any
     question: Any
     context: Any
     answers: list[tuple[Any, Any]] | str
+    impossible: Any = None
 
 
 def paired_answers(value: Any) -> list[tuple[Any, Any]] | str:
     """Accept SQuAD's two spellings: a list of {text, answer_start}, or {text: [...], answer_start:
-    [...]}. A sentence says why it is neither."""
+    [...]}; texts that are all empty need no starts. A sentence says why it is neither."""
+    value = given(value)
     if value is None:
         return []
     if isinstance(value, dict) and "text" in value:
-        texts, starts = value["text"], value.get("answer_start")
+        texts, starts = value["text"], given(value.get("answer_start"))
         texts, starts = (v if isinstance(v, list) else [v] for v in (texts, starts))
-        if starts == [None]:
+        if starts == [None] or all(map(is_blank, texts)):
             starts = [None] * len(texts)
         if len(texts) != len(starts):
             return f"answers pair no texts with answer_start ({len(texts)} and {len(starts)})"
-        return list(zip(texts, starts, strict=True))
-    if isinstance(value, list) and all(isinstance(i, dict) and "text" in i for i in value):
-        return [(item["text"], item.get("answer_start")) for item in value]
+        return [(given(text), number(start)) for text, start in zip(texts, starts, strict=True)]
+    if isinstance(value, list):
+        if all(isinstance(item, dict) and "text" in item for item in value):
+            return [(given(item["text"]), number(item.get("answer_start"))) for item in value]
+        if all(map(is_blank, value)):
+            return []
     return f"answers are {kind(value)}, not tables with text and answer_start"
 
 
-def id_text(value: Any) -> Any:
-    """An id that is a whole number, as text."""
+def given(value: Any) -> Any:
+    """A value; None for NaN, by which pandas says that there is none."""
+    return None if isinstance(value, float) and value != value else value
+
+
+def is_blank(value: Any) -> bool:
+    """Whether a value is no text, or one without a visible character."""
+    value = given(value)
+    return value is None or (isinstance(value, str) and not value.strip())
+
+
+def number(value: Any) -> Any:
+    """A number that is written as text, as in CSV, where it looks like one."""
+    if not isinstance(value, str):
+        return given(value)
+    if is_blank(value) or value.strip().lower() == "nan":
+        return None
+    return int(float(value)) if re.fullmatch(r"\s*-?[0-9]{1,15}(\.0*)?\s*", value) else value
+
+
+def row_id(value: Any, place: int) -> Any:
+    """An id, as text where it is a whole number; the row's number in the file, from 1, where it has
+    none."""
+    if is_blank(value):
+        return str(place)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 

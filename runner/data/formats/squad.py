@@ -9,10 +9,11 @@ from runner.data.formats.rows import (
     NO_ROW,
     RawTable,
     Row,
-    id_text,
+    given,
     kind,
     paired_answers,
     printable_id,
+    row_id,
 )
 from runner.errors import DataError
 from runner.job.schema import Columns
@@ -20,7 +21,7 @@ from runner.job.schema import Columns
 
 def squad_rows(file: str, table: RawTable, columns: Columns, *, answers: bool) -> list[Row] | None:
     """Rows of a table of articles; None for any other. It has no columns to be named, and right
-    answers beside a question do no harm.
+    answers beside a question do no harm. A question without an id has its number in the file.
 
     Raises:
         DataError: if an article or a paragraph is not what SQuAD's are.
@@ -31,23 +32,26 @@ def squad_rows(file: str, table: RawTable, columns: Columns, *, answers: bool) -
 
 
 def _rows(file: str, articles: Sequence[Any]) -> Iterator[Row]:
+    count = 0
     for a, article in enumerate(articles, 1):
         paragraphs = _member(article, "paragraphs", f"{file}: article {a}")
         for p, paragraph in enumerate(paragraphs, 1):
             place = f"{file}: article {a} paragraph {p}"
             context = paragraph.get("context") if isinstance(paragraph, dict) else None
             for q, qa in enumerate(_member(paragraph, "qas", place), 1):
+                count += 1
                 if not isinstance(qa, dict):
                     yield Row(f"{place} question {q}", *NO_ROW, f"a question is {kind(qa)}")
                     continue
-                identity = id_text(qa.get("id"))
+                identity = row_id(qa.get("id"), count)
                 shown = f"{printable_id(identity)} (article {a}, paragraph {p}, question {q})"
                 yield Row(
                     place=f"{file}: {shown}",
                     id=identity,
-                    question=qa.get("question"),
-                    context=context,
+                    question=given(qa.get("question")),
+                    context=given(context),
                     answers=paired_answers(qa["answers"]) if "answers" in qa else "no answers",
+                    impossible=given(qa.get("is_impossible")),
                 )
 
 
