@@ -90,12 +90,17 @@ class Data(Section):
         default=128, description="tokens shared by neighbouring windows of one context"
     )
     unanswerable: bool = Field(
-        default=False, description="SQuAD v2: a question without an answer is data, not an error"
+        default=False,
+        description=(
+            "SQuAD v2: a question without an answer is data, not an error; is_impossible = true,"
+            " an empty text, answer_start -1 say so"
+        ),
     )
     on_bad_row: Literal["fail", "drop"] = Field(
         default="fail",
         description=(
-            "what to do with rows whose answer is not in the text, empty texts, repeated ids"
+            "what to do with rows whose answer is not in the text, empty texts, repeated ids,"
+            " questions too long for a window"
         ),
     )
     columns: Columns = Field(default_factory=Columns, description="column names of flat files")

@@ -130,16 +130,15 @@ def unread_here(source: DataSource, beside: Path) -> str | None:
         names.add(source.location)
     for name in sorted(names):
         if (found := find_file(name, beside)) is not None:
-            return (
-                _unread(name, found) + f"; for the hub's of this name write {source.location}@main"
-            )
+            return _unread(name, found)
     return None
 
 
 def _unread(name: str, found: Path) -> str:
     readable = ", ".join(FILE_SUFFIXES)
     if found.is_dir():
-        return f"{name!r} is a folder here; name a file in it ({readable})"
+        hub = f"for the hub's data set of this name write {name}@main"
+        return f"{name!r} is a folder here; name a file in it ({readable}); {hub}"
     packed = found.suffix.lower() in (".gz", ".bz2", ".xz", ".zst", ".zip", ".tar")
     fix = "unpack it" if packed else "convert it, or rename it if it is one of them"
     return f"{name!r} is a file here, and of none of the kinds that are read ({readable}); {fix}"

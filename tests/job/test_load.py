@@ -632,8 +632,7 @@ def test_what_is_here_is_never_the_hubs(name):
     text = JOB.replace('train = "o/n"', f'train = "{name}"')
     assert problems(text.replace('name = "o/n"', 'name = "o/model.safetensors"')) == [
         "job.toml:4: data.train: 'o/train.tsv' is a file here, and of none of the kinds that are"
-        " read (.json, .jsonl, .csv, .parquet); convert it, or rename it if it is one of them; for"
-        " the hub's of this name write o/train.tsv@main",
+        " read (.json, .jsonl, .csv, .parquet); convert it, or rename it if it is one of them",
         'job.toml:8: model.name: "o/model.safetensors" is a file; name the folder of config.json'
         " and the weights",
     ]
