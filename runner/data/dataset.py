@@ -90,7 +90,7 @@ def load_dataset(
         seed: decides the draw.
 
     Raises:
-        DataError: naming the rows (file:row or id) and what is wrong with each kind.
+        DataError: naming the rows (file:line, row or id) and what is wrong with each kind.
         AssetError: if the data is neither here nor reachable.
     """
     try:

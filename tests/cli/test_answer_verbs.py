@@ -166,6 +166,18 @@ def test_evaluate_shows_scores_with_intervals_and_keeps_them_in_the_run(spantune
     )
 
 
+def test_evaluate_counts_rows_that_contradict_themselves(spantune, tmp_path):
+    row = {"question": "Who?", "context": "Ann.", "answer": "Ann", "is_impossible": True}
+    (tmp_path / "d.jsonl").write_text(json.dumps(row))
+    (tmp_path / "p.json").write_text('{"id": 1, "answer": ""}')
+    code, out, _ = spantune("evaluate", tmp_path / "p.json", "--data", tmp_path / "d.jsonl")
+    assert code == 0
+    assert out.splitlines()[-1] == (
+        "1 question taken as without an answer where is_impossible is true beside an answer, first:"
+        " d.jsonl:1"
+    )
+
+
 def test_evaluate_a_file_of_predictions(spantune, tmp_path):
     golds = json.loads(PRODUCTS.read_text())["data"]
     rows = [qa for a in golds for p in a["paragraphs"] for qa in p["qas"]][:4]

@@ -77,7 +77,8 @@ def test_a_question_too_long_for_its_window_is_a_bad_row(data, tokenizer):
         f"{section.train}: 1 of 3 rows refused: 1 x question is too long for its window; set"
         ' data.on_bad_row = "drop" to leave them out',
         "  question train0: question is too long for its window (its 18 tokens and 3 special tokens"
-        " leave 19 of max_length 40 for the context, which must be more than stride 20: raise the one or lower the other)",
+        " leave 19 of max_length 40 for the context, which must be more than stride 20;"
+        " raise max_length or lower stride)",
     ]
     dropping = section.model_copy(update={"on_bad_row": "drop"})
     train, *_ = load_splits(dropping, 0, tokenizer)
