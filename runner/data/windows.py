@@ -230,7 +230,8 @@ def _check_room(
         place: "question is too long for its window"
         f" (its {max_length - template.specials - room_Q[place]} tokens and"
         f" {template.specials} special tokens leave {max(0, room_Q[place])} of max_length"
-        f" {max_length} for the context, which must be more than stride {stride})"
+        f" {max_length} for the context, which must be more than stride {stride};"
+        " raise max_length or lower stride)"
         for place in np.flatnonzero(tight_Q).tolist()
     }
     if bad:
