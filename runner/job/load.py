@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from runner.errors import DataError, JobError
 from runner.job.messages import accepts_text, key_path, schema_problems, shown
-from runner.job.schema import Job
+from runner.job.schema import Job, Track
 from runner.job.sources import find_file, is_hub_model, package_folder, parse_data, unread_here
 from runner.job.toml_lines import Path as KeyPath
 from runner.job.toml_lines import key_lines, line_of
@@ -30,6 +30,8 @@ MAY_DIFFER: frozenset[KeyPath] = frozenset(
         *(("train", "checkpoint_minutes"), ("train", "timeout_minutes")),
     }
 )
+WANDB_REFUSES = "/\\#?%:"  # in a project's name: wandb.Settings.validate_project
+WANDB_LONGEST = 128  # characters of it
 MAX_BYTES = 200_000  # a job is a page of text; anything larger is another kind of file
 
 
@@ -102,8 +104,26 @@ def check_table(
         job = Job.model_validate(table)
     except ValidationError as error:
         return None, problems + schema_problems(error)
+    problems += tracker_problems(job.track)
     parts = {name: getattr(job, name).model_copy(update=part) for name, part in located.items()}
     return job.model_copy(update=parts), problems
+
+
+def tracker_problems(section: Track) -> list[tuple[KeyPath, str]]:
+    """What a tracker would refuse at the run's start. No part of the schema: the run goes on
+    without the tracker then, and its record is to be read as ever."""
+    name = section.project
+    found = [sign for sign in WANDB_REFUSES if sign in name]
+    if "wandb" not in section.tools or not (found or len(name) > WANDB_LONGEST):
+        return []
+    why = f"holds {' and '.join(found)}" if found else f"has {len(name)} characters"
+    return [
+        (
+            ("track", "project"),
+            f"{shown(name)} {why}; W&B takes up to {WANDB_LONGEST} characters without"
+            f" {' '.join(WANDB_REFUSES)}",
+        )
+    ]
 
 
 def dump_job(job: Job) -> str:

@@ -383,7 +383,10 @@ class Track(Section):
             " online"
         ),
     )
-    project: Text = Field(default="spantune", description="project of W&B, experiment of MLflow")
+    project: Text = Field(
+        default="spantune",
+        description="project of W&B (which takes none of / \\ # ? % :), experiment of MLflow",
+    )
     entity: Text | None = Field(
         default=None, description="W&B's team or user; unset: the account's own"
     )
@@ -514,6 +517,7 @@ class Slurm(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Slurm:
+        allowed.check_exclusive(self.model_dump())
         gpus, ranks = self.gpus_per_node, self.ranks_per_node
         if gpus and ranks is not None and ranks != gpus:
             raise ValueError(

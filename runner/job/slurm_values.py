@@ -86,6 +86,13 @@ EXTRA_OPTIONS = (
     *("mem-per-gpu", "network", "nice", "nodelist", "oversubscribe", "prefer", "priority"),
     *("reservation", "switches", "threads-per-core", "tmp", "wckey"),
 )
+# Of each of these groups SLURM takes one option at most.
+_ONE_OF = (
+    ("mem", "mem-per-cpu", "mem-per-gpu"),
+    ("gpus_per_node", "gres"),
+    ("hint", "threads-per-core"),
+)
+_GPU = re.compile(r"(gres[:/])?gpu\b.*")  # what [slurm] itself asks for; other gres stand beside it
 # Variables that say who a rank is; the ranks read them from SLURM.
 _RESERVED = re.compile(r"SLURM_\w*|SBATCH_\w*|RANK|WORLD_SIZE|LOCAL_(RANK|SIZE|WORLD_SIZE)")
 # Variables that the batch script itself goes by.
@@ -123,6 +130,48 @@ def check_options(table: Mapping[str, Any]) -> None:
                 raise ValueError(f"{name}: {error}") from None
         elif not isinstance(value, int):
             raise ValueError(f"{name}: expected a string, a whole number or true")
+
+
+def check_exclusive(section: Mapping[str, Any]) -> None:
+    """Check that [slurm] asks for one at most of options that exclude each other; ValueError names
+    two."""
+    for group in _ONE_OF:
+        asked = [f"sbatch.{n}" if n in EXTRA_OPTIONS else n for n in group if _asks(section, n)]
+        if len(asked) > 1:
+            raise ValueError(
+                f"{asked[0]} and {asked[1]} exclude each other in SLURM; leave one out"
+            )
+
+
+def without_rivals(defaults: Mapping[str, Any], job: Mapping[str, Any]) -> dict[str, Any]:
+    """A cluster's [slurm] without what excludes an option that a job's asks for."""
+    rivals = {name for group in _ONE_OF for name in group if any(_asks(job, n) for n in group)}
+    rivals -= {name for name in rivals if _asks(job, name)}
+    if job.get("gpus_per_node") == 0:  # a job on CPUs, where the defaults are for GPUs
+        rivals.add("gres")
+    if "gpus_per_node" in rivals or "gres" in rivals:
+        rivals.add("gpu_type")
+    kept = {key: value for key, value in defaults.items() if key not in rivals}
+    if "sbatch" in kept:
+        table = {
+            key: value for key, value in kept["sbatch"].items() if key not in rivals - {"gres"}
+        }
+        if "gres" in rivals & table.keys():
+            items = str(table.pop("gres")).split(",")
+            others = ",".join(item for item in items if not _GPU.fullmatch(item))
+            table |= {"gres": others} if others else {}
+        kept["sbatch"] = table
+    return kept
+
+
+def _asks(section: Mapping[str, Any], name: str) -> bool:
+    """Whether a [slurm] has an option; of gres only GPUs count."""
+    if name not in EXTRA_OPTIONS:
+        return bool(section.get(name))
+    options = section.get("sbatch") or {}
+    if name == "gres":
+        return any(map(_GPU.fullmatch, str(options.get(name)).split(",")))
+    return name in options
 
 
 def time_limit_seconds(time: str) -> int:

@@ -11,6 +11,7 @@ from runner.errors import JobError
 from runner.job.load import format_problems, read_source
 from runner.job.messages import schema_problems
 from runner.job.schema import Slurm
+from runner.job.slurm_values import without_rivals
 from runner.job.toml_lines import Path as KeyPath
 
 DEFAULTS_VARIABLE = "SPANTUNE_SLURM"
@@ -54,7 +55,7 @@ def load_defaults(path: Path) -> Slurm:
 
 def resolve(section: Slurm | None, path: Path | None) -> Slurm:
     """Lay a job's [slurm] over the defaults in `path`: the job wins, key by key, also within
-    `environment` and `sbatch`.
+    `environment` and `sbatch`; and what the job asks for takes the place of what excludes it.
 
     Raises:
         JobError: if the defaults are wrong, or the two do not fit together.
@@ -62,9 +63,7 @@ def resolve(section: Slurm | None, path: Path | None) -> Slurm:
     job = {} if section is None else section.model_dump(exclude_unset=True)
     if path is None:
         return Slurm.model_validate(job)
-    merged = load_defaults(path).model_dump(exclude_unset=True)
-    if job.get("gpus_per_node") == 0:  # a job on CPUs, where the defaults are for GPUs
-        merged.pop("gpu_type", None)
+    merged = without_rivals(load_defaults(path).model_dump(exclude_unset=True), job)
     for key, value in job.items():
         both = isinstance(value, dict) and key in merged
         merged[key] = {**merged[key], **value} if both else value

@@ -13,7 +13,15 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
 from runner.errors import DataError, JobError
-from runner.job.load import MAX_BYTES, dump_job, first_difference, load_job, recorded_job
+from runner.job.load import (
+    MAX_BYTES,
+    WANDB_LONGEST,
+    WANDB_REFUSES,
+    dump_job,
+    first_difference,
+    load_job,
+    recorded_job,
+)
 from runner.job.messages import schema_problems
 from runner.job.schema import METRICS, Job
 from runner.utils.text import one_of
@@ -765,3 +773,35 @@ def test_the_record_of_a_run_is_read_without_its_files():
             recorded_job(Path("record.toml"))
     with pytest.raises(DataError, match=r"gone\.toml"):
         recorded_job(Path("gone.toml"))
+
+
+@pytest.mark.parametrize("sign", WANDB_REFUSES)
+def test_a_project_that_wandb_refuses(sign):
+    text, line = put(f"track.project = 'a{sign}b'")
+    assert load(text).track.project == f"a{sign}b"  # nobody asks W&B
+    assert load(text, 'track.tools=["mlflow"]')
+    (problem,) = problems(text, 'track.tools=["mlflow", "wandb"]')
+    assert problem.startswith(f"job.toml:{line}: track.project: ")
+    assert f" holds {sign}; W&B takes up to 128 characters without / \\ # ? % :" in problem
+
+
+def test_a_project_that_is_too_long_for_wandb():
+    wandb = 'track.tools=["wandb"]'
+    assert load(JOB, wandb, f"track.project={'x' * 128}")
+    (problem,) = problems(JOB, wandb, f"track.project={'x' * 129}")
+    assert problem.startswith("--set: track.project: ")
+    assert " has 129 characters; W&B takes up to 128 " in problem
+
+
+def test_what_wandb_refuses_is_what_it_says_itself():
+    wandb = pytest.importorskip("wandb")
+    assert wandb.Settings(project="x" * WANDB_LONGEST)
+    for name in (*WANDB_REFUSES, "x" * (WANDB_LONGEST + 1)):
+        with pytest.raises(Exception, match="Invalid project name"):
+            wandb.Settings(project=name)
+
+
+def test_the_record_of_a_run_whose_tracker_gave_up_is_read():
+    text, _ = put("track.project = 'a/b'")
+    Path("job.toml").write_text(text + '\ntools = ["wandb"]\n')
+    assert recorded_job(Path("job.toml")).track.project == "a/b"

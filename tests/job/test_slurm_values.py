@@ -96,6 +96,36 @@ def test_options_that_are_not_the_jobs_own(name):
         Slurm.model_validate({"sbatch": {name: "x"}})
 
 
+@pytest.mark.parametrize(
+    ("section", "words"),
+    [
+        ({"mem": "8G", "sbatch": {"mem-per-cpu": "2G"}}, "mem and sbatch.mem-per-cpu"),
+        ({"mem": "0", "sbatch": {"mem-per-gpu": 2}}, "mem and sbatch.mem-per-gpu"),
+        ({"sbatch": {"mem-per-gpu": 2, "mem-per-cpu": 2}}, "sbatch.mem-per-cpu and sbatch.mem-per"),
+        ({"gpus_per_node": 2, "sbatch": {"gres": "gpu:2"}}, "gpus_per_node and sbatch.gres"),
+        ({"gpus_per_node": 2, "sbatch": {"gres": "tmp:9,gpu:a100:2"}}, "gpus_per_node and sbatch."),
+        ({"gpus_per_node": 2, "sbatch": {"gres": "gres/gpu:2"}}, "gpus_per_node and sbatch.gres"),
+        ({"sbatch": {"hint": "multithread", "threads-per-core": 1}}, "sbatch.hint and sbatch.thr"),
+    ],
+)
+def test_options_that_exclude_each_other(section, words):
+    with pytest.raises(ValidationError, match=rf"{words}\S* exclude each other in SLURM"):
+        Slurm.model_validate(section)
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        {"mem": "8G", "sbatch": {"gres": "lscratch:100"}},
+        {"gpus_per_node": 2, "sbatch": {"gres": "lscratch:100,gpumem:3"}},
+        {"gpus_per_node": 2, "sbatch": {"mem-per-gpu": "8G"}},
+        {"gpus_per_node": 0, "ranks_per_node": 2, "sbatch": {"gres": "gpu:2"}},
+    ],
+)
+def test_options_that_go_together(section):
+    assert Slurm.model_validate(section)
+
+
 @pytest.mark.parametrize("value", [False, 1.5, [1], {}])
 def test_an_option_has_a_plain_value(value):
     with pytest.raises(ValidationError, match="exclusive: "):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import tomli_w
 
 from runner.errors import JobError
 from runner.job.schema import Slurm
@@ -52,6 +53,45 @@ def test_a_job_on_cpus_where_the_defaults_are_for_gpus(defaults):
     defaults.write_text(f'{DEFAULTS}gpu_type = "a100"\n')
     found = resolve(section(gpus_per_node=0, ranks_per_node=2), defaults)
     assert (found.gpus_per_node, found.gpu_type, found.tasks_per_node) == (0, None, 2)
+
+
+@pytest.mark.parametrize(
+    ("default", "job", "left"),
+    [
+        ({"mem": "8G"}, {"sbatch": {"mem-per-cpu": "2G"}}, {"sbatch": {"mem-per-cpu": "2G"}}),
+        (
+            {"sbatch": {"mem-per-cpu": "2G", "nice": 1}},
+            {"mem": "8G"},
+            {"mem": "8G", "sbatch": {"nice": 1}},
+        ),
+        (
+            {"sbatch": {"mem-per-cpu": "2G"}},
+            {"sbatch": {"mem-per-gpu": "8G"}},
+            {"sbatch": {"mem-per-gpu": "8G"}},
+        ),
+        (
+            {"gpus_per_node": 4, "gpu_type": "a100"},
+            {"ranks_per_node": 2, "sbatch": {"gres": "gpu:2"}},
+            {"ranks_per_node": 2, "sbatch": {"gres": "gpu:2"}},
+        ),
+        (
+            {"sbatch": {"gres": "gpu:a100:4,lscratch:9"}},
+            {"gpus_per_node": 1},
+            {"gpus_per_node": 1, "sbatch": {"gres": "lscratch:9"}},
+        ),
+        ({"sbatch": {"gres": "gpu:4"}}, {"gpus_per_node": 0}, {"gpus_per_node": 0, "sbatch": {}}),
+        ({"mem": "8G"}, {"sbatch": {"nice": 1}}, {"mem": "8G", "sbatch": {"nice": 1}}),
+        (
+            {"gpus_per_node": 4},
+            {"sbatch": {"gres": "lscratch:9"}},
+            {"gpus_per_node": 4, "sbatch": {"gres": "lscratch:9"}},
+        ),
+    ],
+)
+def test_what_the_job_asks_for_takes_the_place_of_what_excludes_it(tmp_path, default, job, left):
+    path = tmp_path / "slurm.toml"
+    path.write_text(tomli_w.dumps({"slurm": default}))
+    assert resolve(section(**job), path) == section(**left)
 
 
 @pytest.mark.parametrize("job", [None, Slurm()])
