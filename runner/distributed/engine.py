@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
+from runner.distributed.collectives import is_connection_lost
 from runner.distributed.flat_zero import flat_engine
 from runner.errors import JobError
 from runner.job.schema import BatchLayout, Train, Zero
+from runner.utils.text import one_of, shorten
 
 
 def deepspeed_config(
@@ -88,10 +91,12 @@ def start_engine(
     config: dict[str, Any],
     total_steps: int,
     optimiser_kind: str = "deepspeed",
+    extra: Mapping[str, Any] | None = None,
 ) -> Any:
     """Wrap the model in a DeepSpeed engine with torch's AdamW and the declared schedule.
 
-    `optimiser_kind` is "flat" or "deepspeed", as `flat_zero.choose_zero` decides.
+    `optimiser_kind` is "flat" or "deepspeed", as `flat_zero.choose_optimiser` decides; `extra` the
+    job's [zero.deepspeed], which `config` has in it.
 
     Raises:
         JobError: if DeepSpeed refuses a key of [zero.deepspeed].
@@ -108,7 +113,7 @@ def start_engine(
     )
     factor = learning_rate_factor(train, total_steps)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
-    try:
+    with _refusing(extra or {}):
         if optimiser_kind == "flat":
             return flat_engine(model, optimiser, schedule, config)
         engine, *_ = deepspeed.initialize(
@@ -117,16 +122,35 @@ def start_engine(
             lr_scheduler=schedule,  # type: ignore[arg-type]  (any torch scheduler will do)
             config=config,
         )
-    except (ValueError, AssertionError) as error:
-        if not config_is_refused(error):
+        return engine
+
+
+@contextmanager
+def _refusing(extra: Mapping[str, Any]) -> Iterator[None]:
+    """Say which key of [zero.deepspeed] DeepSpeed refuses, and why.
+
+    It has no kind of error for it. Without such keys nothing is refused; what fails then is a fault
+    of ours. Memory, files and other ranks are no key's fault.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, OSError):
+        raise
+    except Exception as error:
+        if not extra or is_connection_lost(error) or "can't allocate memory" in str(error):
             raise
+        reason = " ".join(str(error).split()) or type(error).__name__
+        paths = [".".join(path) for path in _leaves(extra)]
+        # Those that it names; else it may be any.
+        named = [path for path in paths if path.rpartition(".")[2] in reason] or paths
         raise JobError(
-            [f"zero.deepspeed: DeepSpeed refuses its configuration: {' '.join(str(error).split())}"]
-        ) from None
-    return engine
+            [f"zero.deepspeed: DeepSpeed refuses {one_of(tuple(named))}: {shorten(reason, 300)}"]
+        ) from error
 
 
-def config_is_refused(error: Exception) -> bool:
-    """Whether an error of `deepspeed.initialize` speaks of the configuration (pydantic's, or
-    DeepSpeed's own)."""
-    return "validation error" in str(error) or "config" in str(error).lower()
+def _leaves(table: Mapping[str, Any], at: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, (*at, key))
+        else:
+            yield (*at, key)

@@ -37,7 +37,7 @@ _ARGUMENTS = frozenset(
     }
 )
 # Keys of [zero.deepspeed] that change nothing of what is done here.
-_HARMLESS = frozenset({"fp16", "bf16", "steps_per_print", "wall_clock_breakdown", "timers"})
+_HARMLESS = frozenset({"fp16", "memory_breakdown", "wall_clock_breakdown"})
 
 
 def choose_optimiser(wanted: str, stage: int, extra: dict[str, Any]) -> tuple[str, str]:

@@ -9,4 +9,5 @@
 - `inference`: the settings that a trained model answers with
 - `assets`: what a job needs of the hub
 - `slurm_values`: what [slurm] may say
+- `deepspeed_keys`: what [zero.deepspeed] may say
 """

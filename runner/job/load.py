@@ -16,6 +16,7 @@ import tomli_w
 from pydantic import ValidationError
 
 from runner.errors import DataError, JobError
+from runner.job.deepspeed_keys import DeepSpeed, foreign_keys, idle_keys
 from runner.job.messages import accepts_text, key_path, schema_problems, shown
 from runner.job.schema import Job, Track
 from runner.job.sources import find_file, is_hub_model, package_folder, parse_data, unread_here
@@ -105,6 +106,7 @@ def check_table(
     except ValidationError as error:
         return None, problems + schema_problems(error)
     problems += tracker_problems(job.track)
+    problems += _deepspeed_problems(job)
     parts = {name: getattr(job, name).model_copy(update=part) for name, part in located.items()}
     return job.model_copy(update=parts), problems
 
@@ -295,6 +297,19 @@ def _locate(
     elif problem := _model_problem(name):
         problems.append((("model", "name"), problem))
     return located, problems
+
+
+def _deepspeed_problems(job: Job) -> list[tuple[KeyPath, str]]:
+    """What is wrong with [zero.deepspeed]. The schema does not ask, so that the record of a run
+    that was finished with other keys is read as ever."""
+    table, at = job.zero.deepspeed, ("zero", "deepspeed")
+    found = [((*at, *path), sentence) for path, sentence in foreign_keys(table)]
+    foreign = {path for path, _ in found}
+    try:
+        DeepSpeed.model_validate(table)
+    except ValidationError as error:
+        return found + [wrong for wrong in schema_problems(error, at) if wrong[0] not in foreign]
+    return found or [((*at, *path), sentence) for path, sentence in idle_keys(job)]
 
 
 def _text_at(table: Mapping[str, Any], section: str, key: str) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from runner.job.deepspeed_keys import DeepSpeed
 from runner.job.schema import Job
 from runner.job.toml_lines import Path as KeyPath
 from runner.utils.text import one_of, shorten
@@ -189,4 +190,5 @@ def _flat(annotation: Any) -> list[Any]:
     return [annotation]
 
 
-_SECTIONS = dict(_walk(Job, ()))  # all sections of the schema, the top of the file first
+# All sections of the schema, the top of the file first.
+_SECTIONS = dict([*_walk(Job, ()), *_walk(DeepSpeed, ("zero", "deepspeed"))])

@@ -155,7 +155,8 @@ class Model(Section):
     precision: Literal["auto", "bf16", "fp16", "fp32"] = Field(
         default="auto",
         description=(
-            "arithmetic of the model; auto: bf16 on a GPU or CPU that multiplies in it, else fp32"
+            "arithmetic of the model; auto: bf16 on a GPU or CPU that multiplies in it, else fp32;"
+            " fp16: on a GPU only"
         ),
     )
     span_loss: Literal["auto", "fused", "reference"] = Field(
@@ -292,7 +293,10 @@ class Zero(Section):
     )
     deepspeed: dict[str, Any] = Field(
         default_factory=dict,
-        description="further keys of DeepSpeed's configuration, which checks them",
+        description=(
+            "further keys of DeepSpeed's configuration: those that have an effect here, write no"
+            " file and send nothing"
+        ),
     )
 
     @field_validator("deepspeed")

@@ -7,9 +7,9 @@ import math
 from pydantic import ValidationError
 
 
-def shorten(text: str) -> str:
-    """Cut a long text."""
-    return text if len(text) <= 60 else text[:57] + "..."
+def shorten(text: str, length: int = 60) -> str:
+    """Cut a text that has more characters than `length`."""
+    return text if len(text) <= length else text[: length - 3] + "..."
 
 
 def divisors(number: int) -> list[int]:

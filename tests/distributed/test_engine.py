@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from runner.distributed.engine import deepspeed_config, learning_rate_factor
+from runner.distributed.engine import deepspeed_config, learning_rate_factor, start_engine
 from runner.errors import JobError
 from runner.job.schema import BatchLayout, Train, Zero, batch_layout
 
@@ -100,3 +102,62 @@ def test_linear_schedule_is_the_one_of_transformers():
         assert factor(step) == pytest.approx(theirs.get_last_lr()[0])
         optimiser.step()
         theirs.step()
+
+
+def refused(monkeypatch, extra: dict, error: Exception) -> None:
+    """Start an engine where DeepSpeed raises this."""
+
+    def initialize(**_: object) -> None:
+        raise error
+
+    monkeypatch.setitem(sys.modules, "deepspeed", SimpleNamespace(initialize=initialize))
+    section, model = train_section(), torch.nn.Linear(1, 1)
+    config = deepspeed_config(
+        Zero(deepspeed=extra), section, batch_layout(section, 1), "fp32", 2_000
+    )
+    groups = [{"params": list(model.parameters())}]
+    start_engine(model, torch.device("cpu"), groups, section, config, 10, extra=extra)
+
+
+EXTRA = {"zero_optimization": {"zero_quantized_weights": True}, "data_types": {}}
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("This op had not been\n implemented"),
+        AssertionError("This op had not been implemented"),
+        Exception("This op had not been implemented"),  # the kind of its own errors
+        TypeError("This op had not been implemented"),
+        NotImplementedError("This op had not been implemented"),
+    ],
+)
+def test_what_deepspeed_refuses_is_a_mistake_of_the_job_with_key_and_reason(monkeypatch, error):
+    told = "refuses zero_optimization.zero_quantized_weights: This op had not been implemented"
+    with pytest.raises(JobError, match=told):
+        refused(monkeypatch, EXTRA, error)
+
+
+def test_of_several_keys_the_one_is_named_that_deepspeed_speaks_of(monkeypatch):
+    extra = {"prescale_gradients": True, "zero_optimization": {"reduce_bucket_size": 1.5}}
+    error = ValueError("reduce_bucket_size: should be a whole number")
+    with pytest.raises(JobError, match=r"refuses zero_optimization\.reduce_bucket_size: red"):
+        refused(monkeypatch, extra, error)
+    with pytest.raises(JobError, match=r"refuses prescale_gradients or zero_optimization\."):
+        refused(monkeypatch, extra, ValueError("no"))
+
+
+@pytest.mark.parametrize(
+    ("extra", "error"),
+    [
+        ({}, ValueError("a fault of ours")),
+        (EXTRA, torch.OutOfMemoryError("CUDA out of memory")),
+        (EXTRA, RuntimeError("DefaultCPUAllocator: can't allocate memory")),
+        (EXTRA, OSError("No space left on device")),
+        (EXTRA, RuntimeError("[gloo/transport/tcp/pair.cc] Connection closed by peer")),
+    ],
+)
+def test_what_no_key_is_to_blame_for_stays_what_it_is(monkeypatch, extra, error):
+    with pytest.raises(type(error)) as caught:
+        refused(monkeypatch, extra, error)
+    assert caught.value is error

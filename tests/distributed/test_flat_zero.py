@@ -146,7 +146,8 @@ def test_a_step_that_overflowed_changes_nothing(value, process_group):
     ("wanted", "stage", "extra", "choice", "words"),
     [
         ("auto", 1, {}, "flat", "one flat gradient"),
-        ("auto", 2, {"bf16": {"enabled": True}}, "flat", "one flat gradient"),
+        ("auto", 2, {"fp16": {"loss_scale": 2}}, "flat", "one flat gradient"),
+        ("auto", 2, {"bf16": {"check_grad_overflow": True}}, "deepspeed", "bf16"),
         ("auto", 0, {}, "deepspeed", "stage 0"),
         ("auto", 3, {}, "deepspeed", "stage 3"),
         (

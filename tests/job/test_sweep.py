@@ -80,10 +80,13 @@ def test_seeds_alone():
 
 def test_values_may_be_lists_and_tables():
     found = trials(
-        "[sweep.over]\nmodel.freeze = [[], ['embeddings']]\nzero.deepspeed.a.b = [true, false]"
+        "[sweep.over]\nmodel.freeze = [[], ['embeddings']]\n"
+        "zero.deepspeed.zero_optimization.overlap_comm = [true, false]"
     )
     assert [trial.job.model.freeze for trial in found] == [(), (), *[("embeddings",)] * 2]
-    assert [trial.job.zero.deepspeed for trial in found[:2]] == [{"a": {"b": b}} for b in (1, 0)]
+    assert [trial.job.zero.deepspeed for trial in found[:2]] == [
+        {"zero_optimization": {"overlap_comm": overlap}} for overlap in (True, False)
+    ]
 
 
 def test_a_job_without_a_sweep_has_no_trials():

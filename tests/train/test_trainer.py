@@ -317,7 +317,7 @@ def test_training_stops_when_the_metric_does_not_improve(zygote, job_file, tmp_p
 REFUSED = [
     ("train.batch_size=7", 64, "do not divide over 2 ranks"),
     ("model.freeze=['encoder.layer.9']", 64, "encoder.layer.0-1"),
-    ("zero.deepspeed={zero_optimization={stag=1}}", 64, "DeepSpeed refuses"),
+    ("zero.deepspeed={zero_optimization={reduce_bucket_size=1.5}}", 64, "DeepSpeed refuses"),
     ("data.train=BAD", 65, "answer text not at answer_start"),
 ]
 
