@@ -4,8 +4,9 @@ tokens around a pair."""
 from __future__ import annotations
 
 import hashlib
+import json
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING
@@ -34,11 +35,37 @@ def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def plain_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
     """Copy the Rust tokenizer without padding and truncation, which some checkpoints carry in their
-    settings."""
-    copy = Tokenizer.from_str(_backend(tokenizer).to_str())
+    settings. Special tokens that stand in a text are text to the copy."""
+    text = _backend(tokenizer).to_str()
+    copy = _plain(text)
+    special = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+    special.pop(str(tokenizer.unk_token), None)  # what a text has that is in no vocabulary
+    found = copy.encode_batch([f"a {name} a" for name in special], add_special_tokens=False)
+    if any(not {*special.values()}.isdisjoint(encoding.ids) for encoding in found):
+        return _plain(_unspelt(text, special))
+    return copy
+
+
+def _plain(text: str) -> Tokenizer:
+    copy = Tokenizer.from_str(text)
     copy.no_padding()
     copy.no_truncation()
+    copy.encode_special_tokens = True
     return copy
+
+
+def _unspelt(text: str, names: Iterable[str]) -> str:
+    """A tokenizer.json whose model cannot make special tokens of a text: a vocabulary that is
+    searched for pieces (Unigram) or whole words has them as if they were some of these."""
+    table = json.loads(text)
+    vocabulary = table["model"]["vocab"]
+    hidden = {name: f"\0{name}" for name in names}  # no text that is asked about has a NUL
+    table["model"]["vocab"] = (
+        {hidden.get(piece, piece): place for piece, place in vocabulary.items()}
+        if isinstance(vocabulary, dict)
+        else [[hidden.get(piece, piece), score] for piece, score in vocabulary]
+    )
+    return json.dumps(table)
 
 
 def _backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
