@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from runner.errors import DataError, StorageError
-from runner.model.load import refuse_remote_code
+from runner.model.config import refuse_remote_code
 from runner.utils.files import open_own
 from runner.utils.tables import append_row
 from tests.forked import forked

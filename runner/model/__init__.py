@@ -1,7 +1,8 @@
 """The pretrained encoder, and what is done to it.
 
 - `structure`: where encoders keep layers and positions
-- `load`: a model's files, found once; configuration, tokenizer, weights
+- `config`: config.json, read and refused
+- `load`: a model's files, found once; tokenizer, weights
 - `freeze`: which parameters are trained
 - `forward`: batches in, logits out
 - `loss`: which kernel computes the span loss

@@ -22,7 +22,7 @@ from transformers import AttentionInterface
 from runner.data.collate import Bounds, Packing
 from runner.errors import JobError
 from runner.model.dropout import CpuDropout, DropoutMasks, keep_scale, masked
-from runner.model.structure import first_position, position_tables
+from runner.model.structure import first_position
 
 PACKED_ATTENTION = "spantune_packed"
 
@@ -207,7 +207,7 @@ def choose_packing(
             raise JobError([f'model.packing: "on" is not possible: {obstacle}'])
         return None, obstacle
     model.set_attn_implementation(PACKED_ATTENTION)
-    first = first_position(position_tables(model)[0])
+    first = first_position(model)
     if device.type == "cuda":
         return Packing(first, ROUND_TO, longest), "flash attention over each window's own tokens"
     return Packing(first, 1, longest), "each window's attention by itself"

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +13,6 @@ import torch
 import transformers
 from transformers import (
     MODEL_FOR_QUESTION_ANSWERING_MAPPING,
-    AutoConfig,
     AutoModelForQuestionAnswering,
     AutoTokenizer,
     PreTrainedConfig,
@@ -28,25 +25,14 @@ from runner.data.hub import snapshot
 from runner.errors import AssetError, DataError, JobError
 from runner.job.schema import Model
 from runner.job.sources import is_hub_model, package_folder
-from runner.model.structure import first_position, position_tables
+from runner.model.config import empty_model, read_config, reading
+from runner.model.structure import longest_input, token_rows
 from runner.run.provenance import cpu_features
 from runner.utils.files import file_sha256
 from runner.utils.text import first_line
 
-# Names under which configurations keep their two kinds of dropout.
-_DROPOUT_KEYS = (
-    "hidden_dropout_prob",
-    "dropout",
-    "hidden_dropout",
-    "embedding_dropout",
-    "mlp_dropout",
-)
-_ATTENTION_DROPOUT_KEYS = ("attention_probs_dropout_prob", "attention_dropout")
-
-# Keys by which a configuration names Python files of its repository.
-_CODE = ("auto_map", "custom_pipelines", "trust_remote_code")
-_KERNELS = "attn_implementation"  # part of keys that may name compiled code of the hub
-_LIMIT = 2**24  # bytes of a configuration
+# Instruction sets of x86-64 and of ARM that multiply in bfloat16.
+BF16_FEATURES = frozenset({"avx512_bf16", "amx_bf16", "bf16", "svebf16"})
 
 
 @dataclass(frozen=True)
@@ -75,19 +61,8 @@ class ModelFiles:
             JobError: if it has no such dropout.
         """
         folder, commit = _find(section)
-        refuse_remote_code(section.name, folder)
         quiet_libraries()
-        with _reading(f"model.name: {section.name}"):
-            config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
-        if type(config) not in MODEL_FOR_QUESTION_ANSWERING_MAPPING:
-            raise DataError(
-                f"{section.name}: {config.model_type} has no question-answering head in"
-                " transformers"
-            )
-        _set_dropout(config, section)
-        # A classifier's checkpoint brings its own number of labels; a span head has start and end.
-        config.num_labels = 2
-        return cls(section, folder, commit, config)
+        return cls(section, folder, commit, read_config(section, folder))
 
     @cached_property
     def weights_sha256(self) -> str | None:
@@ -95,15 +70,18 @@ class ModelFiles:
         return hash_weights(self.folder)
 
     def check_weights(self) -> None:
-        """Refuse other weights than the job declares.
+        """Refuse weights that are never read, and others than the job declares.
 
         Raises:
-            DataError: naming both hashes, or that there is no one file to hash.
+            DataError: naming the files that there are instead of *.safetensors, and how to convert
+                them; both hashes; or that there is no one file to hash.
         """
+        files = _weight_files(self.folder)
+        if not files:
+            raise DataError(f"{self.section.name}: {_no_weights(self.folder)}")
         declared, found = self.section.sha256, self.weights_sha256
         if declared is None or found == declared:
             return
-        files = _weight_files(self.folder)
         if found is None:
             raise DataError(
                 f"{self.section.name}: model.sha256 is declared, but there are {len(files)} files"
@@ -122,10 +100,11 @@ def load_tokenizer(files: ModelFiles) -> PreTrainedTokenizerBase:
     tokenizers say themselves is often another family's, or nothing.
 
     Raises:
-        DataError: if it cannot be read, or has no vocabulary.
+        DataError: if it cannot be read, has no vocabulary, or tokens that the model has no
+            embeddings for; if no model can be built of the configuration.
     """
     name = files.section.name
-    with _reading(f"model.name: {name}"):
+    with reading(f"model.name: {name}"):
         tokenizer = AutoTokenizer.from_pretrained(str(files.folder), trust_remote_code=False)
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise DataError(f"{name}: has no vocabulary; are tokenizer files missing?")
@@ -136,10 +115,16 @@ def load_tokenizer(files: ModelFiles) -> PreTrainedTokenizerBase:
     elif segment_ids is False and "token_type_ids" in names:
         names.remove("token_type_ids")
     tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = names
-    # The longest window, in tokens, that the model has position embeddings for.
-    tables = position_tables(empty_model(files))
-    sizes = [table.num_embeddings - first_position(table) for table in tables]
-    tokenizer.model_max_length = min(sizes, default=VERY_LARGE_INTEGER)
+    model = empty_model(files.config, name)
+    # The longest window, in tokens.
+    tokenizer.model_max_length = longest_input(model) or VERY_LARGE_INTEGER
+    rows, largest = token_rows(model), max(tokenizer.get_vocab().values())
+    if rows is not None and largest >= rows:
+        raise DataError(
+            f"{name}: the tokenizer has tokens up to id {largest}, the model {rows} rows of"
+            f" embeddings, for ids up to {rows - 1}; were tokens added to it? call"
+            f" model.resize_token_embeddings({largest + 1}) and save the model again"
+        )
     return tokenizer
 
 
@@ -158,12 +143,30 @@ def load_pretrained(files: ModelFiles, seed: int) -> PreTrainedModel:
     body = f"{model.base_model_prefix}."
     strange = [key for key in found["missing_keys"] if key.startswith(body)]
     strange += [key for key, *_ in found["mismatched_keys"]]
+    elsewhere = _other_prefix(strange, body, found["unexpected_keys"])
+    has_head = all(key.startswith(body) for key in found["missing_keys"])
+    if elsewhere is not None and not has_head:
+        raise DataError(
+            f"{name}: the weights are of a {files.config.model_type} without a question-answering"
+            f" head: such a head looks for them as {body}*, they are called {elsewhere}*; put them"
+            f" into AutoModelForQuestionAnswering.from_config(config).{body.rstrip('.')} and save"
+            " it, or take an encoder"
+        )
     if strange:
         raise DataError(
             f"{name}: the weights are not those of its config.json: {len(strange)} tensors are"
             f" absent or of another shape, such as {min(strange)}"
         )
     return model
+
+
+def _other_prefix(absent: Sequence[str], body: str, there: Iterable[str]) -> str | None:
+    """The prefix under which tensors that are absent below `body` are there after all, as a
+    decoder's are."""
+    inner = {key.removeprefix(body) for key in absent}
+    prefixes = {key.partition(".")[0] for key in there} if inner else ()
+    held = set(there)
+    return next((f"{p}." for p in prefixes if all(f"{p}.{key}" in held for key in inner)), None)
 
 
 def load_finetuned(files: ModelFiles, device: torch.device, name: str) -> PreTrainedModel:
@@ -173,6 +176,7 @@ def load_finetuned(files: ModelFiles, device: torch.device, name: str) -> PreTra
     Raises:
         DataError: if it was never fine-tuned to answer questions, or cannot be read.
     """
+    files.check_weights()
     model, found = _load_weights(files, "auto", name)
     absent = [*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])]
     if absent:
@@ -192,7 +196,7 @@ def _load_weights(
     files: ModelFiles, dtype: torch.dtype | str, name: str
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The model, and which of its tensors were absent or of another shape."""
-    with _reading(name):
+    with reading(name):
         return AutoModelForQuestionAnswering.from_pretrained(
             str(files.folder),
             config=files.config,
@@ -204,19 +208,64 @@ def _load_weights(
         )
 
 
-def empty_model(files: ModelFiles) -> PreTrainedModel:
-    """The model's architecture without weights, on the meta device."""
-    with torch.device("meta"):
-        return AutoModelForQuestionAnswering.from_config(files.config)
+def check_forward(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Run a model that is on the CPU over a window of a few tokens: what its configuration allows
+    and its forward pass does not is told before anything is computed.
+
+    Args:
+        model, tokenizer: as loaded here.
+        name: of the model, for messages.
+
+    Raises:
+        DataError: with what transformers says.
+    """
+    encoded = tokenizer("a", "a b", return_tensors="pt")
+    inputs = {key: encoded[key] for key in tokenizer.model_input_names if key in encoded}
+    try:
+        with torch.no_grad():
+            output = model(**inputs)
+        found = output.start_logits.shape, output.end_logits.shape
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise DataError(
+            f"{name}: the model reads no window with the values of its config.json:"
+            f" {type(error).__name__}: {first_line(error)}"
+        ) from error
+    if set(found) != {encoded["input_ids"].shape}:
+        raise DataError(f"{name}: the model gives no start and end logit for each token")
 
 
 def choose_precision(wanted: str, device: torch.device) -> str:
-    """Resolve "auto": bf16 where the device multiplies in it, else fp32."""
+    """Resolve "auto": bf16 where the device multiplies in it, else fp32.
+
+    Raises:
+        JobError: if the device has no fp16.
+    """
+    if wanted == "fp16" and device.type == "cpu":
+        raise JobError(
+            ['model.precision: "fp16" needs a GPU, here is none; use "auto", "bf16" or "fp32"']
+        )
     if wanted != "auto":
         return wanted
+    return "bf16" if multiplies_in_bf16(device) else "fp32"
+
+
+def multiplies_in_bf16(device: torch.device) -> bool:
+    """Whether a device has instructions for it, or must emulate it."""
     if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    return "bf16" if "avx512_bf16" in cpu_features() else "fp32"
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return not BF16_FEATURES.isdisjoint(cpu_features())
+
+
+def emulation_warning(precision: str, device: torch.device) -> list[str]:
+    """The line for the log where a CPU has no instructions for the bf16 that it is asked for."""
+    if precision != "bf16" or device.type != "cpu" or multiplies_in_bf16(device):
+        return []
+    return [
+        "warning: this CPU has no instructions for bf16 and emulates it, up to 250 times slower"
+        ' than fp32; set model.precision = "auto" or "fp32"'
+    ]
 
 
 def quiet_libraries() -> None:
@@ -256,6 +305,26 @@ def _weight_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.safetensors"))
 
 
+def _no_weights(folder: Path) -> str:
+    """What is wrong with a folder without safetensors."""
+    others = sorted(
+        path.name
+        for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.gguf", "*.onnx")
+        for path in folder.glob(pattern)
+    )
+    if not others:
+        return "has no weights, which are files *.safetensors"
+    sentence = f"has its weights as {others[0]} only; files *.safetensors are read, nothing else"
+    if not others[0].startswith("pytorch_model"):
+        return sentence
+    return (
+        f"{sentence}, since a pickle can run code; convert it in its folder: python -c"
+        ' "import glob, torch, safetensors.torch as s; s.save_file({k: v.clone() for f in'
+        " glob.glob('pytorch_model*.bin') for k, v in torch.load(f, weights_only=True).items()},"
+        " 'model.safetensors', {'format': 'pt'})\""
+    )
+
+
 def _takes_segment_ids(config: PreTrainedConfig) -> bool | None:
     """Whether the architecture takes token_type_ids; None where only the tokenizer can know."""
     head: Any = MODEL_FOR_QUESTION_ANSWERING_MAPPING[type(config)]
@@ -263,69 +332,3 @@ def _takes_segment_ids(config: PreTrainedConfig) -> bool | None:
         return False
     kinds = getattr(config, "type_vocab_size", None)
     return None if kinds is None else kinds >= 2
-
-
-def _set_dropout(config: Any, section: Model) -> None:
-    for keys, value, field in (
-        (_DROPOUT_KEYS, section.dropout, "dropout"),
-        (_ATTENTION_DROPOUT_KEYS, section.attention_dropout, "attention_dropout"),
-    ):
-        if value is None:
-            continue
-        known = [key for key in keys if hasattr(config, key)]
-        if not known:
-            raise JobError([f"model.{field}: {config.model_type} has no such setting"])
-        for key in known:
-            setattr(config, key, value)
-    if section.dropout is not None:
-        for key in ("qa_dropout", "classifier_dropout"):
-            if getattr(config, key, None) is not None:
-                setattr(config, key, section.dropout)
-
-
-@contextmanager
-def _reading(name: str) -> Iterator[None]:
-    """Say in one line that transformers cannot read a model's folder."""
-    try:
-        yield
-    except Exception as error:
-        raise DataError(f"{name}: cannot be read: {first_line(error)}") from error
-
-
-def refuse_remote_code(name: str, folder: Path) -> None:
-    """Look through a model folder's configurations before any library reads them.
-
-    Args:
-        name: the model, as the job names it.
-        folder: its files.
-
-    Raises:
-        DataError: naming the file and the key that asks for code.
-    """
-    for path in sorted(folder.glob("*config.json")):
-        try:
-            if path.stat().st_size > _LIMIT:
-                raise DataError(f"{name}: {path.name} has more than {_LIMIT:,} bytes")
-            table = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
-            continue  # who reads it says what is wrong with it
-        for key, value in _entries(table):
-            kernel = _KERNELS in key and any(sign in str(value) for sign in "/:")
-            if (key in _CODE and value) or kernel:
-                raise DataError(
-                    f"{name}: {path.name} asks for code that comes with the model ({key}), which is"
-                    " never run; remove that key if the model is of an architecture that"
-                    " transformers has"
-                )
-
-
-def _entries(table: Any) -> Iterator[tuple[str, Any]]:
-    """Every key at any depth, with its value."""
-    waiting = [table]
-    while waiting:
-        part = waiting.pop()
-        if isinstance(part, Mapping):
-            yield from part.items()
-            waiting += part.values()
-        elif isinstance(part, list):
-            waiting += part

@@ -6,6 +6,10 @@ from typing import Any
 
 from torch import nn
 
+# As families call their tables of learned or fixed positions. What is relative between two tokens
+# has no end, and is called otherwise.
+_POSITIONS = ("position_embeddings", "embed_positions", "wpe")
+
 
 def layer_stack(model: Any) -> Any | None:
     """The module whose `layer` lists an encoder's layers, from the bottom; None where it is built
@@ -21,15 +25,39 @@ def encoder_layers(model: Any) -> list[nn.Module]:
     return [] if stack is None else list(stack.layer)
 
 
-def position_tables(model: Any) -> list[nn.Embedding]:
-    """Every table of position embeddings."""
-    return [
-        module
+def first_position(model: Any) -> int:
+    """Position of a window's first token: RoBERTa and its kin count from behind the padding's.
+    For a model with a table called position_embeddings."""
+    tables = [m for name, m in model.named_modules() if name.endswith(_POSITIONS[0])]
+    return _before(tables[0])
+
+
+def longest_input(model: Any) -> int | None:
+    """Tokens of the longest window that the model has positions for; None where none is too
+    long."""
+    sizes = [
+        len(module.weight) - _before(module)
         for name, module in model.named_modules()
-        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding)
+        if name.endswith(_POSITIONS) and hasattr(module, "weight")
     ]
+    sizes += [len(rows) for name, rows in model.named_buffers() if name.endswith(_POSITIONS)]
+    # Some tables have more rows than the model ever reads.
+    declared = getattr(model.config, "max_position_embeddings", None)
+    if sizes and isinstance(declared, int):
+        sizes.append(declared)
+    return min(sizes, default=None)
 
 
-def first_position(table: nn.Embedding) -> int:
-    """Row of a window's first token: RoBERTa and its kin count from behind the padding's."""
-    return 0 if table.padding_idx is None else table.padding_idx + 1
+def token_rows(model: Any) -> int | None:
+    """Rows of the table of token embeddings; None for a model without one, such as CANINE."""
+    try:
+        return len(model.get_input_embeddings().weight)
+    except (NotImplementedError, AttributeError):
+        return None
+
+
+def _before(table: Any) -> int:
+    """Rows of a position table that no token of a window has."""
+    offset = getattr(table, "offset", None)  # BART and its kin
+    padding = getattr(table, "padding_idx", None)
+    return offset if isinstance(offset, int) else 0 if padding is None else padding + 1

@@ -30,7 +30,7 @@ from runner.job.inference import InferenceSettings, read_settings
 from runner.job.schema import Model
 from runner.job.sources import is_hub_model
 from runner.model.forward import SpanModel
-from runner.model.load import ModelFiles, load_finetuned, load_tokenizer
+from runner.model.load import ModelFiles, check_forward, load_finetuned, load_tokenizer
 from runner.predict.questions import GROUP
 from runner.run.folder import RunDir
 from runner.utils.ranks import Rank
@@ -180,8 +180,10 @@ class Predictor:
         if null_threshold is not None:
             answering = answering.model_copy(update={"unanswerable": True, "tuned": None})
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        model = load_finetuned(files, place, name)
+        check_forward(model, tokenizer, name)
         return cls(
-            load_finetuned(files, place, name),
+            model,
             tokenizer,
             answering,
             name=name,

@@ -107,12 +107,15 @@ def processor_name() -> str:
 
 
 def cpu_features() -> frozenset[str]:
-    """Instruction sets of this processor by Linux's names (avx512_bf16, ...); elsewhere empty."""
+    """Instruction sets of this processor by Linux's names (avx512_bf16, on ARM bf16, ...);
+    elsewhere empty."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
         return frozenset()
-    flags = next((line for line in text.splitlines() if line.startswith("flags")), "")
+    # "flags" on x86-64, "Features" on ARM.
+    names = ("flags", "Features")
+    flags = next((line for line in text.splitlines() if line.startswith(names)), "")
     return frozenset(flags.partition(":")[2].split())
 
 

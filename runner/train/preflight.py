@@ -13,8 +13,9 @@ from runner.data.windows import Windows
 from runner.distributed.engine import learning_rate_factor
 from runner.eval.caveats import caveats
 from runner.job.schema import Job, batch_layout
+from runner.model.config import empty_model
 from runner.model.freeze import freeze, parameter_table
-from runner.model.load import ModelFiles, empty_model, load_tokenizer
+from runner.model.load import ModelFiles, load_tokenizer
 from runner.utils.tables import markdown
 
 
@@ -27,7 +28,7 @@ def check_data(job: Job, ranks: int) -> Iterator[str]:
     layout = batch_layout(job.train, ranks)
     files = ModelFiles.locate(job.model)
     files.check_weights()
-    model = empty_model(files)
+    model = empty_model(files.config, job.model.name)
     freeze(model, job.model.freeze)
     tokenizer = load_tokenizer(files)
     warnings: list[str] = []

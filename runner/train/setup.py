@@ -30,7 +30,13 @@ from runner.model.dropout import DropoutMasks
 from runner.model.forward import SpanModel, fill_cache
 from runner.model.freeze import freeze, optimiser_groups, parameter_table
 from runner.model.frozen import FrozenLayers, allocate
-from runner.model.load import ModelFiles, choose_precision, load_pretrained, load_tokenizer
+from runner.model.load import (
+    ModelFiles,
+    check_forward,
+    choose_precision,
+    load_pretrained,
+    load_tokenizer,
+)
 from runner.model.loss import SpanLoss, choose_span_loss
 from runner.run.folder import RunDir
 from runner.train.plan import ExecutionPlan, choose_plan
@@ -139,6 +145,7 @@ def build_session(
         lengths_N = splits.training.windows.lengths_N
         sampler = TrainSampler(lengths_N, job.train, layout, job.seed, rank.index)
         model = main_first(rank, lambda: load_pretrained(files, job.seed))
+        check_forward(model, tokenizer, job.model.name)
         freeze(model, job.model.freeze)
         parameters = parameter_table(model)
         precision = choose_precision(job.model.precision, device)
@@ -150,7 +157,9 @@ def build_session(
         span_loss = choose_span_loss(job.model.span_loss, model, device, job.zero.stage)
         groups = optimiser_groups(model, job.train.weight_decay)
         steps = sampler.steps * job.train.epochs
-        engine = start_engine(model, device, groups, job.train, config, steps, plan.optimiser)
+        engine = start_engine(
+            model, device, groups, job.train, config, steps, plan.optimiser, job.zero.deepspeed
+        )
     stop_if_asked(run)
     watchdog.progress_at("computing the frozen layers", bounded=False)
     with timer("frozen"):

@@ -12,6 +12,7 @@ from runner.eval.predictions import as_lines, prediction_records
 from runner.eval.results import score_line, threshold_lines
 from runner.job.schema import Job, Probe
 from runner.job.sources import describe_sample
+from runner.model.load import emulation_warning
 from runner.run.folder import RunDir
 from runner.train.setup import Session, Splits
 from runner.train.state import Totals, TrainState
@@ -146,6 +147,7 @@ def opening_lines(session: Session) -> list[str]:
         f"model: {job.model.name}, {everything['parameters']:,} parameters,"
         f" {everything['trained']:,} trained, {session.precision}"
     )
+    lines += emulation_warning(session.precision, session.device)
     lines.append(
         f"each step: {job.train.batch_size} windows = {layout.world} rank(s) x "
         f"{layout.micro_batch_size} x {layout.micro_batches} micro-batch(es), ZeRO-{job.zero.stage}"

@@ -13,7 +13,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForQuestionAnswering, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoTokenizer,
+)
 
 import runner.model.load
 from runner.data.collate import collate
@@ -22,15 +28,19 @@ from runner.data.loader import pad
 from runner.data.windows import build_windows
 from runner.errors import AssetError, DataError, JobError
 from runner.job.schema import Model
+from runner.model.config import empty_model
 from runner.model.forward import span_logits, takes_segment_ids
 from runner.model.freeze import freeze, optimiser_groups, parameter_table
 from runner.model.load import (
     ModelFiles,
+    check_forward,
     choose_precision,
-    empty_model,
+    emulation_warning,
+    load_finetuned,
     load_pretrained,
     load_tokenizer,
 )
+from runner.model.structure import longest_input
 
 FAMILIES = ("bert", "distilbert", "roberta", "electra", "albert")
 CONTEXT = "The river folds battery before beech; the old guide was printed in Paris. "
@@ -53,7 +63,9 @@ def copy(tiny, tmp_path):
 @pytest.fixture(scope="module")
 def model_of(tiny):
     """`model_of(family)`: a new model without weights, for freezing."""
-    return lambda family: empty_model(ModelFiles.locate(Model(name=str(tiny(family)))))
+    return lambda family: empty_model(
+        ModelFiles.locate(Model(name=str(tiny(family)))).config, family
+    )
 
 
 def pretrained(folder, seed=0, **section):
@@ -329,7 +341,7 @@ REFUSED = {
     "no vocabulary": (no_vocabulary, "has no vocabulary"),
     "weights cut": (cut, "cannot be read: "),
     "weights empty": (spoil("model.safetensors", b""), "cannot be read: "),
-    "pickle only": (pickle_only, "cannot be read: .*no file named model.safetensors"),
+    "pickle only": (pickle_only, "weights as pytorch_model.bin only; .* convert it"),
     "other weights": (other_weights, "37 tensors are absent or of .* bert.embeddings.Layer"),
     "one tensor missing": (one_missing, "1 tensors are absent .* bert.encoder.layer.1.output.den"),
 }
@@ -346,6 +358,155 @@ def test_a_folder_that_is_no_good_model_is_refused(copy, case):
     assert str(folder) in str(refused.value)
     assert "\n" not in str(refused.value)
     assert not (folder / "canary").exists()
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"num_attention_heads": 0}, r"\(num_attention_heads = 0\): ZeroDivisionError"),
+        (
+            {"num_attention_heads": 3},
+            r"num_attention_heads = 3\): ValueError: The hidden",
+        ),
+        ({"hidden_size": 33}, r"\(hidden_size = 33, .*\): ValueError"),
+        ({"hidden_act": "nothing"}, r'\(hidden_act = "nothing"\): KeyError'),
+        ({"pad_token_id": 10**9}, r"\(pad_token_id = 1000000000\): AssertionError: Padding_idx"),
+        ({"hidden_dropout_prob": -1}, r"\(hidden_dropout_prob = -1.*\): ValueError"),
+        ({"intermediate_size": -5}, r"intermediate_size = -5\): "),
+        ({"chunk_size_feed_forward": 7}, "config.json: with chunk_size_feed_forward = 7 the model"),
+        ({"num_hidden_layers": 10**7}, "json: num_hidden_layers = 10000000 is more than 10,000"),
+        ({"text_config": {"num_experts": 1e8}}, "json: num_experts = 100000000.0 is more than"),
+    ],
+)
+def test_a_configuration_of_which_no_model_can_be_is_refused_with_its_key(copy, values, told):
+    folder = copy(**values)
+    with pytest.raises(DataError, match=told) as refused:
+        load_tokenizer(ModelFiles.locate(Model(name=str(folder))))
+    assert str(refused.value).startswith(str(folder))
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"output_attentions": True},
+        {"output_hidden_states": True},
+        {"return_dict": False},
+        {"torchscript": True},
+        {"num_labels": 7},
+        {"shared_expert_intermediate_size": 20_480},  # of a size there may be any number
+    ],
+)
+def test_what_a_configuration_asks_for_beside_the_logits_changes_nothing(copy, values):
+    plain, odd = pretrained(copy()), pretrained(copy("roberta", **values))
+    check_forward(odd.model, odd.tokenizer, "odd")
+    ids = torch.tensor([[2, 7, 8, 3]])
+    assert odd.model(input_ids=ids).start_logits.shape == (1, 4)
+    assert plain.model(input_ids=ids).start_logits.shape == (1, 4)
+
+
+def test_a_model_that_reads_no_window_is_refused_before_anything_is_computed(copy):
+    folder = copy(type_vocab_size=0)
+    weights = load_file(folder / "model.safetensors")
+    weights["bert.embeddings.token_type_embeddings.weight"] = torch.zeros(0, 32)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    ours = pretrained(folder)
+    with pytest.raises(DataError, match=r"the-name: the model reads no window .*: \w+Error: "):
+        check_forward(ours.model, ours.tokenizer, "the-name")
+
+
+def test_tokens_without_embeddings_are_refused(copy):
+    folder = copy()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rows = len(tokenizer)
+    tokenizer.add_tokens(["oslo", "berg"])
+    tokenizer.save_pretrained(folder)
+    told = f"tokens up to id {rows + 1}, the model {rows} rows .*resize_token_embeddings.{rows + 2}"
+    with pytest.raises(DataError, match=told):
+        load_tokenizer(ModelFiles.locate(Model(name=str(folder))))
+    # More rows than tokens are usual.
+    spare = copy("roberta", vocab_size=1000)
+    assert load_tokenizer(ModelFiles.locate(Model(name=str(spare))))
+
+
+def test_weights_that_are_never_read_are_refused_with_how_to_convert_them(copy, monkeypatch):
+    folder = copy()
+    weights = load_file(folder / "model.safetensors")
+    wanted = pretrained(folder).model.state_dict()
+    (folder / "model.safetensors").unlink()
+    files = ModelFiles.locate(Model(name=str(folder)))
+    with pytest.raises(DataError, match=r"bert: has no weights, which are files \*\.safetensors"):
+        files.check_weights()
+    torch.save(weights, folder / "pytorch_model.bin")
+    with pytest.raises(DataError, match=r"as pytorch_model.bin only; .* can run code") as refused:
+        files.check_weights()
+    with pytest.raises(DataError, match=r"as pytorch_model.bin only; .* can run code"):
+        load_finetuned(files, torch.device("cpu"), "x")
+    assert "\n" not in str(refused.value)
+    command = re.search(r'python -c "(.*)"', str(refused.value))
+    assert command is not None
+    monkeypatch.chdir(folder)
+    exec(command[1], {})
+    converted = pretrained(folder).model.state_dict()
+    assert all(torch.equal(converted[name], tensor) for name, tensor in wanted.items())
+
+
+def test_a_decoders_weights_without_a_head_are_named_so(copy):
+    folder = copy()
+    config = AutoConfig.for_model(
+        "llama", vocab_size=100, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, intermediate_size=64,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    told = (
+        r"are of a llama without a question-answering head: .* transformer\.\*, .* called model\.\*"
+    )
+    with pytest.raises(DataError, match=told):
+        load_pretrained(ModelFiles.locate(Model(name=str(folder))), 0)
+    # As the message advises.
+    model = AutoModelForQuestionAnswering.from_config(config)
+    model.transformer = AutoModel.from_pretrained(folder)
+    model.save_pretrained(folder)
+    found = load_pretrained(ModelFiles.locate(Model(name=str(folder))), 0)
+    wanted = model.transformer.state_dict()
+    assert all(torch.equal(found.transformer.state_dict()[key], wanted[key]) for key in wanted)
+
+
+SMALL = {
+    "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "intermediate_size": 64, "max_position_embeddings": 48, "pad_token_id": 1, "bos_token_id": 0,
+    "eos_token_id": 2, "decoder_start_token_id": 2,
+}  # fmt: skip
+BART = {"decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 64}
+BART |= {"encoder_ffn_dim": 64}
+
+
+@pytest.mark.parametrize(
+    ("family", "extra", "longest"),
+    [
+        ("gpt2", {}, 48),
+        ("opt", {"ffn_dim": 64, "word_embed_proj_dim": 32}, 48),
+        ("bart", BART, 48),
+        ("roformer", {}, 48),
+        ("nystromformer", {}, 48),
+        ("mpnet", {}, 46),
+        ("xlm-roberta", {}, 46),
+        ("deberta-v2", {"relative_attention": True, "position_biased_input": False}, None),
+        ("llama", {"num_key_value_heads": 2}, None),
+        ("modernbert", {}, None),
+    ],
+)
+def test_every_kind_of_position_table_tells_the_longest_window(family, extra, longest):
+    config = AutoConfig.for_model(family, **SMALL, **extra)
+    model = AutoModelForQuestionAnswering.from_config(config).eval()
+    assert longest_input(model) == longest
+    length = longest or 100
+    ids = torch.full((1, length + 1), 7)
+    with torch.no_grad():
+        assert model(input_ids=ids[:, :length]).start_logits.shape == (1, length)
+        if longest is not None:
+            with pytest.raises((IndexError, RuntimeError)):
+                model(input_ids=ids)
 
 
 def test_weights_of_another_width_are_refused(copy):
@@ -378,9 +539,9 @@ def test_the_jobs_dropout_reaches_every_dropout_of_the_model(tiny, family):
 def test_a_model_without_the_setting_refuses_it(tmp_path):
     AutoConfig.for_model("xlnet", d_model=32, n_layer=1, n_head=2).save_pretrained(tmp_path)
     with pytest.raises(JobError, match="attention_dropout: xlnet has no such setting"):
-        empty_model(ModelFiles.locate(Model(name=str(tmp_path), attention_dropout=0.1)))
+        ModelFiles.locate(Model(name=str(tmp_path), attention_dropout=0.1))
     files = ModelFiles.locate(Model(name=str(tmp_path), dropout=0.3))
-    assert empty_model(files).config.dropout == 0.3
+    assert empty_model(files.config, "x").config.dropout == 0.3
 
 
 # ---- freezing
@@ -503,11 +664,28 @@ def test_a_group_without_parameters_is_left_out(model_of):
     assert [group["weight_decay"] for group in optimiser_groups(model, 0.1)] == [0.0]
 
 
-@pytest.mark.parametrize("has", [True, False])
-def test_precision_is_bf16_where_the_device_has_it(monkeypatch, has):
+@pytest.mark.parametrize(
+    ("features", "has"),
+    [
+        (["avx512_bf16", "avx2"], True),
+        (["amx_bf16"], True),
+        (["asimd", "bf16"], True),
+        (["avx2"], False),
+        ([], False),
+    ],
+)
+def test_precision_is_bf16_where_the_device_has_it(monkeypatch, features, has):
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has)
-    monkeypatch.setattr(runner.model.load, "cpu_features", lambda: ["avx512_bf16"] * has + ["avx2"])
+    monkeypatch.setattr(runner.model.load, "cpu_features", lambda: frozenset(features))
     for device in (cpu, cuda):
         assert choose_precision("auto", device) == ("bf16" if has else "fp32")
-        assert [choose_precision(p, device) for p in ("fp32", "fp16")] == ["fp32", "fp16"]
+        assert [choose_precision(p, device) for p in ("fp32", "bf16")] == ["fp32", "bf16"]
+        emulated = device == cpu and not has
+        assert ["250 times" in line for line in emulation_warning("bf16", device)] == [
+            True
+        ] * emulated
+        assert not emulation_warning("fp32", device)
+    assert choose_precision("fp16", cuda) == "fp16"
+    with pytest.raises(JobError, match=r'model\.precision: "fp16" needs a GPU'):
+        choose_precision("fp16", cpu)

@@ -91,6 +91,12 @@ def test_the_instruction_sets_of_the_processor():
     assert "sse2" in provenance.cpu_features()
 
 
+def test_the_instruction_sets_of_an_arm_processor(monkeypatch):
+    text = "processor\t: 0\nFeatures\t: fp asimd bf16\nCPU part\t: 0xd4f\n"
+    monkeypatch.setattr(provenance.Path, "read_text", lambda *_, **__: text)
+    assert provenance.cpu_features() == {"fp", "asimd", "bf16"}
+
+
 def test_what_is_collected(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["main.py", "job.toml"])
     found = provenance.collect(seed=7, world=2, threads=3, devices=["a", "b"])
