@@ -65,6 +65,9 @@ def read_config(section: Model, folder: Path) -> PreTrainedConfig:
             " of certain lengths alone; set it to 0, which computes the same"
         )
     _set_dropout(config, section)
+    for key, value in config.to_dict().items():
+        if "drop" in key and isinstance(value, int | float) and not 0 <= value <= 1:
+            raise DataError(f"{name}: config.json: {key} = {value} is no share from 0 to 1")
     # A classifier's checkpoint brings its own number of labels; a span head has start and end.
     config.num_labels = 2
     # Logits alone are asked for, by their names.

@@ -208,19 +208,27 @@ def _load_weights(
         )
 
 
-def check_forward(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+def check_forward(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    name: str,
+    *,
+    training: bool = False,
+) -> None:
     """Run a model that is on the CPU over a window of a few tokens: what its configuration allows
     and its forward pass does not is told before anything is computed.
 
     Args:
         model, tokenizer: as loaded here.
         name: of the model, for messages.
+        training: whether the model will be trained, with dropout.
 
     Raises:
         DataError: with what transformers says.
     """
     encoded = tokenizer("a", "a b", return_tensors="pt")
     inputs = {key: encoded[key] for key in tokenizer.model_input_names if key in encoded}
+    model.train(training)
     try:
         with torch.no_grad():
             output = model(**inputs)

@@ -145,7 +145,7 @@ def build_session(
         lengths_N = splits.training.windows.lengths_N
         sampler = TrainSampler(lengths_N, job.train, layout, job.seed, rank.index)
         model = main_first(rank, lambda: load_pretrained(files, job.seed))
-        check_forward(model, tokenizer, job.model.name)
+        check_forward(model, tokenizer, job.model.name, training=True)
         freeze(model, job.model.freeze)
         parameters = parameter_table(model)
         precision = choose_precision(job.model.precision, device)
