@@ -133,7 +133,7 @@ def test_the_first_lines_count_rows_that_contradict_themselves():
     windows = MagicMock(lengths_N=np.array([3]))
     dataset = Dataset("t", (Example("a", "q", "c", (), ()),), "f" * 64, (), None, (told,))
     split = Split(dataset, windows, cached=False)
-    session = MagicMock(notes=(), parameters=[{"parameters": 1, "trained": 1}])
+    session = MagicMock(notes=(), caveats=[], parameters=[{"parameters": 1, "trained": 1}])
     session.splits.named.return_value = {"train": split}
     assert f"train: {told}" in opening_lines(session)
 
