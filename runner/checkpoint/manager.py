@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from pydantic import ValidationError
 
 from runner.checkpoint import commit
 from runner.checkpoint.best import BestEvaluation, load_best
@@ -25,6 +26,8 @@ from runner.checkpoint.files import Writer
 from runner.checkpoint.store import CheckpointStore, DamagedError, Manifest, Stage
 from runner.distributed.collectives import all_gather
 from runner.errors import DataError, StorageError
+from runner.job.load import first_difference
+from runner.job.schema import Job
 from runner.run.folder import RunDir, checkpoint_name
 from runner.run.lease import Lease
 from runner.utils.disk import room
@@ -49,10 +52,14 @@ _IDENTITY = {
     " the version that made it",
     "windows": "was trained on other windows: the tokenizer or its library has changed",
     "model": "began with other weights: the files of model.name have changed",
+    "job": "belongs to another job: {}",
 }
 
 # What checkpoints from before a key was noted have there.
-_BEFORE = {"labels": "the tokens up to the first that ends at or after its last character"}
+_BEFORE = {
+    "labels": "the tokens up to the first that ends at or after its last character",
+    "job": None,
+}
 
 _READ = ("train", "validation", "tuning", "windows", "model")  # of these, what each rank reads
 
@@ -263,6 +270,8 @@ class CheckpointManager:
             )
         for key, sentence in _IDENTITY.items():
             then, now = written[key], self._identity[key]
+            if key == "job":
+                then, now = _job_difference(then, now), None
             if then != now:
                 raise DataError(
                     f"{self._run.path}: checkpoint {manifest.name} {sentence.format(then, now)},"
@@ -311,6 +320,14 @@ class CheckpointManager:
 
 def _copy(content: bytes, file: Writer) -> None:
     file.write(content)
+
+
+def _job_difference(then: Any, now: Any) -> str | None:
+    """What differs between two dumps of jobs; a key that the older lacks has its default there."""
+    try:
+        return first_difference(Job.model_validate(then), Job.model_validate(now))
+    except ValidationError:
+        return "another version of spantune wrote it"
 
 
 def _best_of(manifest: Manifest) -> str | None:

@@ -142,4 +142,5 @@ def resume_identity(session: Session) -> dict[str, Any]:
         "windows": windows_sha256(splits.training.windows, splits.validation.windows),
         # Frozen layers may be read before the checkpoint is (model.cache_frozen).
         "model": session.files.weights_sha256,
+        "job": session.job.model_dump(mode="json"),
     }

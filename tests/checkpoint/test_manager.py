@@ -12,11 +12,18 @@ from runner.checkpoint.commit import Ranks
 from runner.checkpoint.manager import _IDENTITY, CheckpointManager
 from runner.checkpoint.store import Manifest
 from runner.errors import DataError
+from runner.job.schema import Data, Job, Model, Train
 from runner.run.folder import RunDir
 from runner.train.state import TrainState
 from runner.utils.ranks import Rank
 
-IDENTITY = dict.fromkeys(_IDENTITY, "then")
+JOB = Job(
+    name="j",
+    data=Data(train="a.json", validation="b.json"),
+    model=Model(name="m"),
+    train=Train(epochs=1, batch_size=8, learning_rate=0.5),
+).model_dump(mode="json")
+IDENTITY = dict.fromkeys(_IDENTITY, "then") | {"job": JOB}
 
 
 @pytest.fixture
@@ -35,7 +42,7 @@ def test_a_checkpoint_of_the_same_kind_is_taken(start):
     start._examine(True, manifest(dict(IDENTITY)))
 
 
-@pytest.mark.parametrize("key", _IDENTITY)
+@pytest.mark.parametrize("key", set(_IDENTITY) - {"job"})
 def test_whatever_a_checkpoint_belongs_to_has_to_be_the_same(start, key):
     """Each is refused with its own sentence, before anything is loaded."""
     with pytest.raises(DataError) as caught:
@@ -58,6 +65,19 @@ def test_a_checkpoint_from_before_labels_were_noted_says_why_it_is_refused(start
     before = {key: value for key, value in IDENTITY.items() if key != "labels"}
     with pytest.raises(DataError, match="labels by another rule: an answer was the tokens up to"):
         start._examine(False, manifest(before))
+
+
+def test_a_checkpoint_of_another_job_is_refused_with_the_key(start):
+    other = IDENTITY | {"job": JOB | {"train": JOB["train"] | {"learning_rate": 0.25}}}
+    told = r"another job: train\.learning_rate is 0\.25 there and 0\.5 now"
+    with pytest.raises(DataError, match=told):
+        start._examine(False, manifest(other))
+    later = {key: value for key, value in JOB["train"].items() if key != "log_every"}
+    start._examine(False, manifest(IDENTITY | {"job": JOB | {"train": later}}))
+    without_effect = IDENTITY | {"job": JOB | {"slurm": {"partition": "p"}}}
+    start._examine(False, manifest(without_effect))
+    with pytest.raises(DataError, match="another version of spantune wrote it"):
+        start._examine(False, manifest(IDENTITY | {"job": JOB | {"train": {"gone": 1}}}))
 
 
 def test_ranks_that_have_read_different_data_do_not_begin(start):
