@@ -61,6 +61,12 @@ _BEFORE = {
     "job": None,
 }
 
+# Names in a job that may change with the place where its files are: what they hold is compared.
+_BY_CONTENT = {
+    *(("data", part) for part in ("train", "validation", "tuning")),
+    *(("model", key) for key in ("name", "revision")),
+}
+
 _READ = ("train", "validation", "tuning", "windows", "model")  # of these, what each rank reads
 
 
@@ -325,7 +331,7 @@ def _copy(content: bytes, file: Writer) -> None:
 def _job_difference(then: Any, now: Any) -> str | None:
     """What differs between two dumps of jobs; a key that the older lacks has its default there."""
     try:
-        return first_difference(Job.model_validate(then), Job.model_validate(now))
+        return first_difference(Job.model_validate(then), Job.model_validate(now), _BY_CONTENT)
     except ValidationError:
         return "another version of spantune wrote it"
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -149,15 +149,16 @@ def recorded_job(path: Path) -> Job:
         raise DataError(f"{path}: is not the record of a run: {reason}") from None
 
 
-def first_difference(one: Job, other: Job) -> str | None:
+def first_difference(one: Job, other: Job, besides: Collection[KeyPath] = ()) -> str | None:
     """Name the first key in which two jobs differ, with both values; None if they are the same run.
 
     What decides no number of a run is not compared: where it runs and what watches it ([slurm],
-    [track]), what is expected of it, how often it saves, how long ranks wait for each other.
+    [track]), what is expected of it, how often it saves, how long ranks wait for each other, and
+    the keys `besides`.
     """
 
     def walk(a: Any, b: Any, path: KeyPath) -> str | None:
-        if path in MAY_DIFFER:
+        if path in MAY_DIFFER or path in besides:
             return None
         if isinstance(a, dict) and isinstance(b, dict):
             keys = [*a, *(key for key in b if key not in a)]

@@ -13,21 +13,31 @@ from runner.run.folder import RunDir
 from runner.utils.tables import read_rows
 
 ROOT = Path(__file__).parents[2]
-# Made by commit e497f8b, before the packages of runner/ came to be: a tiny BERT, 46 steps, one run
-# finished and one stopped after step 41. Data and model are named below /srv/qa.
-FOLDERS = ROOT / "tests" / "golden" / "runs_e497f8b.tar.xz"
+GOLDEN = ROOT / "tests" / "golden"
 
 
 @pytest.fixture
 def older(tmp_path: Path) -> Path:
-    """The folders, their jobs told where model and questions are now."""
-    with tarfile.open(FOLDERS) as archive:
+    """Made by commit e497f8b, before the packages of runner/ came to be: a tiny BERT, 46 steps, one
+    run finished and one stopped after step 41."""
+    return _unpacked(GOLDEN / "runs_e497f8b.tar.xz", tmp_path)
+
+
+@pytest.fixture
+def cut(tmp_path: Path) -> Path:
+    """Made by the first commit whose checkpoints note labels and job: the same, stopped after step
+    27."""
+    return _unpacked(GOLDEN / "runs_54b9454.tar.xz", tmp_path)
+
+
+def _unpacked(folders: Path, tmp_path: Path) -> Path:
+    """The folders, their jobs told where model and questions are now: they were below /srv/qa."""
+    with tarfile.open(folders) as archive:
         archive.extractall(tmp_path, filter="data")
     names = {"/srv/qa/model": tmp_path / "model"}
     for split in ("train", "validation"):
         names[f"/srv/qa/{split}.json"] = ROOT / "jobs" / "data" / f"product_qa_{split}.json"
-    for run in ("finished", "cut"):
-        job = tmp_path / run / "job.toml"
+    for job in tmp_path.glob("*/job.toml"):
         text = job.read_text()
         for old, new in names.items():
             text = text.replace(old, str(new))
@@ -80,15 +90,25 @@ def test_a_run_cut_short_before_labels_were_the_tokens_of_the_answer_is_refused(
     assert sorted((run.path / "checkpoints").rglob("*")) == before
 
 
-def test_a_run_that_was_cut_short_goes_on_to_its_end(zygote, older):
+def test_a_run_that_was_cut_short_goes_on_to_its_end(zygote, cut):
     """On the machine that made both it ends with the bits of the undisturbed one."""
-    run = RunDir(older / "cut")
+    run = RunDir(cut / "cut")
     assert not run.result.exists()
     codes, text = zygote.run(run.job, "--run-dir", run.path, "--threads", 1)
     assert codes == [0], text
-    assert "goes on after step 41 of 46 (step-000041-a0001)" in text
-    undisturbed = json.loads((older / "outcome.json").read_text())
+    assert "goes on after step 27 of 46 (step-000027-a0001)" in text
+    undisturbed = json.loads((cut / "outcome.json").read_text())
     rows = read_rows(run.train_table)
     assert [row["step"] for row in rows] == [row["step"] for row in undisturbed["train.csv"]]
     for mine, theirs in zip(rows, undisturbed["train.csv"], strict=True):
         assert float(mine["loss_nats"]) == pytest.approx(float(theirs["loss_nats"]), rel=1e-3)
+
+
+def test_a_run_whose_job_file_was_edited_is_another_jobs(zygote, cut):
+    run = RunDir(cut / "cut")
+    text = run.job.read_text()
+    run.job.write_text(text.replace("learning_rate = 0.01", "learning_rate = 0.02"))
+    codes, said = zygote.run(run.job, "--run-dir", run.path, "--threads", 1)
+    assert codes == [65], said
+    assert "belongs to another job: train.learning_rate is 0.01 there and 0.02 now" in said
+    assert not run.result.exists()
