@@ -178,6 +178,7 @@ def _encode(
 
 # --- the characters of tokens -------------------------------------------------------------------
 
+_TEXT = 1 << 40  # more characters than a text has
 _BLANK = np.array([chr(code).isspace() for code in range(0x3001)])  # none is above U+3000
 _SIGNS = ("Mn", "Mc", "Me", "Cf")  # marks; joiners, selectors, soft hyphens, direction marks
 
@@ -257,6 +258,31 @@ def _bring_back(
     starts = _passing(lost_U)[1][starts]
     lost_U &= ~_covered(starts, ends, len(lost_U)) & np.isin(codes_U, kept)
     return starts, ends, lost_U
+
+
+def overlapping_tokens(
+    chars_C2: np.ndarray, text_C: np.ndarray, text_A: np.ndarray, span_A2: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """First and last row of chars_C2 that overlap each answer, int64 [A] each; the first is greater
+    where none does.
+
+    Args:
+        chars_C2: as `true_offsets` gives them.
+        text_C: number of each token's text, ascending.
+        text_A: number of each answer's text.
+        span_A2: characters [start, end) of each answer, int64.
+    """
+    # One search over all texts at once: a text's characters count from its number.
+    begin_A, end_A = (text_A * _TEXT + span_A2[:, side] for side in (0, 1))
+    start_C, stop_C = (text_C * _TEXT + chars_C2[:, side] for side in (0, 1))
+    first_A = np.searchsorted(stop_C, begin_A, side="right")
+    return first_A, np.searchsorted(start_C, end_A, side="left") - 1
+
+
+def answer_span(text: str, start: int) -> tuple[int, int]:
+    """Characters [start, end) of an answer in its context, without outer blanks."""
+    begin = start + len(text) - len(text.lstrip())
+    return begin, begin + len(text.strip())
 
 
 def _lost(texts: Sequence[str], place: int) -> str:

@@ -17,7 +17,15 @@ from tokenizers import Tokenizer
 
 from runner.data.dataset import Example
 from runner.data.formats.rows import short_value
-from runner.data.tokenize import Encoded, Template, encode, encode_with_offsets, plain_backend
+from runner.data.tokenize import (
+    Encoded,
+    Template,
+    answer_span,
+    encode,
+    encode_with_offsets,
+    overlapping_tokens,
+    plain_backend,
+)
 from runner.errors import BadRowsError, DataError
 
 if TYPE_CHECKING:
@@ -26,8 +34,6 @@ if TYPE_CHECKING:
 BLOCK_QUESTIONS = 16_384  # questions whose windows are made together: it bounds the memory
 
 LABELS = "the tokens that overlap it"  # an answer's label; `answer_tokens` finds them
-
-_CONTEXT = 1 << 40  # more characters than a context has
 
 
 @dataclass(frozen=True)
@@ -308,11 +314,8 @@ def answer_tokens(
         [answer_span(e.answers[0], e.answer_starts[0]) for e in examples if e.answers],
         dtype=np.int64,
     ).reshape(-1, 2)
-    # One search over all contexts at once: a context's characters count from its number.
-    context_C = np.repeat(np.arange(len(contexts.lengths)), contexts.lengths) * _CONTEXT
-    begin_Q, end_Q = (place_Q * _CONTEXT + char_Q2[:, side] for side in (0, 1))
-    first_Q = np.searchsorted(context_C + chars_C2[:, 1], begin_Q, side="right")
-    last_Q = np.searchsorted(context_C + chars_C2[:, 0], end_Q, side="left") - 1
+    context_C = np.repeat(np.arange(len(contexts.lengths)), contexts.lengths)
+    first_Q, last_Q = overlapping_tokens(chars_C2, context_C, place_Q, char_Q2)
     lost_Q = answered_Q & (first_Q > last_Q)
     if lost_Q.any():
         raise BadRowsError(
@@ -324,12 +327,6 @@ def answer_tokens(
         )
     first_C = contexts.firsts[place_Q]
     return np.where(answered_Q, first_Q - first_C, -1), np.where(answered_Q, last_Q - first_C, -1)
-
-
-def answer_span(text: str, start: int) -> tuple[int, int]:
-    """Characters [start, end) of an answer in its context, without outer blanks."""
-    begin = start + len(text) - len(text.lstrip())
-    return begin, begin + len(text.strip())
 
 
 def _compare_with_tokenizer(

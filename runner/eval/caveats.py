@@ -11,10 +11,10 @@ import numpy as np
 from runner.data.dataset import Example
 from runner.data.formats.rows import printable_id, short_value
 from runner.data.splits import Split
+from runner.data.tokenize import answer_span, overlapping_tokens
 from runner.data.windows import Windows
 
 OFTEN = 0.05  # share of the questions above which one answer is told of
-_CONTEXT = 1 << 40  # more characters than a context has
 
 
 def caveats(
@@ -58,18 +58,17 @@ def answer_lengths(examples: Sequence[Example], windows: Windows) -> tuple[np.nd
     first_Q = np.searchsorted(windows.questions_N, np.arange(len(examples)))
     low_Q = windows.chars_firsts_N[first_Q] + windows.contexts_N2[first_Q, 0]
     contexts = np.unique(low_Q)
-    rows = np.arange(len(windows.chars_C2))
-    base_C = np.searchsorted(contexts, rows, side="right") * _CONTEXT
+    context_C = np.searchsorted(contexts, np.arange(len(windows.chars_C2)), side="right")
     spans = [
-        (place, start + len(text) - len(text.lstrip()), start + len(text.rstrip()))
+        (place, *answer_span(text, start))
         for place, example in enumerate(examples)
         for text, start in zip(example.answers, example.answer_starts, strict=True)
     ]
-    question_A, start_A, end_A = np.array(spans, dtype=np.int64).reshape(-1, 3).T
-    base_A = np.searchsorted(contexts, low_Q[question_A], side="right") * _CONTEXT
-    first_A = np.searchsorted(base_C + windows.chars_C2[:, 1], base_A + start_A, side="right")
-    after_A = np.searchsorted(base_C + windows.chars_C2[:, 0], base_A + end_A, side="left")
-    return question_A, after_A - first_A
+    spans_A3 = np.array(spans, dtype=np.int64).reshape(-1, 3)
+    question_A = spans_A3[:, 0]
+    context_A = np.searchsorted(contexts, low_Q[question_A], side="right")
+    first_A, last_A = overlapping_tokens(windows.chars_C2, context_C, context_A, spans_A3[:, 1:])
+    return question_A, last_A - first_A + 1
 
 
 def _too_long(part: Split, limit: int, key: str, *, is_trained: bool) -> str | None:

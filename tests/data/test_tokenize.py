@@ -16,8 +16,8 @@ from tokenizers import pre_tokenizers as split
 from transformers import PreTrainedTokenizerFast
 
 from runner.data.dataset import Example
-from runner.data.tokenize import true_offsets
-from runner.data.windows import answer_span, build_windows
+from runner.data.tokenize import answer_span, true_offsets
+from runner.data.windows import build_windows
 from runner.errors import DataError
 from runner.metrics.squad import exact_match
 
