@@ -9,7 +9,7 @@ import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from tokenizers import Encoding, Tokenizer
@@ -222,8 +222,8 @@ def true_offsets(
     start_C, end_C = low_C + offsets_C2[:, 0], low_C + offsets_C2[:, 1]
     if not ((low_C <= start_C) & (start_C <= end_C) & (end_C <= high_C)).all():
         raise DataError(f"{name}: offsets of its tokens lie outside the text{_UNUSABLE}")
-    after_U, before_U = _passing(blank_U)
-    start_C, end_C = after_U[start_C], before_U[end_C]
+    start_C = _moved(start_C, blank_U, 1, end_C)
+    end_C = _moved(end_C, blank_U, -1, start_C)
     some_C = start_C < end_C
     starts, ends = start_C[some_C], end_C[some_C]
     if (np.diff(starts) < 0).any() or (np.diff(ends) < 0).any():
@@ -234,9 +234,10 @@ def true_offsets(
         if still_lost_U.any():
             raise DataError(f"{name}: {_lost(texts, int(still_lost_U.argmax()))}{_UNUSABLE}")
     start_C[some_C], end_C[some_C] = starts, ends
-    start_C[~some_C], end_C[~some_C] = len(text), 0
-    start_C = np.minimum(np.minimum.accumulate(start_C[::-1])[::-1], high_C)
-    end_C = np.maximum(np.maximum.accumulate(end_C), low_C)
+    if not some_C.all():
+        start_C[~some_C], end_C[~some_C] = len(text), 0
+        start_C = np.minimum(np.minimum.accumulate(start_C[::-1])[::-1], high_C)
+        end_C = np.maximum(np.maximum.accumulate(end_C), low_C)
     return np.stack([start_C - low_C, end_C - low_C], axis=1).astype(np.int32)
 
 
@@ -253,9 +254,9 @@ def _bring_back(
     signs = [code for code, character in seen.items() if _is_sign(character)]
     kept = [code for code in seen if code not in signs and _keeps(rewrite, seen[code])]
     lost_U = lost_U & np.isin(codes_U, [*signs, *kept])
-    ends = _passing(lost_U)[0][ends]
+    ends = _moved(ends, lost_U, 1)
     lost_U &= ~_covered(starts, ends, len(lost_U))
-    starts = _passing(lost_U)[1][starts]
+    starts = _moved(starts, lost_U, -1)
     lost_U &= ~_covered(starts, ends, len(lost_U)) & np.isin(codes_U, kept)
     return starts, ends, lost_U
 
@@ -299,13 +300,19 @@ def _lost(texts: Sequence[str], place: int) -> str:
 _UNUSABLE = "; character offsets must be right: use another tokenizer for this model"
 
 
-def _passing(over_U: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where one comes from each of the positions 0..U on the way right, and on the way left, when
-    all characters that are marked are passed over. int64 [U + 1] each."""
-    place = np.arange(len(over_U) + 1)
-    right = np.where(np.append(~over_U, True), place, len(over_U))
-    left = np.where(np.append(True, ~over_U), place, 0)
-    return np.minimum.accumulate(right[::-1])[::-1], np.maximum.accumulate(left)
+def _moved(
+    place_C: np.ndarray, over_U: np.ndarray, step: Literal[1, -1], limit_C: np.ndarray | None = None
+) -> np.ndarray:
+    """Positions moved on to the right (1) or left (-1) over characters that are marked, none past
+    its limit."""
+    place_C, look = place_C.copy(), min(step, 0)  # to the left: the character before
+    moving = np.flatnonzero(over_U[place_C + look])
+    while len(moving):
+        if limit_C is not None:
+            moving = moving[place_C[moving] != limit_C[moving]]
+        place_C[moving] += step
+        moving = moving[over_U[place_C[moving] + look]]
+    return place_C
 
 
 def _covered(starts: np.ndarray, ends: np.ndarray, size: int) -> np.ndarray:
