@@ -32,12 +32,16 @@ def stdout_errors() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        # What is left of it would fail again when the process ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _silence_stdout()
         if isinstance(error, BrokenPipeError):
             raise
         hint = "; free some space where it goes, or send it elsewhere" if is_full(error) else ""
         raise StorageError(f"standard output: {error.strerror}{hint}") from error
+
+
+def _silence_stdout() -> None:
+    # What is left in its buffer would fail again when the process ends.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class Step(Protocol):
@@ -71,15 +75,48 @@ class _Log:
         """Nothing is held back."""
 
 
+class _Screen:
+    """Standard output, for rich to write into. Once it cannot be written (its reader has gone, its
+    terminal is closed, its disk is full) nothing more is: a run does not end for its lines."""
+
+    def __init__(self) -> None:
+        self._file = sys.stdout  # a live bar puts something else in its place that writes here
+        self.encoding = self._file.encoding
+        self.failure: OSError | None = None
+
+    def isatty(self) -> bool:
+        return self.failure is None and self._file.isatty()
+
+    def write(self, text: str) -> int:
+        if self.failure is None:
+            try:
+                self._file.write(text)
+                self._file.flush()
+            except OSError as error:
+                self.failure = error
+                _silence_stdout()
+        return len(text)
+
+    def flush(self) -> None:
+        """Nothing is held back."""
+
+
 class Reporter:
     """Prints to the terminal and to the run's log on rank 0; on other ranks every method does
-    nothing. A log that cannot be written costs a line on the terminal."""
+    nothing. A log that cannot be written costs a line on the terminal, a terminal that is gone one
+    in the log."""
 
     def __init__(self, log: Path | None, *, speaks: bool) -> None:
+        self._stdout = _Screen()
         # No emoji: `job.toml:100:` would become `job.toml` and a picture.
-        self._screen = Console(quiet=not speaks, highlight=False, emoji=False)
+        self._screen = Console(
+            file=self._stdout,  # type: ignore[arg-type]  # it has what rich asks of one
+            quiet=not speaks,
+            highlight=False,
+            emoji=False,
+        )
         self._log: Console | None = None
-        self._gap_reported = False
+        self._gaps: set[str] = set()
         if speaks and log is not None:
             self._path, self._file = log, _Log(log)
             self._log = Console(
@@ -93,31 +130,28 @@ class Reporter:
 
     def line(self, text: str = "") -> None:
         """Print one line, as it is (no markup: texts hold brackets)."""
-        with stdout_errors():
-            self._screen.print(text, markup=False, soft_wrap=True)
+        self._screen.print(text, markup=False, soft_wrap=True)
         if self._log:
             self._log.print(
                 f"{time.strftime('%H:%M:%S')} {text}" if text else "", markup=False, soft_wrap=True
             )
-            self._report_gap()
+            self._report_gaps(self._log)
 
     def table(self, renderable: RenderableType) -> None:
         """Print a table."""
-        with stdout_errors():
-            self._screen.print(renderable)
+        self._screen.print(renderable)
         if self._log:
             self._log.print(renderable)
-            self._report_gap()
+            self._report_gaps(self._log)
 
-    def _report_gap(self) -> None:
-        """Print once that the log has gaps."""
-        if self._file.failure is not None and not self._gap_reported:
-            self._gap_reported = True
-            self._screen.print(
-                f"{self._path}: {self._file.failure.strerror}: not all that is said is in it",
-                markup=False,
-                soft_wrap=True,
-            )
+    def _report_gaps(self, log: Console) -> None:
+        """Print once that the log has gaps, and into the log that the screen has."""
+        places = (str(self._path), self._file, self._screen), ("standard output", self._stdout, log)
+        for name, file, other in places:
+            if file.failure is not None and name not in self._gaps:
+                self._gaps.add(name)
+                reason = f"{file.failure.strerror}: not all that is said is in it"
+                other.print(f"{name}: {reason}", markup=False, soft_wrap=True)
 
     @contextmanager
     def steps(self, title: str, total: int, every: int) -> Iterator[Step]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -115,6 +117,32 @@ def test_a_full_disk_costs_lines_of_the_log_and_is_said_once(capsys):
     assert out.count("/dev/full: No space left on device: not all that is said is in it") == 1
     assert out.startswith("one\n")
     assert out.endswith("two\n")
+
+
+@pytest.mark.parametrize("stdout", ["pipe", "/dev/full"])
+def test_a_reader_that_has_gone_costs_lines_of_the_screen(tmp_path, stdout):
+    """Not the run: its log has all of them, and the process ends as if nothing had been."""
+    code = (
+        "from pathlib import Path; from rich.table import Table\n"
+        "from runner.utils.console import Reporter\n"
+        f"reporter = Reporter(Path({str(tmp_path / 'log.txt')!r}), speaks=True)\n"
+        "for n in range(3): reporter.line(f'line {n}')\n"
+        "reporter.table(Table('a'))\n"
+        "with reporter.steps('train', 2, 1) as follow: follow(1, 'loss 2')\n"
+    )
+    if stdout == "pipe":
+        read, write = os.pipe()
+        os.close(read)
+    else:
+        write = os.open(stdout, os.O_WRONLY)
+    ended = subprocess.run([sys.executable, "-c", code], stdout=write, stderr=subprocess.PIPE)
+    os.close(write)
+    assert (ended.returncode, ended.stderr) == (0, b"")
+    log = (tmp_path / "log.txt").read_text()
+    assert all(f"line {n}" in log for n in range(3))
+    assert "train 1/2  loss 2" in log
+    assert log.count("standard output: ") == 1
+    assert "not all that is said is in it" in log
 
 
 def test_a_complaint_keeps_its_lines_and_steers_no_terminal(capsys):
