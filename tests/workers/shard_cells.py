@@ -21,6 +21,7 @@ from runner.job.schema import Train, Zero, batch_layout
 from runner.utils.ranks import Rank
 
 NAME = "step-000005-a0001"
+PATTERNS = ("lr[3e-5]", "what?", "**", "[!a]{b}")
 KINDS = (".pt", ".json")  # of a checkpoint's files
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -131,7 +132,8 @@ def main() -> None:
         for precision in ("fp32", "bf16"):
             for several in (1, 2):
                 key = f"{stage}-{precision}-{several}"
-                folder = Path(sys.argv[1]) / key
+                # A name that means another one, or several, where it is taken for a pattern.
+                folder = Path(sys.argv[1]) / f"{PATTERNS[stage]} {key}"
                 folder.mkdir()
                 found[key] = cell(folder, stage, precision, several, device)
     os.write(1, f"{json.dumps(found)}\n".encode())  # one write: ranks share a file
