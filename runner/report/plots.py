@@ -69,9 +69,8 @@ def draw_curves(run: RunDir, title: str) -> None:
     Raises:
         StorageError: if the pictures cannot be written.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
+    # Read when matplotlib is imported: that of a notebook's cell may not be installed here.
+    os.environ["MPLBACKEND"] = "agg"
     import matplotlib.pyplot as plt
     from matplotlib.patches import Patch
 
@@ -79,7 +78,8 @@ def draw_curves(run: RunDir, title: str) -> None:
     if not steps:
         return
     epochs = _column(evals, "epoch")
-    with plt.rc_context(PLOT_STYLE):
+    # After a reset: a matplotlibrc of the user's could ask for LaTeX.
+    with plt.style.context(PLOT_STYLE, after_reset=True):
         figure, (left, right) = plt.subplots(1, 2, figsize=(8.4, 4.4), layout="constrained")
         places = _column(steps, "epoch")
         left.plot(

@@ -30,6 +30,7 @@ from runner.utils.console import Reporter, Step
 from runner.utils.files import below_here, write_json
 from runner.utils.ranks import Rank
 from runner.utils.tables import CellValue, append_row, rich_table
+from runner.utils.text import first_line
 
 
 class RunLog:
@@ -98,13 +99,16 @@ class RunLog:
         self.table("", epoch_rows(self._run), right=INTERVAL_COLUMNS)
 
     def curves(self) -> None:
-        """The curves so far; a picture that cannot be written is drawn again later."""
+        """The curves so far; a picture that cannot be drawn or written is drawn again later."""
         if not self._rank.is_main:
             return
         try:
             draw_curves(self._run, self._job.name)
         except StorageError as error:
             self.line(f"no curves: {error}")
+        # The user's fonts, caches, settings of matplotlib: an epoch is worth more than a picture.
+        except Exception as error:
+            self.line(f"no curves: {type(error).__name__}: {first_line(error)}")
 
     def finish(self, scores: Evaluation) -> None:
         """Give the trackers the last scores, and let them end."""

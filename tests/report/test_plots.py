@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -158,3 +161,22 @@ def lab(rgb: np.ndarray) -> np.ndarray:
     xyz = np.array(to_xyz) @ np.clip(rgb, 0, 1)
     x, y, z = np.cbrt(xyz / (0.9505, 1.0, 1.089))  # the root's straight end is for near black
     return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+def test_what_the_user_set_for_matplotlib_changes_nothing(tmp_path):
+    """A notebook's cell names a backend that is not installed here, a matplotlibrc asks for
+    LaTeX."""
+    one, other = (fill(tmp_path / name, 2, 2) for name in ("one", "other"))
+    draw_curves(one, "a_job")
+    (tmp_path / "matplotlibrc").write_text("text.usetex: True\nlines.linewidth: 9\n")
+    script = (
+        "import sys; from runner.report.plots import draw_curves; from runner.run.folder import"
+        " RunDir; draw_curves(RunDir(sys.argv[1]), 'a_job')"
+    )
+    environment = os.environ | {
+        "MPLBACKEND": "module://matplotlib_inline.nowhere",
+        "PYTHONPATH": str(Path(__file__).resolve().parents[2]),
+    }
+    command = [sys.executable, "-c", script, str(other.path)]
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True, timeout=60)
+    assert other.curves_svg.read_bytes() == one.curves_svg.read_bytes()
