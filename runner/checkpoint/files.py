@@ -28,7 +28,7 @@ class Files:
 
     def create(self, path: Path) -> int:
         """Make a new file and return its descriptor."""
-        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
 
     def write(self, file: int, data: memoryview) -> int:
         """Write some of `data` and return how many bytes."""

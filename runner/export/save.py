@@ -74,7 +74,12 @@ def export_model(
             raise
         number = int(found[1]) if found else errno.EIO
         raise OSError(number, os.strerror(number), str(folder)) from error
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    card_file = folder / "README.md"
+    card_file.write_text(card, encoding="utf-8")
+    mode = card_file.stat().st_mode & 0o777  # as the umask has it
+    for path in folder.iterdir():
+        if path.is_file():
+            path.chmod(mode)  # safetensors writes files that only their owner can read
 
 
 def publish_model(exported: Path, folder: Path) -> None:

@@ -112,8 +112,16 @@ def check_table(
 
 
 def tracker_problems(section: Track) -> list[tuple[KeyPath, str]]:
-    """What a tracker would refuse at the run's start. No part of the schema: the run goes on
-    without the tracker then, and its record is to be read as ever."""
+    """What a tracker would refuse at the run's start, and an address that holds a secret. No part
+    of the schema: a run goes on without the tracker, and its record is to be read as ever."""
+    address = section.mlflow_uri or ""
+    if not address.startswith(("file:", "/", ".")) and any(sign in address for sign in "@?#"):
+        problem = (
+            "holds more than an address (@, ? or #), which would stand in job.toml and in reports;"
+            " a user and password are read from MLFLOW_TRACKING_USERNAME and"
+            " MLFLOW_TRACKING_PASSWORD"
+        )
+        return [(("track", "mlflow_uri"), problem)]
     name = section.project
     found = [sign for sign in WANDB_REFUSES if sign in name]
     if "wandb" not in section.tools or not (found or len(name) > WANDB_LONGEST):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -292,7 +293,8 @@ def main() -> None:
 
     def say(text: str) -> None:
         try:
-            voice.write(" ".join(text.split()) + "\n")
+            # A tracker's address from the environment may hold a password.
+            voice.write(re.sub(r"//\S*@", "//", " ".join(text.split())) + "\n")
         except OSError:  # the run is gone; what is left is to bring this to an end
             sys.stderr.write(f"{text}\n")
 

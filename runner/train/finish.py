@@ -17,6 +17,7 @@ from runner.export.model_card import model_card
 from runner.export.verify import verify_export
 from runner.job.inference import InferenceSettings
 from runner.job.load import dump_job
+from runner.job.schema import Track
 from runner.report.render import write_report
 from runner.run import provenance
 from runner.train.run_log import RunLog
@@ -76,8 +77,8 @@ def finish(
 
 def card_text(session: Session, scores: Evaluation, settings: InferenceSettings) -> str:
     """The model card of an evaluation's weights."""
-    # A card is made to be published: on whose cluster it ran is not for it.
-    public = session.job.model_copy(update={"slurm": None})
+    # A card is made to be published: whose cluster and trackers it ran on is not for it.
+    public = session.job.model_copy(update={"slurm": None, "track": Track()})
     return model_card(
         session.job,
         reported(scores),

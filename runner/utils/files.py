@@ -41,7 +41,7 @@ def open_own(path: Path, mode: str, **options: Any) -> Any:
 
 
 def _without_links(name: str, flags: int) -> int:
-    return os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    return os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
 
 
 def write_atomic(path: Path, text: str) -> None:

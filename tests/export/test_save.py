@@ -7,8 +7,10 @@ import os
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from safetensors import SafetensorError
+from safetensors.numpy import save_file
 
 from runner.errors import StorageError
 from runner.export.save import export_model, publish_model
@@ -70,3 +72,20 @@ def test_a_model_that_cannot_be_published_leaves_the_one_before(tmp_path, monkey
     publish_model(exported, folder)
     assert (folder / "model.safetensors").read_text() == "new"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["exported", "model"]
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o002, 0o664), (0o077, 0o600)])
+def test_who_may_read_a_model_is_what_the_umask_says(tmp_path, umask, mode):
+    def save_pretrained(folder: Path, **_: object) -> None:
+        save_file({"w": np.zeros(2)}, folder / "model.safetensors")
+
+    model = SimpleNamespace(config=SimpleNamespace(), save_pretrained=save_pretrained)
+    tokenizer = SimpleNamespace(save_pretrained=lambda _: None)
+    answering = SimpleNamespace(model_dump=lambda **_: {})
+    before = os.umask(umask)
+    try:
+        export_model(tmp_path, model, {}, tokenizer, "a card", answering)
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+    assert modes == {"model.safetensors": mode, "README.md": mode}

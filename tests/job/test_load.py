@@ -899,3 +899,32 @@ def test_the_record_of_a_run_whose_tracker_gave_up_is_read():
     text, _ = put("track.project = 'a/b'")
     Path("job.toml").write_text(text + '\ntools = ["wandb"]\n')
     assert recorded_job(Path("job.toml")).track.project == "a/b"
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "https://alice:s3cret@mlflow.org",
+        "https://s3cret@mlflow.org/x",
+        "https://mlflow.org/?token=s3cret",
+        "postgresql+psycopg2://alice:s3/cret@db:5432/x",
+        "https://mlflow.org/#s3cret",
+    ],
+)
+def test_an_address_that_holds_a_secret(address):
+    text, line = put(f"track.mlflow_uri = '{address}'")
+    (problem,) = problems(text)
+    assert problem.startswith(f"job.toml:{line}: track.mlflow_uri: ")
+    assert "s3cret" not in problem
+    assert "MLFLOW_TRACKING_PASSWORD" in problem
+
+
+@pytest.mark.parametrize("address", ["https://mlflow.org:5000/a", "file:///home/me@uni/x", "./a#b"])
+def test_an_address_without_a_secret(address):
+    assert load(put(f"track.mlflow_uri = '{address}'")[0]).track.mlflow_uri == address
+
+
+def test_the_record_of_a_run_with_a_secret_is_read():
+    text, _ = put("track.mlflow_uri = 'https://a:b@c'")
+    Path("job.toml").write_text(text)
+    assert recorded_job(Path("job.toml")).track.mlflow_uri == "https://a:b@c"

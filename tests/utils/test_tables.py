@@ -145,3 +145,13 @@ def test_columns_of_a_table_are_csv_for_others(tmp_path):
 def test_percent_has_one_decimal_whatever_its_size():
     rows = [{"accuracy %": 1.0112, "loss": 1.0112}, {"accuracy %": 0.0002, "loss": 41.58}]
     assert markdown(rows).splitlines()[2:] == ["| 1.0 | 1.011 |", "| 0.0 | 41.6 |"]
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o002, 0o664), (0o077, 0o600)])
+def test_who_may_go_on_with_a_table_is_what_the_umask_says(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        append_row(tmp_path / "train.csv", {"step": 1})
+    finally:
+        os.umask(before)
+    assert (tmp_path / "train.csv").stat().st_mode & 0o777 == mode
