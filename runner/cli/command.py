@@ -26,9 +26,10 @@ from runner.utils.signals import hear_children
 EPILOG = """\
 exit codes: 0 done, 2 command line, 64 job file, 65 data, model or checkpoint
 refused, 69 asset missing offline, 70 our bug, 71 a rank died, got stuck or ran
-out of memory, 72 SLURM refuses or does not answer, 73 run folder in use, 74
-reading or writing failed, 75 stopped and saved: start it again, 76 loss or
-gradients are no longer numbers, 78 an [expect] gate missed
+out of memory, 72 SLURM refuses or is not here, 73 run folder in use, or none
+there, 74 reading or writing failed, 75 stopped and saved: start it again, 76
+loss or gradients are no longer numbers, 78 an [expect] gate missed, or a run
+not reproduced
 """
 
 ADD_VERBS = (  # in the order of --help
