@@ -15,6 +15,11 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
+def printable_lines(text: str) -> str:
+    """As `printable`, of a text whose line breaks and tabs are meant."""
+    return "".join(c if c.isprintable() or c in "\n\r\t" else printable(c) for c in text)
+
+
 class RunnerError(Exception):
     """A failure explained in sentences: where, what was found, what is allowed, the likely fix.
 

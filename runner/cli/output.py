@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.console import Console, RenderableType
 
+from runner.errors import printable_lines
 from runner.utils.console import stdout_errors
 
 # Options that several verbs have.
@@ -22,7 +23,11 @@ RUNS_OPTION: dict[str, Any] = {
 
 
 def write(text: str) -> None:
-    """Print a piece of text as it is."""
+    """Print a piece of text; what is in it from a file cannot steer the terminal."""
+    _print(printable_lines(text))
+
+
+def _print(text: str) -> None:
     try:
         with stdout_errors():
             print(text, end="", flush=True)
@@ -36,7 +41,7 @@ def write_data(text: str) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A lone surrogate is spelt as JSON spells it.
         sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
-    write(text)
+    _print(text)
 
 
 def write_line(text: str) -> None:
@@ -56,7 +61,7 @@ def write_table(table: RenderableType) -> None:
         highlight=False,
         emoji=False,
     ).print(table)
-    write(text.getvalue())
+    _print(text.getvalue())
 
 
 def count(text: str) -> int:

@@ -21,7 +21,7 @@ from runner.cli.output import (
     write_line,
     write_table,
 )
-from runner.errors import JobError, RunnerError
+from runner.errors import JobError, RunnerError, printable
 from runner.run.attempts import check_budget
 from runner.run.folder import RunDir
 from runner.slurm.control import cancel_runs, follow_log
@@ -114,7 +114,7 @@ def _status_table(arguments: argparse.Namespace) -> tuple[RenderableType, bool]:
     """The table of all runs that are asked for, and whether all of them are over."""
     statuses, silence = run_statuses(find_runs(arguments.named, arguments.runs))
     rows = table_rows(statuses, arguments.runs)
-    table = rich_table("", rows) if rows else Text(f"no runs in {arguments.runs}")
+    table = rich_table("", rows) if rows else Text(printable(f"no runs in {arguments.runs}"))
     over = all(status.over for status in statuses)
     return Group(*([Text(silence)] if silence else []), table), over
 

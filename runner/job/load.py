@@ -22,6 +22,7 @@ from runner.job.schema import Job, Track
 from runner.job.sources import find_file, is_hub_model, package_folder, parse_data, unread_here
 from runner.job.toml_lines import Path as KeyPath
 from runner.job.toml_lines import key_lines, line_of
+from runner.utils.files import read_regular
 from runner.utils.text import shorten
 
 # Keys that two starts of one run may differ in.
@@ -117,9 +118,8 @@ def tracker_problems(section: Track) -> list[tuple[KeyPath, str]]:
     address = section.mlflow_uri or ""
     if not address.startswith(("file:", "/", ".")) and any(sign in address for sign in "@?#"):
         problem = (
-            "holds more than an address (@, ? or #), which would stand in job.toml and in reports;"
-            " a user and password are read from MLFLOW_TRACKING_USERNAME and"
-            " MLFLOW_TRACKING_PASSWORD"
+            "holds @, ? or #: a secret there would stand in job.toml and reports; user and password"
+            " are read from MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
         )
         return [(("track", "mlflow_uri"), problem)]
     name = section.project
@@ -151,7 +151,7 @@ def recorded_job(path: Path) -> Job:
         DataError: if it is none.
     """
     try:
-        return Job.model_validate(tomli.loads(path.read_text(encoding="utf-8")))
+        return Job.model_validate(tomli.loads(read_regular(path).decode("utf-8")))
     except (OSError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())[:200]
         raise DataError(f"{path}: is not the record of a run: {reason}") from None

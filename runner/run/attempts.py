@@ -14,10 +14,12 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import psutil
+from pydantic import Field
 
-from runner.errors import Interrupted, StorageError
+from runner.errors import Interrupted, StorageError, printable
 from runner.run.folder import RunDir, committed_steps
 from runner.utils.files import read_json, storage_errors
 from runner.utils.text import duration
@@ -44,10 +46,10 @@ class AttemptRecord:
 
     attempt: int
     host: str
-    pid: int
+    pid: Annotated[int, Field(ge=1, lt=2**31)]
     slurm_job_id: str | None
     slurm_restart_count: int
-    started: float
+    started: Annotated[float, Field(ge=0, le=1e11)]
     from_step: int | None
     machine: str
     born: float
@@ -182,9 +184,9 @@ def describe_if_alive(run: RunDir, number: int) -> str | None:
 
 def describe(record: AttemptRecord) -> str:
     """Host, job, process and age of a start."""
-    job = f"job {record.slurm_job_id}, " if record.slurm_job_id else ""
+    job = f"job {printable(record.slurm_job_id)}, " if record.slurm_job_id else ""
     age = duration(max(0.0, time.time() - record.started))
-    return f"{record.host} ({job}process {record.pid}, started {age} ago)"
+    return f"{printable(record.host)} ({job}process {record.pid}, started {age} ago)"
 
 
 def _silence(run: RunDir, number: int) -> float:
@@ -195,8 +197,10 @@ def _silence(run: RunDir, number: int) -> float:
     for path in (entry_file(run, number, "alive"), entry_file(run, number, "json"), probe):
         try:
             # Opened, not only looked at: a network file system then asks its server anew.
-            with path.open("w" if path is probe else "rb") as file:
-                times.append(os.fstat(file.fileno()).st_mtime)
+            flags = os.O_WRONLY | os.O_CREAT if path is probe else os.O_RDONLY
+            file = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)  # never a pipe's wait
+            times.append(os.fstat(file).st_mtime)
+            os.close(file)
         except FileNotFoundError:
             continue
     probe.unlink(missing_ok=True)
@@ -244,7 +248,7 @@ def read_attempt(run: RunDir, number: int) -> AttemptRecord | None:
     """Who made a start; None while its entry is being written, or if it is damaged."""
     try:
         return read_json(entry_file(run, number, "json"), AttemptRecord)
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
 
 
@@ -252,5 +256,5 @@ def read_end(run: RunDir, number: int) -> EndRecord | None:
     """How a start ended; None as long as it has not said so."""
     try:
         return read_json(entry_file(run, number, "end.json"), EndRecord)
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None

@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from runner.errors import DataError, Interrupted
 from runner.job.load import dump_job
@@ -27,9 +29,10 @@ SWEEP_JOB = "sweep.toml"
 
 @dataclass(frozen=True)
 class TrialEntry:
-    """A trial as the manifest has it: its name, and the values that the sweep gave it by key."""
+    """A trial as the manifest has it: its name, which is no path and leads nowhere else, and the
+    values that the sweep gave it by key."""
 
-    name: str
+    name: Annotated[str, Field(pattern="^[A-Za-z0-9_-][A-Za-z0-9._-]*$")]
     values: dict[str, Any]
 
 
@@ -121,7 +124,7 @@ def read_manifest(folder: Path) -> SweepManifest:
         return read_json(path, SweepManifest)
     except FileNotFoundError:
         raise DataError(f"{folder} is no folder of a sweep: it has no {SWEEP_MANIFEST}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: cannot be read: {error}") from None
 
 

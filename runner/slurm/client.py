@@ -9,9 +9,11 @@ import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from runner.errors import SlurmError, SlurmTimeout, printable
+from pydantic import Field
+
+from runner.errors import DataError, SlurmError, SlurmTimeout, printable
 from runner.utils.files import read_json, write_json
 
 SLURM_ANSWER_S = 20.0  # seconds for an answer; clients of a dead controller would try for minutes
@@ -39,7 +41,7 @@ class Submission:
     Attributes:
         job_id: SLURM's number; of an array, the array's.
         index: the trial's place in the array; None for a plain job.
-        output: the file that SLURM writes the job's output to.
+        output: the file that SLURM writes the job's output to; its name counts, in our folder.
         submitted: when, in UTC.
         host: where.
         options: the [slurm] that was used, cluster defaults and all.
@@ -47,8 +49,8 @@ class Submission:
         earlier: ids of earlier submissions of the same run.
     """
 
-    job_id: str
-    index: int | None
+    job_id: Annotated[str, Field(pattern=r"^[0-9]+$")]
+    index: Annotated[int, Field(ge=0)] | None
     output: str
     submitted: str
     host: str
@@ -94,11 +96,20 @@ FORGOTTEN = SlurmJob("FORGOTTEN", "", "", "")
 
 
 def read_submission(path: Path) -> Submission | None:
-    """Read `slurm.json`; None where there is none, or one that is not ours."""
+    """Read `slurm.json`; None where there is none.
+
+    Raises:
+        DataError: if it cannot be read, or is not ours: what it names is then handed to nobody.
+    """
     try:
         return read_json(path, Submission)
-    except (OSError, ValueError):
+    except FileNotFoundError:
         return None
+    except (OSError, ValueError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(
+            f"{path}: is damaged: {reason}; remove it if SLURM has no job of this run"
+        ) from None
 
 
 def write_submission(path: Path, submission: Submission) -> None:

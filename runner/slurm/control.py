@@ -7,15 +7,16 @@ import os
 import signal
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
-from runner.errors import RunDirError, RunnerError, SlurmError
+from runner.errors import DataError, RunDirError, RunnerError, SlurmError
 from runner.run.attempts import describe, machine_id
 from runner.run.folder import RunDir
 from runner.slurm.client import read_submission, scancel
 from runner.slurm.status import newest_start, run_statuses, started_elsewhere
 from runner.slurm.submit import in_queue
-from runner.utils.files import storage_errors
+from runner.utils.files import read_regular, storage_errors
 
 LOG_POLL_S = 0.5  # seconds between looks at a file that grows
 STATE_POLL_S = 10.0  # seconds between questions to SLURM
@@ -27,7 +28,10 @@ def log_file(run: RunDir) -> Path:
     submission, start = read_submission(run.slurm), newest_start(run)
     if submission is None or (start is not None and started_elsewhere(start, submission)):
         return run.log
-    return Path(submission.output)
+    # SLURM writes it into the folder that was submitted, wherever that is now: the run's, or the
+    # sweep's. No path is taken from a file.
+    folder = run.path if submission.index is None else run.path.parent
+    return folder / f"slurm-{submission.name}.out"
 
 
 def follow_log(run: RunDir, *, forever: bool) -> Iterator[str]:
@@ -72,7 +76,7 @@ def cancel_runs(runs: Sequence[RunDir]) -> Iterator[tuple[RunDir, str | RunnerEr
     unfinished = [run for run in runs if not run.finished()]
     silence, waiting = None, {}
     try:
-        waiting = in_queue(unfinished)
+        waiting = in_queue(run for run in unfinished if not _is_damaged(run))
     except SlurmError as error:
         silence = error
     for run in runs:
@@ -85,6 +89,14 @@ def cancel_runs(runs: Sequence[RunDir]) -> Iterator[tuple[RunDir, str | RunnerEr
             yield run, error
         else:
             yield run, outcome
+
+
+def _is_damaged(run: RunDir) -> bool:
+    try:
+        read_submission(run.slurm)
+    except DataError:
+        return True
+    return False
 
 
 def _cancel(run: RunDir, *, in_queue: bool) -> str:
@@ -108,9 +120,14 @@ def _cancel(run: RunDir, *, in_queue: bool) -> str:
 
 
 def _bytes_from(path: Path, place: int) -> bytes:
-    """What stands in a file from this byte on, a piece at a time; nothing if it is not there."""
-    if not path.is_file():
-        return b""
-    with storage_errors(path), path.open("rb") as file:
-        file.seek(place)
-        return file.read(1_000_000)
+    """What stands in a file from this byte on, a piece at a time; nothing if it is not there.
+
+    Raises:
+        RunDirError: if it is a link, which may lead anywhere.
+        StorageError: if it cannot be read.
+    """
+    if path.is_symlink():
+        raise RunDirError(f"{path} is a link, which is not followed")
+    with storage_errors(path), suppress(FileNotFoundError):
+        return read_regular(path, place, 1_000_000)
+    return b""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import socket
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,10 +13,12 @@ from typing import Any
 
 import tomli
 
-from runner.errors import RunDirError, SlurmError
+from runner.errors import DataError, RunDirError, RunnerError, SlurmError
 from runner.run.attempts import (
     SILENT_S,
     AttemptRecord,
+    EndRecord,
+    attempt_numbers,
     attempts,
     describe_if_alive,
     entry_file,
@@ -24,9 +27,9 @@ from runner.run.attempts import (
 from runner.run.folder import RunDir
 from runner.run.sweep import SWEEP_MANIFEST, read_manifest
 from runner.slurm.client import FORGOTTEN, SlurmJob, Submission, job_states, read_submission
-from runner.utils.files import below_here
+from runner.utils.files import below_here, read_json, read_regular
 from runner.utils.tables import CellValue, read_rows
-from runner.utils.text import duration
+from runner.utils.text import duration, first_line
 
 SHOWN = 20  # runs that are listed if none is named
 
@@ -101,11 +104,15 @@ def find_runs(named: Sequence[Path], root: Path) -> list[RunDir]:
         return [
             run for path, runs in pairs for run in (_runs_below(path) if runs is None else runs)
         ]
-    runs = [RunDir(path.parent) for path in root.glob("*/*/job.toml")]
-    runs += [
-        run for path in root.glob(f"*/*/{SWEEP_MANIFEST}") for run in _runs_at(path.parent) or ()
+    runs = [RunDir(path.parent) for path in root.glob("*/*/job.toml") if path.is_file()]
+    for path in root.glob(f"*/*/{SWEEP_MANIFEST}"):
+        try:
+            runs += _runs_at(path.parent) or ()
+        except DataError:
+            runs.append(RunDir(path.parent))  # shown as damaged
+    return sorted(runs, key=lambda run: max(map(_age, (run.job, run.path / SWEEP_MANIFEST))))[
+        -SHOWN:
     ]
-    return sorted(runs, key=lambda run: _age(run.job))[-SHOWN:]
 
 
 def named_runs(named: Sequence[Path]) -> list[RunDir]:
@@ -127,16 +134,19 @@ def named_runs(named: Sequence[Path]) -> list[RunDir]:
 
 
 def run_statuses(runs: Iterable[RunDir]) -> tuple[list[RunStatus], str | None]:
-    """Where each run stands; and a sentence if SLURM was asked and did not answer."""
-    pairs = [(run, read_submission(run.slurm)) for run in runs]
-    job_names = [sub.name for run, sub in pairs if sub is not None and not run.finished()]
+    """Where each run stands, `damaged: ...` if its folder does not tell; and a sentence if SLURM
+    was asked and did not answer."""
+    pairs = [(run, _submission(run)) for run in runs]
+    job_names = [
+        sub.name for run, sub in pairs if isinstance(sub, Submission) and not run.finished()
+    ]
     jobs: Mapping[str, SlurmJob] = {}
     silence = None
     try:
         jobs = job_states(job_names)
     except SlurmError as error:
         silence = f"{error}; what follows is from the run folders alone"
-    return [_run_status(run, sub, jobs, answered=silence is None) for run, sub in pairs], silence
+    return [_shown(run, sub, jobs, answered=silence is None) for run, sub in pairs], silence
 
 
 def table_rows(statuses: Sequence[RunStatus], root: Path) -> list[dict[str, CellValue]]:
@@ -171,8 +181,52 @@ def started_elsewhere(start: NewestStart, submission: Submission) -> bool:
         return False
     try:
         return start.record.started > datetime.fromisoformat(submission.submitted).timestamp()
-    except ValueError:
+    except (ValueError, OverflowError):
         return False
+
+
+def _submission(run: RunDir) -> Submission | Exception | None:
+    """The run's submission, or why its folder is damaged."""
+    try:
+        if (run.path / SWEEP_MANIFEST).is_file() and not run.job.is_file():
+            read_manifest(run.path)  # of a sweep that could not be read
+        run.finished()
+        newest = max(attempt_numbers(run), default=0)
+        for kind, record in (("json", AttemptRecord), ("end.json", EndRecord)):
+            _check_entry(entry_file(run, newest, kind), record)
+        return read_submission(run.slurm)
+    except (RunnerError, OSError) as error:
+        return error
+
+
+def _check_entry(path: Path, kind: type) -> None:
+    """DataError if an entry of the ledger is JSON of another kind; one that is none may be being
+    written."""
+    try:
+        read_json(path, object)
+    except (OSError, ValueError, RecursionError):
+        return
+    try:
+        read_json(path, kind)
+    except ValueError as error:
+        raise DataError(f"{path}: {error}") from None
+
+
+def _shown(
+    run: RunDir,
+    submission: Submission | Exception | None,
+    jobs: Mapping[str, SlurmJob],
+    *,
+    answered: bool,
+) -> RunStatus:
+    """Where a run stands: a folder that anybody may have filled costs its own row, no other."""
+    try:
+        if isinstance(submission, Exception):
+            raise submission
+        return _run_status(run, submission, jobs, answered=answered)
+    except Exception as error:
+        said = first_line(error).replace(f"{run.path}/", "")
+        return RunStatus(run, f"damaged: {said}", True, None, None, None, None, None, "", "")
 
 
 def _run_status(
@@ -259,7 +313,7 @@ def _age(path: Path) -> float:
 def _rows(path: Path) -> list[dict[str, str]]:
     try:
         return read_rows(path)
-    except (OSError, ValueError):
+    except (OSError, ValueError, csv.Error):
         return []
 
 
@@ -272,7 +326,7 @@ def _number(row: Mapping[str, str], key: str) -> float | None:
 
 def _epochs(run: RunDir) -> int | None:
     try:
-        job: dict[str, Any] = tomli.loads(run.job.read_text(encoding="utf-8"))
+        job: dict[str, Any] = tomli.loads(read_regular(run.job).decode("utf-8"))
         return int(job["train"]["epochs"])
     except (OSError, ValueError, TypeError, KeyError):
         return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -216,6 +216,7 @@ def _submit(
     _note_file(rollback, script_file)
     write_atomic(script_file, script)
     options = script_options(script)
+    before = {index: read_submission(run.slurm) for index, run in runs.items()}
     doubt = never_starts(script_file, options)
     try:
         job_id = sbatch(script_file, options)
@@ -226,18 +227,24 @@ def _submit(
         ) from None
     rollback.pop_all()
     try:
-        _record(request, folder, runs, job_id)
+        _record(request, folder, runs, job_id, before)
     except StorageError as error:
         raise StorageError(f"{error}; job {job_id} is submitted all the same") from None
     return Submitted(folder, job_id, len(runs), doubt)
 
 
-def _record(request: SubmitRequest, folder: Path, runs: dict[int, RunDir], job_id: str) -> None:
-    """Write beside each run which job it is in."""
+def _record(
+    request: SubmitRequest,
+    folder: Path,
+    runs: dict[int, RunDir],
+    job_id: str,
+    before: Mapping[int, Submission | None],
+) -> None:
+    """Write beside each run which job it is in, after which earlier ones."""
     is_array = bool(request.trials)
     pattern = "slurm-{}_{}.out" if is_array else "slurm-{}.out"
     for index, run in runs.items():
-        before = read_submission(run.slurm)
+        last = before[index]
         submission = Submission(
             job_id=job_id,
             index=index if is_array else None,
@@ -246,7 +253,7 @@ def _record(request: SubmitRequest, folder: Path, runs: dict[int, RunDir], job_i
             host=socket.gethostname(),
             options=request.section.model_dump(mode="json"),
             defaults=str(request.defaults) if request.defaults else None,
-            earlier=[*before.earlier, before.name] if before else [],
+            earlier=[*last.earlier, last.name] if last else [],
         )
         write_submission(run.slurm, submission)
 

@@ -14,7 +14,7 @@ from typing import Protocol
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from runner.errors import StorageError, printable
+from runner.errors import StorageError, printable, printable_lines
 from runner.utils.disk import is_full
 from runner.utils.files import open_own, storage_errors
 from runner.utils.text import duration
@@ -129,7 +129,8 @@ class Reporter:
         self.live = speaks and self._screen.is_terminal
 
     def line(self, text: str = "") -> None:
-        """Print one line, as it is (no markup: texts hold brackets)."""
+        """Print one line (no markup: texts hold brackets)."""
+        text = printable_lines(text)
         self._screen.print(text, markup=False, soft_wrap=True)
         if self._log:
             self._log.print(

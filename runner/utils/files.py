@@ -3,9 +3,11 @@ is declared to be."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import is_dataclass
@@ -86,7 +88,24 @@ def read_json(path: Path, kind: type[Kind]) -> Kind:
         OSError: if it cannot be read.
         ValueError, RecursionError: if it is no JSON or something else, in one line.
     """
-    return parse_json(path.read_text(encoding="utf-8"), kind)
+    return parse_json(read_regular(path).decode("utf-8"), kind)
+
+
+def read_regular(path: Path, start: int = 0, most: int = -1) -> bytes:
+    """Read a file of a folder that anybody may have filled: up to `most` bytes from `start` on.
+
+    Raises:
+        OSError: if it cannot be read, or is no file but a pipe, say, which would block for ever.
+    """
+    with open(path, "rb", opener=_without_waiting) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "is no regular file", str(path))
+        file.seek(start)
+        return file.read(most)
+
+
+def _without_waiting(name: str, flags: int) -> int:
+    return os.open(name, flags | os.O_NONBLOCK | os.O_CLOEXEC)
 
 
 def parse_json(text: str | bytes, kind: type[Kind]) -> Kind:

@@ -13,6 +13,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from runner.errors import printable_lines
 from runner.utils.files import open_own, storage_errors
 
 CellValue = str | int | float | None
@@ -74,7 +75,7 @@ def rich_table(
             the right.
     """
     table = Table(
-        title=Text(title),
+        title=_text(title),
         title_justify="left",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
@@ -84,15 +85,19 @@ def rich_table(
     for key in rows[0] if rows else ():
         numbers = all(isinstance(row[key], int | float | None) for row in rows)
         table.add_column(
-            Text(key),
+            _text(key),
             justify="right" if numbers or key in right else "left",
             overflow="fold",
             no_wrap=key in right,
         )
     for row in rows:
         # As Text, so that nothing is markup: [CLS] stays.
-        table.add_row(*(Text(format_value(value, key)) for key, value in row.items()))
+        table.add_row(*(_text(format_value(value, key)) for key, value in row.items()))
     return table
+
+
+def _text(text: str) -> Text:
+    return Text(printable_lines(text))
 
 
 def _cell(value: CellValue) -> CellValue:

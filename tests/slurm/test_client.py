@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 
 import pytest
 
-from runner.errors import SlurmError, SlurmTimeout
+from runner.errors import DataError, SlurmError, SlurmTimeout
 from runner.slurm import client as slurm_jobs
 from runner.slurm.client import (
     Submission,
@@ -168,6 +169,9 @@ def test_the_record_of_a_submission(tmp_path):
     write_submission(path, SUBMISSION)
     assert read_submission(path) == SUBMISSION
     assert SUBMISSION.name == "17_3"
-    for text in ("{", "[]", json.dumps({"job_id": "1"}), json.dumps({"other": 1})):
+    bad_ids = [{"job_id": name} for name in (17, "--user=root", "17;x", "", "17\n")]
+    wrong = [asdict(SUBMISSION) | change for change in (*bad_ids, {"index": -1})]
+    for text in ("{", "[]", json.dumps({"job_id": "1"}), *map(json.dumps, wrong)):
         path.write_text(text)
-        assert read_submission(path) is None
+        with pytest.raises(DataError, match=r"slurm\.json: is damaged: "):
+            read_submission(path)

@@ -245,3 +245,28 @@ def test_what_is_over(run, fake_slurm, capsys):
     assert cancel(run) == "finished already"
     assert main(["cancel", str(run.path)]) == 0
     assert capsys.readouterr().out == f"{run.path}: finished already\n"
+
+
+def test_no_path_is_taken_from_a_file(run, tmp_path, capsys):
+    (tmp_path / "secret").write_text("secret")
+    output = submit(run)
+    content = json.loads(run.slurm.read_text()) | {"output": str(tmp_path / "secret")}
+    run.slurm.write_text(json.dumps(content))
+    assert log_file(run) == output
+    output.symlink_to(tmp_path / "secret")
+    assert main(["logs", str(run.path)]) == 73
+    output.unlink()
+    os.mkfifo(output)
+    assert main(["logs", str(run.path)]) == 74
+    found = capsys.readouterr()
+    assert "secret" not in found.out
+    assert found.err.splitlines() == [
+        f"{output} is a link, which is not followed",
+        f"{output}: is no regular file",
+    ]
+
+
+def test_a_log_does_not_steer_the_terminal(run, capsys):
+    run.log.write_text("a\x1b[2Jb\n\tc\n")
+    assert main(["logs", str(run.path)]) == 0
+    assert capsys.readouterr().out == "a\\x1b[2Jb\n\tc\n"

@@ -365,3 +365,104 @@ def test_watching_ends_when_all_is_over(capsys):
     start(make_run(), code=65)
     assert main(["status", "--watch"]) == 0
     assert "failed (65)" in capsys.readouterr().out
+
+
+# ---- folders that anybody may have filled
+
+
+def damage_ledger(run: RunDir, kind: str = "json", **changes: object) -> None:
+    start(run, code=75)
+    path = entry_file(run, 1, kind)
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def damage_submission(run: RunDir, **changes: object) -> None:
+    submit(run)
+    run.slurm.write_text(json.dumps(json.loads(run.slurm.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("damage", "where"),
+    [
+        (lambda run: damage_submission(run, job_id=17), "slurm.json"),
+        (lambda run: damage_submission(run, job_id="--user=root"), "slurm.json"),
+        (lambda run: damage_submission(run, earlier=7), "slurm.json"),
+        (lambda run: run.slurm.mkdir(), "slurm.json"),
+        (lambda run: os.mkfifo(run.slurm), "slurm.json"),
+        (lambda run: damage_ledger(run, started="x"), "0001.json"),
+        (lambda run: damage_ledger(run, pid=-1), "0001.json"),
+        (lambda run: damage_ledger(run, pid=2**70), "0001.json"),
+        (lambda run: damage_ledger(run, "end.json", exit_code="0"), "0001.end.json"),
+    ],
+)
+def test_a_damaged_run_is_a_row_among_others(fake_slurm, capsys, damage, where):
+    calls = fake_slurm(**UNKNOWN)
+    start(make_run("n/good"), code=65)
+    bad = make_run("n/bad")
+    damage(bad)
+    by_name = {
+        status.run.path.name: status for status in run_statuses(find_runs([], Path("runs")))[0]
+    }
+    assert by_name["good"].state == "failed (65)"
+    assert by_name["bad"].state.startswith("damaged: ")
+    assert where in by_name["bad"].state
+    assert by_name["bad"].over
+    assert "root" not in calls.read_text()
+    assert main(["cancel", "runs/n/bad", "runs/n/good"]) in (0, 65)
+    assert "good: is not running" in capsys.readouterr().out
+    assert "root" not in calls.read_text()
+
+
+def test_values_that_no_run_writes(fake_slurm):
+    fake_slurm(**UNKNOWN)
+    run = make_run()
+    start(run)
+    submit(run)
+    run.job.write_text("[train]\nepochs = inf\n")
+    run.train_table.write_text("epoch,elapsed_seconds\nnan,1\ninf,2\n\0,3\n")
+    [found], _ = run_statuses([run])
+    assert found.state  # whatever it is
+
+
+def test_pipes_are_passed_over():
+    for name in ("n/1/job.toml", "n/2/job.toml"):
+        (Path("runs") / name).parent.mkdir(parents=True)
+        os.mkfifo(Path("runs") / name)
+    run = make_run("n/3")
+    start(run, code=75)
+    entry_file(run, 1, "alive").unlink()
+    for path in (entry_file(run, 1, "alive"), entry_file(run, 2, "json"), run.train_table):
+        os.mkfifo(path)
+    found, _ = run_statuses(find_runs([], Path("runs")))
+    assert [status.run.path.name for status in found] == ["3"]
+
+
+@pytest.mark.parametrize("name", ["../victim", "/abs", "a/b", "..", "", "a\x1b"])
+def test_a_manifest_leads_nowhere_else(name, capsys):
+    make_run("n/victim")
+    sweep = Path("runs/n/s")
+    sweep.mkdir()
+    trial = {"name": name, "values": {}}
+    (sweep / "sweep.json").write_text(json.dumps({"name": "n", "trials": [trial]}))
+    assert main(["cancel", str(sweep)]) == 65
+    assert "sweep.json: cannot be read: trials.0.name" in capsys.readouterr().err
+    states = {
+        status.run.path.name: status.state
+        for status in run_statuses(find_runs([], Path("runs")))[0]
+    }
+    assert states["victim"] == "not started"
+    assert states["s"].startswith("damaged: ")
+
+
+def test_no_name_steers_the_terminal(capsys):
+    run = make_run("n/\x1b[2Jx\u202e")
+    start(run, age=60)
+    entry = entry_file(run, 1, "json")
+    entry.write_text(json.dumps(json.loads(entry.read_text()) | {"host": "a\nb\x1b[31m"}))
+    os.utime(entry, (time.time() - 60,) * 2)
+    assert main(["status"]) == 0
+    assert main(["cancel", str(run.path)]) == 73
+    found = capsys.readouterr()
+    assert not [c for c in found.out + found.err if not c.isprintable() and c != "\n"]
+    assert found.err.count("\n") == 1
+    assert "a\\nb\\x1b[31m" in found.err

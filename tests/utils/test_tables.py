@@ -155,3 +155,9 @@ def test_who_may_go_on_with_a_table_is_what_the_umask_says(tmp_path, umask, mode
     finally:
         os.umask(before)
     assert (tmp_path / "train.csv").stat().st_mode & 0o777 == mode
+
+
+def test_a_cell_does_not_steer_the_terminal():
+    shown = on_screen("t\x1b[2J", [{"k\x1b[1m": "v\x1b]0;x\x07"}])
+    assert "\x1b" not in shown
+    assert "\\x1b]0;x" in shown
