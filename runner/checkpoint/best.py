@@ -19,7 +19,7 @@ from runner.errors import DataError
 from runner.eval.evaluation import Evaluation, JsonArray
 from runner.export.save import export_model
 from runner.job.inference import InferenceSettings
-from runner.utils.files import read_json, to_jsonable
+from runner.utils.files import read_json, storage_errors, to_jsonable
 
 MODEL = "model"
 _RECORD = "kept.json"
@@ -60,7 +60,12 @@ def load_best(folder: Path) -> BestEvaluation:
     Raises:
         DataError: if it is none.
     """
+    path = folder / _RECORD
     try:
-        return read_json(folder / _RECORD, BestEvaluation)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{folder / _RECORD}: cannot be read: {error}") from None
+        with storage_errors(path):
+            try:
+                return read_json(path, BestEvaluation)
+            except FileNotFoundError as error:
+                raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise DataError(f"{path}: cannot be read: {error}") from None

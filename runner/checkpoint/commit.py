@@ -13,7 +13,7 @@ from typing import Any
 
 from runner.checkpoint.store import CheckpointStore, DamagedError, Manifest, Stage
 from runner.errors import DataError, StorageError
-from runner.run.attempts import sealed
+from runner.run.attempts import begun_anew, sealed
 from runner.run.lease import Lease
 from runner.utils.disk import reason
 
@@ -111,7 +111,9 @@ def adopt_checkpoints(store: CheckpointStore, ranks: Ranks, lease: Lease | None)
         since, counted = sealed(lease.run)
         names.extend(store.names(since, counted))
         if not names:
-            lost.extend(sorted({*counted, *store.damaged(since, counted)}))
+            # With what stands there but counts no more, unless its user has begun anew since.
+            others = store.names(begun_anew(lease.run), ())
+            lost.extend(sorted({*counted, *store.damaged(since, counted), *others}))
         if not lost:  # else what counted stays written down, for the next start to be refused too
             lease.seal(names)
             store.clean()

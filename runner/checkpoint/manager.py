@@ -31,7 +31,7 @@ from runner.job.schema import Job
 from runner.run.folder import RunDir, checkpoint_name
 from runner.run.lease import Lease
 from runner.utils.disk import room
-from runner.utils.files import storage_errors
+from runner.utils.files import is_there, storage_errors
 from runner.utils.ranks import Rank
 
 BEST = "best"  # the folder that the best evaluation so far leaves in its checkpoint
@@ -179,7 +179,7 @@ class CheckpointManager:
         if not self._rank.is_main:
             return
         for table in self._run.tables:
-            if table.is_file():
+            if is_there(table):
                 stage.put(f"tables/{table.name}", partial(_copy, table.read_bytes()))
         if best is not None:
             best(stage)

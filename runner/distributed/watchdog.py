@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from runner.distributed.heartbeat import RANK_BEAT_S, ExitNote, RankHeartbeats, diagnose
-from runner.errors import MachineError, RunnerError
+from runner.errors import MachineError, RunnerError, StorageError
 from runner.run.lease import Lease
 from runner.utils.console import print_error
 from runner.utils.text import duration
@@ -47,6 +47,8 @@ class Watchdog:
         self._lease, self._connection_lost = lease, connection_lost
         self.rank = rank
         self.place, self._since, self._bounded = "the start", time.monotonic(), False
+        self._beaten: float = time.monotonic()
+        self._spoken: float | None = None  # when it was seen that the run ends
         self._over = threading.Event()
         heartbeats.register()
         threading.Thread(target=self._follow, daemon=True, name="watch").start()
@@ -112,27 +114,37 @@ class Watchdog:
     # --- the watching thread
 
     def _follow(self) -> None:
-        beaten, spoken = time.monotonic(), None
-        while not self._over.wait(min(TICK_S, self._seconds / 4)):
-            if spoken is None and self._heartbeats.output_is_claimed():
-                spoken = time.monotonic()
-            if spoken is not None and time.monotonic() > spoken + SIGN_OF_LIFE_S:
-                self._follow_out()
-            quiet = time.monotonic() - self._since
-            if quiet > self._limit():
-                self._give_up(self._own_place())
+        looks = (
+            *(self._see_end, self._see_stillness),
             # Only now: a rank that shows that it lives, and left no note, counts as a healthy one.
-            if time.monotonic() > beaten + min(RANK_BEAT_S, self._seconds / 4):
-                beaten = time.monotonic()
-                with suppress(OSError):  # away for a moment; where it matters, writing says so
-                    self._heartbeats.beat()
-            silent = {
-                r for r in self._others() if (self._heartbeats.silence(r) or 0) > self._seconds
-            }
-            if silent and not silent <= set(self._heartbeats.notes()):
-                self._give_up(
-                    ExitNote(MachineError.exit_code, f"waited at {self.place}", waits=True)
-                )
+            *(self._beat, self._see_others),
+        )
+        while not self._over.wait(min(TICK_S, self._seconds / 4)):
+            for look in looks:
+                # What cannot be seen for a moment is seen at the next tick; where it matters,
+                # writing says so.
+                with suppress(OSError, StorageError):
+                    look()
+
+    def _see_end(self) -> None:
+        if self._spoken is None and self._heartbeats.output_is_claimed():
+            self._spoken = time.monotonic()
+        if self._spoken is not None and time.monotonic() > self._spoken + SIGN_OF_LIFE_S:
+            self._follow_out()
+
+    def _see_stillness(self) -> None:
+        if time.monotonic() - self._since > self._limit():
+            self._give_up(self._own_place())
+
+    def _beat(self) -> None:
+        if time.monotonic() > self._beaten + min(RANK_BEAT_S, self._seconds / 4):
+            self._heartbeats.beat()
+            self._beaten = time.monotonic()
+
+    def _see_others(self) -> None:
+        silent = {r for r in self._others() if (self._heartbeats.silence(r) or 0) > self._seconds}
+        if silent and not silent <= set(self._heartbeats.notes()):
+            self._give_up(ExitNote(MachineError.exit_code, f"waited at {self.place}", waits=True))
 
     def _limit(self) -> float:
         """Seconds without a note that are too many here."""
@@ -147,10 +159,12 @@ class Watchdog:
             self._leave(codes[0] if codes else MachineError.exit_code)
 
     def _leave(self, code: int) -> None:
-        if self._lease is not None:
-            with suppress(RunnerError):  # the next start then waits for a silence
-                self._lease.release(code)
-        os._exit(code)
+        try:
+            if self._lease is not None:
+                with suppress(RunnerError):  # the next start then waits for a silence
+                    self._lease.release(code)
+        finally:
+            os._exit(code)
 
     def _others(self) -> list[int]:
         """The ranks that this one looks after: rank 0 after all, rank 1 after rank 0."""

@@ -14,19 +14,26 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import psutil
 from pydantic import Field
 
-from runner.errors import Interrupted, StorageError, printable
+from runner.errors import DataError, Interrupted, printable
 from runner.run.folder import RunDir, committed_steps
-from runner.utils.files import read_json, storage_errors
+from runner.utils.files import is_there, read_json, storage_errors
 from runner.utils.text import duration
+
+Record = TypeVar("Record")
 
 SILENT_S = 120.0  # seconds without a sign of life, after which a start elsewhere counts as dead
 MAX_IDLE = 3  # starts in a row without progress, after which a run is not requeued
 MAX_STARTS = 50  # starts after which it is not requeued in any case
+
+_NOT_KNOWN = (
+    "it lists the checkpoints that count, none of which was touched; put it back, or begin anew"
+    " with --restart"
+)
 
 
 @dataclass(frozen=True)
@@ -88,14 +95,16 @@ class EndRecord:
 
 
 def attempt_numbers(run: RunDir) -> list[int]:
-    """Numbers of all attempts, ascending."""
-    try:
-        with storage_errors(run.attempts):
+    """Numbers of all attempts, ascending.
+
+    Raises:
+        StorageError: if they cannot be listed now.
+    """
+    with storage_errors(run.attempts):
+        try:
             names = os.listdir(run.attempts)
-    except StorageError:
-        if run.attempts.exists():
-            raise
-        return []
+        except FileNotFoundError:
+            return []
     return sorted(int(name[:-5]) for name in names if re.fullmatch(r"\d{4,}\.json", name, re.ASCII))
 
 
@@ -106,15 +115,34 @@ def attempts(run: RunDir) -> list[AttemptRecord]:
 
 def sealed(run: RunDir) -> tuple[int, list[str]]:
     """The newest attempt that could commit anything, and the earlier attempts' checkpoints that
-    count; attempt 0 if there is none."""
+    count; attempt 0 if there is none.
+
+    Raises:
+        DataError: if the list of an attempt that had one is lost or damaged: what counts is then
+            not known, and to begin anew in silence would be to throw away what the user has.
+        StorageError: if the ledger cannot be read now.
+    """
     for number in reversed(attempt_numbers(run)):
+        path = entry_file(run, number, "sealed")
         try:
-            return number, read_json(entry_file(run, number, "sealed"), list[str])
-        except (OSError, ValueError):
-            record = read_attempt(run, number)
-            if record is not None and record.anew:
-                return number, []  # it came no further than putting the earlier run aside
+            with storage_errors(path):
+                try:
+                    return number, read_json(path, list[str])
+                except FileNotFoundError:
+                    pass
+        except ValueError as error:
+            raise DataError(f"{path}: is damaged: {error}; {_NOT_KNOWN}") from None
+        record = read_attempt(run, number)
+        if record is not None and record.from_step is not None:  # which is noted after it
+            raise DataError(f"{path}: is lost; {_NOT_KNOWN}")
+        if record is not None and record.anew:
+            return number, []  # it came no further than putting the earlier run aside
     return 0, []
+
+
+def begun_anew(run: RunDir) -> int:
+    """The newest attempt that began from nothing: the first, or one that was told to."""
+    return max([1, *(record.attempt for record in attempts(run) if record.anew)])
 
 
 def is_alive(run: RunDir) -> bool:
@@ -167,7 +195,7 @@ def is_earlier_life(record: AttemptRecord) -> bool:
 
 def describe_if_alive(run: RunDir, number: int) -> str | None:
     """Describe an attempt that is alive; None if it is over."""
-    if entry_file(run, number, "end.json").exists():
+    if is_there(entry_file(run, number, "end.json")):
         return None
     record, silence = read_attempt(run, number), _silence(run, number)
     if silence > SILENT_S:
@@ -245,16 +273,26 @@ def entry_file(run: RunDir, number: int, kind: str) -> Path:
 
 
 def read_attempt(run: RunDir, number: int) -> AttemptRecord | None:
-    """Who made a start; None while its entry is being written, or if it is damaged."""
-    try:
-        return read_json(entry_file(run, number, "json"), AttemptRecord)
-    except (OSError, ValueError, RecursionError):
-        return None
+    """Who made a start; None while its entry is being written, or if it is lost or damaged.
+
+    Raises:
+        StorageError: if it cannot be read now.
+    """
+    return _read(entry_file(run, number, "json"), AttemptRecord)
 
 
 def read_end(run: RunDir, number: int) -> EndRecord | None:
-    """How a start ended; None as long as it has not said so."""
-    try:
-        return read_json(entry_file(run, number, "end.json"), EndRecord)
-    except (OSError, ValueError, RecursionError):
-        return None
+    """How a start ended; None as long as it has not said so.
+
+    Raises:
+        StorageError: if it cannot be read now.
+    """
+    return _read(entry_file(run, number, "end.json"), EndRecord)
+
+
+def _read(path: Path, kind: type[Record]) -> Record | None:
+    with storage_errors(path):
+        try:
+            return read_json(path, kind)
+        except (FileNotFoundError, ValueError, RecursionError):
+            return None

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from runner.errors import RunDirError, StorageError
-from runner.utils.files import storage_errors
+from runner.utils.files import is_there, storage_errors
 
 
 class RunDir:
@@ -90,8 +90,12 @@ class RunDir:
         )
 
     def finished(self) -> bool:
-        """Whether the run succeeded."""
-        return self.result.is_file()
+        """Whether the run succeeded.
+
+        Raises:
+            StorageError: if that cannot be told now.
+        """
+        return is_there(self.result)
 
 
 def checkpoint_name(step: int, attempt: int, *, scored: bool) -> str:
@@ -108,11 +112,16 @@ def checkpoint_place(name: str) -> tuple[int, bool, int] | None:
 
 
 def committed_steps(run: RunDir) -> list[int]:
-    """Steps of all checkpoints that stand under their final name."""
-    try:
-        places = map(checkpoint_place, os.listdir(run.checkpoints))
-    except FileNotFoundError:
-        return []
+    """Steps of all checkpoints that stand under their final name.
+
+    Raises:
+        StorageError: if they cannot be listed now.
+    """
+    with storage_errors(run.checkpoints):
+        try:
+            places = map(checkpoint_place, os.listdir(run.checkpoints))
+        except FileNotFoundError:
+            return []
     return [place[0] for place in places if place]
 
 

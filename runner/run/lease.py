@@ -28,7 +28,7 @@ from runner.run.attempts import (
     read_attempt,
 )
 from runner.run.folder import RunDir
-from runner.utils.files import storage_errors, write_json
+from runner.utils.files import is_there, storage_errors, write_json
 from runner.utils.text import duration
 
 LEASE_BEAT_S = 10.0  # seconds between signs of life
@@ -95,7 +95,7 @@ class Lease:
 
     def is_held(self) -> bool:
         """Whether no later start has claimed the run."""
-        return not entry_file(self.run, self.number + 1, "json").exists()
+        return not is_there(entry_file(self.run, self.number + 1, "json"))
 
     def note_resumed_step(self, step: int) -> None:
         """Note the committed step that this start goes on from, 0 if there is none."""

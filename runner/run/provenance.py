@@ -16,7 +16,7 @@ from typing import Any
 
 from runner.errors import DataError
 from runner.run.folder import RunDir
-from runner.utils.files import read_json
+from runner.utils.files import read_json, storage_errors
 from runner.utils.signals import children_ignore_signals
 from runner.utils.tables import read_rows
 
@@ -137,13 +137,17 @@ def read_record(path: Path) -> dict[str, Any]:
     """Read a JSON object that a run wrote.
 
     Raises:
-        DataError: if it is none.
+        DataError: if it is none, or not there.
+        StorageError: if it cannot be read now.
     """
     try:
-        found = read_json(path, object)
-    except (OSError, ValueError, RecursionError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise DataError(f"{path}: cannot be read: {reason}") from None
+        with storage_errors(path):
+            try:
+                found = read_json(path, object)
+            except FileNotFoundError as error:
+                raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: cannot be read: {error}") from None
     if not isinstance(found, dict):
         raise DataError(f"{path}: is no record of a run")
     return found

@@ -13,7 +13,7 @@ from runner.run.attempts import attempt_numbers, attempts, is_alive, is_earlier_
 from runner.run.folder import RunDir
 from runner.run.lease import Lease
 from runner.run.provenance import read_record
-from runner.utils.files import storage_errors, write_atomic
+from runner.utils.files import is_there, storage_errors, write_atomic
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def acquire_run(job: Job, options: StartOptions) -> Lease | RunDir:
         _check_job(run, job)
         if run.finished():
             return run
-        if not attempt_numbers(run) and (run.checkpoints.exists() or run.train_table.exists()):
+        if not attempt_numbers(run) and any(map(is_there, (run.checkpoints, run.train_table))):
             raise DataError(
                 f"{run.path}: holds a run that an older spantune left unfinished and that cannot go"
                 " on; give another folder, or --restart to begin anew"
@@ -114,7 +114,7 @@ def _is_of(run: RunDir, job: Job) -> bool:
 
 
 def _check_job(run: RunDir, job: Job) -> None:
-    if not run.job.exists():
+    if not is_there(run.job):
         return
     difference = first_difference(recorded_job(run.job), job)
     if difference:
@@ -131,6 +131,6 @@ def _put_aside(run: RunDir, number: int) -> None:
     with storage_errors(aside):
         # The result first: a run without one is never taken for a finished one.
         for path in reversed(run.written):
-            if path.exists() and path != run.attempts:
+            if path != run.attempts and is_there(path):
                 aside.mkdir(exist_ok=True)
                 path.rename(aside / path.name)

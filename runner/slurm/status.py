@@ -13,7 +13,7 @@ from typing import Any
 
 import tomli
 
-from runner.errors import DataError, RunDirError, RunnerError, SlurmError
+from runner.errors import DataError, RunDirError, RunnerError, SlurmError, StorageError
 from runner.run.attempts import (
     SILENT_S,
     AttemptRecord,
@@ -158,16 +158,19 @@ def table_rows(statuses: Sequence[RunStatus], root: Path) -> list[dict[str, Cell
 
 def newest_start(run: RunDir) -> NewestStart | None:
     """Read the newest start from the ledger; None before the first."""
-    started = attempts(run)
+    try:
+        started = attempts(run)
+        end = read_end(run, started[-1].attempt) if started else None
+    except StorageError:  # somebody else's, which we may not read
+        return None
     if not started:
         return None
     record = started[-1]
-    end = read_end(run, record.attempt)
     if end is not None:
         return NewestStart(record, end.exit_code, alive=False)
     try:
         return NewestStart(record, None, describe_if_alive(run, record.attempt) is not None)
-    except OSError:  # somebody else's folder, which we may only read
+    except (OSError, StorageError):  # somebody else's folder, which we may only read
         silence = time.time() - _age(entry_file(run, record.attempt, "alive"))
         return NewestStart(record, None, silence < SILENT_S)
 
@@ -313,7 +316,7 @@ def _age(path: Path) -> float:
 def _rows(path: Path) -> list[dict[str, str]]:
     try:
         return read_rows(path)
-    except (OSError, ValueError, csv.Error):
+    except (OSError, StorageError, ValueError, csv.Error):
         return []
 
 

@@ -32,7 +32,7 @@ from runner.distributed.heartbeat import RankHeartbeats
 from runner.distributed.preemption import StopSaveSync
 from runner.distributed.process_group import start_distributed
 from runner.distributed.watchdog import Watchdog
-from runner.errors import DivergedError, ExpectationError, Interrupted
+from runner.errors import DataError, DivergedError, ExpectationError, Interrupted, StorageError
 from runner.eval.evaluation import Evaluation, TunedThreshold, evaluate, in_use, tune
 from runner.eval.inference import Predictions, dry_run, predict_windows
 from runner.eval.predictions import LISTED
@@ -56,7 +56,7 @@ from runner.train.run_log import RunLog
 from runner.train.setup import Session, build_session
 from runner.train.state import EarlyStopping, TrainState
 from runner.train.summary import latest_threshold, progress_note
-from runner.utils.files import below_here, full_disk_errors, write_json
+from runner.utils.files import below_here, full_disk_errors, is_there, write_json
 from runner.utils.ranks import current_rank
 from runner.utils.signals import defer_stop, stop_reason
 from runner.utils.timing import PhaseTimer
@@ -274,15 +274,27 @@ class Trainer:
             if found is not None and self.rank.is_main:
                 self.best = self.checkpoints.load_best(self.state)
         record = provenance_record(self.session)
-        if self.rank.is_main and (found is None or not self.run.provenance.exists()):
-            write_json(self.run.provenance, record)
-        if found is None:
-            return False
-        self.log.resume(self.state, self.session.total_steps, found.name)
+        if found is not None:
+            self.log.resume(self.state, self.session.total_steps, found.name)
         if self.rank.is_main:
-            for field in differing_fields(read_record(self.run.provenance), record):
-                self.log.line(f"other than at the beginning, so bits may differ: {field}")
-        return True
+            self.note_provenance(record, begins=found is None)
+        return found is not None
+
+    def note_provenance(self, record: dict[str, Any], *, begins: bool) -> None:
+        """Note where the numbers come from, or say what differs from the beginning (rank 0). It
+        decides no number: a record that is damaged costs a line, never the run."""
+        path = self.run.provenance
+        try:
+            if not begins and is_there(path):
+                for field in differing_fields(read_record(path), record):
+                    self.log.line(f"other than at the beginning, so bits may differ: {field}")
+                return
+        except DataError as error:
+            self.log.line(f"{error}; it is written anew, as of now")
+        except StorageError as error:
+            self.log.line(f"{error}; whether anything differs from the beginning is not known")
+            return
+        write_json(path, record)
 
     def dry_run_scoring(self) -> None:
         """Read the longest batch of the scoring, for nothing: what does not fit fails now."""

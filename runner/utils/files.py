@@ -142,6 +142,20 @@ def storage_errors(path: Path | None = None) -> Iterator[None]:
         raise StorageError(f"{name or 'a file'}: {error.strerror or error}") from error
 
 
+def is_there(path: Path) -> bool:
+    """Whether a file or folder is there.
+
+    Raises:
+        StorageError: if that cannot be told now; it may well be there.
+    """
+    with storage_errors(path):
+        try:
+            path.stat()
+        except FileNotFoundError:
+            return False
+        return True
+
+
 def _failed(error: OSError, path: Path | None) -> Path | None:
     named = error.filename2 or error.filename
     if not isinstance(named, str | bytes | os.PathLike):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -85,6 +86,26 @@ def test_a_broken_connection_between_living_ranks_is_said(watch, crews):
     with pytest.raises(MachineError) as caught, watch.explaining():
         raise CutOff("network is unreachable")
     assert "connection between ranks broke at step 7 (epoch 1): network" in str(caught.value)
+
+
+@pytest.mark.parametrize("look", ["output_is_claimed", "beat", "silence", "notes"])
+def test_the_watch_outlives_a_file_that_cannot_be_read(crews, monkeypatch, look):
+    def fail(*_):
+        failed.append(look)
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    failed: list[str] = []
+    monkeypatch.setattr(crews[0], "silence", lambda _: 1.0)
+    monkeypatch.setattr(crews[0], look, fail)
+    given_up: list[ExitNote] = []
+    monkeypatch.setattr(Watchdog, "_give_up", lambda _, note: given_up.append(note))
+    made = Watchdog(crews[0], 0, 0.2, None, lambda _: False)
+    deadline = time.monotonic() + 10
+    while (len(failed) < 3 or not given_up) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    made.close()
+    assert len(failed) >= 3
+    assert given_up
 
 
 STUCK = """

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
 import re
@@ -15,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from runner.errors import RunDirError
+from runner.errors import DataError, RunDirError, StorageError
 from runner.run import lease as claim
 from runner.run.attempts import (
     SILENT_S,
@@ -262,11 +264,46 @@ def test_what_counts_is_settled_by_the_newest_attempt_that_could_commit(run):
     second.release(75)
     third = Lease.acquire(run)
     third.release(75)
-    (run.attempts / "0002.sealed").write_text("{")
-    assert sealed(run) == (1, [])
+    assert sealed(run) == (2, ["step-000010-a0001"])
     # Begun anew, and killed before it could settle anything: nothing of before counts.
     Lease.acquire(run, anew=True)
     assert sealed(run) == (4, [])
+
+
+@pytest.mark.parametrize("damage", [None, "", "{", '{"a": 1}', "[1]"])
+def test_what_counted_and_is_lost_or_damaged_is_no_beginning(run, damage):
+    lease = Lease.acquire(run)
+    lease.seal(["step-000010-a0001"])
+    lease.note_resumed_step(10)
+    lease.release(75)
+    path = entry_file(run, 1, "sealed")
+    path.unlink()
+    if damage is not None:
+        path.write_text(damage)
+    with pytest.raises(DataError, match=r"0001\.sealed: is (lost|damaged: ).*--restart"):
+        sealed(run)
+
+
+@pytest.mark.parametrize("kind", ["json", "sealed", "end.json", ""])
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES, errno.EMFILE])
+def test_a_ledger_that_cannot_be_read_is_not_taken_for_absent(run, monkeypatch, kind, number):
+    lease = Lease.acquire(run)
+    lease.release(75)
+    name = str(entry_file(run, 1, kind) if kind else run.attempts)
+
+    def failing(call):
+        def fail(path, *arguments, **options):
+            if os.fspath(path) == name:
+                raise OSError(number, os.strerror(number), path)
+            return call(path, *arguments, **options)
+
+        return fail
+
+    for module, call in ((io, "open"), (os, "stat"), (os, "listdir")):
+        monkeypatch.setattr(module, call, failing(getattr(module, call)))
+    ask = sealed if kind in ("json", "sealed") else Lease.acquire
+    with pytest.raises(StorageError, match=re.escape(os.strerror(number))):
+        ask(run)
 
 
 @pytest.mark.parametrize(
