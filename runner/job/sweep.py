@@ -6,6 +6,7 @@ import copy
 import hashlib
 import itertools
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -77,13 +78,16 @@ def _trials(sweep: Sweep, source: Source) -> Iterator[Trial]:
         )
     if problems:
         raise JobError(format_problems(problems, source))
-    combine = itertools.product if sweep.mode == "grid" else zip
-    places = list(combine(*(range(len(values)) for values in axes.values()))) if axes else [()]
-    count = len(places) * max(1, len(sweep.seeds))
+    # Counted before it is made: a few axes can stand for billions of trials.
+    sizes = [len(values) for values in axes.values()]
+    count = math.prod(sizes) if sweep.mode == "grid" else min(sizes, default=1)
+    count *= max(1, len(sweep.seeds))
     if count > MAX_TRIALS:
         raise JobError(
             format_problems([(("sweep",), f"{count} trials are more than {MAX_TRIALS}")], source)
         )
+    combine = itertools.product if sweep.mode == "grid" else zip
+    places = combine(*map(range, sizes)) if axes else [()]
     found: dict[tuple[KeyPath, str], None] = {}
     seen: dict[str, str] = {}
     trials = []

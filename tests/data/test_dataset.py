@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from runner.data import formats
 from runner.data.dataset import Example, content_sha256, load_dataset
-from runner.data.formats import hub_split
+from runner.data.formats import file_rows, hub_split
 from runner.data.hub import Snapshot
 from runner.errors import AssetError, DataError
 from runner.job.schema import Columns
@@ -940,3 +940,18 @@ def test_real_data_sets_hold_no_bad_row(real_data, name, questions, unanswerable
 
 def test_as_many_malformed_data_sets_as_promised():
     assert len(BAD_ROWS) + 2 * len(BAD_ANSWERS) + len(BAD_FILES) >= 60
+
+
+@pytest.mark.parametrize("unused", [False, True])
+def test_a_parquet_file_is_counted_before_it_is_expanded(tmp_path, unused):
+    """64 rows of one text of 24 MB would be 1.5 GB; also as bytes in a column that nobody reads."""
+    text = pyarrow.DictionaryArray.from_arrays([0] * 64, ["x" * 24_000_000])
+    columns = {"question": ["q"] * 64, "context": text}
+    if unused:
+        columns = {"question": ["q"] * 64, "other": text.cast(pyarrow.binary())}
+    path = tmp_path / "bomb.parquet"
+    pyarrow.parquet.write_table(pyarrow.table(columns), path, compression="zstd")
+    before = pyarrow.default_memory_pool().max_memory()
+    with pytest.raises(DataError, match=r"bytes hold more than [\d,]+ of content"):
+        file_rows(path, Columns(), answers=False)
+    assert pyarrow.default_memory_pool().max_memory() < max(before, 0) + 2**30

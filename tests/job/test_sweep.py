@@ -214,6 +214,13 @@ def test_a_sweep_without_end_is_refused():
     assert line.endswith("sweep: 1200 trials are more than 1000")
 
 
+def test_a_sweep_is_counted_before_it_is_made():
+    names = ("epochs", "batch_size", "micro_batch_size", "log_every", "warmup", "patience")
+    axes = ", ".join(f"train.{name} = {list(range(1, 1001))}" for name in names)
+    [line] = problems(f"over = {{{axes}}}")
+    assert line.endswith(f"sweep: {1000**6} trials are more than 1000")
+
+
 # ---- the manifest
 
 

@@ -10,7 +10,7 @@ from runner.errors import DataError
 from runner.utils.text import first_line
 
 _EXPANSION = 100  # times that a file may grow when it is read, beyond 256 MiB
-_BATCH = 64  # rows that are looked at before more are read
+_BATCH = 64  # rows, at most, that are looked at before more are read
 
 
 def parquet_table(path: Path, raw: bytes) -> RawTable:
@@ -25,12 +25,32 @@ def parquet_table(path: Path, raw: bytes) -> RawTable:
     try:
         file = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(raw))
         names = file.schema_arrow.names
-        for batch in file.iter_batches(batch_size=_BATCH):
-            part = batch.to_pylist()
-            size += sum(len(text) for row in part for text in row.values() if type(text) is str)
+        largest = _largest_row(file.metadata)
+        if largest > limit:
+            raise DataError(f"{path}: its {len(raw):,} bytes hold more than {limit:,} of content")
+        for batch in file.iter_batches(batch_size=min(_BATCH, limit // max(1, largest))):
+            # Of every column and all that is nested in it; a dictionary as the texts it stands for.
+            plain = (
+                part.dictionary_decode() if pyarrow.types.is_dictionary(part.type) else part
+                for part in batch.columns
+            )
+            size += sum(part.nbytes for part in plain)
             if size > limit:
-                raise DataError(f"{path}: its {len(raw):,} bytes hold more than {limit:,} of text")
-            rows += part
+                raise DataError(
+                    f"{path}: its {len(raw):,} bytes hold more than {limit:,} of content"
+                )
+            rows += batch.to_pylist()
     except (pyarrow.ArrowException, MemoryError, OSError, ValueError) as error:
         raise DataError(f"{path}: not valid Parquet: {first_line(error)}") from None
     return RawTable(rows, names)
+
+
+def _largest_row(metadata: Any) -> int:
+    """Bytes that no row of a file exceeds: a row lies in one group, and a text that is named often
+    stands in the group once."""
+    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+    columns = ([group.column(place) for place in range(group.num_columns)] for group in groups)
+    return max(
+        (sum(part.total_uncompressed_size + 8 * part.num_values for part in c) for c in columns),
+        default=0,
+    )
