@@ -103,26 +103,42 @@ def adopt_checkpoints(store: CheckpointStore, ranks: Ranks, lease: Lease | None)
         StorageError: if folder or ledger cannot be read and written.
     """
     names: list[str] = []
-    lost: list[str] = []
+    refusals: list[str] = []
 
     def settle() -> None:
         if lease is None:
             return
-        since, counted = sealed(lease.run)
-        names.extend(store.names(since, counted))
-        if not names:
-            # With what stands there but counts no more, unless its user has begun anew since.
-            others = store.names(begun_anew(lease.run), ())
-            lost.extend(sorted({*counted, *store.damaged(since, counted), *others}))
-        if not lost:  # else what counted stays written down, for the next start to be refused too
-            lease.seal(names)
-            store.clean()
+        try:
+            names.extend(_those_that_count(store, lease))
+        except DataError as error:  # what counted stays written down: the next start is refused too
+            refusals.append(str(error))
+            return
+        lease.seal(names)
+        store.clean()
 
     agree(ranks, settle)
-    names, lost = ranks.all_gather((names, lost))[0]
+    names, refusals = ranks.all_gather((names, refusals))[0]
+    if refusals:
+        raise DataError(refusals[0])
+    return names
+
+
+def _those_that_count(store: CheckpointStore, lease: Lease) -> list[str]:
+    since, counted = sealed(lease.run)
+    names = store.names(since, counted)
+    if names:
+        return names
+    lost = {*counted, *store.damaged(since, counted)}
     if lost:
         raise _nothing_whole(store, len(lost))
-    return names
+    # What stands there and counts no more is passed over only if its user has begun anew since.
+    others = store.names(begun_anew(lease.run), ())
+    if others:
+        raise DataError(
+            f"{store.folder}: none of its {len(others)} checkpoints counts: attempts/ names none of"
+            " them; put back what it had, or begin anew with --restart"
+        )
+    return []
 
 
 def rotate(

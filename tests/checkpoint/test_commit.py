@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from runner.checkpoint.commit import adopt_checkpoints, newest
+from runner.checkpoint.commit import Ranks, adopt_checkpoints, newest
 from runner.checkpoint.files import Entry, Files
 from runner.checkpoint.store import CheckpointStore, DamagedError, Manifest
 from runner.errors import DataError, StorageError
@@ -231,6 +231,7 @@ def test_what_cannot_be_read_for_a_moment_is_not_damaged(store, file, number):
 def test_a_run_folder_that_cannot_be_tidied_is_a_sentence(store, monkeypatch):
     """What an earlier start left behind lies where nothing may be removed."""
     attempt = Lease.acquire(RunDir(store.folder.parent))
+    attempt.seal(["step-000010-a0001"])
     (store.folder / ".stage-step-000020-a0001").mkdir()
     monkeypatch.setattr(Files, "remove_folder", denied)
     with pytest.raises(StorageError, match="stage-step-000020-a0001: Permission denied"):
@@ -327,3 +328,20 @@ def test_a_sync_reaches_the_disk(tmp_path, monkeypatch):
     files.close(file)
     files.sync_folder(tmp_path)
     assert synced == [str(tmp_path / "a"), str(tmp_path)]
+
+
+@pytest.mark.parametrize("attempt", [1, 2])
+def test_checkpoints_of_which_none_counts_are_no_beginning(tmp_path, attempt):
+    run = RunDir(tmp_path)
+    store = CheckpointStore(run.checkpoints, 0)
+    for _ in range(attempt):
+        lease = Lease.acquire(run)
+        lease.release(75)
+    name = "step-000010-a0001"
+    (run.checkpoints / name).mkdir(parents=True)
+    with pytest.raises(DataError, match=r"none of its 1 checkpoints counts: .*--restart"):
+        adopt_checkpoints(store, Ranks(0, lambda value: [value]), lease)
+    assert store.names(1, ()) == [name]
+    # Begun anew, and killed before the earlier run was put aside.
+    anew = Lease.acquire(run, anew=True)
+    assert adopt_checkpoints(store, Ranks(0, lambda value: [value]), anew) == []

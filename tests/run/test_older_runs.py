@@ -112,3 +112,40 @@ def test_a_run_whose_job_file_was_edited_is_another_jobs(zygote, cut):
     assert codes == [65], said
     assert "belongs to another job: train.learning_rate is 0.01 there and 0.02 now" in said
     assert not run.result.exists()
+
+
+@pytest.mark.parametrize(
+    ("damage", "code", "words"),
+    [
+        ("lost", 65, "0001.sealed: is lost; it lists the checkpoints that count"),
+        ("empty", 65, "0001.sealed: is damaged: "),
+        ("unreadable", 74, "0001.sealed: Is a directory"),
+    ],
+)
+def test_a_run_that_cannot_tell_what_counts_never_begins_in_silence(
+    zygote, cut, damage, code, words
+):
+    run = RunDir(cut / "cut")
+    ledger = run.attempts / "0001.sealed"
+    ledger.unlink()
+    if damage == "empty":
+        ledger.touch()
+    elif damage == "unreadable":
+        ledger.mkdir()
+    before = sorted(run.checkpoints.rglob("*"))
+    codes, said = zygote.run(run.job, "--run-dir", run.path, "--threads", 1)
+    assert codes == [code], said
+    assert words in said
+    assert sorted(run.checkpoints.rglob("*")) == before
+    assert run.train_table.exists()
+
+
+def test_a_damaged_record_of_where_numbers_come_from_costs_a_line(zygote, cut):
+    run = RunDir(cut / "cut")
+    run.provenance.write_text("")
+    codes, said = zygote.run(run.job, "--run-dir", run.path, "--threads", 1)
+    assert codes == [0], said
+    assert "goes on after step 27 of 46" in said
+    assert "provenance.json: cannot be read: " in said
+    assert "it is written anew, as of now" in said
+    assert json.loads(run.provenance.read_text())["ranks"] == 1

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import io
+import os
 import platform
 import subprocess
 import sys
@@ -10,7 +13,9 @@ from importlib import metadata
 
 import pytest
 
+from runner.errors import DataError, StorageError
 from runner.run import provenance
+from runner.run.provenance import read_record
 from runner.utils.files import file_sha256
 
 AS_SOMEONE = ("-c", "user.name=n", "-c", "user.email=e", "-c", "core.hooksPath=/dev/null")
@@ -106,3 +111,19 @@ def test_what_is_collected(monkeypatch):
     assert found["versions"]["torch"] == metadata.version("torch")
     assert found["machine"]["processor"].strip()
     assert set(found["git"]) == {"commit", "diff_sha256"}
+
+
+def test_a_record_that_cannot_be_read_now_is_not_a_damaged_one(tmp_path, monkeypatch):
+    path = tmp_path / "provenance.json"
+    for text in (None, "", "{", "[]"):
+        if text is not None:
+            path.write_text(text)
+        with pytest.raises(DataError, match=r"provenance\.json"):
+            read_record(path)
+
+    def fail(*_, **__):
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    monkeypatch.setattr(io, "open", fail)
+    with pytest.raises(StorageError, match="Input/output error"):
+        read_record(path)
