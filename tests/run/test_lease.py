@@ -299,7 +299,7 @@ def test_a_ledger_that_cannot_be_read_is_not_taken_for_absent(run, monkeypatch, 
 
         return fail
 
-    for module, call in ((io, "open"), (os, "stat"), (os, "listdir")):
+    for module, call in ((os, "open"), (io, "open"), (os, "stat"), (os, "listdir")):
         monkeypatch.setattr(module, call, failing(getattr(module, call)))
     ask = sealed if kind in ("json", "sealed") else Lease.acquire
     with pytest.raises(StorageError, match=re.escape(os.strerror(number))):
