@@ -1,5 +1,5 @@
-"""How ranks meet: who waits for others that never come hears signals, and the ranks of two runs at
-one port are told apart."""
+"""How ranks meet: who waits for others that never come hears the signals meanwhile, and the ranks of
+two runs at one port are told apart."""
 
 from __future__ import annotations
 
