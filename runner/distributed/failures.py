@@ -8,7 +8,6 @@ from contextlib import contextmanager
 import torch
 
 from runner.distributed.collectives import all_gather, is_connection_lost
-from runner.distributed.process_group import address_and_remedy
 from runner.distributed.watchdog import Watchdog
 from runner.errors import Interrupted, MachineError
 from runner.run.folder import RunDir
@@ -26,9 +25,6 @@ def before_rendezvous() -> Iterator[None]:
             raise
         if stop_reason():
             raise Interrupted(f"stopped by {stop_reason()} before training began") from None
-        if "EADDRINUSE" in str(error):
-            text = f"another run, or another program, has {address_and_remedy()}"
-            raise MachineError(text) from None
         first = " ".join(str(error).split())[:200]
         raise MachineError(f"the ranks have not met: {first}") from None
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import os
 import threading
-import time
 import warnings
 from datetime import timedelta
 from typing import Any
@@ -16,15 +14,13 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from runner.distributed.collectives import COLLECTIVE_TIMEOUT, open_control_group
-from runner.errors import Interrupted, MachineError
-from runner.utils.ranks import Rank, in_srun_step, rendezvous_address
-from runner.utils.signals import launcher_id, stop_reason
-
-_LET_MAIN_SPEAK_S = 2.0
+from runner.errors import Interrupted
+from runner.utils.ranks import Rank, rendezvous_address
+from runner.utils.signals import stop_reason
 
 
 def start_distributed(
-    rank: Rank, threads: int | None = None, rendezvous_minutes: float = 10.0, job: str = ""
+    rank: Rank, threads: int | None = None, rendezvous_minutes: float = 10.0
 ) -> torch.device:
     """Choose the device, the CPU threads, and join the process group (also one process).
 
@@ -32,10 +28,6 @@ def start_distributed(
         rank: this one.
         threads: CPU threads; None shares the cores of the machine among its ranks.
         rendezvous_minutes: how long to wait for the other ranks to come.
-        job: what the ranks of one run have alike; a rank with another one is refused.
-
-    Raises:
-        MachineError: if the ranks of another run meet at the same address.
     """
     on_cuda = torch.cuda.is_available()
     if on_cuda:
@@ -69,7 +61,7 @@ def start_distributed(
     if not dist.is_initialized():
         # Ranks meet soon or never; once they have met, they wait for each other's work.
         rendezvous = timedelta(minutes=rendezvous_minutes)
-        store, index, world = _rendezvous(rendezvous, run_token(rank, job))
+        store, index, world = _rendezvous(rendezvous)
         backend = "nccl" if on_cuda else "gloo"
         dist.init_process_group(
             backend, store=store, rank=index, world_size=world, timeout=COLLECTIVE_TIMEOUT
@@ -79,51 +71,14 @@ def start_distributed(
     return torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")
 
 
-def run_token(rank: Rank, job: str) -> str:
-    """What tells the ranks of one run from those of another: the job, and what started them as far
-    as every rank knows it."""
-    launcher = launcher_id() if rank.local_world == rank.world else None  # else one on each node
-    env = os.environ
-    step = f"{env.get('SLURM_JOB_ID')}.{env.get('SLURM_STEP_ID')}" if in_srun_step() else None
-    parts = (job, rank.world, launcher, step, env.get("TORCHELASTIC_RUN_ID"))
-    return hashlib.sha256(repr(parts).encode(errors="backslashreplace")).hexdigest()
-
-
-def _meet(store: Any, index: int, world: int, token: str) -> None:
-    """Wait until every rank of this run has come to the store, and none of another run. Whoever
-    waits longer than the store has patience gets its error."""
-    if index == 0:
-        store.set("spantune/run", token)
-    if store.get("spantune/run").decode() != token or store.add(f"spantune/{index}", 1) > 1:
-        time.sleep(_LET_MAIN_SPEAK_S)  # rank 0, which finds the port taken, ends this one
-        stranger = MachineError(f"the ranks of another run meet at {address_and_remedy()}")
-        stranger.speaks = True
-        raise stranger
-    if index == 0:
-        store.wait([f"spantune/{other}" for other in range(world)])
-        store.set("spantune/met", "")
-    store.wait(["spantune/met"])
-
-
-def address_and_remedy() -> str:
-    """Where the ranks of this run were to meet, and how to name another place."""
-    host, port = (os.environ.get(f"MASTER_{part}", "?") for part in ("ADDR", "PORT"))
-    return (
-        f"port {port} of {host}; start this one at another port (deepspeed --master_port N,"
-        " torchrun --master-port N), or by spantune run, which finds a free one"
-    )
-
-
-def _rendezvous(patience: timedelta, token: str = "") -> tuple[Any, int, int]:
+def _rendezvous(patience: timedelta) -> tuple[Any, int, int]:
     """Wait for the other ranks, in a thread of its own: a signal ends the waiting, for one that is
     gone perhaps, which the store would not let this process hear."""
     found: list[tuple[Any, int, int] | Exception] = []
 
     def wait() -> None:
         try:
-            store, index, world = next(rendezvous("env://", timeout=patience))
-            _meet(store, index, world, token)
-            found.append((store, index, world))
+            found.append(next(rendezvous("env://", timeout=patience)))
         except Exception as error:
             found.append(error)
 

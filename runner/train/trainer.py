@@ -85,7 +85,7 @@ def train(job: Job, *, lease: Lease | None, threads: int | None = None) -> RunDi
         torch.use_deterministic_algorithms(True)
     with before_rendezvous():
         with timer("deepspeed"):
-            device = start_distributed(rank, threads, job.train.timeout_minutes, repr(job))
+            device = start_distributed(rank, threads, job.train.timeout_minutes)
         defer_stop()
         folder, number = broadcast((str(lease.run.path), lease.number) if lease else None)
     run = RunDir(folder)

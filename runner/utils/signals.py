@@ -124,8 +124,8 @@ class Launcher:
 
 def launcher_id() -> int | None:
     """The process that started all ranks of this machine, None where that cannot be told."""
-    if LAUNCHER in os.environ:
-        return int(os.environ[LAUNCHER])
+    if LAUNCHER in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
+        return os.getppid()
     above = _ancestors()
     return above[0] if len(above) > 1 else None
 
