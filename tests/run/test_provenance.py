@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import io
 import os
 import platform
 import subprocess
@@ -124,6 +123,6 @@ def test_a_record_that_cannot_be_read_now_is_not_a_damaged_one(tmp_path, monkeyp
     def fail(*_, **__):
         raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
 
-    monkeypatch.setattr(io, "open", fail)
+    monkeypatch.setattr(os, "open", fail)
     with pytest.raises(StorageError, match="Input/output error"):
         read_record(path)
