@@ -5,7 +5,7 @@
 - `dataset`: rows, checked, as examples
 - `splits`: a run's data sets: training, validation, tuning
 - `tokenize`: texts as token ids and offsets
-- `windows`: examples as windows with labels
+- `windows`: examples as windows with labels (`answer_tokens`)
 - `window_cache`: windows kept on disk
 - `sampler`: which windows each step sees
 - `collate`: windows as a batch on the host

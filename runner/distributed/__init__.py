@@ -5,7 +5,7 @@
 - `preemption`: all stop or save at the same step
 - `engine`: DeepSpeed's configuration and engine
 - `flat_zero`: the optimiser step over one flat gradient
-- `gradient_exchange`: gradients and weights between ranks
+- `gradient_exchange`: sums the flat step's gradients over ranks, hands weights back
 - `heartbeat`: each rank's signs of life and exit note
 - `watchdog`: notices a rank that is stuck or gone
 - `failures`: one sentence for what ends all ranks
