@@ -18,7 +18,7 @@ from runner.errors import Interrupted
 SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 LAUNCHER = "SPANTUNE_LAUNCHER"  # names our launcher's process id to its ranks
-_LOOK_S = 1.0  # seconds between two looks at the launcher
+_LOOK_S = 0.1  # seconds between two looks at the launcher: cheap, and a short run hears in time
 _PR_SET_PDEATHSIG = 1  # prctl.h
 
 # The first request of this process, and how it ends while there is nothing to save yet. Signals
