@@ -17,7 +17,7 @@ def printable(text: str) -> str:
 
 def printable_lines(text: str) -> str:
     """As `printable`, of a text whose line breaks and tabs are meant."""
-    return "".join(c if c.isprintable() or c in "\n\r\t" else printable(c) for c in text)
+    return "".join(c if c.isprintable() or c in "\n\t" else printable(c) for c in text)
 
 
 class RunnerError(Exception):

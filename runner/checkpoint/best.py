@@ -67,5 +67,5 @@ def load_best(folder: Path) -> BestEvaluation:
                 return read_json(path, BestEvaluation)
             except FileNotFoundError as error:
                 raise DataError(f"{path}: cannot be read: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: cannot be read: {error}") from None

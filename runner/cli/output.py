@@ -23,8 +23,9 @@ RUNS_OPTION: dict[str, Any] = {
 
 
 def write(text: str) -> None:
-    """Print a piece of text; what is in it from a file cannot steer the terminal."""
-    _print(printable_lines(text))
+    """Print a piece of a log: what is in it cannot steer the terminal, but for the progress bars of
+    others, which go back to the line's begin."""
+    _print("\r".join(map(printable_lines, text.split("\r"))))
 
 
 def _print(text: str) -> None:
@@ -46,7 +47,7 @@ def write_data(text: str) -> None:
 
 def write_line(text: str) -> None:
     """Print a line."""
-    write(f"{text}\n")
+    _print(f"{printable_lines(text)}\n")
 
 
 def write_table(table: RenderableType) -> None:

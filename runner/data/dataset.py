@@ -132,15 +132,15 @@ def load_dataset(
 def without_rows(
     dataset: Dataset, bad: Mapping[int, str], on_bad_row: Literal["fail", "drop"]
 ) -> Dataset:
-    """Leave out examples that have turned out bad, or refuse them: their places, and what is wrong
-    with each.
+    """Leave out examples that have turned out bad, or refuse them: `bad` holds their places, one at
+    least, and what is wrong with each.
 
     Raises:
         DataError: naming them; also if none is left.
     """
     told = [(f"question {dataset.examples[place].id}", why) for place, why in bad.items()]
     report = _report(dataset.source, told, len(dataset.examples))
-    if on_bad_row == "fail" and bad:
+    if on_bad_row == "fail":
         raise DataError(report)
     examples = tuple(e for place, e in enumerate(dataset.examples) if place not in bad)
     if not examples:

@@ -8,6 +8,7 @@ import json
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import chain
 from typing import TYPE_CHECKING, Literal
 
@@ -37,13 +38,19 @@ def plain_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
     """Copy the Rust tokenizer without padding and truncation, which some checkpoints carry in their
     settings. Special tokens that stand in a text are text to the copy."""
     text = _backend(tokenizer).to_str()
-    copy = _plain(text)
     special = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
     special.pop(str(tokenizer.unk_token), None)  # what a text has that is in no vocabulary
-    found = copy.encode_batch([f"a {name} a" for name in special], add_special_tokens=False)
-    if any(not {*special.values()}.isdisjoint(encoding.ids) for encoding in found):
-        return _plain(_unspelt(text, special))
-    return copy
+    return _plain(_without_specials(text, tuple(special.items())))
+
+
+@lru_cache(maxsize=4)  # a second for a large vocabulary, and asked for with each question
+def _without_specials(text: str, special: tuple[tuple[str, int], ...]) -> str:
+    """A tokenizer.json that makes none of these special tokens (name, id) of a text."""
+    texts = [f"a {name} a" for name, _ in special]
+    found = _plain(text).encode_batch(texts, add_special_tokens=False)
+    ids = {id for _, id in special}
+    spelt = any(not ids.isdisjoint(encoding.ids) for encoding in found)
+    return _unspelt(text, [name for name, _ in special]) if spelt else text
 
 
 def _plain(text: str) -> Tokenizer:

@@ -3,7 +3,7 @@ no torch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 from runner.data.dataset import Dataset
 from runner.data.formats import read_file
 from runner.data.formats.json_text import read_json
-from runner.data.formats.rows import row_id, short_value
+from runner.data.formats.rows import RawTable, row_id, short_value
 from runner.errors import DataError, UsageError
 from runner.metrics.squad import Scores, ScoresV2, squad_scores, squad_v2_scores
 from runner.metrics.statistics import LEVEL, RESAMPLES, intervals
@@ -111,16 +111,11 @@ def read_predictions(path: Path) -> SubmittedAnswers:
     ):
         table, lines = [table], [1]  # JSON Lines with a single prediction
     if isinstance(table, list):
-        return _from_rows(path, list(zip(_places(path, table, lines), table, strict=True)))
+        places = RawTable(table, lines=lines).places(str(path))
+        return _from_rows(path, list(zip(places, table, strict=True)))
     if not isinstance(table, dict) or not all(isinstance(v, str) for v in table.values()):
         raise DataError(f"{path}: is no object of question ids and predicted texts")
     return SubmittedAnswers(table, None)
-
-
-def _places(path: Path, rows: Sequence[Any], lines: Sequence[int] | None) -> Iterator[str]:
-    if lines is not None:
-        return (f"{path}:{line}" for line in lines)
-    return (f"{path}, entry {number}" for number in range(1, len(rows) + 1))
 
 
 def _text_key(row: Any) -> str | None:

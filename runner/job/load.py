@@ -17,12 +17,18 @@ from pydantic import ValidationError
 
 from runner.errors import DataError, JobError
 from runner.job.deepspeed_keys import DeepSpeed, foreign_keys, idle_keys
-from runner.job.messages import accepts_text, key_path, schema_problems, shown
-from runner.job.schema import Job, Track
+from runner.job.messages import (
+    accepts_text,
+    key_path,
+    schema_problems,
+    shown,
+    tracker_problems,
+)
+from runner.job.schema import Job
 from runner.job.sources import find_file, is_hub_model, package_folder, parse_data, unread_here
 from runner.job.toml_lines import Path as KeyPath
 from runner.job.toml_lines import key_lines, line_of
-from runner.utils.files import read_regular
+from runner.utils.files import is_there, read_regular, storage_errors
 from runner.utils.text import shorten
 
 # Keys that two starts of one run may differ in.
@@ -32,8 +38,6 @@ MAY_DIFFER: frozenset[KeyPath] = frozenset(
         *(("train", "checkpoint_minutes"), ("train", "timeout_minutes")),
     }
 )
-WANDB_REFUSES = "/\\#?%:"  # in a project's name: wandb.Settings.validate_project
-WANDB_LONGEST = 128  # characters of it
 MAX_BYTES = 200_000  # a job is a page of text; anything larger is another kind of file
 
 
@@ -112,30 +116,6 @@ def check_table(
     return job.model_copy(update=parts), problems
 
 
-def tracker_problems(section: Track) -> list[tuple[KeyPath, str]]:
-    """What a tracker would refuse at the run's start, and an address that holds a secret. No part
-    of the schema: a run goes on without the tracker, and its record is to be read as ever."""
-    address = section.mlflow_uri or ""
-    if not address.startswith(("file:", "/", ".")) and any(sign in address for sign in "@?#"):
-        problem = (
-            "holds @, ? or #: a secret there would stand in job.toml and reports; user and password"
-            " are read from MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
-        )
-        return [(("track", "mlflow_uri"), problem)]
-    name = section.project
-    found = [sign for sign in WANDB_REFUSES if sign in name]
-    if "wandb" not in section.tools or not (found or len(name) > WANDB_LONGEST):
-        return []
-    why = f"holds {' and '.join(found)}" if found else f"has {len(name)} characters"
-    return [
-        (
-            ("track", "project"),
-            f"{shown(name)} {why}; W&B takes up to {WANDB_LONGEST} characters without"
-            f" {' '.join(WANDB_REFUSES)}",
-        )
-    ]
-
-
 def dump_job(job: Job) -> str:
     """Write a job as TOML that `load_job` reads back to an equal job."""
     table = job.model_dump(mode="json", exclude_none=True)
@@ -148,11 +128,15 @@ def recorded_job(path: Path) -> Job:
     """Read a run's own job.toml back, whether or not the files that it names are there.
 
     Raises:
-        DataError: if it is none.
+        DataError: if it is none, or not there.
+        StorageError: if it cannot be read now.
     """
+    if not is_there(path):
+        raise DataError(f"{path}: is not there")
     try:
-        return Job.model_validate(tomli.loads(read_regular(path).decode("utf-8")))
-    except (OSError, ValueError, RecursionError) as error:
+        with storage_errors(path):
+            return Job.model_validate(tomli.loads(read_regular(path).decode("utf-8")))
+    except (ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())[:200]
         raise DataError(f"{path}: is not the record of a run: {reason}") from None
 

@@ -1,4 +1,5 @@
-"""Says what is wrong with a key of a job: one sentence for each error that the schema finds."""
+"""Says what is wrong with a key of a job: one sentence for each error that the schema finds, or a
+tracker would."""
 
 from __future__ import annotations
 
@@ -13,9 +14,12 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from runner.job.deepspeed_keys import DeepSpeed
-from runner.job.schema import Job
+from runner.job.schema import Job, Track
 from runner.job.toml_lines import Path as KeyPath
 from runner.utils.text import one_of, shorten
+
+WANDB_REFUSES = "/\\#?%:"  # in a project's name: wandb.Settings.validate_project
+WANDB_LONGEST = 128  # characters of it
 
 
 def schema_problems(error: ValidationError, within: KeyPath = ()) -> list[tuple[KeyPath, str]]:
@@ -188,6 +192,30 @@ def _flat(annotation: Any) -> list[Any]:
     if origin is tuple:
         return [tuple, *(typing.get_args(annotation)[:1])]
     return [annotation]
+
+
+def tracker_problems(section: Track) -> list[tuple[KeyPath, str]]:
+    """What a tracker would refuse at the run's start, and an address that holds a secret. No part
+    of the schema: a run goes on without the tracker, and its record is to be read as ever."""
+    address = section.mlflow_uri or ""
+    if not address.startswith(("file:", "/", ".")) and any(sign in address for sign in "@?#"):
+        problem = (
+            "holds @, ? or #: a secret there would stand in job.toml and reports; user and password"
+            " are read from MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+        )
+        return [(("track", "mlflow_uri"), problem)]
+    name = section.project
+    found = [sign for sign in WANDB_REFUSES if sign in name]
+    if "wandb" not in section.tools or not (found or len(name) > WANDB_LONGEST):
+        return []
+    why = f"holds {' and '.join(found)}" if found else f"has {len(name)} characters"
+    return [
+        (
+            ("track", "project"),
+            f"{shown(name)} {why}; W&B takes up to {WANDB_LONGEST} characters without"
+            f" {' '.join(WANDB_REFUSES)}",
+        )
+    ]
 
 
 # All sections of the schema, the top of the file first.

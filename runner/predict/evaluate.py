@@ -55,7 +55,7 @@ def evaluate_model(
     Args:
         load: opens the model.
         dataset: questions with right answers.
-        on_bad_row: what to do with questions that are too long for the model's windows.
+        on_bad_row: what to do with questions that the model's windows do not take.
         v2: by SQuAD v2.0; so is a model that may answer nothing.
         seed: of the bootstrap.
         output: folder for what is found; None takes one in the run folder, where it is one.
@@ -66,7 +66,7 @@ def evaluate_model(
     Raises:
         UsageError: if `output` holds a run, whose own files it would replace.
         DataError: if the model's null threshold was tuned on these questions; for questions that
-            are too long.
+            its windows do not take.
         RunnerError, UsageError: as `load` and `write_evaluation`.
     """
     if output is not None and RunDir(output).job.is_file():

@@ -130,7 +130,7 @@ def sealed(run: RunDir) -> tuple[int, list[str]]:
                     return number, read_json(path, list[str])
                 except FileNotFoundError:
                     pass
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{path}: is damaged: {error}; {_NOT_KNOWN}") from None
         record = read_attempt(run, number)
         if record is not None and record.from_step is not None:  # which is noted after it

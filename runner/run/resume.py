@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from runner.errors import DataError, ExpectationError
+from runner.errors import DataError, ExpectationError, StorageError
 from runner.job.load import dump_job, first_difference, recorded_job
 from runner.job.schema import Job, missed_expectation
 from runner.run.attempts import attempt_numbers, attempts, is_alive, is_earlier_life
@@ -109,7 +109,7 @@ def _requeued(job: Job, runs: Path) -> RunDir | None:
 def _is_of(run: RunDir, job: Job) -> bool:
     try:
         return first_difference(recorded_job(run.job), job) is None
-    except DataError:
+    except (DataError, StorageError):  # whose it is cannot be told now
         return False
 
 

@@ -117,14 +117,18 @@ def read_manifest(folder: Path) -> SweepManifest:
     """Read `sweep.json`.
 
     Raises:
-        DataError: if there is none, or none that can be read.
+        DataError: if there is none, or it is damaged.
+        StorageError: if it cannot be read now.
     """
     path = folder / SWEEP_MANIFEST
     try:
-        return read_json(path, SweepManifest)
-    except FileNotFoundError:
-        raise DataError(f"{folder} is no folder of a sweep: it has no {SWEEP_MANIFEST}") from None
-    except (OSError, ValueError, RecursionError) as error:
+        with storage_errors(path):
+            try:
+                return read_json(path, SweepManifest)
+            except FileNotFoundError:
+                what = f"no folder of a sweep: it has no {SWEEP_MANIFEST}"
+                raise DataError(f"{folder} is {what}") from None
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: cannot be read: {error}") from None
 
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from runner.errors import DataError, SlurmError, SlurmTimeout, printable
-from runner.utils.files import read_json, write_json
+from runner.utils.files import read_json, storage_errors, write_json
 
 SLURM_ANSWER_S = 20.0  # seconds for an answer; clients of a dead controller would try for minutes
 SBATCH_ANSWER_S = 60.0  # seconds for sbatch, after which nobody knows whether there is a job
@@ -99,16 +99,18 @@ def read_submission(path: Path) -> Submission | None:
     """Read `slurm.json`; None where there is none.
 
     Raises:
-        DataError: if it cannot be read, or is not ours: what it names is then handed to nobody.
+        DataError: if it is not ours: what it names is then handed to nobody.
+        StorageError: if it cannot be read now.
     """
     try:
-        return read_json(path, Submission)
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, RecursionError) as error:
-        reason = getattr(error, "strerror", None) or error
+        with storage_errors(path):
+            try:
+                return read_json(path, Submission)
+            except FileNotFoundError:
+                return None
+    except (ValueError, RecursionError) as error:
         raise DataError(
-            f"{path}: is damaged: {reason}; remove it if SLURM has no job of this run"
+            f"{path}: is damaged: {error}; remove it if SLURM has no job of this run"
         ) from None
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from runner.errors import DataError, RunDirError, RunnerError, SlurmError
+from runner.errors import DataError, RunDirError, RunnerError, SlurmError, StorageError
 from runner.run.attempts import describe, machine_id
 from runner.run.folder import RunDir
 from runner.slurm.client import read_submission, scancel
@@ -94,7 +94,7 @@ def cancel_runs(runs: Sequence[RunDir]) -> Iterator[tuple[RunDir, str | RunnerEr
 def _is_damaged(run: RunDir) -> bool:
     try:
         read_submission(run.slurm)
-    except DataError:
+    except (DataError, StorageError):
         return True
     return False
 

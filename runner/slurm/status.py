@@ -108,7 +108,7 @@ def find_runs(named: Sequence[Path], root: Path) -> list[RunDir]:
     for path in root.glob(f"*/*/{SWEEP_MANIFEST}"):
         try:
             runs += _runs_at(path.parent) or ()
-        except DataError:
+        except (DataError, StorageError):
             runs.append(RunDir(path.parent))  # shown as damaged
     return sorted(runs, key=lambda run: max(map(_age, (run.job, run.path / SWEEP_MANIFEST))))[
         -SHOWN:

@@ -157,11 +157,11 @@ def test_a_threshold_needs_probabilities(tmp_path):
         ("p.json", "5", "no object of question ids"),
         ("p.json", '{"a": 5}', "no object of question ids"),
         ("p.json", "{", "not valid JSON"),
-        ("p.json", '[{"id": "a"}]', "entry 1: has no id, or no text"),
+        ("p.json", '[{"id": "a"}]', "row 1: has no id, or no text"),
         ("p.jsonl", '{"id": "a", "answer": null}', r"p\.jsonl:1: has no id, or no text"),
         ("p.jsonl", '{"answer": "x"}\n', r"p\.jsonl:1"),
         ("p.jsonl", '{"id": "a", "answer": "x"}\n' * 2, r"p\.jsonl:2: question a has a prediction"),
-        ("p.json", '[{"id": 1, "text": "x"}, {"id": "1", "text": "y"}]', "entry 2: question 1 has"),
+        ("p.json", '[{"id": 1, "text": "x"}, {"id": "1", "text": "y"}]', "row 2: question 1 has"),
         *(
             ("p.jsonl", f'{{"id": "a", "answer": "x", "{key}": {value}}}', f":1: {key} is no num")
             for key in ("no_answer_probability", "null_difference")

@@ -13,17 +13,15 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from runner.errors import DataError, JobError
+from runner.errors import DataError, JobError, StorageError
 from runner.job.load import (
     MAX_BYTES,
-    WANDB_LONGEST,
-    WANDB_REFUSES,
     dump_job,
     first_difference,
     load_job,
     recorded_job,
 )
-from runner.job.messages import schema_problems
+from runner.job.messages import WANDB_LONGEST, WANDB_REFUSES, schema_problems
 from runner.job.schema import METRICS, Job
 from runner.utils.text import one_of
 
@@ -867,6 +865,9 @@ def test_the_record_of_a_run_is_read_without_its_files():
             recorded_job(Path("record.toml"))
     with pytest.raises(DataError, match=r"gone\.toml"):
         recorded_job(Path("gone.toml"))
+    Path("folder.toml").mkdir()  # as what cannot be read now: nothing is said of what it holds
+    with pytest.raises(StorageError, match=r"folder\.toml: Is a directory"):
+        recorded_job(Path("folder.toml"))
 
 
 @pytest.mark.parametrize("sign", WANDB_REFUSES)
