@@ -278,19 +278,13 @@ def overlapping_tokens(
         chars_C2: as `true_offsets` gives them.
         text_C: number of each token's text, ascending.
         text_A: number of each answer's text.
-        span_A2: characters [start, end) of each answer, int64.
+        span_A2: characters [start, end) of each answer, int64; its outer blanks are in no token.
     """
     # One search over all texts at once: a text's characters count from its number.
     begin_A, end_A = (text_A * _TEXT + span_A2[:, side] for side in (0, 1))
     start_C, stop_C = (text_C * _TEXT + chars_C2[:, side] for side in (0, 1))
     first_A = np.searchsorted(stop_C, begin_A, side="right")
     return first_A, np.searchsorted(start_C, end_A, side="left") - 1
-
-
-def answer_span(text: str, start: int) -> tuple[int, int]:
-    """Characters [start, end) of an answer in its context, without outer blanks."""
-    begin = start + len(text) - len(text.lstrip())
-    return begin, begin + len(text.strip())
 
 
 def _lost(texts: Sequence[str], place: int) -> str:

@@ -20,7 +20,6 @@ from runner.data.formats.rows import short_value
 from runner.data.tokenize import (
     Encoded,
     Template,
-    answer_span,
     encode,
     encode_with_offsets,
     overlapping_tokens,
@@ -310,10 +309,10 @@ def answer_tokens(
     """
     answered_Q = np.array([bool(e.answers) for e in examples], dtype=bool)
     char_Q2 = np.zeros((len(examples), 2), dtype=np.int64)
-    char_Q2[answered_Q] = np.array(
-        [answer_span(e.answers[0], e.answer_starts[0]) for e in examples if e.answers],
-        dtype=np.int64,
-    ).reshape(-1, 2)
+    spans = [
+        (e.answer_starts[0], e.answer_starts[0] + len(e.answers[0])) for e in examples if e.answers
+    ]
+    char_Q2[answered_Q] = np.array(spans, dtype=np.int64).reshape(-1, 2)
     context_C = np.repeat(np.arange(len(contexts.lengths)), contexts.lengths)
     first_Q, last_Q = overlapping_tokens(chars_C2, context_C, place_Q, char_Q2)
     lost_Q = answered_Q & (first_Q > last_Q)

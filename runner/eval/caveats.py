@@ -11,7 +11,7 @@ import numpy as np
 from runner.data.dataset import Example
 from runner.data.formats.rows import printable_id, short_value
 from runner.data.splits import Split
-from runner.data.tokenize import answer_span, overlapping_tokens
+from runner.data.tokenize import overlapping_tokens
 from runner.data.windows import Windows
 
 OFTEN = 0.05  # share of the questions above which one answer is told of
@@ -60,7 +60,7 @@ def answer_lengths(examples: Sequence[Example], windows: Windows) -> tuple[np.nd
     contexts = np.unique(low_Q)
     context_C = np.searchsorted(contexts, np.arange(len(windows.chars_C2)), side="right")
     spans = [
-        (place, *answer_span(text, start))
+        (place, start, start + len(text))
         for place, example in enumerate(examples)
         for text, start in zip(example.answers, example.answer_starts, strict=True)
     ]

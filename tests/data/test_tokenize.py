@@ -16,7 +16,7 @@ from tokenizers import pre_tokenizers as split
 from transformers import PreTrainedTokenizerFast
 
 from runner.data.dataset import Example
-from runner.data.tokenize import answer_span, true_offsets
+from runner.data.tokenize import plain_backend, true_offsets
 from runner.data.windows import build_windows
 from runner.errors import DataError
 from runner.metrics.squad import exact_match
@@ -52,6 +52,7 @@ WORDS = [
     "\u00bd",
     "\u1e9e\u0323",
 ]
+MARKS = str.maketrans("", "", "Ġ▁#")  # of spaces and of pieces of a word
 SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 PAIR = processors.TemplateProcessing(
     single="[CLS] $A [SEP]",
@@ -180,6 +181,19 @@ def test_a_word_is_labelled_from_its_first_sign_to_its_last(tokenizer_of, kind, 
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_label_is_all_tokens_of_its_answer_and_a_space_has_no_character(tokenizer_of, kind):
+    tokenizer = tokenizer_of(kind)
+    context = "so it was lamps , end"
+    chars_C2, first, last = label_of(tokenizer, context, 10, 15)
+    ids = plain_backend(tokenizer).encode(context, add_special_tokens=False).ids
+    tokens = tokenizer.convert_ids_to_tokens(ids)
+    assert "".join(tokens[first : last + 1]).translate(MARKS) == "lamps"
+    for token, (low, high) in zip(tokens, chars_C2.tolist(), strict=True):
+        if token in ("Ġ", "▁"):
+            assert low >= high
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_outer_blanks_of_an_answer_take_no_neighbour_in(tokenizer_of, kind):
     context = "what was washable linen and was"
     inside = label_of(tokenizer_of(kind), context, 9, 23)[1:]
@@ -206,7 +220,9 @@ def test_a_label_is_the_shortest_run_of_tokens_that_covers_the_answer(
     assume(context.strip())
     start = data.draw(st.integers(0, len(context) - 1))
     end = data.draw(st.integers(start + 1, len(context)))
-    begin, stop = answer_span(context[start:end], start)
+    answer = context[start:end]
+    begin = start + len(answer) - len(answer.lstrip())
+    stop = begin + len(answer.strip())
     assume(begin < stop)
     build = functools.partial(label_of, tokenizer_of(kind), context, start, end)
     if not any(map(_kept, context[begin:stop])):

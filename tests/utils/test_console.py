@@ -119,6 +119,12 @@ def test_a_full_disk_costs_lines_of_the_log_and_is_said_once(capsys):
     assert out.endswith("two\n")
 
 
+def test_a_line_goes_back_over_none(tmp_path, capsys):
+    Reporter(tmp_path / "log.txt", speaks=True).line("name\rEXACT\x1b[2K")
+    assert capsys.readouterr().out == "name\\rEXACT\\x1b[2K\n"
+    assert "name\\rEXACT" in (tmp_path / "log.txt").read_text()
+
+
 @pytest.mark.parametrize("stdout", ["pipe", "/dev/full"])
 def test_a_reader_that_has_gone_costs_lines_of_the_screen(tmp_path, stdout):
     """Not the run: its log has all of them, and the process ends as if nothing had been."""
@@ -135,7 +141,9 @@ def test_a_reader_that_has_gone_costs_lines_of_the_screen(tmp_path, stdout):
         os.close(read)
     else:
         write = os.open(stdout, os.O_WRONLY)
-    ended = subprocess.run([sys.executable, "-c", code], stdout=write, stderr=subprocess.PIPE)
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    command = [sys.executable, "-c", code]
+    ended = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, env=env)
     os.close(write)
     assert (ended.returncode, ended.stderr) == (0, b"")
     log = (tmp_path / "log.txt").read_text()
