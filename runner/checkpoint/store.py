@@ -241,12 +241,21 @@ class CheckpointStore:
             self._files.rename(self.folder / name, self.folder / f"{_TRASH}{name}")
         if names:
             self._files.sync_folder(self.folder)
-        self.clean(_TRASH)
+        self._empty_trash()
 
-    def clean(self, *prefixes: str) -> None:
+    def clean(self) -> None:
         """Remove what saving and removing left behind when they were cut short."""
+        self._empty_trash()
         for name in self._files.names(self.folder):
-            if name.startswith(prefixes or (_STAGE, _TRASH)):
+            if name.startswith(_STAGE):
+                # Renamed first: an earlier start that thaws may still be writing into it.
+                aside = self.folder / f"{_TRASH}{name.removeprefix('.')}"
+                self._files.rename(self.folder / name, aside)
+        self._empty_trash()
+
+    def _empty_trash(self) -> None:
+        for name in self._files.names(self.folder):
+            if name.startswith(_TRASH):
                 remove_tree(self._files, self.folder / name)
 
 

@@ -5,6 +5,7 @@ tests/workers/store_sessions.py does the work in a process of its own, without t
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -152,6 +153,23 @@ def test_a_manifest_counts_in_its_own_folder_only(store):
     (store.folder / "step-000010-a0001").rename(store.folder / "step-000020-a0001")
     with pytest.raises(DamagedError, match="belongs to step-000010-a0001"):
         store.manifest("step-000020-a0001")
+
+
+def test_a_stage_that_somebody_thawed_still_writes_into_is_removed(tmp_path):
+    """Such a start knows the stage by its name alone: it must not fill it while it is emptied."""
+    stage = tmp_path / "checkpoints" / ".stage-step-000020-a0001"
+
+    class WithALateWriter(Files):
+        def remove(self, path: Path) -> None:
+            super().remove(path)
+            with contextlib.suppress(FileNotFoundError):
+                (stage / "late").write_bytes(b"x")
+
+    stage.mkdir(parents=True)
+    (stage / "rank-0000.pt").write_bytes(b"x")
+    store = CheckpointStore(tmp_path / "checkpoints", 0, WithALateWriter())
+    store.clean()
+    assert list(store.folder.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a/../../b", ".hidden", "a//b", "a\n", ""])
