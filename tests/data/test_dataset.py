@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from runner.data import formats
 from runner.data.dataset import Example, content_sha256, load_dataset
 from runner.data.formats import file_rows, hub_split
+from runner.data.formats.rows import number
 from runner.data.hub import Snapshot
 from runner.errors import AssetError, DataError
 from runner.job.schema import Columns
@@ -806,6 +807,15 @@ def test_a_context_of_ten_megabytes_is_a_context(tmp_path):
     with pytest.raises(DataError) as refused:
         load(tmp_path / "x.jsonl")
     assert len(str(refused.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [("5", 5), (" 5.0 ", 5), ("\x1c5", 5), ("-1", -1), ("\u20035\u2003", 5), ("\x1f", None)]
+    + [("nan", None), ("5.5", "5.5"), ("\u0665", "\u0665"), ("1e3", "1e3"), (2.0, 2.0)],
+)
+def test_a_number_written_as_text(written, meant):
+    assert number(written) == meant
 
 
 @pytest.mark.parametrize("name", ["v2.json", "lines.jsonl", "named.csv", "lists.parquet"])

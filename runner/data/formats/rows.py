@@ -82,9 +82,10 @@ def number(value: Any) -> Any:
     """A number that is written as text, as in CSV, where it looks like one."""
     if not isinstance(value, str):
         return given(value)
-    if is_blank(value) or value.strip().lower() == "nan":
+    text = value.strip()  # of more than float() strips
+    if text.lower() in ("", "nan"):
         return None
-    return int(float(value)) if re.fullmatch(r"\s*-?[0-9]{1,15}(\.0*)?\s*", value) else value
+    return int(float(text)) if re.fullmatch(r"-?[0-9]{1,15}(\.0*)?", text) else value
 
 
 def row_id(value: Any, place: int) -> Any:
