@@ -811,8 +811,10 @@ def test_a_context_of_ten_megabytes_is_a_context(tmp_path):
 
 @pytest.mark.parametrize(
     ("written", "meant"),
-    [("5", 5), (" 5.0 ", 5), ("\x1c5", 5), ("-1", -1), ("\u20035\u2003", 5), ("\x1f", None)]
-    + [("nan", None), ("5.5", "5.5"), ("\u0665", "\u0665"), ("1e3", "1e3"), (2.0, 2.0)],
+    [
+        *(("5", 5), (" 5.0 ", 5), ("\x1c5", 5), ("-1", -1), ("\u20035\u2003", 5), ("\x1f", None)),
+        *(("nan", None), ("5.5", "5.5"), ("\u0665", "\u0665"), ("1e3", "1e3"), (2.0, 2.0)),
+    ],
 )
 def test_a_number_written_as_text(written, meant):
     assert number(written) == meant
