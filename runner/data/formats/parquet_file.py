@@ -40,7 +40,7 @@ def parquet_table(path: Path, raw: bytes) -> RawTable:
     except (pyarrow.ArrowException, MemoryError, OSError, ValueError) as error:
         raise DataError(f"{path}: not valid Parquet: {first_line(error)}") from None
     if size > limit:
-        raise DataError(f"{path}: its {len(raw):,} bytes hold more than {limit:,} of text")
+        raise DataError(f"{path}: its {len(raw):,} bytes hold more than {limit:,} of content")
     return RawTable(rows, names)
 
 
@@ -58,8 +58,9 @@ def _declared_size(file: Any, widths: list[int]) -> int:
 def _text_size(array: Any) -> int:
     """Bytes of all texts in an array, however deep."""
     import pyarrow
-    import pyarrow.compute as compute
+    import pyarrow.compute
 
+    compute: Any = pyarrow.compute  # whose functions are made when it is imported
     kind = array.type
     if pyarrow.types.is_dictionary(kind):
         lengths = compute.binary_length(array.dictionary).cast("int64")
