@@ -86,7 +86,8 @@ def save(
         failures = _tried(ranks, finish if main else lambda: None)
     if failures:
         _tried(ranks, lambda: store.abandon(name) if main else None)
-        raise StorageError(f"{'; '.join(failures)}; a checkpoint needs {needed:,} bytes")
+        size = f"; a checkpoint needs {needed:,} bytes or more" if needed else ""
+        raise StorageError(f"{'; '.join(failures)}{size}")
     return needed
 
 

@@ -18,8 +18,8 @@ from collections.abc import Sequence
 from runner import __version__
 from runner.cli import predict, report, run, slurm
 from runner.errors import RunnerError, UsageError
-from runner.utils.console import print_error
-from runner.utils.files import full_disk_errors
+from runner.utils.console import print_error, stdout_errors
+from runner.utils.files import full_disk_errors, storage_errors
 from runner.utils.ranks import current_rank, speaks_for_all
 from runner.utils.signals import hear_children
 
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     try:
         arguments = _parse(list(sys.argv[1:] if argv is None else argv))
-        with full_disk_errors():
+        with storage_errors(), full_disk_errors():
             return arguments.verb(arguments)
     except RunnerError as error:
         if speaks_for_all():
@@ -69,8 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except Exception:
-        traceback.print_exc()
-        print_error(run.OUR_MISTAKE)
+        print_error(f"{traceback.format_exc()}{run.OUR_MISTAKE}")
         return RunnerError.exit_code
 
 
@@ -91,6 +90,11 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     verbs = parser.add_subparsers(metavar="VERB", required=True)
     for add_verb in ADD_VERBS:
         add_verb(verbs)
-    arguments = parser.parse_args(argv)
+    try:
+        arguments = parser.parse_args(argv)
+    finally:
+        with stdout_errors():  # --help has printed and ends
+            if sys.stdout is not None:
+                sys.stdout.flush()
     arguments.command_line = argv
     return arguments

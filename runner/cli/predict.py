@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from runner.cli.output import count, write_data, write_line
-from runner.errors import UsageError
+from runner.errors import StorageError, UsageError
 from runner.job.schema import Columns
 
 # Arguments of `evaluate` that only a model has a use for, and only a file of predictions.
@@ -45,7 +45,7 @@ def add_predict(verbs: Any) -> None:
 
 
 def run_predict(arguments: argparse.Namespace) -> int:
-    _check_predict(arguments, from_terminal=sys.stdin.isatty())
+    _check_predict(arguments, from_terminal=sys.stdin is not None and sys.stdin.isatty())
     columns = _columns(arguments.column)
     from runner.predict.stream import predict_questions
 
@@ -53,6 +53,8 @@ def run_predict(arguments: argparse.Namespace) -> int:
     if arguments.question is not None:
         source = (arguments.question, arguments.context)
     elif source == "-":
+        if sys.stdin is None:
+            raise StorageError("stdin: is closed; give a FILE, or --question and --context")
         source = sys.stdin.fileno()
     predict_questions(
         _model_loader(arguments, listed=arguments.n_best),

@@ -23,6 +23,7 @@ from runner.run.resume import StartOptions, acquire_run, check_finished, finishe
 from runner.run.sweep import open_trials
 from runner.utils import signals
 from runner.utils.console import print_error
+from runner.utils.files import storage_errors
 from runner.utils.ranks import current_rank
 
 OUR_MISTAKE = "a mistake in spantune, not in your job; please report it with the lines above"
@@ -155,43 +156,47 @@ def run_rank(arguments: argparse.Namespace) -> int:
 
     signals.listen(exit_early)
     signals.follow_launcher()
+    code, words, waits = 0, "", False
     try:
-        job, options = load_job(arguments.job, arguments.set), _start_options(arguments)
-        if job.sweep is not None:
-            raise JobError([f"{arguments.job}: has a [sweep]; start it with run or submit"])
-        # Only rank 0 holds the lease; the others see for themselves whether the run is finished.
-        acquired = acquire_run(job, options) if rank.is_main else finished_run(job, options)
-        if isinstance(acquired, RunDir):
-            return _report_finished(job, acquired, speaks=rank.is_main)
-        lease = acquired
-        check_assets(job)
-        from runner.distributed.process_group import stop_distributed
-        from runner.train.trainer import train
+        with storage_errors():
+            job, options = load_job(arguments.job, arguments.set), _start_options(arguments)
+            if job.sweep is not None:
+                raise JobError([f"{arguments.job}: has a [sweep]; start it with run or submit"])
+            # Only rank 0 holds the lease; the others see for themselves whether the run is
+            # finished.
+            acquired = acquire_run(job, options) if rank.is_main else finished_run(job, options)
+            if isinstance(acquired, RunDir):
+                return _report_finished(job, acquired, speaks=rank.is_main)
+            lease = acquired
+            check_assets(job)
+            from runner.distributed.process_group import stop_distributed
+            from runner.train.trainer import train
 
-        train(job, lease=lease, threads=arguments.threads)
-        with suppress(RuntimeError):  # the run is finished, whatever becomes of the other ranks
-            stop_distributed()
-        code = 0
+            train(job, lease=lease, threads=arguments.threads)
+            with suppress(RuntimeError):  # the run is finished, whatever becomes of other ranks
+                stop_distributed()
     except RunnerError as error:
-        code = error.exit_code
+        code, waits = error.exit_code, error.speaks is None
         if rank.is_main if error.speaks is None else error.speaks:
-            print_error(str(error))
-        elif error.speaks is None:
-            time.sleep(1)  # the launcher ends all ranks at the first failure: let rank 0 speak
+            words = str(error)
     except Exception:
         code = RunnerError.exit_code
-        traceback.print_exc()
-        print_error(f"rank {rank.index}: {OUR_MISTAKE}")
+        words = f"{traceback.format_exc()}rank {rank.index}: {OUR_MISTAKE}"
     if lease is not None:
         with suppress(RunnerError):  # the next start then waits for a silence
             lease.release(code)
+    if words:  # only now: printing may fail, or wait for ever
+        print_error(words)
+    elif waits:
+        time.sleep(1)  # the launcher ends all ranks at the first failure: let rank 0 speak
     return _exit(code)
 
 
 def _exit(code: int) -> int:
     """End now with this code: at an ordinary exit the process group's threads may abort (seen)."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError, OSError, ValueError):  # it is not there, full, or gone
+            stream.flush()
     os._exit(code)
 
 

@@ -140,9 +140,9 @@ def _header(file: BinaryIO, values: np.ndarray, rows: int) -> None:
 
 def _load(folder: Path) -> Windows | None:
     """Map the arrays of a cache folder; None where it is absent or damaged, and so removed."""
-    if not folder.is_dir():
-        return None
     try:
+        if not folder.is_dir():
+            return None
         if (folder / _SUMS).read_text(encoding="utf-8") != _sums(folder):
             raise ValueError("not what was stored")
         # Plain arrays of the mapped memory: numpy's memmap costs more than the indexing itself.

@@ -11,14 +11,13 @@ batch, L longest of them, D hidden width.
 from __future__ import annotations
 
 import os
-import platform
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import psutil
@@ -28,11 +27,10 @@ from torch import Tensor, nn
 from runner.data.windows import Windows, ranges
 from runner.errors import JobError, StorageError
 from runner.model.structure import layer_stack
-from runner.utils.files import storage_errors
+from runner.run.attempts import machine_id
 from runner.utils.ranks import Rank
 
 _SHARE_OF_FREE = 0.5  # activations, and others, need room too
-_SHARED_MEMORY = Path("/dev/shm")
 
 
 @dataclass(frozen=True)
@@ -172,37 +170,59 @@ def allocate(
     """
     tokens = len(windows.tokens_T)
     size = tokens * width * dtype.itemsize
-    place, name = broadcast((_place(size, device, folder, rank), uuid.uuid4().hex))
+    place = broadcast(_place(size, device, folder, rank))
     if place is None:
         return None
     if place == "GPU memory":
         return HiddenCache(windows, torch.empty(tokens, width, dtype=dtype, device=device), place)
     if rank.local_world == 1 and place == "memory":
         return HiddenCache(windows, torch.empty(tokens, width, dtype=dtype), place)
-    # Named after the machine: `folder` may be one of several machines'.
-    at = folder if place == "disk" else _SHARED_MEMORY
-    path = at / f".spantune-{name}-{platform.node()}"
-    failures = all_gather(_reserve(path, size) if rank.local == 0 else None)
-    if any(failures):
-        path.unlink(missing_ok=True)
-        raise StorageError("; ".join(text for text in failures if text))
-    with storage_errors(path):
-        hidden = torch.from_file(str(path), shared=True, size=tokens * width, dtype=dtype)
-        all_gather(None)
-        if rank.local == 0:
-            path.unlink()  # the mapping stays; nothing is left behind, however the run ends
-    return HiddenCache(windows, hidden.view(tokens, width), place)
-
-
-def _reserve(path: Path, size: int) -> str | None:
-    """Make a file and take all of its room at once; returns what failed."""
+    descriptor, failure, hidden = -1, None, None
     try:
+        if rank.local == 0:
+            descriptor, failure = _reserve(folder if place == "disk" else None, size)
+        _raise_any(all_gather(failure))
+        here = f"{machine_id()} /proc/"
+        mine = f"{here}{os.getpid()}/fd/{descriptor}" if rank.local == 0 else None
+        # The last word of what this machine's first rank gives.
+        path = next(
+            (p.split()[-1] for p in all_gather(mine) if p and p.startswith(here)), "/proc/-"
+        )
+        try:
+            hidden = torch.from_file(path, shared=True, size=tokens * width, dtype=dtype)
+        except RuntimeError as error:
+            failure = f"model.cache_frozen: rank {rank.index} does not see it: {error}"
+        _raise_any(all_gather(failure))
+    finally:
+        if descriptor >= 0:
+            os.close(descriptor)  # the mappings hold the room
+    return HiddenCache(windows, cast(Tensor, hidden).view(tokens, width), place)
+
+
+def _reserve(folder: Path | None, size: int) -> tuple[int, str | None]:
+    """Take room in memory or in a folder, all of it at once; returns its descriptor, or what
+    failed. It has no name: with its last process it is gone, however that ends."""
+    descriptor = -1
+    try:
+        if folder is None:
+            descriptor = os.memfd_create("spantune-frozen")
+        else:
+            path = folder / f".spantune-{uuid.uuid4().hex}"
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            path.unlink()
         # A hole that finds no room when it is written through a mapping ends the process by SIGBUS.
-        with path.open("wb") as file:
-            os.posix_fallocate(file.fileno(), 0, size)
+        os.posix_fallocate(descriptor, 0, size)
     except OSError as error:
-        return f"model.cache_frozen: {path}: {error.strerror}; {size:,} bytes are needed there"
-    return None
+        if descriptor >= 0:
+            os.close(descriptor)
+        place = folder or "memory"
+        return -1, f"model.cache_frozen: {place}: {error.strerror}; {size:,} bytes are needed there"
+    return descriptor, None
+
+
+def _raise_any(failures: Sequence[str | None]) -> None:
+    if any(failures):
+        raise StorageError("; ".join(text for text in failures if text))
 
 
 def _place(size: int, device: torch.device, folder: Path, rank: Rank) -> str | None:
@@ -210,11 +230,7 @@ def _place(size: int, device: torch.device, folder: Path, rank: Rank) -> str | N
     if on_gpu and size <= _SHARE_OF_FREE * torch.cuda.mem_get_info(device)[0]:
         return "GPU memory"
     if size <= _SHARE_OF_FREE * psutil.virtual_memory().available:
-        shared = rank.local_world > 1
-        if not shared or (
-            _SHARED_MEMORY.is_dir() and size <= shutil.disk_usage(_SHARED_MEMORY).free
-        ):
-            return "memory"
+        return "memory"
     return "disk" if size <= _SHARE_OF_FREE * shutil.disk_usage(folder).free else None
 
 

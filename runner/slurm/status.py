@@ -13,7 +13,7 @@ from typing import Any
 
 import tomli
 
-from runner.errors import DataError, RunDirError, RunnerError, SlurmError, StorageError
+from runner.errors import DataError, RunDirError, RunnerError, SlurmError, StorageError, printable
 from runner.run.attempts import (
     SILENT_S,
     AttemptRecord,
@@ -292,7 +292,8 @@ def _runs_at(path: Path) -> list[RunDir] | None:
     """The run in a folder, or those of the sweep in it; None if there is neither."""
     if (path / SWEEP_MANIFEST).is_file():
         trials = [RunDir(path / entry.name) for entry in read_manifest(path).trials]
-        return [run for run in trials if run.job.is_file()]
+        # A link may lead to a run that nobody has named.
+        return [run for run in trials if run.job.is_file() and not run.path.is_symlink()]
     run = RunDir(path)
     return [run] if run.job.is_file() else None
 
@@ -303,7 +304,7 @@ def _runs_below(path: Path) -> list[RunDir]:
 
 
 def _where(start: NewestStart) -> str:
-    return "here" if start.record.host == socket.gethostname() else start.record.host
+    return "here" if start.record.host == socket.gethostname() else printable(start.record.host)
 
 
 def _age(path: Path) -> float:

@@ -56,7 +56,7 @@ from runner.train.run_log import RunLog
 from runner.train.setup import Session, build_session
 from runner.train.state import EarlyStopping, TrainState
 from runner.train.summary import latest_threshold, progress_note
-from runner.utils.files import below_here, full_disk_errors, is_there, write_json
+from runner.utils.files import below_here, full_disk_errors, is_there, storage_errors, write_json
 from runner.utils.ranks import current_rank
 from runner.utils.signals import defer_stop, stop_reason
 from runner.utils.timing import PhaseTimer
@@ -92,7 +92,7 @@ def train(job: Job, *, lease: Lease | None, threads: int | None = None) -> RunDi
     heartbeats = RankHeartbeats(run, number, rank.index, rank.world)
     seconds = 60 * job.train.timeout_minutes
     watchdog = Watchdog(heartbeats, rank.index, seconds, lease, is_connection_lost)
-    with watchdog.explaining(), full_disk_errors(), explaining_oom(watchdog):
+    with watchdog.explaining(), storage_errors(), full_disk_errors(), explaining_oom(watchdog):
         log = RunLog(job, run, rank, lease)
         session = build_session(job, run, rank, device, timer, watchdog)
         checkpoints = CheckpointManager(

@@ -4,12 +4,14 @@ log."""
 from __future__ import annotations
 
 import os
+import queue
 import sys
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TextIO
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -20,6 +22,7 @@ from runner.utils.files import open_own, storage_errors
 from runner.utils.text import duration
 
 LOG_WIDTH = 100
+_PATIENCE_S = 1.0  # seconds that a run waits for a terminal to take a line
 
 
 @contextmanager
@@ -32,16 +35,18 @@ def stdout_errors() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        _silence_stdout()
+        _silence(sys.stdout)
         if isinstance(error, BrokenPipeError):
             raise
         hint = "; free some space where it goes, or send it elsewhere" if is_full(error) else ""
         raise StorageError(f"standard output: {error.strerror}{hint}") from error
 
 
-def _silence_stdout() -> None:
-    # What is left in its buffer would fail again when the process ends.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _silence(stream: TextIO) -> None:
+    """Send what follows nowhere: what a stream holds back would fail again when the process
+    ends."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 class Step(Protocol):
@@ -63,10 +68,8 @@ class _Log:
 
     def write(self, text: str) -> int:
         # Past Python's buffer, which would keep what failed and fail again when the process ends.
-        unwritten = text.encode("utf-8", "backslashreplace")
         try:
-            while unwritten:
-                unwritten = unwritten[os.write(self._file.fileno(), unwritten) :]
+            _write_through(self._file.fileno(), text.encode("utf-8", "backslashreplace"))
         except OSError as error:
             self.failure = self.failure or error
         return len(text)
@@ -76,39 +79,82 @@ class _Log:
 
 
 class _Screen:
-    """Standard output, for rich to write into. Once it cannot be written (its reader has gone, its
-    terminal is closed, its disk is full) nothing more is: a run does not end for its lines."""
+    """Standard output, for rich to write into. What it does not take is lost, and what it takes
+    late, as a terminal after Ctrl-S, is not waited for: a run neither ends nor stands still for
+    what it says."""
 
     def __init__(self) -> None:
-        self._file = sys.stdout  # a live bar puts something else in its place that writes here
-        self.encoding = self._file.encoding
-        self.failure: OSError | None = None
+        self._stream = sys.stdout  # rich puts another one in its place meanwhile
+        self.encoding = getattr(self._stream, "encoding", None) or "utf-8"
+        self._waiting: queue.Queue[str | threading.Event] = queue.Queue(maxsize=1000)
+        self._writer: threading.Thread | None = None
+        self._stalled: threading.Event | None = None
+        self.failure: str | None = None
 
     def isatty(self) -> bool:
-        return self.failure is None and self._file.isatty()
+        return self._stream is not None and self._stream.isatty()
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
 
     def write(self, text: str) -> int:
-        if self.failure is None:
-            try:
-                self._file.write(text)
-                self._file.flush()
-            except OSError as error:
-                self.failure = error
-                _silence_stdout()
+        self._put(text)
         return len(text)
 
     def flush(self) -> None:
-        """Nothing is held back."""
+        """Wait until all is written, but not long; and not again before that has come about."""
+        if self._stalled is not None and not self._stalled.is_set():
+            return
+        written = threading.Event()
+        if self._put(written):
+            self._stalled = None if written.wait(_PATIENCE_S) else written
+
+    def _put(self, item: str | threading.Event) -> bool:
+        if self._stream is None:
+            return False
+        if self._writer is None:
+            self._writer = threading.Thread(target=self._write_all, daemon=True, name="screen")
+            self._writer.start()
+        try:
+            self._waiting.put_nowait(item)
+        except queue.Full:
+            self.failure = self.failure or "it takes nothing"
+            return False
+        return True
+
+    def _write_all(self) -> None:
+        while True:
+            item = self._waiting.get()
+            if isinstance(item, threading.Event):
+                item.set()
+                continue
+            try:
+                self._write(item)
+            except (OSError, ValueError) as error:
+                self.failure = self.failure or getattr(error, "strerror", None) or str(error)
+
+    def _write(self, text: str) -> None:
+        try:
+            descriptor = self._stream.fileno()
+        except (OSError, ValueError):  # a stream without a file
+            self._stream.write(text)
+            return
+        # Past Python's buffer, which would keep what failed and fail again when the process ends.
+        _write_through(descriptor, text.encode(self.encoding, "backslashreplace"))
+
+
+def _write_through(descriptor: int, unwritten: bytes) -> None:
+    while unwritten:
+        unwritten = unwritten[os.write(descriptor, unwritten) :]
 
 
 class Reporter:
     """Prints to the terminal and to the run's log on rank 0; on other ranks every method does
-    nothing. A log that cannot be written costs a line on the terminal, a terminal that is gone one
-    in the log."""
+    nothing. Of the two, one that cannot be written costs a line in the other."""
 
     def __init__(self, log: Path | None, *, speaks: bool) -> None:
-        self._stdout = _Screen()
         # No emoji: `job.toml:100:` would become `job.toml` and a picture.
+        self._stdout = _Screen()
         self._screen = Console(
             file=self._stdout,  # type: ignore[arg-type]  # it has what rich asks of one
             quiet=not speaks,
@@ -116,7 +162,7 @@ class Reporter:
             emoji=False,
         )
         self._log: Console | None = None
-        self._gaps: set[str] = set()
+        self._gaps_reported: set[str] = set()
         if speaks and log is not None:
             self._path, self._file = log, _Log(log)
             self._log = Console(
@@ -133,26 +179,35 @@ class Reporter:
         text = printable_lines(text)
         self._screen.print(text, markup=False, soft_wrap=True)
         if self._log:
-            self._log.print(
-                f"{time.strftime('%H:%M:%S')} {text}" if text else "", markup=False, soft_wrap=True
-            )
-            self._report_gaps(self._log)
+            self._log_line(text)
+            self._report_gaps()
 
     def table(self, renderable: RenderableType) -> None:
         """Print a table."""
         self._screen.print(renderable)
         if self._log:
             self._log.print(renderable)
-            self._report_gaps(self._log)
+            self._report_gaps()
 
-    def _report_gaps(self, log: Console) -> None:
-        """Print once that the log has gaps, and into the log that the screen has."""
-        places = (str(self._path), self._file, self._screen), ("standard output", self._stdout, log)
-        for name, file, other in places:
-            if file.failure is not None and name not in self._gaps:
-                self._gaps.add(name)
-                reason = f"{file.failure.strerror}: not all that is said is in it"
-                other.print(f"{name}: {reason}", markup=False, soft_wrap=True)
+    def _log_line(self, text: str) -> None:
+        if self._log:
+            stamped = f"{time.strftime('%H:%M:%S')} {text}" if text else ""
+            self._log.print(stamped, markup=False, soft_wrap=True)
+
+    def _report_gaps(self) -> None:
+        """Say once in each of the two that the other one has gaps."""
+        if self._file.failure is not None and self._is_new("log"):
+            text = f"{self._path}: {self._file.failure.strerror}: not all that is said is in it"
+            self._screen.print(text, markup=False, soft_wrap=True)
+        if self._stdout.failure is not None and self._is_new("stdout"):
+            self._log_line(
+                f"standard output: {self._stdout.failure}: not all that is said is in it"
+            )
+
+    def _is_new(self, gap: str) -> bool:
+        known = gap in self._gaps_reported
+        self._gaps_reported.add(gap)
+        return not known
 
     @contextmanager
     def steps(self, title: str, total: int, every: int) -> Iterator[Step]:
@@ -173,11 +228,7 @@ class Reporter:
                 def follow(done: int, note: str = "") -> None:
                     bar.update(task, completed=done, note=note)
                     if self._log and note and (done % every == 0 or done == total):
-                        self._log.print(
-                            f"{time.strftime('%H:%M:%S')} {title} {done}/{total}  {note}",
-                            markup=False,
-                            soft_wrap=True,
-                        )
+                        self._log_line(f"{title} {done}/{total}  {note}")
 
                 yield follow
             return
@@ -213,8 +264,11 @@ def progress(title: str, total: int | None) -> Iterator[Step]:
 
 
 def print_error(text: str) -> None:
-    """Write an error sentence to stderr."""
-    lines = "\n".join(printable(line) for line in text.split("\n"))
-    Console(file=sys.stderr, highlight=False, emoji=False).print(
-        lines, markup=False, soft_wrap=True
-    )
+    """Write an error sentence to stderr; one that cannot be written is lost, its code is not."""
+    if sys.stderr is None:
+        return
+    try:
+        sys.stderr.write("".join(f"{printable(line)}\n" for line in text.split("\n")))
+        sys.stderr.flush()
+    except (OSError, ValueError):
+        _silence(sys.stderr)

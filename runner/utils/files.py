@@ -7,6 +7,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -135,6 +136,9 @@ def storage_errors(path: Path | None = None) -> Iterator[None]:
     do. The file is `path`, unless the error names one that is neither in nor beside it."""
     try:
         yield
+    except shutil.Error as error:  # of a whole folder: (from, to, why) of each file
+        found = error.args[0]
+        raise StorageError(f"{found[0][1]}: {found[0][2]}" if found else str(path)) from error
     except OSError as error:
         name = _failed(error, path)
         if is_full(error):

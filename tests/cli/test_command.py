@@ -238,6 +238,43 @@ def test_a_full_disk_below_stdout_is_named():
     )
 
 
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [
+        ("check none.toml 2>/dev/full", 64),
+        ("check none.toml 2>&-", 64),
+        ("check job.toml >&-", 0),
+        ("--version >/dev/full", 74),
+        ("predict none <&-", 74),
+    ],
+)
+def test_streams_that_are_full_or_closed_change_no_code(command, code):
+    shell = ["bash", "-c", f"{sys.executable} -m runner {command}"]
+    done = subprocess.run(shell, capture_output=True, timeout=60, check=False)
+    assert done.returncode == code
+    assert done.stderr.count(b"\n") == ("2>" not in command and code != 0)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "status LONG",
+        "status --runs LONG",
+        "run job.toml --run-dir LONG",
+        "report LONG",
+        "reproduce LONG",
+        "logs LONG",
+        "cancel LONG",
+    ],
+)
+@pytest.mark.parametrize("name", ["a" * 300, "a/" * 2500], ids=["name", "path"])
+def test_a_name_that_is_too_long_is_told(capsys, command, name):
+    code, out, err = called(capsys, *command.replace("LONG", name).split())
+    assert (code, out) == (74, "")
+    assert err.endswith(": File name too long\n")
+    assert err.count("\n") == 1
+
+
 def test_only_what_trains_needs_a_rank(capsys, monkeypatch):
     monkeypatch.setenv("SPANTUNE_SLURM", "")
     monkeypatch.setenv("RANK", "x")

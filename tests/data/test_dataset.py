@@ -954,15 +954,25 @@ def test_as_many_malformed_data_sets_as_promised():
     assert len(BAD_ROWS) + 2 * len(BAD_ANSWERS) + len(BAD_FILES) >= 60
 
 
-@pytest.mark.parametrize("unused", [False, True])
-def test_a_parquet_file_is_counted_before_it_is_expanded(tmp_path, unused):
-    """64 rows of one text of 24 MB would be 1.5 GB; also as bytes in a column that nobody reads."""
+@pytest.mark.parametrize("kind", ["text", "bytes", "list", "numbers"])
+def test_a_parquet_file_is_counted_before_it_is_expanded(tmp_path, kind):
+    """64 rows of one text of 24 MB would be 1.5 GB; also as bytes in a column that nobody reads, in
+    the list of a single row, or as many equal numbers."""
     text = pyarrow.DictionaryArray.from_arrays([0] * 64, ["x" * 24_000_000])
-    columns = {"question": ["q"] * 64, "context": text}
-    if unused:
-        columns = {"question": ["q"] * 64, "other": text.cast(pyarrow.binary())}
+    columns = {
+        "text": {"question": ["q"] * 64, "context": text},
+        "bytes": {"question": ["q"] * 64, "other": text.cast(pyarrow.binary())},
+        "list": {
+            "question": ["q"],
+            "answers": pyarrow.StructArray.from_arrays(
+                [pyarrow.ListArray.from_arrays([0, 64], text)], ["text"]
+            ),
+        },
+        "numbers": {"other": pyarrow.repeat(pyarrow.scalar(7, pyarrow.int8()), 40_000_000)},
+    }[kind]
     path = tmp_path / "bomb.parquet"
     pyarrow.parquet.write_table(pyarrow.table(columns), path, compression="zstd")
+    del text, columns
     before = pyarrow.default_memory_pool().max_memory()
     with pytest.raises(DataError, match=r"bytes hold more than [\d,]+ of content"):
         file_rows(path, Columns(), answers=False)

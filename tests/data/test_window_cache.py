@@ -175,6 +175,14 @@ def test_a_cache_that_cannot_be_written_costs_time_only(load, cache, monkeypatch
     assert not cached
 
 
+def test_a_cache_that_cannot_be_looked_at_costs_time_only(load, cache, monkeypatch, tmp_path):
+    windows, _ = load()
+    monkeypatch.setenv("SPANTUNE_CACHE", str(tmp_path / ("n" * 300)))
+    again, cached = load()
+    assert same(again, windows)
+    assert not cached
+
+
 def test_a_full_cache_is_named_when_only_the_closing_of_a_file_finds_it_full(
     cache, tokenizer_of, monkeypatch
 ):

@@ -464,5 +464,18 @@ def test_no_name_steers_the_terminal(capsys):
     assert main(["cancel", str(run.path)]) == 73
     found = capsys.readouterr()
     assert not [c for c in found.out + found.err if not c.isprintable() and c != "\n"]
+    assert run_statuses([run])[0][0].place == "a\\nb\\x1b[31m"  # one line of the table
     assert found.err.count("\n") == 1
     assert "a\\nb\\x1b[31m" in found.err
+
+
+def test_a_link_among_the_trials_is_none_of_them(capsys):
+    make_run("n/victim")
+    sweep = Path("runs/n/s")
+    sweep.mkdir()
+    (sweep / "trial").symlink_to("../victim")
+    trial = {"name": "trial", "values": {}}
+    (sweep / "sweep.json").write_text(json.dumps({"name": "n", "trials": [trial]}))
+    assert find_runs([sweep], Path("runs")) == []
+    assert main(["cancel", str(sweep)]) == 0
+    assert capsys.readouterr().out == ""

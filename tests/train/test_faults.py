@@ -28,6 +28,7 @@ FAILURES = [
     # What a rank does, what is said, the code of the run.
     ("raise KeyError('x')", "KeyError: 'x'", 70),
     ("raise runner.errors.StorageError('train.csv: disk full')", "train.csv: disk full", 74),
+    ("raise OSError(5, 'Input/output error', 'x')", "x: Input/output error", 74),
     ("os.kill(os.getpid(), signal.SIGKILL)", "died without a word at step {step}", 71),
     ("os._exit(0)", "died without a word at step {step}", 71),
     (
@@ -65,6 +66,28 @@ def test_a_rank_that_fails_ends_all(zygote, job_file, tmp_path, rank, what, word
         assert json.loads(ended.read_text())["exit_code"] == code
     else:
         assert not ended.exists()
+
+
+# What a shell or a terminal does to a run's stdout and stderr.
+STREAMS = {
+    "head": "r, w = os.pipe(); os.close(r); os.dup2(w, 1)",
+    "full": "os.dup2(os.open('/dev/full', 1), 1)",
+    "gone": "r, w = os.pipe(); os.close(r); os.dup2(w, 1); os.dup2(os.open('/dev/full', 1), 2)",
+}
+
+
+@pytest.mark.parametrize(("streams", "ranks"), [("head", 1), ("full", 2), ("gone", 2)])
+def test_a_run_goes_on_without_its_stdout_and_its_end_is_noted(
+    zygote, job_file, tmp_path, streams, ranks
+):
+    folder = tmp_path / "run"
+    code = f"import os; {STREAMS[streams]}\n"
+    code += at_step(FAULT, 0, "os.kill(os.getpid(), 15)")
+    codes, _ = zygote.run(job_file, "--run-dir", folder, ranks=ranks, code=code)
+    assert codes == [75] * ranks
+    assert json.loads((folder / "attempts" / "0001.end.json").read_text())["exit_code"] == 75
+    assert "standard output: " in (folder / "log.txt").read_text()
+    assert len(intact(folder)) == 2  # the scored one, and what the signal asked for
 
 
 # A rank that gives no sign of life is given less time to give one.

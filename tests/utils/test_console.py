@@ -7,12 +7,14 @@ import os
 import re
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
 from rich.table import Table
 
 from runner.errors import StorageError
+from runner.utils import console
 from runner.utils.console import LOG_WIDTH, Reporter, print_error, progress
 from runner.utils.text import duration
 
@@ -151,6 +153,59 @@ def test_a_reader_that_has_gone_costs_lines_of_the_screen(tmp_path, stdout):
     assert "train 1/2  loss 2" in log
     assert log.count("standard output: ") == 1
     assert "not all that is said is in it" in log
+
+
+def dead_stdout(kind):
+    """A stream that takes nothing, as a shell makes one."""
+    if kind == "absent":
+        return None
+    if kind == "full":
+        return open("/dev/full", "w")
+    read, write = os.pipe()
+    os.close(read)
+    return os.fdopen(write, "w")
+
+
+@pytest.mark.parametrize("kind", ["absent", "full", "pipe"])
+def test_what_stdout_does_not_take_is_in_the_log(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(sys, "stdout", dead_stdout(kind))
+    reporter = Reporter(tmp_path / "log.txt", speaks=True)
+    for text in ("one", "two", "three"):
+        reporter.line(text)
+        reporter.table(Table(text))
+    with reporter.steps("train", 1, 1) as follow:
+        follow(1, "loss")
+    lines = [line[9:] for line in (tmp_path / "log.txt").read_text().splitlines()]
+    why = {"full": "No space left on device", "pipe": "Broken pipe"}
+    gap = [f"standard output: {why[kind]}: not all that is said is in it"] if kind in why else []
+    assert [line for line in lines if line.startswith(("one", "two", "three", "sta"))] == [
+        *("one", *gap, "two", "three")
+    ]
+
+
+def test_a_terminal_that_stands_still_is_not_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(console, "_PATIENCE_S", 0.05)
+    terminal, stdout = os.openpty()
+    with open(stdout, "w", encoding="utf-8") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        termios.tcflow(stdout, termios.TCOOFF)  # Ctrl-S
+        reporter = Reporter(tmp_path / "log.txt", speaks=True)
+        for number in range(100):
+            reporter.line(f"line {number}")
+        assert (tmp_path / "log.txt").read_text().endswith("line 99\n")
+        termios.tcflow(stdout, termios.TCOON)
+        said = b""
+        while b"line 99" not in said:  # late is not lost
+            said += os.read(terminal, 1000)
+        assert said.split(b"\r\n")[:2] == [b"line 0", b"line 1"]
+    os.close(terminal)
+
+
+@pytest.mark.parametrize("kind", ["absent", "full", "pipe"])
+def test_a_complaint_that_nobody_takes_is_lost(monkeypatch, kind):
+    monkeypatch.setattr(sys, "stderr", dead_stdout(kind))
+    print_error("one")
+    print_error("two")
 
 
 def test_a_complaint_keeps_its_lines_and_steers_no_terminal(capsys):

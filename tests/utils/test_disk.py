@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -101,6 +102,11 @@ def test_errors_without_a_full_disk_pass():
     for error in (DataError("x"), RuntimeError("y"), PermissionError(errno.EACCES, "z")):
         with pytest.raises(type(error), match=r"[xyz]$"), full_disk_errors():
             raise error
+
+
+def test_of_a_whole_folder_the_first_failure_is_told(tmp_path):
+    error = shutil.Error([("from", str(tmp_path / "a"), "[Errno 5] Input/output error")] * 2)
+    assert told(error, tmp_path) == f"{tmp_path / 'a'}: [Errno 5] Input/output error"
 
 
 def test_the_folder_of_temporary_files_is_named_where_it_is_full(tmp_path, free, monkeypatch):

@@ -10,7 +10,7 @@ from runner.errors import DataError
 from runner.utils.text import first_line
 
 _EXPANSION = 100  # times that a file may grow when it is read, beyond 256 MiB
-_BATCH = 64  # rows, at most, that are looked at before more are read
+_BATCH = 64  # rows that are looked at before more are read
 
 
 def parquet_table(path: Path, raw: bytes) -> RawTable:
@@ -18,39 +18,57 @@ def parquet_table(path: Path, raw: bytes) -> RawTable:
     import pyarrow
     import pyarrow.parquet
 
-    # A few megabytes can stand for any number of equal texts.
+    # A few kilobytes can stand for any number of equal values: all is counted before it is made.
     limit = _EXPANSION * len(raw) + 2**28
     rows: list[Any] = []
-    size = 0
     try:
         file = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(raw))
-        names = file.schema_arrow.names
-        largest = _largest_row(file.metadata)
-        if largest > limit:
-            raise DataError(f"{path}: its {len(raw):,} bytes hold more than {limit:,} of content")
-        for batch in file.iter_batches(batch_size=min(_BATCH, limit // max(1, largest))):
-            # Of every column and all that is nested in it; a dictionary as the texts it stands for.
-            plain = (
-                part.dictionary_decode() if pyarrow.types.is_dictionary(part.type) else part
-                for part in batch.columns
-            )
-            size += sum(part.nbytes for part in plain)
+        names, leaves = (
+            file.schema_arrow.names,
+            [file.schema.column(n) for n in range(len(file.schema))],
+        )
+        size = _declared_size(file, [max(8, leaf.length or 0) for leaf in leaves])
+        texts = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"]
+        # As it stands in the file, where an equal text is there once.
+        file = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(raw), read_dictionary=texts)
+        groups = range(file.num_row_groups) if size <= limit else ()
+        for batch in (b for n in groups for b in file.iter_batches(_BATCH, row_groups=[n])):
+            size += sum(map(_text_size, batch.columns))
             if size > limit:
-                raise DataError(
-                    f"{path}: its {len(raw):,} bytes hold more than {limit:,} of content"
-                )
+                break
             rows += batch.to_pylist()
     except (pyarrow.ArrowException, MemoryError, OSError, ValueError) as error:
         raise DataError(f"{path}: not valid Parquet: {first_line(error)}") from None
+    if size > limit:
+        raise DataError(f"{path}: its {len(raw):,} bytes hold more than {limit:,} of content")
     return RawTable(rows, names)
 
 
-def _largest_row(metadata: Any) -> int:
-    """Bytes that no row of a file exceeds: a row lies in one group, and a text that is named often
-    stands in the group once."""
-    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
-    columns = ([group.column(place) for place in range(group.num_columns)] for group in groups)
-    return max(
-        (sum(part.total_uncompressed_size + 8 * part.num_values for part in c) for c in columns),
-        default=0,
-    )
+def _declared_size(file: Any, widths: list[int]) -> int:
+    """Bytes that a file's columns take without their texts, or as they stand in it if that is
+    more."""
+    size = 0
+    for number in range(file.num_row_groups):
+        group = file.metadata.row_group(number)
+        for width, column in zip(widths, map(group.column, range(group.num_columns)), strict=True):
+            size += max(width * column.num_values, column.total_uncompressed_size)
+    return size
+
+
+def _text_size(array: Any) -> int:
+    """Bytes of all texts in an array, however deep."""
+    import pyarrow
+    import pyarrow.compute
+
+    compute: Any = pyarrow.compute  # whose functions are made when it is imported
+    kind = array.type
+    if pyarrow.types.is_dictionary(kind):
+        lengths = compute.binary_length(array.dictionary).cast("int64")
+        return compute.sum(lengths.take(array.indices)).as_py() or 0
+    if pyarrow.types.is_struct(kind):
+        return sum(map(_text_size, array.flatten()))
+    if pyarrow.types.is_map(kind):
+        return _text_size(array.keys) + _text_size(array.items)
+    if pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind):
+        return _text_size(array.flatten())
+    return 0
