@@ -23,10 +23,7 @@ def parquet_table(path: Path, raw: bytes) -> RawTable:
     rows: list[Any] = []
     try:
         file = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(raw))
-        names, leaves = (
-            file.schema_arrow.names,
-            [file.schema.column(n) for n in range(len(file.schema))],
-        )
+        leaves = [file.schema.column(n) for n in range(len(file.schema))]
         size = _declared_size(file, [max(8, leaf.length or 0) for leaf in leaves])
         texts = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"]
         # As it stands in the file, where an equal text is there once.
@@ -41,7 +38,7 @@ def parquet_table(path: Path, raw: bytes) -> RawTable:
         raise DataError(f"{path}: not valid Parquet: {first_line(error)}") from None
     if size > limit:
         raise DataError(f"{path}: its {len(raw):,} bytes hold more than {limit:,} of content")
-    return RawTable(rows, names)
+    return RawTable(rows, file.schema_arrow.names)
 
 
 def _declared_size(file: Any, widths: list[int]) -> int:
