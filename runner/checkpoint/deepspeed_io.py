@@ -7,6 +7,7 @@ any code that a file may hold.
 
 from __future__ import annotations
 
+import glob
 import tempfile
 from collections.abc import Mapping
 from enum import Enum
@@ -143,8 +144,10 @@ class StoreCheckpointEngine:
         """
         self._manifest = manifest
         self.loaded, self.differences = {}, []
+        # It looks for its files by a pattern; `load` goes by their names alone.
+        folder = glob.escape(str(self._store.folder))
         try:
-            path, _ = engine.load_checkpoint(str(self._store.folder), tag=manifest.name)
+            path, _ = engine.load_checkpoint(folder, tag=manifest.name)
         except (RuntimeError, KeyError, ValueError) as error:
             reason = " ".join(str(error).split())[:300]
             raise DataError(f"{manifest.name}: DeepSpeed cannot load it: {reason}") from error
