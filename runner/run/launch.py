@@ -20,7 +20,7 @@ from types import FrameType
 
 from runner.errors import MachineError
 from runner.utils.ranks import free_port
-from runner.utils.signals import SIGNALS
+from runner.utils.signals import LAUNCHER, SIGNALS
 
 MAIN = Path(__file__).parents[1] / "main.py"
 GRACE_S = 60.0  # seconds that ranks have to come to an end by themselves after the first has failed
@@ -41,6 +41,7 @@ def launch(arguments: Sequence[str], ranks: int | None, script: Path = MAIN) -> 
     world = ranks or visible_gpus() or 1
     shared = {
         "PYTHONUNBUFFERED": "1",
+        LAUNCHER: str(os.getpid()),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
         "WORLD_SIZE": str(world),

@@ -14,6 +14,8 @@ from runner.errors import Interrupted
 # SLURM's warning before a time limit or a preemption, `scancel`, Ctrl-C, a lost terminal.
 SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
+LAUNCHER = "SPANTUNE_LAUNCHER"  # names our launcher's process id to its ranks
+
 # The first request of this process, and how it ends while there is nothing to save yet. Signals
 # reach a process, not an object, so these stand here.
 _request: str | None = None
@@ -86,6 +88,14 @@ class Launcher:
     def is_gone(self) -> bool:
         """Whether one of them has ended since (the system then gives the child another parent)."""
         return _ancestors()[: len(self._above)] != self._above
+
+
+def launcher_id() -> int | None:
+    """The process that started all ranks of this machine; None where that cannot be told."""
+    if LAUNCHER in os.environ:
+        return int(os.environ[LAUNCHER])
+    above = _ancestors()
+    return above[0] if len(above) > 1 else None
 
 
 def _ancestors() -> list[int]:
