@@ -13,6 +13,7 @@ from runner.utils import ranks, signals
 
 if ranks.is_launched():
     signals.listen(signals.exit_early)  # even reading the command takes a third of a second
+    signals.follow_launcher()
 
 from runner.cli.command import main
 

@@ -21,6 +21,7 @@ from runner.errors import RunnerError, UsageError
 from runner.utils.console import print_error
 from runner.utils.files import full_disk_errors
 from runner.utils.ranks import current_rank, speaks_for_all
+from runner.utils.signals import hear_children
 
 EPILOG = """\
 exit codes: 0 done, 2 command line, 64 job file, 65 data, model or checkpoint
@@ -49,6 +50,7 @@ ADD_VERBS = (  # in the order of --help
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
+    hear_children()
     for stream in (sys.stdout, sys.stderr):  # a name that the terminal cannot spell is no error
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

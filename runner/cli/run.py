@@ -154,6 +154,7 @@ def run_rank(arguments: argparse.Namespace) -> int:
         _exit(Interrupted.exit_code)
 
     signals.listen(exit_early)
+    signals.follow_launcher()
     try:
         job, options = load_job(arguments.job, arguments.set), _start_options(arguments)
         if job.sweep is not None:

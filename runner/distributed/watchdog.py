@@ -14,7 +14,6 @@ from contextlib import contextmanager, suppress
 from runner.distributed.heartbeat import RANK_BEAT_S, ExitNote, RankHeartbeats, diagnose
 from runner.errors import MachineError, RunnerError
 from runner.run.lease import Lease
-from runner.utils import signals
 from runner.utils.console import print_error
 from runner.utils.text import duration
 
@@ -47,7 +46,6 @@ class Watchdog:
         self._heartbeats, self._rank, self._seconds = heartbeats, rank, seconds
         self._lease, self._connection_lost = lease, connection_lost
         self.rank = rank
-        self._launcher = signals.Launcher()
         self.place, self._since, self._bounded = "the start", time.monotonic(), False
         self._over = threading.Event()
         heartbeats.register()
@@ -120,8 +118,6 @@ class Watchdog:
                 spoken = time.monotonic()
             if spoken is not None and time.monotonic() > spoken + SIGN_OF_LIFE_S:
                 self._follow_out()
-            if self._launcher.is_gone():
-                signals.request_stop("the end of its launcher")
             quiet = time.monotonic() - self._since
             if quiet > self._limit():
                 self._give_up(self._own_place())

@@ -17,7 +17,7 @@ from runner.data.dataset import Example
 from runner.data.windows import Windows
 from runner.errors import RunnerError
 from runner.model.forward import SpanModel
-from runner.utils.signals import children_ignore_signals
+from runner.utils.signals import LAUNCHER, children_ignore_signals
 
 CHECKED_WINDOWS = 8
 
@@ -35,6 +35,8 @@ _RANK_VARIABLES = (
     "LOCAL_SIZE",
     "MASTER_ADDR",
     "MASTER_PORT",
+    "CROSS_SIZE",
+    LAUNCHER,
 )
 
 

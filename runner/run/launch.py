@@ -1,5 +1,5 @@
-"""Starts the ranks of a run on this machine, passes signals on to them, and ends with their exit
-code.
+"""Starts the ranks of a run on this machine, passes signals on to them (Ctrl-Z too), and ends with
+their exit code.
 
 `deepspeed runner/main.py JOB.toml` does the same; but its launcher imports torch twice before the
 ranks do, ends ranks one by one at a signal, and exits with 0 if a signal ends it.
@@ -7,6 +7,7 @@ ranks do, ends ranks one by one at a signal, and exits with 0 if a signal ends i
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import signal
@@ -16,9 +17,8 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 
-from runner.errors import MachineError
+from runner.errors import Interrupted, MachineError
 from runner.utils.ranks import free_port
 from runner.utils.signals import LAUNCHER, SIGNALS
 
@@ -37,6 +37,7 @@ def launch(arguments: Sequence[str], ranks: int | None, script: Path = MAIN) -> 
 
     Raises:
         MachineError: if a rank was killed, and none is left to say so.
+        Interrupted: if a signal to this process ended all ranks before they listened.
     """
     world = ranks or visible_gpus() or 1
     shared = {
@@ -48,7 +49,7 @@ def launch(arguments: Sequence[str], ranks: int | None, script: Path = MAIN) -> 
         "LOCAL_WORLD_SIZE": str(world),
     }
     children: list[subprocess.Popen[bytes]] = []
-    with _signals_passed_on(children):
+    with _listening(children) as heard:
         for rank in range(world):
             child = subprocess.Popen(
                 [sys.executable, str(script), *arguments],
@@ -57,7 +58,7 @@ def launch(arguments: Sequence[str], ranks: int | None, script: Path = MAIN) -> 
                 start_new_session=True,
             )
             children.append(child)
-        codes = _wait(children)
+        codes, told = _wait(children, heard)
     # A rank's own exit code counts more than that another one was killed.
     exited = [code for code in codes if code > 0]
     killed = [code for code in codes if code < 0]
@@ -66,6 +67,8 @@ def launch(arguments: Sequence[str], ranks: int | None, script: Path = MAIN) -> 
     if -killed[0] == signal.SIGINT:
         return 128 + signal.SIGINT  # the second Ctrl-C
     name = signal.Signals(-killed[0]).name
+    if -killed[0] in told:
+        raise Interrupted(f"stopped by {name} before training began; the same command begins again")
     hint = " (out of memory?)" if -killed[0] == signal.SIGKILL else ""
     raise MachineError(
         f"the run was killed by {name}{hint}; the same command goes on from its last checkpoint"
@@ -84,19 +87,22 @@ def visible_gpus() -> int:
 
 
 @contextmanager
-def _signals_passed_on(children: list[subprocess.Popen[bytes]]) -> Iterator[None]:
-    """Pass every signal on to all children instead of ending here; none outlives the block."""
-
-    def pass_on(number: int, _: FrameType | None) -> None:
-        for child in children:
-            if child.poll() is None:
-                child.send_signal(number)
-
-    # nohup had SIGHUP ignored: the run is to outlive its terminal.
-    numbers = [n for n in SIGNALS if signal.getsignal(n) != signal.SIG_IGN or n != signal.SIGHUP]
-    before = {number: signal.signal(number, pass_on) for number in numbers}
+def _listening(children: list[subprocess.Popen[bytes]]) -> Iterator[list[int]]:
+    """Collect the signals that come, instead of ending here; no child outlives the block."""
+    heard: list[int] = []
+    # What is ignored stays so: nohup has SIGHUP ignored, a shell without jobs SIGTSTP.
+    kept = [
+        number
+        for number in (signal.SIGHUP, signal.SIGTSTP)
+        if signal.getsignal(number) == signal.SIG_IGN
+    ]
+    before = {
+        number: signal.signal(number, lambda number, _: heard.append(number))
+        for number in (*SIGNALS, signal.SIGTSTP)
+        if number not in kept
+    }
     try:
-        yield
+        yield heard
     finally:
         for child in children:
             if child.poll() is None:
@@ -106,20 +112,39 @@ def _signals_passed_on(children: list[subprocess.Popen[bytes]]) -> Iterator[None
             signal.signal(number, handler)
 
 
-def _wait(children: list[subprocess.Popen[bytes]]) -> list[int]:
-    """Wait for all ranks; returns their codes in the order of their ends. Once one has failed, the
-    others have `GRACE_S` seconds to find out and end."""
-    running, codes, deadline = list(children), [], None
+def _wait(children: list[subprocess.Popen[bytes]], heard: list[int]) -> tuple[list[int], set[int]]:
+    """Wait for all ranks and pass on what is heard meanwhile; returns their codes in the order of
+    their ends, and the signals. Once one has failed, the others have `GRACE_S` seconds to find out
+    and end: of this process's own time, which stands still while it is stopped."""
+    running, codes, told, grace_s = list(children), [], set[int](), math.inf
     while running:
+        while heard:
+            told.add(number := heard.pop(0))
+            _pass_on(number, running)
         for child in [child for child in running if child.poll() is not None]:
             running.remove(child)
             codes.append(child.returncode)
-            if child.returncode and deadline is None:
-                deadline = time.monotonic() + GRACE_S
+            if child.returncode and grace_s == math.inf:
+                grace_s = GRACE_S
                 for other in running:  # one that is still at its start would wait for it in vain
                     other.send_signal(signal.SIGTERM)
-        if deadline is not None and time.monotonic() > deadline:
+        if grace_s <= 0:
             for child in running:
                 child.kill()
+        grace_s -= _POLL_S
         time.sleep(_POLL_S if running else 0)
-    return codes
+    return codes, told
+
+
+def _pass_on(number: int, ranks: list[subprocess.Popen[bytes]]) -> None:
+    """Give a signal to all ranks; for Ctrl-Z, stop them and this process until it goes on."""
+    if number != signal.SIGTSTP:
+        for rank in ranks:
+            rank.send_signal(number)
+        return
+    # Each rank leads a session, in which the system discards SIGTSTP.
+    for rank in ranks:
+        rank.send_signal(signal.SIGSTOP)
+    os.kill(os.getpid(), signal.SIGSTOP)
+    for rank in ranks:
+        rank.send_signal(signal.SIGCONT)

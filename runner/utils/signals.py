@@ -3,10 +3,13 @@ between its steps."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
+import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 from runner.errors import Interrupted
@@ -15,6 +18,8 @@ from runner.errors import Interrupted
 SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 LAUNCHER = "SPANTUNE_LAUNCHER"  # names our launcher's process id to its ranks
+_LOOK_S = 1.0  # seconds between two looks at the launcher
+_PR_SET_PDEATHSIG = 1  # prctl.h
 
 # The first request of this process, and how it ends while there is nothing to save yet. Signals
 # reach a process, not an object, so these stand here.
@@ -79,15 +84,42 @@ def children_ignore_signals() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+def hear_children() -> None:
+    """Let the system keep the exit codes of child processes, which it does not where whoever
+    started this process has SIGCHLD ignored: each child would seem to have ended with 0."""
+    if signal.getsignal(signal.SIGCHLD) == signal.SIG_IGN:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
+def follow_launcher() -> None:
+    """From here on the end of the launcher is a request to stop like a signal, in a thread of its
+    own; called before what takes seconds is imported, and again without effect."""
+    if any(thread.name == "launcher" for thread in threading.enumerate()):
+        return
+    launcher = Launcher()
+    with suppress(OSError, AttributeError):  # else a stopped rank would not notice
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGCONT)
+
+    def follow() -> None:
+        while not launcher.is_gone():
+            time.sleep(_LOOK_S)
+        request_stop("the end of its launcher")
+        if _exit_now is not None:
+            _exit_now("the end of its launcher")
+
+    threading.Thread(target=follow, daemon=True, name="launcher").start()
+
+
 class Launcher:
     """The processes above a rank that started it: when they are gone, nobody waits for its end."""
 
     def __init__(self) -> None:
         self._above = _ancestors()
+        self._was_gone = _has_lost_one(self._above)
 
     def is_gone(self) -> bool:
-        """Whether one of them has ended since (the system then gives the child another parent)."""
-        return _ancestors()[: len(self._above)] != self._above
+        """Whether one of them has ended (the system then gives the child another parent)."""
+        return self._was_gone or _ancestors()[: len(self._above)] != self._above
 
 
 def launcher_id() -> int | None:
@@ -109,11 +141,29 @@ def _ancestors() -> list[int]:
             command = file.read()
         if b"deepspeed.launcher.launch" not in command:
             return [parent]
-        with open(f"/proc/{parent}/stat", "rb") as file:
-            above = int(file.read().rpartition(b")")[2].split()[1])
+        return [parent, _parent(parent)]
     except (OSError, ValueError, IndexError):
         return [parent]
-    return [parent, above]
+
+
+def _parent(pid: int) -> int:
+    with open(f"/proc/{pid}/stat", "rb") as file:
+        return int(file.read().rpartition(b")")[2].split()[1])
+
+
+def _has_lost_one(above: list[int]) -> bool:
+    """Whether a launcher had ended before this process came to look."""
+    if LAUNCHER in os.environ:
+        return os.environ[LAUNCHER] != str(above[0])
+    if "CROSS_SIZE" not in os.environ:  # DeepSpeed's: others start ranks in other ways
+        return False
+    # A process that leads no session is in its parent's, unless it has been given another parent.
+    pairs = zip([os.getpid(), *above], above, strict=False)
+    with suppress(OSError):
+        return any(
+            parent and os.getsid(child) not in (child, os.getsid(parent)) for child, parent in pairs
+        )
+    return False
 
 
 def _note(number: int, _: FrameType | None) -> None:

@@ -15,6 +15,7 @@ import pytest
 from runner.errors import MachineError
 from runner.run import launch as module
 from runner.run.launch import MAIN, launch, visible_gpus
+from runner.utils.signals import LAUNCHER as LAUNCHER_VARIABLE
 
 ROOT = Path(__file__).parents[2]
 # A rank that says who it is, then does what its argument says.
@@ -155,6 +156,91 @@ def test_a_keyboard_interrupt_comes_once(script):
         assert os.getpgid(rank["pid"]) != os.getpgid(process.pid)
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 71
+
+
+def state_of(pid: int) -> str:
+    """What a process does by /proc: R or S, T where it is stopped, Z where it has ended."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+def wait_for_state(pids: list[int], *, stopped: bool) -> None:
+    deadline = time.monotonic() + 60
+    while any((state_of(pid) == "T") is not stopped for pid in pids):
+        assert time.monotonic() < deadline, [state_of(pid) for pid in pids]
+        time.sleep(0.02)
+
+
+def test_ctrl_z_stops_the_ranks_too_until_the_run_goes_on(script):
+    process = launched(script, 2, "\nwhile not heard: time.sleep(0.02)\nsys.exit(75)")
+    pids = [process.pid, *(rank["pid"] for rank in ranks_of(script, 2))]
+    for _ in range(2):
+        process.send_signal(signal.SIGTSTP)
+        wait_for_state(pids, stopped=True)
+        process.send_signal(signal.SIGCONT)
+        wait_for_state(pids, stopped=False)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 75
+
+
+def test_time_in_which_the_launcher_is_stopped_is_no_grace(script):
+    """One rank has failed and the other is coming to its end, as Ctrl-Z is pressed."""
+    code = (
+        "\nif rank: sys.exit(71)\nwhile not heard: time.sleep(0.02)\nsay_heard()"
+        "\ntime.sleep(0.5)\nopen(path + '.saved', 'w').close()\nsys.exit(71)"
+    )
+    process = launched(script, 2, code)  # which gives a second
+    heard_by(script, 1)
+    pids = [process.pid, ranks_of(script, 2)[0]["pid"]]
+    process.send_signal(signal.SIGTSTP)
+    wait_for_state(pids, stopped=True)
+    time.sleep(1.2)
+    process.send_signal(signal.SIGCONT)
+    assert process.wait(60) == 71
+    assert script.with_name("rank-0.saved").exists()
+
+
+def test_ranks_ended_by_a_signal_before_they_listen_have_stopped(script):
+    code = "\nsignal.signal(15, signal.SIG_DFL)\nsay_heard()\ntime.sleep(600)"
+    process = launched(script, 2, code)
+    heard_by(script, 2)
+    process.send_signal(signal.SIGTERM)
+    assert "Interrupted: stopped by SIGTERM before training began; the" in process.communicate()[1]
+
+
+REFUSED = """
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from runner.cli import command
+from runner.run.launch import launch
+start = lambda _: launch(["sys.exit(65)"], 2, Path({script!r}))
+command._parse = lambda _: SimpleNamespace(verb=start)
+sys.exit(command.main([]))
+"""
+
+
+def test_a_failure_is_seen_whatever_the_parent_does_with_its_children(script):
+    """With SIGCHLD ignored, which is inherited, the system throws exit codes away."""
+    done = subprocess.run(
+        [sys.executable, "-c", REFUSED.format(script=str(script))],
+        cwd=ROOT,
+        preexec_fn=lambda: signal.signal(signal.SIGCHLD, signal.SIG_IGN),
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 65
+
+
+def test_a_rank_whose_launcher_is_gone_already_ends_before_it_imports_torch(tmp_path):
+    done = subprocess.run(
+        [sys.executable, MAIN, "job.toml"],
+        cwd=tmp_path,
+        env={**os.environ, "RANK": "0", "WORLD_SIZE": "1", LAUNCHER_VARIABLE: "999999999"},
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (75, b"")
 
 
 @pytest.mark.parametrize(

@@ -152,6 +152,56 @@ def test_a_launcher_that_is_gone_is_noticed(tmp_path, levels):
     assert answer.read_text() == "True"
 
 
+# A rank that has only begun: it says how it is told to leave. Its launcher may end at once.
+BEGINNER = """
+import os, sys, time
+from runner.utils import signals
+def leave(reason):
+    open(sys.argv[1] + ".new", "w").write(reason)
+    os.rename(sys.argv[1] + ".new", sys.argv[1])
+    os._exit(75)
+signals.listen(leave)
+signals.follow_launcher()
+print(os.getpid(), flush=True)
+time.sleep(60)
+"""
+LATE_STARTER = """
+import os, subprocess, sys, time
+above = os.getppid()
+print("starting", flush=True)
+while os.getppid() == above: time.sleep(0.01)
+subprocess.run([sys.executable, *sys.argv[1:]])
+#deepspeed.launcher.launch
+"""
+
+
+@pytest.mark.parametrize("when", ["before the rank", "after its first line", "while it is stopped"])
+def test_a_launcher_that_ends_in_the_first_seconds_ends_its_ranks(tmp_path, when):
+    """Before the rank: DeepSpeed's own is killed while the program that it has started imports."""
+    answer, command = tmp_path / "answer", ["-c", BEGINNER, str(tmp_path / "answer")]
+    if when == "before the rank":
+        command = ["-c", LATE_STARTER, *command]
+    outer = subprocess.Popen(
+        [sys.executable, "-c", STARTER, *command],
+        cwd=ROOT,
+        env={**os.environ, "CROSS_SIZE": "1"},
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert outer.stdout
+    said = outer.stdout.readline().strip()
+    if when == "while it is stopped":
+        os.kill(int(said), signal.SIGSTOP)
+    outer.kill()
+    outer.wait()
+    deadline = time.monotonic() + 30
+    while not answer.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert answer.read_text() == "the end of its launcher"
+
+
 HELPER = """
 import os, signal, subprocess, sys, time
 from runner.utils import signals
