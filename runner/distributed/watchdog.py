@@ -112,20 +112,30 @@ class Watchdog:
     # --- the watching thread
 
     def _follow(self) -> None:
-        beaten, spoken = time.monotonic(), None
-        while not self._over.wait(min(TICK_S, self._seconds / 4)):
+        tick = min(TICK_S, self._seconds / 4)
+        looked = beaten = thawed = time.monotonic()
+        spoken: float | None = None
+        while not self._over.wait(tick):
+            # One look at the clock: between two, this process may be suspended.
+            now = time.monotonic()
+            stopped = now - looked - tick
+            looked = now
+            if stopped > tick:  # by Ctrl-Z, a scheduler, a container: no rank made progress then
+                self._since = min(now, self._since + stopped)
+                thawed, spoken = now, spoken and spoken + stopped
             if spoken is None and self._heartbeats.output_is_claimed():
-                spoken = time.monotonic()
-            if spoken is not None and time.monotonic() > spoken + SIGN_OF_LIFE_S:
+                spoken = now
+            if spoken is not None and now > spoken + SIGN_OF_LIFE_S:
                 self._follow_out()
-            quiet = time.monotonic() - self._since
-            if quiet > self._limit():
+            if now - self._since > self._limit():
                 self._give_up(self._own_place())
             # Only now: a rank that shows that it lives, and left no note, counts as a healthy one.
-            if time.monotonic() > beaten + min(RANK_BEAT_S, self._seconds / 4):
-                beaten = time.monotonic()
+            if now > beaten + min(RANK_BEAT_S, self._seconds / 4):
+                beaten = now
                 with suppress(OSError):  # away for a moment; where it matters, writing says so
                     self._heartbeats.beat()
+            if now < thawed + self._seconds:
+                continue  # others may go on later than this one, and show themselves later
             silent = {
                 r for r in self._others() if (self._heartbeats.silence(r) or 0) > self._seconds
             }
