@@ -1,6 +1,7 @@
 """Ranks together: they meet, agree, exchange gradients, and notice each other's end.
 
 - `process_group`: joins and leaves the ranks' group
+- `rendezvous`: where the ranks of one run meet, and no others
 - `collectives`: broadcast, gather, all_gather of plain values
 - `preemption`: all stop or save at the same step
 - `engine`: DeepSpeed's configuration and engine

@@ -11,6 +11,7 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from runner.errors import RunnerError
 from runner.utils.ranks import Rank
@@ -21,6 +22,9 @@ Result = TypeVar("Result")
 # `watch` knows better than a timeout which of them is stuck.
 COLLECTIVE_TIMEOUT = timedelta(hours=24)
 
+# How long ranks that are all there may take to connect to each other, for a new group.
+RENDEZVOUS = timedelta(minutes=5)
+
 _group: Any = None
 
 
@@ -28,7 +32,13 @@ def open_control_group() -> None:
     """Make the group; every rank must call this, once the process group is there."""
     global _group
     if _group is None and dist.get_world_size() > 1:
-        _group = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
+        _group = dist.new_group(backend="gloo", timeout=RENDEZVOUS)
+        wait_for_work(_group)
+
+
+def wait_for_work(group: Any) -> None:
+    """From here on a group (None: of all) waits as long as the ranks' work may take."""
+    _set_pg_timeout(COLLECTIVE_TIMEOUT, group)
 
 
 def control_group() -> Any:

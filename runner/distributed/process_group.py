@@ -4,30 +4,33 @@ from __future__ import annotations
 
 import ctypes
 import os
-import threading
 import warnings
-from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.rendezvous import rendezvous
 
-from runner.distributed.collectives import COLLECTIVE_TIMEOUT, open_control_group
-from runner.errors import Interrupted
+from runner.distributed.collectives import RENDEZVOUS, open_control_group, wait_for_work
+from runner.distributed.rendezvous import ALONE, Ticket, meet
 from runner.utils.ranks import Rank, rendezvous_address
-from runner.utils.signals import stop_reason
 
 
 def start_distributed(
-    rank: Rank, threads: int | None = None, rendezvous_minutes: float = 10.0
+    rank: Rank,
+    threads: int | None = None,
+    ticket: Ticket = ALONE,
+    rendezvous_minutes: float = 10.0,
 ) -> torch.device:
     """Choose the device, the CPU threads, and join the process group (also one process).
 
     Args:
         rank: this one.
         threads: CPU threads; None shares the cores of the machine among its ranks.
+        ticket: tells the ranks of this run from those of others.
         rendezvous_minutes: how long to wait for the other ranks to come.
+
+    Raises:
+        MachineError: if another run's ranks meet at the same address, or ours do not come.
+        Interrupted: if a signal came while they did.
     """
     on_cuda = torch.cuda.is_available()
     if on_cuda:
@@ -60,37 +63,15 @@ def start_distributed(
         warnings.filterwarnings("ignore", message=f".*{name}.*", category=FutureWarning)
     if not dist.is_initialized():
         # Ranks meet soon or never; once they have met, they wait for each other's work.
-        rendezvous = timedelta(minutes=rendezvous_minutes)
-        store, index, world = _rendezvous(rendezvous)
+        store, index, world = meet(ticket, 60 * rendezvous_minutes)
         backend = "nccl" if on_cuda else "gloo"
         dist.init_process_group(
-            backend, store=store, rank=index, world_size=world, timeout=COLLECTIVE_TIMEOUT
+            backend, store=store, rank=index, world_size=world, timeout=RENDEZVOUS
         )
+        wait_for_work(None)
         deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
     open_control_group()
     return torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")
-
-
-def _rendezvous(patience: timedelta) -> tuple[Any, int, int]:
-    """Wait for the other ranks, in a thread of its own: a signal ends the waiting, for one that is
-    gone perhaps, which the store would not let this process hear."""
-    found: list[tuple[Any, int, int] | Exception] = []
-
-    def wait() -> None:
-        try:
-            found.append(next(rendezvous("env://", timeout=patience)))
-        except Exception as error:
-            found.append(error)
-
-    thread = threading.Thread(target=wait, daemon=True)
-    thread.start()
-    while thread.is_alive():
-        thread.join(0.05)
-        if reason := stop_reason():
-            raise Interrupted(f"stopped by {reason} before training began")
-    if isinstance(found[0], Exception):
-        raise found[0]
-    return found[0]
 
 
 def _keep_freed_memory() -> None:

@@ -47,7 +47,7 @@ class Watchdog:
         self._lease, self._connection_lost = lease, connection_lost
         self.rank = rank
         self.place, self._since, self._bounded = "the start", time.monotonic(), False
-        self._beaten: float = time.monotonic()
+        self._now = self._thawed = self._beaten = time.monotonic()
         self._spoken: float | None = None  # when it was seen that the run ends
         self._over = threading.Event()
         heartbeats.register()
@@ -119,29 +119,43 @@ class Watchdog:
             # Only now: a rank that shows that it lives, and left no note, counts as a healthy one.
             *(self._beat, self._see_others),
         )
-        while not self._over.wait(min(TICK_S, self._seconds / 4)):
+        tick = min(TICK_S, self._seconds / 4)
+        while not self._over.wait(tick):
+            self._look_at_clock(tick)
             for look in looks:
                 # What cannot be seen for a moment is seen at the next tick; where it matters,
                 # writing says so.
                 with suppress(OSError, StorageError):
                     look()
 
+    def _look_at_clock(self, tick: float) -> None:
+        """Take the time of this tick, once: between two looks this process may be suspended (by
+        Ctrl-Z, a scheduler, a container), and in that time no rank could make progress."""
+        before, self._now = self._now, time.monotonic()
+        stopped = self._now - before - tick
+        if stopped > tick:
+            self._thawed = self._now
+            self._since = min(self._now, self._since + stopped)
+            self._spoken = self._spoken and self._spoken + stopped
+
     def _see_end(self) -> None:
         if self._spoken is None and self._heartbeats.output_is_claimed():
-            self._spoken = time.monotonic()
-        if self._spoken is not None and time.monotonic() > self._spoken + SIGN_OF_LIFE_S:
+            self._spoken = self._now
+        if self._spoken is not None and self._now > self._spoken + SIGN_OF_LIFE_S:
             self._follow_out()
 
     def _see_stillness(self) -> None:
-        if time.monotonic() - self._since > self._limit():
+        if self._now - self._since > self._limit():
             self._give_up(self._own_place())
 
     def _beat(self) -> None:
-        if time.monotonic() > self._beaten + min(RANK_BEAT_S, self._seconds / 4):
+        if self._now > self._beaten + min(RANK_BEAT_S, self._seconds / 4):
             self._heartbeats.beat()
-            self._beaten = time.monotonic()
+            self._beaten = self._now
 
     def _see_others(self) -> None:
+        if self._now < self._thawed + self._seconds:
+            return  # others may go on later than this one, and show themselves later
         silent = {r for r in self._others() if (self._heartbeats.silence(r) or 0) > self._seconds}
         if silent and not silent <= set(self._heartbeats.notes()):
             self._give_up(ExitNote(MachineError.exit_code, f"waited at {self.place}", waits=True))

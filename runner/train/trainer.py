@@ -31,6 +31,7 @@ from runner.distributed.failures import before_rendezvous, explaining_oom
 from runner.distributed.heartbeat import RankHeartbeats
 from runner.distributed.preemption import StopSaveSync
 from runner.distributed.process_group import start_distributed
+from runner.distributed.rendezvous import Ticket
 from runner.distributed.watchdog import Watchdog
 from runner.errors import DataError, DivergedError, ExpectationError, Interrupted, StorageError
 from runner.eval.evaluation import Evaluation, TunedThreshold, evaluate, in_use, tune
@@ -85,7 +86,7 @@ def train(job: Job, *, lease: Lease | None, threads: int | None = None) -> RunDi
         torch.use_deterministic_algorithms(True)
     with before_rendezvous():
         with timer("deepspeed"):
-            device = start_distributed(rank, threads, job.train.timeout_minutes)
+            device = start_distributed(rank, threads, Ticket.of(job), job.train.timeout_minutes)
         defer_stop()
         folder, number = broadcast((str(lease.run.path), lease.number) if lease else None)
     run = RunDir(folder)

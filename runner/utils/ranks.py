@@ -83,6 +83,15 @@ def in_srun_step() -> bool:
     return step.isdecimal() and int(step) < _FIRST_OWN_STEP
 
 
+def launch_name() -> list[str | None]:
+    """What a launcher calls this start, alike on all its ranks and unlike any other's; deepspeed
+    has no name for it."""
+    env = os.environ
+    step = [env.get("SLURM_JOB_ID"), env.get("SLURM_STEP_ID"), env.get("SLURM_RESTART_COUNT")]
+    torchrun = env.get("TORCHELASTIC_RUN_ID")
+    return [env.get("WORLD_SIZE"), torchrun, *(step if in_srun_step() else [])]
+
+
 def is_launched() -> bool:
     """Whether a launcher has started this process as one rank of a run."""
     return "RANK" in os.environ or in_srun_step()

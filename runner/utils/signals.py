@@ -122,6 +122,14 @@ class Launcher:
         return self._was_gone or _ancestors()[: len(self._above)] != self._above
 
 
+def launcher_id() -> int | None:
+    """The process that started all ranks of this machine; None where that cannot be told."""
+    if LAUNCHER in os.environ:
+        return int(os.environ[LAUNCHER])
+    above = _ancestors()
+    return above[0] if len(above) > 1 else None
+
+
 def _ancestors() -> list[int]:
     """The parent's id; for DeepSpeed's launcher, which starts a second program, the one above too.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -199,3 +200,47 @@ def test_a_rank_that_does_not_notice_the_end_follows_with_its_code(tmp_path):
     )
     done = stuck(tmp_path, nap=60, bounded=False, world=2, before=before)
     assert (done.returncode, done.stderr) == (76, "")
+
+
+# All ranks of a run in one process, each step as much work for the processor as takes a part of the
+# time that it may take.
+AT_WORK = """
+import sys, time
+from runner.distributed.heartbeat import RankHeartbeats
+from runner.run.folder import RunDir
+from runner.distributed import watchdog as watch
+watch.SIGN_OF_LIFE_S = 0.5
+crew, other = (RankHeartbeats(RunDir(sys.argv[1]), 1, rank, 2) for rank in range(2))
+other.register()
+w = watch.Watchdog(crew, 0, 1.5, None, lambda error: False)
+for step in range(8):
+    w.progress_at("step " + str(step))
+    worked = time.process_time()
+    while time.process_time() < worked + 0.2:
+        pass
+    other.beat()
+    print(step, flush=True)
+    if step == 5:
+        time.sleep(60)
+w.close()
+"""
+
+
+def test_time_in_which_all_ranks_were_suspended_is_no_hang(tmp_path):
+    """Stopped for longer than a step may take, they go on; one that hangs later is found."""
+    (tmp_path / "attempts").mkdir()
+    process = subprocess.Popen(
+        [sys.executable, "-c", AT_WORK, str(tmp_path)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout
+    assert process.stdout.readline() == "0\n"
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(3)
+    process.send_signal(signal.SIGCONT)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 71, said
+    assert "no progress at step 5 " in said
