@@ -11,7 +11,10 @@ import json
 import os
 import socket
 import time
+import weakref
 from dataclasses import asdict, dataclass
+from functools import cached_property, partial
+from typing import IO, Any
 
 import psutil
 
@@ -68,6 +71,18 @@ class RankHeartbeats:
     def __init__(self, run: RunDir, attempt: int, rank: int, world: int) -> None:
         self._run, self._attempt, self._rank, self.world = run, attempt, rank, world
 
+    @cached_property
+    def _folder(self) -> int:
+        """The open folder of all ranks' files. They are reached through it alone: in a folder that
+        was removed and made anew, files of the same names are another run's."""
+        folder = os.open(self._run.attempts, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        weakref.finalize(self, os.close, folder)
+        return folder
+
+    def _open(self, kind: str, mode: str) -> IO[Any]:
+        name = entry_file(self._run, self._attempt, kind).name
+        return open(name, mode, opener=partial(os.open, mode=0o666, dir_fd=self._folder))
+
     def register(self) -> None:
         """Make this rank's file.
 
@@ -82,25 +97,25 @@ class RankHeartbeats:
             psutil.Process().create_time(),
         )
         path = entry_file(self._run, self._attempt, self._name(self._rank))
-        with storage_errors(path), path.open("xb") as file:
+        with storage_errors(path), self._open(self._name(self._rank), "xb") as file:
             file.write(json.dumps(asdict(here)).encode().ljust(_HEAD).ljust(_WHOLE))
             file.flush()
             os.fsync(file.fileno())
 
     def beat(self) -> None:
         """Show that this rank lives."""
-        os.utime(entry_file(self._run, self._attempt, self._name(self._rank)))
+        mine = entry_file(self._run, self._attempt, self._name(self._rank))
+        os.utime(mine.name, dir_fd=self._folder)
 
     def leave_note(self, note: ExitNote) -> None:
         """Leave this rank's note, if the file system lets it; only the first count."""
-        path = entry_file(self._run, self._attempt, self._name(self._rank))
         if self._rank in self.notes():
             return
         text = note.text
         while len(spelled := json.dumps(asdict(note) | {"text": text}).encode()) > _WHOLE - _HEAD:
             text = text[: len(text) // 2]
         try:
-            with path.open("r+b") as file:
+            with self._open(self._name(self._rank), "r+b") as file:
                 file.seek(_HEAD)
                 file.write(spelled.ljust(_WHOLE - _HEAD))
                 file.flush()
@@ -139,10 +154,9 @@ class RankHeartbeats:
 
     def last_sign(self, rank: int) -> float | None:
         """When a rank last showed that it lives, by the file system's clock; None before."""
-        path = entry_file(self._run, self._attempt, self._name(rank))
         try:
             # Opened, not only looked at: a network file system then asks its server anew.
-            with path.open("rb") as file:
+            with self._open(self._name(rank), "rb") as file:
                 return os.fstat(file.fileno()).st_mtime
         except OSError:
             return None
@@ -152,9 +166,8 @@ class RankHeartbeats:
         first, unless it has to be another one `at_once`."""
         if self._rank and not at_once:
             time.sleep(1)
-        path = entry_file(self._run, self._attempt, "spoken")
         try:
-            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+            self._open("spoken", "xb").close()
         except FileExistsError:
             return False
         except OSError:
@@ -162,15 +175,21 @@ class RankHeartbeats:
         return True
 
     def output_is_claimed(self) -> bool:
-        """Whether some rank has told the user why the run ends."""
-        return entry_file(self._run, self._attempt, "spoken").exists()
+        """Whether some rank has told the user why the run ends, as far as can be seen now."""
+        spoken = entry_file(self._run, self._attempt, "spoken").name
+        try:
+            os.stat(spoken, dir_fd=self._folder)
+        except OSError:
+            return False
+        return True
 
     def _name(self, rank: int) -> str:
         return f"rank-{rank:04d}"
 
     def _read(self, rank: int) -> bytes:
         try:
-            return entry_file(self._run, self._attempt, self._name(rank)).read_bytes()
+            with self._open(self._name(rank), "rb") as file:
+                return file.read()
         except OSError:
             return b""
 

@@ -9,22 +9,26 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
 import socket
 import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import psutil
 
-from runner.errors import Interrupted, StorageError
+from runner.errors import DataError, Interrupted
 from runner.run.folder import RunDir, committed_steps
-from runner.utils.files import read_json, storage_errors
+from runner.utils.files import is_there, read_json, storage_errors
 from runner.utils.text import duration
 
 SILENT_S = 120.0  # seconds without a sign of life, after which a start elsewhere counts as dead
 MAX_IDLE = 3  # starts in a row without progress, after which a run is not requeued
 MAX_STARTS = 50  # starts after which it is not requeued in any case
+
+Kind = TypeVar("Kind")
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,8 @@ class AttemptRecord:
         machine: names the boot and the process namespace in which `pid` means something.
         born: when that process began, to tell it from a later one with the same id.
         anew: whether it began from nothing although the folder held a run.
+        nonce: tells it from the start of that number in a folder that was removed and made anew;
+            empty in entries of earlier versions.
     """
 
     attempt: int
@@ -52,6 +58,7 @@ class AttemptRecord:
     machine: str
     born: float
     anew: bool
+    nonce: str = ""
 
     @classmethod
     def here(cls, attempt: int, *, anew: bool) -> AttemptRecord:
@@ -67,6 +74,7 @@ class AttemptRecord:
             machine=machine_id(),
             born=psutil.Process().create_time(),
             anew=anew,
+            nonce=secrets.token_hex(8),
         )
 
 
@@ -87,13 +95,11 @@ class EndRecord:
 
 def attempt_numbers(run: RunDir) -> list[int]:
     """Numbers of all attempts, ascending."""
-    try:
-        with storage_errors(run.attempts):
+    with storage_errors(run.attempts):
+        try:
             names = os.listdir(run.attempts)
-    except StorageError:
-        if run.attempts.exists():
-            raise
-        return []
+        except FileNotFoundError:
+            return []
     return sorted(int(name[:-5]) for name in names if re.fullmatch(r"\d{4,}\.json", name, re.ASCII))
 
 
@@ -104,11 +110,24 @@ def attempts(run: RunDir) -> list[AttemptRecord]:
 
 def sealed(run: RunDir) -> tuple[int, list[str]]:
     """The newest attempt that could commit anything, and the earlier attempts' checkpoints that
-    count; attempt 0 if there is none."""
+    count; attempt 0 if there is none.
+
+    Raises:
+        DataError: if that is damaged.
+        StorageError: if it cannot be read now, which is not to say that there is none.
+    """
     for number in reversed(attempt_numbers(run)):
-        try:
-            return number, read_json(entry_file(run, number, "sealed"), list[str])
-        except (OSError, ValueError):
+        path = entry_file(run, number, "sealed")
+        if is_there(path):
+            with storage_errors(path):
+                try:
+                    return number, read_json(path, list[str])
+                except ValueError as error:
+                    raise DataError(
+                        f"{path}: is damaged ({error}), so nobody knows which checkpoints count;"
+                        " --restart begins anew"
+                    ) from None
+        else:
             record = read_attempt(run, number)
             if record is not None and record.anew:
                 return number, []  # it came no further than putting the earlier run aside
@@ -165,7 +184,7 @@ def is_earlier_life(record: AttemptRecord) -> bool:
 
 def describe_if_alive(run: RunDir, number: int) -> str | None:
     """Describe an attempt that is alive; None if it is over."""
-    if entry_file(run, number, "end.json").exists():
+    if is_there(entry_file(run, number, "end.json")):
         return None
     record, silence = read_attempt(run, number), _silence(run, number)
     if silence > SILENT_S:
@@ -241,16 +260,26 @@ def entry_file(run: RunDir, number: int, kind: str) -> Path:
 
 
 def read_attempt(run: RunDir, number: int) -> AttemptRecord | None:
-    """Who made a start; None while its entry is being written, or if it is damaged."""
-    try:
-        return read_json(entry_file(run, number, "json"), AttemptRecord)
-    except (OSError, ValueError):
-        return None
+    """Who made a start; None while its entry is being written, or if it is damaged or lost.
+
+    Raises:
+        StorageError: if it cannot be read now.
+    """
+    return _read(entry_file(run, number, "json"), AttemptRecord)
 
 
 def read_end(run: RunDir, number: int) -> EndRecord | None:
-    """How a start ended; None as long as it has not said so."""
-    try:
-        return read_json(entry_file(run, number, "end.json"), EndRecord)
-    except (OSError, ValueError):
-        return None
+    """How a start ended; None as long as it has not said so.
+
+    Raises:
+        StorageError: if it cannot be read now.
+    """
+    return _read(entry_file(run, number, "end.json"), EndRecord)
+
+
+def _read(path: Path, kind: type[Kind]) -> Kind | None:
+    with storage_errors(path):
+        try:
+            return read_json(path, kind)
+        except (FileNotFoundError, NotADirectoryError, ValueError):
+            return None

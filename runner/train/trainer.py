@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,7 @@ from runner.distributed.heartbeat import RankHeartbeats
 from runner.distributed.preemption import StopSaveSync
 from runner.distributed.process_group import start_distributed
 from runner.distributed.watchdog import Watchdog
-from runner.errors import DivergedError, ExpectationError, Interrupted
+from runner.errors import DataError, DivergedError, ExpectationError, Interrupted
 from runner.eval.evaluation import Evaluation, TunedThreshold, evaluate, in_use, tune
 from runner.eval.inference import Predictions, dry_run, predict_windows
 from runner.eval.predictions import LISTED
@@ -56,7 +57,7 @@ from runner.train.run_log import RunLog
 from runner.train.setup import Session, build_session
 from runner.train.state import EarlyStopping, TrainState
 from runner.train.summary import latest_threshold, progress_note
-from runner.utils.files import below_here, full_disk_errors, write_json
+from runner.utils.files import below_here, full_disk_errors, is_there, write_json
 from runner.utils.ranks import current_rank
 from runner.utils.signals import defer_stop, stop_reason
 from runner.utils.timing import PhaseTimer
@@ -131,7 +132,7 @@ class Trainer:
         lease: Lease | None,
     ) -> None:
         self.session, self.log, self.checkpoints = session, log, checkpoints
-        self.watchdog, self.timer, self.lease = watchdog, timer, lease
+        self.watchdog, self.timer = watchdog, timer
         self.job, self.run, self.rank = session.job, session.run, session.rank
         self.engine, self.sampler = session.engine, session.sampler
         self.state = TrainState(
@@ -145,6 +146,7 @@ class Trainer:
             scaled=session.precision == "fp16",
         )
         self.preemption = StopSaveSync(self.rank, 60 * self.job.train.checkpoint_minutes)
+        self.fence = lease.verify if lease else lambda: None
         self.best: BestEvaluation | None = None  # on rank 0, once there is one
 
     # --- the loop
@@ -233,7 +235,7 @@ class Trainer:
         best = self.export_best(scores) if decision.is_best else None
         self.save(best, required=decision.is_best or state.finished)
         if best is not None and self.rank.is_main:
-            publish_model(self.checkpoints.best_folder(state) / MODEL, self.run.model)
+            self.publish()
         if decision.stop and self.job.stop is not None and not is_last:
             self.log.line(
                 f"{self.job.stop.metric} has stopped improving: training ends early, after epoch"
@@ -273,16 +275,26 @@ class Trainer:
             found = self.checkpoints.load(self.state, needs_best=self.job.stop is not None)
             if found is not None and self.rank.is_main:
                 self.best = self.checkpoints.load_best(self.state)
-        record = provenance_record(self.session)
-        if self.rank.is_main and (found is None or not self.run.provenance.exists()):
-            write_json(self.run.provenance, record)
-        if found is None:
-            return False
-        self.log.resume(self.state, self.session.total_steps, found.name)
-        if self.rank.is_main:
-            for field in differing_fields(read_record(self.run.provenance), record):
-                self.log.line(f"other than at the beginning, so bits may differ: {field}")
-        return True
+        if found is not None:
+            self.log.resume(self.state, self.session.total_steps, found.name)
+        self.note_provenance(begins=found is None)
+        return found is not None
+
+    def note_provenance(self, *, begins: bool) -> None:
+        """Note what the run is, or say where that differs from what it was at its beginning."""
+        record, path = provenance_record(self.session), self.run.provenance
+        if not self.rank.is_main:
+            return
+        if not begins and is_there(path):
+            try:
+                differences = differing_fields(read_record(path), record)
+            except DataError as error:  # nothing needs it: it is written anew
+                self.log.line(f"what the run was at its beginning is lost: {error}")
+            else:
+                for field in differences:
+                    self.log.line(f"other than at the beginning, so bits may differ: {field}")
+                return
+        write_json(path, record, self.fence)
 
     def dry_run_scoring(self) -> None:
         """Read the longest batch of the scoring, for nothing: what does not fit fails now."""
@@ -396,12 +408,16 @@ class Trainer:
             return None
         if self.best is None or peaks is None:
             raise AssertionError("the last epoch is always evaluated, on rank 0")
-        publish_model(self.checkpoints.best_folder(self.state) / MODEL, self.run.model)
-        result = verified_result(self.session, self.best, self.state, peaks)
-        if self.lease is not None:
-            self.lease.verify()
-        finish(self.session, self.log, self.best, self.state, result)
+        exported = self.publish()
+        result = verified_result(self.session, self.best, exported, self.state, peaks)
+        finish(self.session, self.log, self.best, self.state, result, self.fence)
         return missed_expectation(self.job.expect, result["metrics"])
+
+    def publish(self) -> Path:
+        """Let `model/` be the best model so far, and return where that is kept (rank 0)."""
+        exported = self.checkpoints.best_folder(self.state) / MODEL
+        publish_model(exported, self.run.model, self.fence)
+        return exported
 
 
 def take_step(engine: Any, step: int) -> None:

@@ -18,7 +18,7 @@ import pytest
 from runner.checkpoint.commit import adopt_checkpoints, newest
 from runner.checkpoint.files import Entry, Files
 from runner.checkpoint.store import CheckpointStore, DamagedError, Manifest
-from runner.errors import DataError, StorageError
+from runner.errors import DataError, RunDirError, StorageError
 from runner.run.folder import RunDir
 from runner.run.lease import Lease
 
@@ -231,6 +231,7 @@ def test_what_cannot_be_read_for_a_moment_is_not_damaged(store, file, number):
 def test_a_run_folder_that_cannot_be_tidied_is_a_sentence(store, monkeypatch):
     """What an earlier start left behind lies where nothing may be removed."""
     attempt = Lease.acquire(RunDir(store.folder.parent))
+    attempt.seal([])
     (store.folder / ".stage-step-000020-a0001").mkdir()
     monkeypatch.setattr(Files, "remove_folder", denied)
     with pytest.raises(StorageError, match="stage-step-000020-a0001: Permission denied"):
@@ -327,3 +328,81 @@ def test_a_sync_reaches_the_disk(tmp_path, monkeypatch):
     files.close(file)
     files.sync_folder(tmp_path)
     assert synced == [str(tmp_path / "a"), str(tmp_path)]
+
+
+# ---- what counts
+
+
+@pytest.mark.parametrize("how", ["lost", "emptied"])
+def test_a_start_never_begins_anew_because_what_counts_is_lost(store, how):
+    """Until --restart, which alone may give up what is there."""
+    run = RunDir(store.folder.parent)
+    first = Lease.acquire(run)
+    first.seal([])
+    first.release(75)
+    if how == "lost":
+        (run.attempts / "0001.sealed").unlink()
+        text = r"holds step-000010-a0001, but the list .* attempts/\*\.sealed, is lost; --restart"
+    else:
+        (run.attempts / "0001.sealed").write_text("")
+        text = r"0001\.sealed: is damaged .*; --restart begins anew"
+    for _ in range(2):
+        attempt = Lease.acquire(run)
+        with pytest.raises(DataError, match=text):
+            adopt_checkpoints(store, Alone(), attempt)
+        attempt.release(65)
+    assert store.names(1, []) == ["step-000010-a0001"]
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES, errno.EMFILE])
+@pytest.mark.parametrize("name", ["0001.sealed", "attempts"])
+def test_what_cannot_be_read_is_not_taken_for_absent(store, monkeypatch, number, name):
+    run = RunDir(store.folder.parent)
+    first = Lease.acquire(run)
+    first.seal([])
+    first.release(75)
+    attempt = Lease.acquire(run)
+    failing_once(monkeypatch, number, name)
+    with pytest.raises(StorageError, match=rf"{name}: {os.strerror(number)}"):
+        adopt_checkpoints(store, Alone(), attempt)
+    assert not (run.attempts / "0002.sealed").exists()
+    assert adopt_checkpoints(store, Alone(), attempt) == ["step-000010-a0001"]
+
+
+def failing_once(monkeypatch, number: int, name: str) -> None:
+    """Let the system refuse, once, whatever asks for a file or folder of this name."""
+    left = [1]
+
+    def refusing(function):
+        def call(path, *arguments, **options):
+            if isinstance(path, str | os.PathLike) and os.path.basename(path) == name and left:
+                left.clear()
+                raise OSError(number, os.strerror(number), os.fspath(path))
+            return function(path, *arguments, **options)
+
+        return call
+
+    for operation in ("stat", "listdir", "open"):
+        monkeypatch.setattr(os, operation, refusing(getattr(os, operation)))
+
+
+def test_a_start_that_was_succeeded_removes_nothing_of_its_heirs(store):
+    run = RunDir(store.folder.parent)
+    first = Lease.acquire(run)
+    late = CheckpointStore(store.folder, 0, fence=first.verify)
+    first.release(75)
+    heir = Lease.acquire(run)
+    (store.folder / ".stage-step-000020-a0002").mkdir()
+    before = sorted(store.folder.iterdir())
+    for act in (
+        late.clean,
+        lambda: late.remove(["step-000010-a0001"]),
+        lambda: late.quarantine("step-000010-a0001"),
+        lambda: late.abandon("step-000020-a0002"),
+        lambda: late.begin("step-000030-a0001"),
+        lambda: late.commit("step-000020-a0002", {}, {}),
+    ):
+        with pytest.raises(RunDirError, match="was taken over"):
+            act()
+    assert sorted(store.folder.iterdir()) == before
+    heir.release(0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from runner.errors import RunDirError
+from runner.errors import DataError, RunDirError, StorageError
 from runner.run import lease as claim
 from runner.run.attempts import (
     SILENT_S,
@@ -30,6 +31,8 @@ from runner.run.attempts import (
 )
 from runner.run.folder import RunDir
 from runner.run.lease import Lease
+from runner.utils.files import write_json
+from runner.utils.tables import append_row, read_rows
 
 ROOT = Path(__file__).parents[2]
 CLAIMER = """
@@ -263,7 +266,8 @@ def test_what_counts_is_settled_by_the_newest_attempt_that_could_commit(run):
     third = Lease.acquire(run)
     third.release(75)
     (run.attempts / "0002.sealed").write_text("{")
-    assert sealed(run) == (1, [])
+    with pytest.raises(DataError, match=r"0002\.sealed: is damaged .*; --restart begins anew"):
+        sealed(run)
     # Begun anew, and killed before it could settle anything: nothing of before counts.
     Lease.acquire(run, anew=True)
     assert sealed(run) == (4, [])
@@ -356,3 +360,63 @@ def test_a_frozen_start_that_thaws_is_fenced(run):
     with pytest.raises(RunDirError, match=f"process {os.getpid()}"):
         Lease.acquire(run)
     process.communicate(timeout=20)
+
+
+def remade(run: RunDir, tmp_path: Path) -> Lease:
+    """The folder removed and made anew, with another run's first start in it."""
+    shutil.rmtree(run.path)
+    run.path.mkdir()
+    return Lease.acquire(run)
+
+
+def test_a_folder_made_anew_is_another_runs(tmp_path, run):
+    run = RunDir(tmp_path / "run")
+    run.path.mkdir()
+    first = Lease.acquire(run)
+    heir = remade(run, tmp_path)
+    before = {path.name: path.read_bytes() for path in run.attempts.iterdir()}
+    for act in (
+        first.verify,
+        lambda: first.note_resumed_step(40),
+        lambda: first.seal(["step-000010-a0001"]),
+        lambda: first.release(0),
+        lambda: append_row(run.train_table, {"step": 1}, first.verify),
+        lambda: write_json(run.result, {}, first.verify),
+    ):
+        with pytest.raises(RunDirError, match="was removed while this start ran, and made anew"):
+            act()
+    assert {path.name: path.read_bytes() for path in run.attempts.iterdir()} == before
+    assert not run.result.exists()
+    heir.verify()
+    heir.release(0)
+
+
+def test_an_empty_folder_in_its_place_is_not_ours(tmp_path, run):
+    run = RunDir(tmp_path / "run")
+    run.path.mkdir()
+    first = Lease.acquire(run)
+    shutil.rmtree(run.path)
+    with pytest.raises(StorageError, match="No such file"):
+        first.verify()
+    run.path.mkdir()
+    with pytest.raises(RunDirError, match="made anew"):
+        first.verify()
+
+
+def test_a_ledger_that_is_removed_takes_no_run_its_folder(run):
+    first = Lease.acquire(run)
+    shutil.rmtree(run.attempts)
+    first.verify()
+
+
+def test_a_row_after_the_heir_has_the_tables_reaches_nobody(run):
+    """The start is frozen between opening the table and asking whether it is its own."""
+    append_row(run.train_table, {"step": 1})
+
+    def succeeded() -> None:
+        heirs = run.path / "heirs.csv"
+        append_row(heirs, {"step": 1})
+        heirs.replace(run.train_table)
+
+    append_row(run.train_table, {"step": 2}, succeeded)
+    assert read_rows(run.train_table) == [{"step": "1"}]

@@ -119,8 +119,9 @@ def state_after(state: bytes, rank: int) -> bytes:
 def session(path: Path, talk: Pipes, files: Watched) -> dict:
     """One start: resume from what is there, go on to the end, commit and rotate on the way."""
     run, main = RunDir(path), talk.index == 0
-    store = CheckpointStore(run.checkpoints, talk.index, files)
     attempt = Lease.acquire(run) if main else None
+    fence = attempt.verify if attempt else lambda: None
+    store = CheckpointStore(run.checkpoints, talk.index, files, fence)
     if main:
         files.mark("claimed")
     names = adopt_checkpoints(store, talk, attempt)
@@ -174,9 +175,8 @@ def session(path: Path, talk: Pipes, files: Watched) -> dict:
                 (stage.folder / "model" / "weights").write_bytes(state)
                 stage.adopt("model")
 
-        fence = attempt.verify if attempt else lambda: None
         try:
-            save(store, talk, name, write, {"step": step, "best": best}, fence)
+            save(store, talk, name, write, {"step": step, "best": best})
         except StorageError as error:
             failures.append(str(error))
             best = before
