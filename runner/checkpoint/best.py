@@ -19,7 +19,7 @@ from runner.errors import DataError
 from runner.eval.evaluation import Evaluation, JsonArray
 from runner.export.save import export_model
 from runner.job.inference import InferenceSettings
-from runner.utils.files import read_json, to_jsonable
+from runner.utils.files import read_json, storage_errors, to_jsonable
 
 MODEL = "model"
 _RECORD = "kept.json"
@@ -59,8 +59,10 @@ def load_best(folder: Path) -> BestEvaluation:
 
     Raises:
         DataError: if it is none.
+        StorageError: if it cannot be read now.
     """
-    try:
-        return read_json(folder / _RECORD, BestEvaluation)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{folder / _RECORD}: cannot be read: {error}") from None
+    with storage_errors(folder / _RECORD):
+        try:
+            return read_json(folder / _RECORD, BestEvaluation)
+        except (FileNotFoundError, ValueError) as error:
+            raise DataError(f"{folder / _RECORD}: cannot be read: {error}") from None

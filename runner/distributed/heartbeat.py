@@ -11,16 +11,14 @@ import json
 import os
 import socket
 import time
-import weakref
 from dataclasses import asdict, dataclass
-from functools import cached_property, partial
-from typing import IO, Any
 
 import psutil
 
-from runner.run.attempts import entry_file, machine_id, same_process
+from runner.errors import StorageError
+from runner.run.attempts import entry_file, machine_id, read_attempt, same_process
 from runner.run.folder import RunDir
-from runner.utils.files import parse_json, storage_errors
+from runner.utils.files import is_there, parse_json, storage_errors
 
 RANK_BEAT_S = 5.0  # seconds between signs of life
 _HEAD, _WHOLE = 1024, 8192  # bytes: who it is, then its note
@@ -66,22 +64,14 @@ class RankHeartbeats:
     Args:
         run, attempt: whose.
         rank, world: this rank, and how many there are.
+        nonce: of the attempt, if its entry is to be held against it before a word is left.
     """
 
-    def __init__(self, run: RunDir, attempt: int, rank: int, world: int) -> None:
+    def __init__(
+        self, run: RunDir, attempt: int, rank: int, world: int, nonce: str | None = None
+    ) -> None:
         self._run, self._attempt, self._rank, self.world = run, attempt, rank, world
-
-    @cached_property
-    def _folder(self) -> int:
-        """The open folder of all ranks' files. They are reached through it alone: in a folder that
-        was removed and made anew, files of the same names are another run's."""
-        folder = os.open(self._run.attempts, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        weakref.finalize(self, os.close, folder)
-        return folder
-
-    def _open(self, kind: str, mode: str) -> IO[Any]:
-        name = entry_file(self._run, self._attempt, kind).name
-        return open(name, mode, opener=partial(os.open, mode=0o666, dir_fd=self._folder))
+        self._nonce = nonce
 
     def register(self) -> None:
         """Make this rank's file.
@@ -97,25 +87,25 @@ class RankHeartbeats:
             psutil.Process().create_time(),
         )
         path = entry_file(self._run, self._attempt, self._name(self._rank))
-        with storage_errors(path), self._open(self._name(self._rank), "xb") as file:
+        with storage_errors(path), path.open("xb") as file:
             file.write(json.dumps(asdict(here)).encode().ljust(_HEAD).ljust(_WHOLE))
             file.flush()
             os.fsync(file.fileno())
 
     def beat(self) -> None:
         """Show that this rank lives."""
-        mine = entry_file(self._run, self._attempt, self._name(self._rank))
-        os.utime(mine.name, dir_fd=self._folder)
+        os.utime(entry_file(self._run, self._attempt, self._name(self._rank)))
 
     def leave_note(self, note: ExitNote) -> None:
         """Leave this rank's note, if the file system lets it; only the first count."""
-        if self._rank in self.notes():
+        path = entry_file(self._run, self._attempt, self._name(self._rank))
+        if not self._is_ours() or self._rank in self.notes():
             return
         text = note.text
         while len(spelled := json.dumps(asdict(note) | {"text": text}).encode()) > _WHOLE - _HEAD:
             text = text[: len(text) // 2]
         try:
-            with self._open(self._name(self._rank), "r+b") as file:
+            with path.open("r+b") as file:
                 file.seek(_HEAD)
                 file.write(spelled.ljust(_WHOLE - _HEAD))
                 file.flush()
@@ -154,9 +144,10 @@ class RankHeartbeats:
 
     def last_sign(self, rank: int) -> float | None:
         """When a rank last showed that it lives, by the file system's clock; None before."""
+        path = entry_file(self._run, self._attempt, self._name(rank))
         try:
             # Opened, not only looked at: a network file system then asks its server anew.
-            with self._open(self._name(rank), "rb") as file:
+            with path.open("rb") as file:
                 return os.fstat(file.fileno()).st_mtime
         except OSError:
             return None
@@ -166,8 +157,11 @@ class RankHeartbeats:
         first, unless it has to be another one `at_once`."""
         if self._rank and not at_once:
             time.sleep(1)
+        if not self._is_ours():
+            return True
+        path = entry_file(self._run, self._attempt, "spoken")
         try:
-            self._open("spoken", "xb").close()
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
         except FileExistsError:
             return False
         except OSError:
@@ -176,20 +170,28 @@ class RankHeartbeats:
 
     def output_is_claimed(self) -> bool:
         """Whether some rank has told the user why the run ends, as far as can be seen now."""
-        spoken = entry_file(self._run, self._attempt, "spoken").name
         try:
-            os.stat(spoken, dir_fd=self._folder)
-        except OSError:
+            return is_there(entry_file(self._run, self._attempt, "spoken"))
+        except StorageError:
             return False
-        return True
+
+    def _is_ours(self) -> bool:
+        """Whether the files of these names are ours: in a folder that was removed and made anew
+        they are those of another run."""
+        if self._nonce is None:
+            return True
+        try:
+            found = read_attempt(self._run, self._attempt)
+        except StorageError:
+            return True
+        return found is None or found.nonce == self._nonce
 
     def _name(self, rank: int) -> str:
         return f"rank-{rank:04d}"
 
     def _read(self, rank: int) -> bytes:
         try:
-            with self._open(self._name(rank), "rb") as file:
-                return file.read()
+            return entry_file(self._run, self._attempt, self._name(rank)).read_bytes()
         except OSError:
             return b""
 

@@ -50,6 +50,8 @@ class Watchdog:
         self._launcher = signals.Launcher()
         self.place, self._since, self._bounded = "the start", time.monotonic(), False
         self._over = threading.Event()
+        self._beaten = time.monotonic()
+        self._spoken: float | None = None  # when the run's last word was seen
         heartbeats.register()
         threading.Thread(target=self._follow, daemon=True, name="watch").start()
 
@@ -114,29 +116,28 @@ class Watchdog:
     # --- the watching thread
 
     def _follow(self) -> None:
-        beaten, spoken = time.monotonic(), None
         while not self._over.wait(min(TICK_S, self._seconds / 4)):
-            if spoken is None and self._heartbeats.output_is_claimed():
-                spoken = time.monotonic()
-            if spoken is not None and time.monotonic() > spoken + SIGN_OF_LIFE_S:
-                self._follow_out()
-            if self._launcher.is_gone():
-                signals.request_stop("the end of its launcher")
-            quiet = time.monotonic() - self._since
-            if quiet > self._limit():
-                self._give_up(self._own_place())
-            # Only now: a rank that shows that it lives, and left no note, counts as a healthy one.
-            if time.monotonic() > beaten + min(RANK_BEAT_S, self._seconds / 4):
-                beaten = time.monotonic()
-                with suppress(OSError):  # away for a moment; where it matters, writing says so
-                    self._heartbeats.beat()
-            silent = {
-                r for r in self._others() if (self._heartbeats.silence(r) or 0) > self._seconds
-            }
-            if silent and not silent <= set(self._heartbeats.notes()):
-                self._give_up(
-                    ExitNote(MachineError.exit_code, f"waited at {self.place}", waits=True)
-                )
+            with suppress(OSError):  # a look that fails is made again; the watch goes on
+                self._look()
+
+    def _look(self) -> None:
+        if self._spoken is None and self._heartbeats.output_is_claimed():
+            self._spoken = time.monotonic()
+        if self._spoken is not None and time.monotonic() > self._spoken + SIGN_OF_LIFE_S:
+            self._follow_out()
+        if self._launcher.is_gone():
+            signals.request_stop("the end of its launcher")
+        quiet = time.monotonic() - self._since
+        if quiet > self._limit():
+            self._give_up(self._own_place())
+        # Only now: a rank that shows that it lives, and left no note, counts as a healthy one.
+        if time.monotonic() > self._beaten + min(RANK_BEAT_S, self._seconds / 4):
+            self._beaten = time.monotonic()
+            with suppress(OSError):  # away for a moment; where it matters, writing says so
+                self._heartbeats.beat()
+        silent = {r for r in self._others() if (self._heartbeats.silence(r) or 0) > self._seconds}
+        if silent and not silent <= set(self._heartbeats.notes()):
+            self._give_up(ExitNote(MachineError.exit_code, f"waited at {self.place}", waits=True))
 
     def _limit(self) -> float:
         """Seconds without a note that are too many here."""
@@ -191,5 +192,6 @@ class Watchdog:
         if self._over.is_set():
             return  # the main thread has come to an end meanwhile, and explains it
         if self._heartbeats.claim_output():
-            print_error(str(error))
+            with suppress(OSError):  # a terminal that is gone keeps nobody here
+                print_error(str(error))
         self._leave(error.exit_code)

@@ -41,11 +41,12 @@ class Lease:
     Attributes:
         run: the run folder.
         number: counts the starts of the run, from 1.
+        nonce: of this start's entry.
     """
 
     def __init__(self, run: RunDir, record: AttemptRecord) -> None:
         self.run = run
-        self.number = record.attempt
+        self.number, self.nonce = record.attempt, record.nonce
         self.step: int | None = None  # the newest step that is committed, as far as we know
         self._record = record
         self._over = threading.Event()
@@ -106,7 +107,7 @@ class Lease:
     def _check_folder(self) -> None:
         found = read_attempt(self.run, self.number)
         if found is not None:
-            ours = found.nonce == self._record.nonce
+            ours = found.nonce == self.nonce
         else:  # of the ledger, somebody may have removed a part
             with storage_errors(self.run.path):
                 ours = os.path.samestat(os.fstat(self._folder), os.stat(self.run.path))

@@ -157,7 +157,7 @@ def newest_start(run: RunDir) -> NewestStart | None:
         return NewestStart(record, end.exit_code, alive=False)
     try:
         return NewestStart(record, None, describe_if_alive(run, record.attempt) is not None)
-    except OSError:  # somebody else's folder, which we may only read
+    except (OSError, StorageError):  # somebody else's folder, which we may only read
         silence = time.time() - _age(entry_file(run, record.attempt, "alive"))
         return NewestStart(record, None, silence < SILENT_S)
 

@@ -88,9 +88,10 @@ def train(job: Job, *, lease: Lease | None, threads: int | None = None) -> RunDi
         with timer("deepspeed"):
             device = start_distributed(rank, threads, job.train.timeout_minutes)
         defer_stop()
-        folder, number = broadcast((str(lease.run.path), lease.number) if lease else None)
+        told = (str(lease.run.path), lease.number, lease.nonce) if lease else None
+        folder, number, nonce = broadcast(told)
     run = RunDir(folder)
-    heartbeats = RankHeartbeats(run, number, rank.index, rank.world)
+    heartbeats = RankHeartbeats(run, number, rank.index, rank.world, nonce)
     seconds = 60 * job.train.timeout_minutes
     watchdog = Watchdog(heartbeats, rank.index, seconds, lease, is_connection_lost)
     with watchdog.explaining(), full_disk_errors(), explaining_oom(watchdog):

@@ -47,11 +47,17 @@ def append_row(
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """Read a table back; a run that has not written it yet has no rows."""
-    if not path.is_file():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+    """Read a table back; a run that has not written it yet has no rows.
+
+    Raises:
+        StorageError: if it cannot be read.
+    """
+    with storage_errors(path):
+        try:
+            with path.open(newline="", encoding="utf-8") as file:
+                return list(csv.DictReader(file))
+        except FileNotFoundError:
+            return []
 
 
 def markdown(rows: Sequence[Mapping[str, CellValue]]) -> str:
