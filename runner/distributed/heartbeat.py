@@ -13,10 +13,8 @@ import socket
 import time
 from dataclasses import asdict, dataclass
 
-import psutil
-
 from runner.errors import StorageError
-from runner.run.attempts import entry_file, machine_id, read_attempt, same_process
+from runner.run.attempts import entry_file, machine_id, process_start, read_attempt, same_process
 from runner.run.folder import RunDir
 from runner.utils.files import is_there, parse_json, storage_errors
 
@@ -84,7 +82,7 @@ class RankHeartbeats:
             socket.gethostname(),
             os.getpid(),
             machine_id(),
-            psutil.Process().create_time(),
+            process_start(os.getpid()),
         )
         path = entry_file(self._run, self._attempt, self._name(self._rank))
         with storage_errors(path), path.open("xb") as file:

@@ -25,6 +25,7 @@ from runner.utils.files import is_there, read_json, storage_errors
 from runner.utils.text import duration
 
 SILENT_S = 120.0  # seconds without a sign of life, after which a start elsewhere counts as dead
+_AHEAD_S = 2.0  # seconds by which a sign of life may lie in the future without a clock being set
 MAX_IDLE = 3  # starts in a row without progress, after which a run is not requeued
 MAX_STARTS = 50  # starts after which it is not requeued in any case
 
@@ -42,7 +43,8 @@ class AttemptRecord:
         started: seconds since 1970.
         from_step: the committed step that it went on from; None as long as it has not loaded one.
         machine: names the boot and the process namespace in which `pid` means something.
-        born: when that process began, to tell it from a later one with the same id.
+        born: when that process began, to tell it from a later one with the same id, as
+            `process_start` gives it; seconds since 1970 in entries of earlier versions.
         anew: whether it began from nothing although the folder held a run.
         nonce: tells it from the start of that number in a folder that was removed and made anew;
             empty in entries of earlier versions.
@@ -72,7 +74,7 @@ class AttemptRecord:
             started=time.time(),
             from_step=None,
             machine=machine_id(),
-            born=psutil.Process().create_time(),
+            born=process_start(os.getpid()),
             anew=anew,
             nonce=secrets.token_hex(8),
         )
@@ -187,16 +189,38 @@ def describe_if_alive(run: RunDir, number: int) -> str | None:
     if is_there(entry_file(run, number, "end.json")):
         return None
     record, silence = read_attempt(run, number), _silence(run, number)
-    if silence > SILENT_S:
+    if record is not None and record.machine == machine_id():
+        if not same_process(record.pid, record.born):
+            return None
+        # Who runs here lives, whatever the clock says; one that is stopped may be succeeded.
+        if silence > SILENT_S and _is_stopped(record.pid):
+            return None
+    elif silence > SILENT_S:
         return None
     if record is None:
-        return f"a start that just began ({duration(silence)} ago)"
-    if record.machine == machine_id() and not same_process(record.pid, record.born):
-        return None
+        return f"a start that just began ({duration(max(0.0, silence))} ago)"
     # A job that SLURM starts again has ended before, whatever its last sign of life.
     if is_earlier_life(record):
         return None
-    return f"{describe(record)}, whose last sign of life is {duration(silence)} old"
+    if silence < -_AHEAD_S:
+        return f"{describe(record)}, whose last sign of life lies {duration(-silence)} ahead"
+    return f"{describe(record)}, whose last sign of life is {duration(max(0.0, silence))} old"
+
+
+def stands_still(run: RunDir, number: int) -> bool:
+    """Whether an attempt that seems to be alive only has a sign of life that lies in the future, as
+    a clock leaves it that is set back, and gives no other one while we watch, for `SILENT_S`."""
+    if _silence(run, number) >= -_AHEAD_S:
+        return False
+    record = read_attempt(run, number)
+    if record is not None and record.machine == machine_id():
+        return False  # its process was found to run
+    signs, deadline = _signs(run, number), time.monotonic() + SILENT_S
+    while time.monotonic() < deadline:
+        time.sleep(min(1.0, SILENT_S / 10))
+        if _signs(run, number) != signs:
+            return False
+    return True
 
 
 def describe(record: AttemptRecord) -> str:
@@ -207,19 +231,42 @@ def describe(record: AttemptRecord) -> str:
 
 
 def _silence(run: RunDir, number: int) -> float:
-    """Seconds since an attempt's last sign of life."""
+    """Seconds since an attempt's last sign of life; negative if that lies in the future."""
     # By the clock of the file system itself: hosts may disagree on the time.
     probe = run.attempts / f".clock-{socket.gethostname()}-{os.getpid()}-{threading.get_ident()}"
+    signs = _signs(run, number)
+    with probe.open("w") as file:
+        now = os.fstat(file.fileno()).st_mtime
+    probe.unlink(missing_ok=True)
+    return now - max(signs, default=now)
+
+
+def _signs(run: RunDir, number: int) -> list[float]:
+    """When an attempt's sign of life and its entry were written last."""
     times = []
-    for path in (entry_file(run, number, "alive"), entry_file(run, number, "json"), probe):
+    for kind in ("alive", "json"):
         try:
             # Opened, not only looked at: a network file system then asks its server anew.
-            with path.open("w" if path is probe else "rb") as file:
+            with entry_file(run, number, kind).open("rb") as file:
                 times.append(os.fstat(file.fileno()).st_mtime)
         except FileNotFoundError:
             continue
-    probe.unlink(missing_ok=True)
-    return max(0.0, times[-1] - max(times[:-1], default=times[-1]))
+    return times
+
+
+def process_start(pid: int) -> float:
+    """When a process began: seconds after the boot, by a clock that nobody sets; where the system
+    does not tell that, seconds since 1970.
+
+    Raises:
+        psutil.NoSuchProcess: if there is none.
+    """
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+        # The name before the last parenthesis may hold anything.
+        return int(text.rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, IndexError):
+        return psutil.Process(pid).create_time()
 
 
 def same_process(pid: int, born: float) -> bool:
@@ -227,11 +274,20 @@ def same_process(pid: int, born: float) -> bool:
     try:
         process = psutil.Process(pid)
         dead = process.status() == psutil.STATUS_ZOMBIE  # killed, but its code is not collected
-        return not dead and abs(process.create_time() - born) < 2
+        # The other clock is that of earlier versions; the two never come near each other.
+        began = (process_start(pid), process.create_time())
+        return not dead and min(abs(time - born) for time in began) < 2
     except psutil.NoSuchProcess:
         return False
     except psutil.Error:
         return True
+
+
+def _is_stopped(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_STOPPED
+    except psutil.Error:
+        return False
 
 
 def machine_id() -> str:

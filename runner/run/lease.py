@@ -27,6 +27,7 @@ from runner.run.attempts import (
     describe_if_alive,
     entry_file,
     read_attempt,
+    stands_still,
 )
 from runner.run.folder import RunDir
 from runner.utils.files import is_there, storage_errors, write_json
@@ -71,7 +72,7 @@ class Lease:
             while True:
                 newest = max(attempt_numbers(run), default=0)
                 alive = describe_if_alive(run, newest) if newest else None
-                if alive is not None:
+                if alive is not None and not stands_still(run, newest):
                     raise RunDirError(f"{run.path} is being run by {alive}; nothing was started")
                 record = AttemptRecord.here(newest + 1, anew=anew)
                 try:

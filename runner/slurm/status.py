@@ -12,7 +12,7 @@ from typing import Any
 
 import tomli
 
-from runner.errors import RunDirError, SlurmError
+from runner.errors import RunDirError, SlurmError, StorageError
 from runner.run.attempts import (
     SILENT_S,
     AttemptRecord,
@@ -259,7 +259,7 @@ def _age(path: Path) -> float:
 def _rows(path: Path) -> list[dict[str, str]]:
     try:
         return read_rows(path)
-    except (OSError, ValueError):
+    except (StorageError, ValueError):
         return []
 
 

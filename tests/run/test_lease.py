@@ -10,13 +10,16 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
 import pytest
 
 from runner.errors import DataError, RunDirError, StorageError
+from runner.run import attempts as ledger
 from runner.run import lease as claim
 from runner.run.attempts import (
     SILENT_S,
@@ -420,3 +423,49 @@ def test_a_row_after_the_heir_has_the_tables_reaches_nobody(run):
 
     append_row(run.train_table, {"step": 2}, succeeded)
     assert read_rows(run.train_table) == [{"step": "1"}]
+
+
+def test_a_clock_that_is_set_takes_no_living_run_over(run, monkeypatch):
+    """psutil's time of a process's birth moves with the wall clock, and signs of life stay where
+    they are."""
+    first = Lease.acquire(run)
+    create_time = psutil.Process.create_time
+    monkeypatch.setattr(psutil.Process, "create_time", lambda self: create_time(self) + 3600)
+    then = time.time() - 3600
+    for kind in ("alive", "json"):
+        os.utime(entry_file(run, 1, kind), (then, then))
+    with pytest.raises(RunDirError, match="nothing was started"):
+        Lease.acquire(run)
+    first.release(75)
+    assert Lease.acquire(run).number == 2
+
+
+def test_an_entry_of_an_earlier_version_says_when_its_process_began(run):
+    Lease.acquire(run)
+    entry = json.loads((run.attempts / "0001.json").read_text())
+    del entry["nonce"]
+    entry["born"] = psutil.Process().create_time()
+    (run.attempts / "0001.json").write_text(json.dumps(entry))
+    assert is_alive(run)
+    entry["born"] -= 100
+    (run.attempts / "0001.json").write_text(json.dumps(entry))
+    assert not is_alive(run)
+
+
+def test_a_sign_of_life_from_the_future_is_watched_and_not_believed(run, monkeypatch):
+    monkeypatch.setattr(ledger, "SILENT_S", 0.3)
+    elsewhere(run, silent=-24 * 3600)
+    assert is_alive(run)  # for who only looks
+    began = time.monotonic()
+    assert Lease.acquire(run).number == 2
+    assert time.monotonic() - began >= 0.3
+
+
+def test_who_gives_another_sign_of_life_after_the_clock_was_set_back_lives(run, monkeypatch):
+    monkeypatch.setattr(ledger, "SILENT_S", 20.0)
+    elsewhere(run, silent=-24 * 3600)
+    beat = threading.Timer(0.3, entry_file(run, 1, "alive").touch)
+    beat.start()
+    with pytest.raises(RunDirError, match=r"lies 24 h 0 min ahead; nothing was started"):
+        Lease.acquire(run)
+    beat.join()
