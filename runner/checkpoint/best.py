@@ -59,6 +59,7 @@ def load_best(folder: Path) -> BestEvaluation:
 
     Raises:
         DataError: if it is none.
+        StorageError: if it cannot be read now.
     """
     path = folder / _RECORD
     try:

@@ -49,7 +49,6 @@ def save(
     name: str,
     write: Callable[[Stage], None],
     facts: Mapping[str, Any],
-    fence: Callable[[], None],
 ) -> int:
     """Commit a checkpoint of all ranks, or none of it. Every rank must call this.
 
@@ -59,7 +58,6 @@ def save(
         name: the checkpoint's, the same on every rank.
         write: puts this rank's files into the stage.
         facts: JSON, of rank 0.
-        fence: raises if the run is no longer ours; asked by rank 0 before the rename.
 
     Returns:
         The checkpoint's size in bytes.
@@ -78,12 +76,7 @@ def save(
     needed = sum(ranks.all_gather(stage.wanted))
     entries = {file: e for part in ranks.all_gather(stage.entries) for file, e in part.items()}
     if not failures:
-
-        def finish() -> None:
-            fence()
-            store.commit(name, entries, facts)
-
-        failures = _tried(ranks, finish if main else lambda: None)
+        failures = _tried(ranks, lambda: store.commit(name, entries, facts) if main else None)
     if failures:
         _tried(ranks, lambda: store.abandon(name) if main else None)
         size = f"; a checkpoint needs {needed:,} bytes or more" if needed else ""
@@ -99,8 +92,8 @@ def adopt_checkpoints(store: CheckpointStore, ranks: Ranks, lease: Lease | None)
         Their names, newest first.
 
     Raises:
-        DataError: if the run has lost all that it had: to begin anew in silence would be to throw
-            away what the user has.
+        DataError: if the run has lost all that it had, or what of it counts: to begin anew in
+            silence would be to throw away what the user has.
         StorageError: if folder or ledger cannot be read and written.
     """
     names: list[str] = []

@@ -119,7 +119,8 @@ class CheckpointManager:
     ) -> None:
         self._run, self._number, self._lease, self._rank = run, number, lease, rank
         self._engine, self._identity, self._warn = engine, identity, warn
-        self._store = CheckpointStore(run.checkpoints, rank.index)
+        self._fence = lease.verify if lease else lambda: None
+        self._store = CheckpointStore(run.checkpoints, rank.index, fence=self._fence)
         self._ranks = commit.Ranks(rank.index, all_gather)
         self._shards = StoreCheckpointEngine(self._store)
         engine.checkpoint_engine = self._shards
@@ -158,7 +159,7 @@ class CheckpointManager:
         try:
             commit.agree(self._ranks, self._shards.prepare)
             write = partial(self._write, state, best)
-            commit.save(self._store, self._ranks, name, write, facts, self._fence)
+            commit.save(self._store, self._ranks, name, write, facts)
         except StorageError as error:
             state.best = before
             self._failed += 1
@@ -193,12 +194,8 @@ class CheckpointManager:
             commit.rotate(self._store, self._lease, best, _best_of)
         except OSError as error:
             self._warn(f"old checkpoints stay: {error.filename}: {error.strerror}")
-        except (DamagedError, StorageError) as error:
+        except (DataError, StorageError) as error:
             self._warn(f"old checkpoints stay: {error}")
-
-    def _fence(self) -> None:
-        if self._lease is not None:
-            self._lease.verify()
 
     def _if_full(self, failures: str) -> tuple[str, str]:
         """What is free in the run folder, and the advice to free some, if it is there that a rank
@@ -315,8 +312,10 @@ class CheckpointManager:
                 if manifest is not None and name in manifest.files:
                     aside = table.with_name(f".{table.name}.tmp")
                     shutil.copyfile(self._store.folder / manifest.name / name, aside)
+                    self._fence()
                     aside.replace(table)
                 else:
+                    self._fence()
                     table.unlink(missing_ok=True)
 
     def _note_resumed_step(self, step: int) -> None:

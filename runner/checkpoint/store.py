@@ -28,6 +28,7 @@ from runner.checkpoint.files import (
 )
 from runner.errors import DataError
 from runner.run.folder import checkpoint_place
+from runner.utils.files import is_there
 
 CHECKPOINT_MANIFEST = "manifest.json"
 FORMAT = 1
@@ -103,22 +104,31 @@ class CheckpointStore:
         folder: `checkpoints/` of the run.
         rank: this process's.
         files: how files are written; tests put failing ones here.
+        fence: raises if the folder is no longer ours; asked before each rename and removal.
     """
 
-    def __init__(self, folder: Path, rank: int, files: Files | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        rank: int,
+        files: Files | None = None,
+        fence: Callable[[], None] = lambda: None,
+    ) -> None:
         self.folder = folder
         self._rank = rank
         self._files = files or Files()
+        self._fence = fence
 
     # --- writing
 
     def begin(self, name: str) -> None:
         """Make the stage of a checkpoint (rank 0)."""
-        if not self.folder.exists():
+        self._fence()
+        if not is_there(self.folder):
             self._files.make_folder(self.folder)
             self._files.sync_folder(self.folder.parent)  # or a power cut takes all that is in it
         stage = self.folder / f"{_STAGE}{name}"
-        if stage.exists():  # of a save that failed
+        if is_there(stage):  # of a save that failed
             remove_tree(self._files, stage)
         self._files.make_folder(stage)
 
@@ -146,6 +156,7 @@ class CheckpointStore:
         writer.entry()
         for folder in sorted({(stage / file).parent for file in entries} | {stage}, reverse=True):
             self._files.sync_folder(folder)
+        self._fence()
         self._files.rename(stage, self.folder / name)
         self._files.sync_folder(self.folder)
         return manifest
@@ -153,7 +164,8 @@ class CheckpointStore:
     def abandon(self, name: str) -> None:
         """Remove the stage of a checkpoint that could not be written (rank 0)."""
         stage = self.folder / f"{_STAGE}{name}"
-        if stage.exists():
+        if is_there(stage):
+            self._fence()
             remove_tree(self._files, stage)
 
     # --- reading
@@ -162,6 +174,11 @@ class CheckpointStore:
         """The checkpoints that count, newest first: those listed, and those of the attempts from
         `sealed_by` on."""
         return _that_count(self._files.names(self.folder), sealed_by, counted)
+
+    def later_than(self, sealed_by: int) -> list[str]:
+        """The checkpoints of attempts after `sealed_by`, which is to be the newest that could
+        commit any: there are some only if its successor's list was lost."""
+        return _that_count(self._files.names(self.folder), sealed_by + 1, ())
 
     def damaged(self, sealed_by: int, counted: Iterable[str]) -> list[str]:
         """The checkpoints that would count, had they not been put aside."""
@@ -226,9 +243,10 @@ class CheckpointStore:
         """Rename a damaged checkpoint so that nobody takes it for one; returns the new name."""
         new = f"{_DAMAGED}{name}"
         number = 1
-        while (self.folder / new).exists():
+        while is_there(self.folder / new):
             number += 1
             new = f"{_DAMAGED}{name}-{number}"
+        self._fence()
         self._files.rename(self.folder / name, self.folder / new)
         self._files.sync_folder(self.folder)
         return new
@@ -238,6 +256,7 @@ class CheckpointStore:
     def remove(self, names: Sequence[str]) -> None:
         """Remove checkpoints: none of them is ever half there under its name."""
         for name in names:
+            self._fence()
             self._files.rename(self.folder / name, self.folder / f"{_TRASH}{name}")
         if names:
             self._files.sync_folder(self.folder)
@@ -249,13 +268,14 @@ class CheckpointStore:
         for name in self._files.names(self.folder):
             if name.startswith(_STAGE):
                 # Renamed first: an earlier start that thaws may still be writing into it.
-                aside = self.folder / f"{_TRASH}{name.removeprefix('.')}"
-                self._files.rename(self.folder / name, aside)
+                self._fence()
+                self._files.rename(self.folder / name, self.folder / f"{_TRASH}{name[1:]}")
         self._empty_trash()
 
     def _empty_trash(self) -> None:
         for name in self._files.names(self.folder):
             if name.startswith(_TRASH):
+                self._fence()
                 remove_tree(self._files, self.folder / name)
 
 

@@ -18,7 +18,7 @@ from runner.job.assets import check_assets
 from runner.job.load import job_schema, load_job
 from runner.job.schema import Job
 from runner.job.sweep import Trial, load_trials
-from runner.run.folder import RunDir, new_stamp
+from runner.run.folder import RunDir
 from runner.run.resume import StartOptions, acquire_run, check_finished, finished_run
 from runner.run.sweep import open_trials
 from runner.utils import signals
@@ -121,7 +121,7 @@ def _run_sweep(arguments: argparse.Namespace, job: Job, trials: list[Trial]) -> 
             print_error(str(error))
             return error.exit_code
 
-    folder = (arguments.run_dir or arguments.runs / job.name / new_stamp()).absolute()
+    folder = (arguments.run_dir or RunDir.create(arguments.runs, job.name).path).absolute()
     to_run = len(open_trials(folder, trials))
     write_line(f"{job.name}: {to_run} of {len(trials)} trials to run, {folder}")
     codes: dict[str, int] = {}

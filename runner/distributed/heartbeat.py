@@ -13,11 +13,11 @@ import socket
 import time
 from dataclasses import asdict, dataclass
 
-import psutil
-
-from runner.run.attempts import entry_file, machine_id, same_process
+from runner.errors import StorageError
+from runner.run.attempts import entry_file, read_attempt
 from runner.run.folder import RunDir
-from runner.utils.files import parse_json, storage_errors
+from runner.utils.files import is_there, parse_json, storage_errors
+from runner.utils.processes import machine_id, process_start, same_process
 
 RANK_BEAT_S = 5.0  # seconds between signs of life
 _HEAD, _WHOLE = 1024, 8192  # bytes: who it is, then its note
@@ -63,10 +63,14 @@ class RankHeartbeats:
     Args:
         run, attempt: whose.
         rank, world: this rank, and how many there are.
+        nonce: of the attempt, if its entry is to be held against it before a word is left.
     """
 
-    def __init__(self, run: RunDir, attempt: int, rank: int, world: int) -> None:
+    def __init__(
+        self, run: RunDir, attempt: int, rank: int, world: int, nonce: str | None = None
+    ) -> None:
         self._run, self._attempt, self._rank, self.world = run, attempt, rank, world
+        self._nonce = nonce
 
     def register(self) -> None:
         """Make this rank's file.
@@ -79,7 +83,7 @@ class RankHeartbeats:
             socket.gethostname(),
             os.getpid(),
             machine_id(),
-            psutil.Process().create_time(),
+            process_start(os.getpid()),
         )
         path = entry_file(self._run, self._attempt, self._name(self._rank))
         with storage_errors(path), path.open("xb") as file:
@@ -94,7 +98,7 @@ class RankHeartbeats:
     def leave_note(self, note: ExitNote) -> None:
         """Leave this rank's note, if the file system lets it; only the first count."""
         path = entry_file(self._run, self._attempt, self._name(self._rank))
-        if self._rank in self.notes():
+        if not self._is_ours() or self._rank in self.notes():
             return
         text = note.text
         while len(spelled := json.dumps(asdict(note) | {"text": text}).encode()) > _WHOLE - _HEAD:
@@ -152,6 +156,8 @@ class RankHeartbeats:
         first, unless it has to be another one `at_once`."""
         if self._rank and not at_once:
             time.sleep(1)
+        if not self._is_ours():
+            return True
         path = entry_file(self._run, self._attempt, "spoken")
         try:
             os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
@@ -162,8 +168,22 @@ class RankHeartbeats:
         return True
 
     def output_is_claimed(self) -> bool:
-        """Whether some rank has told the user why the run ends."""
-        return entry_file(self._run, self._attempt, "spoken").exists()
+        """Whether some rank has told the user why the run ends, as far as can be seen now."""
+        try:
+            return is_there(entry_file(self._run, self._attempt, "spoken"))
+        except StorageError:
+            return False
+
+    def _is_ours(self) -> bool:
+        """Whether the files of these names are ours: in a folder that was removed and made anew
+        they are those of another run."""
+        if self._nonce is None:
+            return True
+        try:
+            found = read_attempt(self._run, self._attempt)
+        except StorageError:
+            return True
+        return found is None or found.nonce == self._nonce
 
     def _name(self, rank: int) -> str:
         return f"rank-{rank:04d}"

@@ -21,8 +21,8 @@ from torch.distributed.rendezvous import rendezvous
 
 from runner.errors import Interrupted, MachineError
 from runner.job.schema import Job
-from runner.run.attempts import machine_id
 from runner.utils.files import parse_json
+from runner.utils.processes import machine_id
 from runner.utils.ranks import launch_name
 from runner.utils.signals import launcher_id, stop_reason
 

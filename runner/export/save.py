@@ -6,6 +6,7 @@ import errno
 import os
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from runner.job.inference import KEY, InferenceSettings
-from runner.utils.files import storage_errors
+from runner.utils.files import is_there, storage_errors
 
 
 def gathered_state(engine: Any, stage: int) -> dict[str, Tensor]:
@@ -82,19 +83,22 @@ def export_model(
             path.chmod(mode)  # safetensors writes files that only their owner can read
 
 
-def publish_model(exported: Path, folder: Path) -> None:
+def publish_model(exported: Path, folder: Path, fence: Callable[[], None] = lambda: None) -> None:
     """Let `folder` be the exported model of a checkpoint: the same files, not copies, where the
-    file system has links.
+    file system has links. `fence`, asked before what is there is removed or renamed, raises if it
+    is no longer ours.
 
     Raises:
         StorageError: if it cannot be made; what stood there before is untouched.
     """
     aside, old = folder.with_name(".model.new"), folder.with_name(".model.old")
     with storage_errors(folder):
+        fence()
         for leftover in (aside, old):
             shutil.rmtree(leftover, ignore_errors=True)
         shutil.copytree(exported, aside, copy_function=_link)
-        if folder.exists():
+        fence()
+        if is_there(folder):
             folder.rename(old)
         try:
             aside.rename(folder)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from runner.data.windows import Windows, ranges
 from runner.errors import JobError, StorageError
 from runner.model.structure import layer_stack
-from runner.run.attempts import machine_id
+from runner.utils.processes import machine_id
 from runner.utils.ranks import Rank
 
 _SHARE_OF_FREE = 0.5  # activations, and others, need room too

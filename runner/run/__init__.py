@@ -1,6 +1,7 @@
 """A run's folder and its starts.
 
 - `folder`: the names of all its files
+- `ownership`: whose a folder is
 - `attempts`: the ledger of its starts
 - `lease`: one start at a time
 - `resume`: which folder a start goes on in

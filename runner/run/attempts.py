@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
 import socket
 import threading
 import time
@@ -16,17 +17,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, TypeVar
 
-import psutil
 from pydantic import Field
 
 from runner.errors import DataError, Interrupted, printable
 from runner.run.folder import RunDir, committed_steps
 from runner.utils.files import is_there, read_json, storage_errors
+from runner.utils.processes import is_stopped, machine_id, process_start, same_process
 from runner.utils.text import duration
 
 Record = TypeVar("Record")
 
 SILENT_S = 120.0  # seconds without a sign of life, after which a start elsewhere counts as dead
+_AHEAD_S = 2.0  # seconds by which a sign of life may lie in the future without a clock being set
 MAX_IDLE = 3  # starts in a row without progress, after which a run is not requeued
 MAX_STARTS = 50  # starts after which it is not requeued in any case
 
@@ -47,8 +49,11 @@ class AttemptRecord:
         started: seconds since 1970.
         from_step: the committed step that it went on from; None as long as it has not loaded one.
         machine: names the boot and the process namespace in which `pid` means something.
-        born: when that process began, to tell it from a later one with the same id.
+        born: when that process began, to tell it from a later one with the same id, as
+            `process_start` gives it; seconds since 1970 in entries of earlier versions.
         anew: whether it began from nothing although the folder held a run.
+        nonce: tells it from the start of that number in a folder that was removed and made anew;
+            empty in entries of earlier versions.
     """
 
     attempt: int
@@ -61,6 +66,7 @@ class AttemptRecord:
     machine: str
     born: float
     anew: bool
+    nonce: str = ""
 
     @classmethod
     def here(cls, attempt: int, *, anew: bool) -> AttemptRecord:
@@ -74,8 +80,9 @@ class AttemptRecord:
             started=time.time(),
             from_step=None,
             machine=machine_id(),
-            born=psutil.Process().create_time(),
+            born=process_start(os.getpid()),
             anew=anew,
+            nonce=secrets.token_hex(8),
         )
 
 
@@ -198,16 +205,38 @@ def describe_if_alive(run: RunDir, number: int) -> str | None:
     if is_there(entry_file(run, number, "end.json")):
         return None
     record, silence = read_attempt(run, number), _silence(run, number)
-    if silence > SILENT_S:
+    if record is not None and record.machine == machine_id():
+        if not same_process(record.pid, record.born):
+            return None
+        # Who runs here lives, whatever the clock says; one that is stopped may be succeeded.
+        if silence > SILENT_S and is_stopped(record.pid):
+            return None
+    elif silence > SILENT_S:
         return None
     if record is None:
-        return f"a start that just began ({duration(silence)} ago)"
-    if record.machine == machine_id() and not same_process(record.pid, record.born):
-        return None
+        return f"a start that just began ({duration(max(0.0, silence))} ago)"
     # A job that SLURM starts again has ended before, whatever its last sign of life.
     if is_earlier_life(record):
         return None
-    return f"{describe(record)}, whose last sign of life is {duration(silence)} old"
+    if silence < -_AHEAD_S:
+        return f"{describe(record)}, whose last sign of life lies {duration(-silence)} ahead"
+    return f"{describe(record)}, whose last sign of life is {duration(max(0.0, silence))} old"
+
+
+def stands_still(run: RunDir, number: int) -> bool:
+    """Whether an attempt that seems to be alive only has a sign of life that lies in the future, as
+    a clock leaves it that is set back, and gives no other one while we watch, for `SILENT_S`."""
+    if _silence(run, number) >= -_AHEAD_S:
+        return False
+    record = read_attempt(run, number)
+    if record is not None and record.machine == machine_id():
+        return False  # its process was found to run
+    signs, deadline = _signs(run, number), time.monotonic() + SILENT_S
+    while time.monotonic() < deadline:
+        time.sleep(min(1.0, SILENT_S / 10))
+        if _signs(run, number) != signs:
+            return False
+    return True
 
 
 def describe(record: AttemptRecord) -> str:
@@ -218,44 +247,33 @@ def describe(record: AttemptRecord) -> str:
 
 
 def _silence(run: RunDir, number: int) -> float:
-    """Seconds since an attempt's last sign of life."""
+    """Seconds since an attempt's last sign of life; negative if that lies in the future."""
     # By the clock of the file system itself: hosts may disagree on the time.
     probe = run.attempts / f".clock-{socket.gethostname()}-{os.getpid()}-{threading.get_ident()}"
+    signs = _signs(run, number)
+    now = _written(probe, os.O_WRONLY | os.O_CREAT)
+    probe.unlink(missing_ok=True)
+    return now - max(signs, default=now)
+
+
+def _signs(run: RunDir, number: int) -> list[float]:
+    """When an attempt's sign of life and its entry were written last."""
     times = []
-    for path in (entry_file(run, number, "alive"), entry_file(run, number, "json"), probe):
+    for kind in ("alive", "json"):
         try:
             # Opened, not only looked at: a network file system then asks its server anew.
-            flags = os.O_WRONLY | os.O_CREAT if path is probe else os.O_RDONLY
-            file = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)  # never a pipe's wait
-            times.append(os.fstat(file).st_mtime)
-            os.close(file)
+            times.append(_written(entry_file(run, number, kind), os.O_RDONLY))
         except FileNotFoundError:
             continue
-    probe.unlink(missing_ok=True)
-    return max(0.0, times[-1] - max(times[:-1], default=times[-1]))
+    return times
 
 
-def same_process(pid: int, born: float) -> bool:
-    """Whether the process of this machine that began at `born` still runs."""
+def _written(path: Path, flags: int) -> float:
+    file = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)  # never a pipe's wait
     try:
-        process = psutil.Process(pid)
-        dead = process.status() == psutil.STATUS_ZOMBIE  # killed, but its code is not collected
-        return not dead and abs(process.create_time() - born) < 2
-    except psutil.NoSuchProcess:
-        return False
-    except psutil.Error:
-        return True
-
-
-def machine_id() -> str:
-    """Where process ids can be compared: this boot of the kernel, this namespace of processes."""
-    parts = [socket.gethostname()]
-    try:
-        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip())
-        parts.append(os.readlink("/proc/self/ns/pid"))
-    except OSError:
-        pass
-    return " ".join(parts)
+        return os.fstat(file).st_mtime
+    finally:
+        os.close(file)
 
 
 def _restarts() -> int:

@@ -32,6 +32,7 @@ class RunDir:
         self.evaluations = self.path / "evaluations"
         self.checkpoints = self.path / "checkpoints"
         self.attempts = self.path / "attempts"
+        self.prepared = self.path / ".prepared.json"
         self.model = self.path / "model"
         self.log = self.path / "log.txt"
         self.trackers = self.path / "trackers"
@@ -71,7 +72,7 @@ class RunDir:
             RunDirError: if there is no run at `path`.
         """
         run = cls(path)
-        if not run.job.is_file():
+        if not is_there(run.job):
             raise RunDirError(f"{path} is no run folder: it has no job.toml")
         return run
 

@@ -13,10 +13,11 @@ import json
 import os
 import threading
 import time
+import weakref
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 
-from runner.errors import RunDirError
+from runner.errors import RunDirError, RunnerError
 from runner.run.attempts import (
     SILENT_S,
     AttemptRecord,
@@ -26,6 +27,7 @@ from runner.run.attempts import (
     describe_if_alive,
     entry_file,
     read_attempt,
+    stands_still,
 )
 from runner.run.folder import RunDir
 from runner.utils.files import is_there, storage_errors, write_json
@@ -40,14 +42,18 @@ class Lease:
     Attributes:
         run: the run folder.
         number: counts the starts of the run, from 1.
+        nonce: of this start's entry.
     """
 
     def __init__(self, run: RunDir, record: AttemptRecord) -> None:
         self.run = run
-        self.number = record.attempt
+        self.number, self.nonce = record.attempt, record.nonce
         self.step: int | None = None  # the newest step that is committed, as far as we know
         self._record = record
         self._over = threading.Event()
+        # Held open: no folder that is made later in its place is then the same one.
+        self._folder = os.open(run.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        weakref.finalize(self, os.close, self._folder)
 
     @classmethod
     def acquire(cls, run: RunDir, *, anew: bool = False) -> Lease:
@@ -66,7 +72,7 @@ class Lease:
             while True:
                 newest = max(attempt_numbers(run), default=0)
                 alive = describe_if_alive(run, newest) if newest else None
-                if alive is not None:
+                if alive is not None and not stands_still(run, newest):
                     raise RunDirError(f"{run.path} is being run by {alive}; nothing was started")
                 record = AttemptRecord.here(newest + 1, anew=anew)
                 try:
@@ -79,12 +85,14 @@ class Lease:
                 return lease
 
     def verify(self) -> None:
-        """The fence: make sure that nobody has taken the run over, before anything is written into
-        it.
+        """The fence: make sure that the folder is still the one that this start began in, and that
+        nobody has taken the run over, before anything in it is written, renamed or removed.
 
         Raises:
             RunDirError: naming who has.
+            StorageError: if that cannot be found out now.
         """
+        self._check_folder()
         if not self.is_held():
             successor = read_attempt(self.run, self.number + 1)
             name = describe(successor) if successor else "another start"
@@ -97,15 +105,29 @@ class Lease:
         """Whether no later start has claimed the run."""
         return not is_there(entry_file(self.run, self.number + 1, "json"))
 
+    def _check_folder(self) -> None:
+        found = read_attempt(self.run, self.number)
+        if found is not None:
+            ours = found.nonce == self.nonce
+        else:  # of the ledger, somebody may have removed a part
+            with storage_errors(self.run.path):
+                ours = os.path.samestat(os.fstat(self._folder), os.stat(self.run.path))
+        if not ours:
+            raise RunDirError(
+                f"{self.run.path} was removed while this start ran, and made anew by somebody else:"
+                " this start ends without writing anything more"
+            )
+
     def note_resumed_step(self, step: int) -> None:
         """Note the committed step that this start goes on from, 0 if there is none."""
         self.step = step
         self._record = replace(self._record, from_step=step)
-        write_json(entry_file(self.run, self.number, "json"), self._record)
+        write_json(entry_file(self.run, self.number, "json"), self._record, self.verify)
 
     def seal(self, checkpoints: Sequence[str]) -> None:
         """Settle which checkpoints of earlier attempts count; what they commit later does not."""
-        write_json(entry_file(self.run, self.number, "sealed"), list(checkpoints))
+        sealed = entry_file(self.run, self.number, "sealed")
+        write_json(sealed, list(checkpoints), self.verify)
         for path in self.run.attempts.glob("*.rank-*"):  # their exit notes are history
             if int(path.name.partition(".")[0]) < self.number:
                 path.unlink(missing_ok=True)
@@ -114,16 +136,17 @@ class Lease:
         """Note the end of this start; the next one then need not wait for a silence."""
         self._over.set()
         end = EndRecord(exit_code, self.step, time.time())
-        write_json(entry_file(self.run, self.number, "end.json"), end)
+        write_json(entry_file(self.run, self.number, "end.json"), end, self._check_folder)
 
     def _keep_beating(self) -> None:
         while not self._over.wait(LEASE_BEAT_S):
             try:
                 self._beat()
-            except OSError:
+            except (OSError, RunnerError):
                 continue  # away for a moment; where it matters, writing fails with a sentence
 
     def _beat(self) -> None:
+        self._check_folder()
         entry_file(self.run, self.number, "alive").touch()
 
 

@@ -12,6 +12,7 @@ from runner.job.schema import Job, missed_expectation
 from runner.run.attempts import attempt_numbers, attempts, is_alive, is_earlier_life
 from runner.run.folder import RunDir
 from runner.run.lease import Lease
+from runner.run.ownership import check_ours
 from runner.run.provenance import read_record
 from runner.utils.files import is_there, storage_errors, write_atomic
 
@@ -38,25 +39,21 @@ def acquire_run(job: Job, options: StartOptions) -> Lease | RunDir:
     returned as it is, without one.
 
     Raises:
-        DataError: if the folder holds a run of another job, or one that cannot go on.
+        DataError: if the folder holds a run of another job, or what is no run of ours.
         RunDirError: if somebody is running it now.
         StorageError: if it cannot be made or written.
     """
     run = _folder(job, options)
     anew = options.restart and not any(map(is_earlier_life, attempts(run)))
+    check_ours(run)
     if not anew:
         _check_job(run, job)
         if run.finished():
             return run
-        if not attempt_numbers(run) and any(map(is_there, (run.checkpoints, run.train_table))):
-            raise DataError(
-                f"{run.path}: holds a run that an older spantune left unfinished and that cannot go"
-                " on; give another folder, or --restart to begin anew"
-            )
     lease = Lease.acquire(run, anew=anew)
     if anew:
-        _put_aside(run, lease.number)
-    write_atomic(run.job, dump_job(job))
+        _put_aside(lease)
+    write_atomic(run.job, dump_job(job), lease.verify)
     return lease
 
 
@@ -66,6 +63,7 @@ def finished_run(job: Job, options: StartOptions) -> RunDir | None:
     named = options.run_dir or options.resume
     if named is None or options.restart or not RunDir(named).finished():
         return None
+    check_ours(RunDir(named))
     _check_job(RunDir(named), job)
     return RunDir(named)
 
@@ -124,13 +122,15 @@ def _check_job(run: RunDir, job: Job) -> None:
         )
 
 
-def _put_aside(run: RunDir, number: int) -> None:
+def _put_aside(lease: Lease) -> None:
     """Move all that an earlier run wrote into a folder of its own: nothing of it is lost, nothing
     counts any more. The ledger of attempts goes on."""
-    aside = run.path / f"before-{number:04d}"
+    run = lease.run
+    aside = run.path / f"before-{lease.number:04d}"
     with storage_errors(aside):
         # The result first: a run without one is never taken for a finished one.
         for path in reversed(run.written):
-            if path != run.attempts and is_there(path):
+            if is_there(path) and path != run.attempts:
+                lease.verify()
                 aside.mkdir(exist_ok=True)
                 path.rename(aside / path.name)

@@ -18,7 +18,8 @@ from runner.job.load import dump_job
 from runner.job.schema import Job
 from runner.job.sweep import Trial
 from runner.run.folder import RunDir
-from runner.utils.files import read_json, storage_errors, write_atomic, write_json
+from runner.run.ownership import check_empty, check_ours, prepare
+from runner.utils.files import is_there, read_json, storage_errors, write_atomic, write_json
 
 # Ended by a signal, or told to save: the person wants the machine back, not the next trial.
 _STOPPED = {Interrupted.exit_code, 128 + 2, 128 + 9, 128 + 15}
@@ -64,9 +65,8 @@ def run_trials(
         write_manifest(folder, job, trials)
     for trial in open_trials(folder, trials):
         run = RunDir(folder / trial.name)
-        with storage_errors(run.path):
-            run.path.mkdir(exist_ok=True)
-        write_atomic(run.job, dump_job(trial.job))
+        check_ours(run)
+        prepare(run, trial.job)
         yield trial.name, None
         code = start(run)
         yield trial.name, code
@@ -84,8 +84,8 @@ def sweep_code(codes: Iterable[int]) -> int:
 def write_manifest(folder: Path, job: Job, trials: Sequence[Trial]) -> list[str]:
     """Make or renew the folder of a sweep: `sweep.toml` and `sweep.json`; return the names of all
     its trials, in the order of their array indices."""
-    folder.mkdir(parents=True, exist_ok=True)
     manifest = updated_manifest(folder, job, trials)
+    folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / SWEEP_JOB, dump_job(job))
     write_json(folder / SWEEP_MANIFEST, manifest)
     return [entry.name for entry in manifest.trials]
@@ -96,10 +96,12 @@ def updated_manifest(folder: Path, job: Job, trials: Sequence[Trial]) -> SweepMa
     new ones.
 
     Raises:
-        DataError: if it holds the sweep of another job.
+        DataError: if it holds the sweep of another job, or what is neither a sweep nor nothing.
     """
     known: list[TrialEntry] = []
-    if (folder / SWEEP_MANIFEST).is_file():
+    if not is_there(folder / SWEEP_MANIFEST):
+        check_empty(folder, "the folder of a sweep", f"its {SWEEP_MANIFEST}")
+    else:
         manifest = read_manifest(folder)
         if manifest.name != job.name:
             raise DataError(

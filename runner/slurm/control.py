@@ -11,12 +11,13 @@ from contextlib import suppress
 from pathlib import Path
 
 from runner.errors import DataError, RunDirError, RunnerError, SlurmError, StorageError
-from runner.run.attempts import describe, machine_id
+from runner.run.attempts import describe
 from runner.run.folder import RunDir
 from runner.slurm.client import read_submission, scancel
 from runner.slurm.status import newest_start, run_statuses, started_elsewhere
 from runner.slurm.submit import in_queue
 from runner.utils.files import read_regular, storage_errors
+from runner.utils.processes import machine_id
 
 LOG_POLL_S = 0.5  # seconds between looks at a file that grows
 STATE_POLL_S = 10.0  # seconds between questions to SLURM

@@ -12,10 +12,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from runner.errors import DataError, RunDirError, RunnerError, SlurmTimeout, StorageError
-from runner.job.load import dump_job, first_difference, recorded_job
+from runner.job.load import first_difference, recorded_job
 from runner.job.sweep import Trial
 from runner.run.attempts import attempt_numbers, describe_if_alive
 from runner.run.folder import RunDir, new_stamp
+from runner.run.ownership import check_ours, prepare
 from runner.run.sweep import (
     SWEEP_JOB,
     SWEEP_MANIFEST,
@@ -33,7 +34,7 @@ from runner.slurm.client import (
 )
 from runner.slurm.request import SubmitRequest
 from runner.slurm.script import script_options
-from runner.utils.files import storage_errors, write_atomic
+from runner.utils.files import is_there, storage_errors, write_atomic
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,8 @@ def submit_run(request: SubmitRequest, root: Path, run_dir: Path | None) -> Subm
             _note_folder(rollback, run.path)
             run.path.mkdir(parents=True, exist_ok=True)
         with _folder_lock(run.path):
-            if run.job.is_file():
+            check_ours(run)
+            if is_there(run.job):
                 difference = first_difference(recorded_job(run.job), request.job)
                 if difference is not None:
                     raise DataError(f"{run.path}: holds a run of another job: {difference}")
@@ -82,9 +84,9 @@ def submit_run(request: SubmitRequest, root: Path, run_dir: Path | None) -> Subm
                     return None
                 for reason in taken_runs([run]).values():
                     raise RunDirError(reason)
-            _note_file(rollback, run.job)
+            _note_run(rollback, run)
             # Also of a run that goes on: what two starts may differ in, the newest submission says.
-            write_atomic(run.job, dump_job(request.job))
+            prepare(run, request.job)
             return _submit(request, run.path, {0: run}, request.script(run.path), rollback)
 
 
@@ -99,8 +101,12 @@ def submit_sweep(request: SubmitRequest, root: Path, folder: Path | None) -> Sub
         SlurmTimeout: if SLURM may have taken it; all is left as it is.
         StorageError: if a file or folder cannot be written.
     """
-    folder = (folder or root / request.job.name / new_stamp()).absolute()
     with _rollback_on_failure() as rollback, storage_errors():
+        if folder is None:
+            _note_folder(rollback, root / request.job.name)
+            folder = RunDir.create(root, request.job.name).path
+            rollback.callback(_put_back, folder, None)
+        folder = folder.absolute()
         for name in (SWEEP_JOB, SWEEP_MANIFEST):
             _note_file(rollback, folder / name)
         folder.mkdir(parents=True, exist_ok=True)
@@ -108,12 +114,13 @@ def submit_sweep(request: SubmitRequest, root: Path, folder: Path | None) -> Sub
             names, to_run = _trials_to_run(request, folder)
             if not to_run:
                 return None
+            for trial in to_run.values():
+                check_ours(RunDir(folder / trial.name))
             write_manifest(folder, request.job, request.trials)
             runs = {index: RunDir(folder / trial.name) for index, trial in to_run.items()}
             for index, run in runs.items():
-                _note_file(rollback, run.job)
-                run.path.mkdir(exist_ok=True)
-                write_atomic(run.job, dump_job(to_run[index].job))
+                _note_run(rollback, run)
+                prepare(run, to_run[index].job)
             return _submit(
                 request, folder, runs, request.script(folder, names, list(runs)), rollback
             )
@@ -276,6 +283,12 @@ def _note_file(rollback: ExitStack, path: Path) -> None:
     """Before a file is written: put back what is in it now, or remove it."""
     _note_folder(rollback, path.parent)
     rollback.callback(_put_back, path, path.read_bytes() if path.is_file() else None)
+
+
+def _note_run(rollback: ExitStack, run: RunDir) -> None:
+    """Before a run is prepared."""
+    for path in (run.job, run.prepared):
+        _note_file(rollback, path)
 
 
 def _note_folder(rollback: ExitStack, path: Path) -> None:

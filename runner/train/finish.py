@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import resource
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ import torch
 from runner.checkpoint.best import BestEvaluation
 from runner.data.window_cache import windows_sha256
 from runner.data.windows import LABELS
+from runner.errors import StorageError
 from runner.eval.evaluation import Evaluation
 from runner.eval.results import reported, result_scores
 from runner.export.model_card import model_card
@@ -24,13 +26,20 @@ from runner.train.run_log import RunLog
 from runner.train.setup import Session
 from runner.train.state import TrainState
 from runner.train.summary import closing_lines, data_hashes, probe_changes, write_predictions
-from runner.utils.files import file_sha256, write_json
+from runner.utils.files import file_sha256, storage_errors, write_json
+
+WEIGHTS = "model.safetensors"
 
 
 def verified_result(
-    session: Session, best: BestEvaluation, state: TrainState, peaks: Sequence[dict[str, int]]
+    session: Session,
+    best: BestEvaluation,
+    exported: Path,
+    state: TrainState,
+    peaks: Sequence[dict[str, int]],
 ) -> dict[str, Any]:
-    """result.json: scores, the weights' hash, seconds and memory, after a fresh process has agreed.
+    """result.json: scores, the hash of the weights that `exported` has, seconds and memory, after a
+    fresh process has agreed.
 
     Raises:
         RunnerError: if the exported model is not the one that was scored.
@@ -50,7 +59,7 @@ def verified_result(
         "epoch": best.epoch,
         "step": best.step,
         "caveats": list(session.caveats),
-        "weights_sha256": file_sha256(model / "model.safetensors"),
+        "weights_sha256": file_sha256(exported / WEIGHTS),
         "export_difference": difference,
         "seconds": state.timer.seconds(),
         "peak_memory_bytes": list(peaks),
@@ -58,16 +67,35 @@ def verified_result(
 
 
 def finish(
-    session: Session, log: RunLog, best: BestEvaluation, state: TrainState, result: dict[str, Any]
+    session: Session,
+    log: RunLog,
+    best: BestEvaluation,
+    state: TrainState,
+    result: dict[str, Any],
+    fence: Callable[[], None],
 ) -> None:
-    """Write predictions, report and, last of all, result.json; show the outcome."""
+    """Write predictions, report and, last of all, result.json; show the outcome.
+
+    Raises:
+        RunDirError: by `fence`, if the folder is no longer ours.
+        StorageError: if a file cannot be written, or `model/` is no longer what was proved.
+    """
     job, run = session.job, session.run
     changes = probe_changes(state.probe_rows)
+    fence()
     write_predictions(
         run, best.scores, session.splits.validation, unanswerable=job.data.unanswerable
     )
+    fence()
     write_report(run.path, result)
-    write_json(run.result, result)
+    with storage_errors(run.model):
+        published = file_sha256(run.model / WEIGHTS)
+    if published != result["weights_sha256"]:
+        raise StorageError(
+            f"{run.model}: holds other weights than were proved: somebody else writes there; start"
+            " the same command again"
+        )
+    write_json(run.result, result, fence)
     if changes:
         log.table("What the model answers", changes)
     for line in closing_lines(job, run, result):

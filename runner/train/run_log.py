@@ -39,11 +39,12 @@ class RunLog:
     Args:
         job, run: whose.
         rank: this one.
-        lease: on the run folder, on rank 0: it is verified before each row of a table.
+        lease: on the run folder, on rank 0: it is verified before each file is written.
     """
 
     def __init__(self, job: Job, run: RunDir, rank: Rank, lease: Lease | None) -> None:
-        self._job, self._run, self._rank, self._lease = job, run, rank, lease
+        self._job, self._run, self._rank = job, run, rank
+        self._fence = lease.verify if lease else lambda: None
         self._reporter = Reporter(run.log, speaks=rank.is_main)
         self.line(f"{job.name}: {below_here(str(run.path))}", indent="")
         self._trackers = Trackers((), 0, self.line)
@@ -64,7 +65,7 @@ class RunLog:
         """Say what is about to happen."""
         if not self._rank.is_main:
             return
-        write_json(self._run.deepspeed, session.config)
+        write_json(self._run.deepspeed, session.config, self._fence)
         for text in opening_lines(session):
             self.line(text)
         if self._job.model.freeze:
@@ -102,6 +103,7 @@ class RunLog:
         """The curves so far; a picture that cannot be drawn or written is drawn again later."""
         if not self._rank.is_main:
             return
+        self._fence()
         try:
             draw_curves(self._run, self._job.name)
         except StorageError as error:
@@ -116,7 +118,5 @@ class RunLog:
         self._trackers.close()
 
     def _row(self, table: Path, row: dict[str, CellValue]) -> None:
-        if self._lease is not None:
-            self._lease.verify()
-        append_row(table, row)
+        append_row(table, row, self._fence)
         self._trackers.log(table.stem, row)

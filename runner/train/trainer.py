@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -88,9 +89,10 @@ def train(job: Job, *, lease: Lease | None, threads: int | None = None) -> RunDi
         with timer("deepspeed"):
             device = start_distributed(rank, threads, Ticket.of(job), job.train.timeout_minutes)
         defer_stop()
-        folder, number = broadcast((str(lease.run.path), lease.number) if lease else None)
+        told = (str(lease.run.path), lease.number, lease.nonce) if lease else None
+        folder, number, nonce = broadcast(told)
     run = RunDir(folder)
-    heartbeats = RankHeartbeats(run, number, rank.index, rank.world)
+    heartbeats = RankHeartbeats(run, number, rank.index, rank.world, nonce)
     seconds = 60 * job.train.timeout_minutes
     watchdog = Watchdog(heartbeats, rank.index, seconds, lease, is_connection_lost)
     with watchdog.explaining(), storage_errors(), full_disk_errors(), explaining_oom(watchdog):
@@ -132,7 +134,7 @@ class Trainer:
         lease: Lease | None,
     ) -> None:
         self.session, self.log, self.checkpoints = session, log, checkpoints
-        self.watchdog, self.timer, self.lease = watchdog, timer, lease
+        self.watchdog, self.timer = watchdog, timer
         self.job, self.run, self.rank = session.job, session.run, session.rank
         self.engine, self.sampler = session.engine, session.sampler
         self.state = TrainState(
@@ -146,6 +148,7 @@ class Trainer:
             scaled=session.precision == "fp16",
         )
         self.preemption = StopSaveSync(self.rank, 60 * self.job.train.checkpoint_minutes)
+        self.fence = lease.verify if lease else lambda: None
         self.best: BestEvaluation | None = None  # on rank 0, once there is one
 
     # --- the loop
@@ -234,7 +237,7 @@ class Trainer:
         best = self.export_best(scores) if decision.is_best else None
         self.save(best, required=decision.is_best or state.finished)
         if best is not None and self.rank.is_main:
-            publish_model(self.checkpoints.best_folder(state) / MODEL, self.run.model)
+            self.publish()
         if decision.stop and self.job.stop is not None and not is_last:
             self.log.line(
                 f"{self.job.stop.metric} has stopped improving: training ends early, after epoch"
@@ -295,7 +298,7 @@ class Trainer:
         except StorageError as error:
             self.log.line(f"{error}; whether anything differs from the beginning is not known")
             return
-        write_json(path, record)
+        write_json(path, record, self.fence)
 
     def dry_run_scoring(self) -> None:
         """Read the longest batch of the scoring, for nothing: what does not fit fails now."""
@@ -409,12 +412,16 @@ class Trainer:
             return None
         if self.best is None or peaks is None:
             raise AssertionError("the last epoch is always evaluated, on rank 0")
-        publish_model(self.checkpoints.best_folder(self.state) / MODEL, self.run.model)
-        result = verified_result(self.session, self.best, self.state, peaks)
-        if self.lease is not None:
-            self.lease.verify()
-        finish(self.session, self.log, self.best, self.state, result)
+        exported = self.publish()
+        result = verified_result(self.session, self.best, exported, self.state, peaks)
+        finish(self.session, self.log, self.best, self.state, result, self.fence)
         return missed_expectation(self.job.expect, result["metrics"])
+
+    def publish(self) -> Path:
+        """Let `model/` be the best model so far, and return where that is kept (rank 0)."""
+        exported = self.checkpoints.best_folder(self.state) / MODEL
+        publish_model(exported, self.run.model, self.fence)
+        return exported
 
 
 def take_step(engine: Any, step: int) -> None:

@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import is_dataclass
 from functools import cache
@@ -47,8 +47,9 @@ def _without_links(name: str, flags: int) -> int:
     return os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Write a text file aside and rename it into place.
+def write_atomic(path: Path, text: str, fence: Callable[[], None] | None = None) -> None:
+    """Write a text file aside and rename it into place; `fence`, asked before the rename, raises
+    if the place is no longer ours.
 
     Raises:
         StorageError: naming the file and the reason; what stood there before is untouched.
@@ -61,14 +62,16 @@ def write_atomic(path: Path, text: str) -> None:
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
+            if fence is not None:
+                fence()
             aside.replace(path)
         finally:
             aside.unlink(missing_ok=True)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write a record (a dataclass) or plain values as indented JSON, aside and renamed."""
-    write_atomic(path, json.dumps(to_jsonable(value), indent=2, ensure_ascii=False) + "\n")
+def write_json(path: Path, value: Any, fence: Callable[[], None] | None = None) -> None:
+    """Write a record (a dataclass) or plain values as indented JSON, as `write_atomic`."""
+    write_atomic(path, json.dumps(to_jsonable(value), indent=2, ensure_ascii=False) + "\n", fence)
 
 
 def to_jsonable(value: Any) -> Any:
@@ -147,7 +150,7 @@ def storage_errors(path: Path | None = None) -> Iterator[None]:
 
 
 def is_there(path: Path) -> bool:
-    """Whether a file or folder is there.
+    """Whether a file or folder is there; `Path.exists` takes much that cannot be read for absent.
 
     Raises:
         StorageError: if that cannot be told now; it may well be there.
@@ -155,7 +158,7 @@ def is_there(path: Path) -> bool:
     with storage_errors(path):
         try:
             path.stat()
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return False
         return True
 

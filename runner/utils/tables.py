@@ -6,7 +6,7 @@ from __future__ import annotations
 import csv
 import io
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 from rich import box
@@ -19,15 +19,22 @@ from runner.utils.files import open_own, storage_errors
 CellValue = str | int | float | None
 
 
-def append_row(path: Path, row: Mapping[str, CellValue]) -> None:
+def append_row(
+    path: Path, row: Mapping[str, CellValue], fence: Callable[[], None] | None = None
+) -> None:
     """Append one row; the first row's keys become the header, and every later row must have the
     same keys.
+
+    `fence` raises if the table is no longer ours. It is asked while the file is open: a successor
+    replaces the file, so that what is written after that reaches nobody's table.
 
     Raises:
         StorageError: if the file cannot be written.
         ValueError: if the keys are not those of the first row, in their order.
     """
     with storage_errors(path), open_own(path, "a+", newline="") as file:
+        if fence is not None:
+            fence()
         writer = csv.DictWriter(file, fieldnames=list(row), lineterminator="\n")
         file.seek(0)
         header = next(csv.reader(file), None)

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import pytest
 
-from runner.checkpoint.commit import Ranks, adopt_checkpoints, newest
+from runner.checkpoint.commit import adopt_checkpoints, newest
 from runner.checkpoint.files import Entry, Files
 from runner.checkpoint.store import CheckpointStore, DamagedError, Manifest
-from runner.errors import DataError, StorageError
+from runner.errors import DataError, RunDirError, StorageError
 from runner.run.folder import RunDir
 from runner.run.lease import Lease
 
@@ -358,8 +358,65 @@ def test_checkpoints_of_which_none_counts_are_no_beginning(tmp_path, attempt):
     name = "step-000010-a0001"
     (run.checkpoints / name).mkdir(parents=True)
     with pytest.raises(DataError, match=r"none of its 1 checkpoints counts: .*--restart"):
-        adopt_checkpoints(store, Ranks(0, lambda value: [value]), lease)
+        adopt_checkpoints(store, Alone(), lease)
     assert store.names(1, ()) == [name]
     # Begun anew, and killed before the earlier run was put aside.
     anew = Lease.acquire(run, anew=True)
-    assert adopt_checkpoints(store, Ranks(0, lambda value: [value]), anew) == []
+    assert adopt_checkpoints(store, Alone(), anew) == []
+
+
+# ---- what counts
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES, errno.EMFILE])
+@pytest.mark.parametrize("name", ["0001.sealed", "attempts"])
+def test_what_cannot_be_read_is_not_taken_for_absent(store, monkeypatch, number, name):
+    run = RunDir(store.folder.parent)
+    first = Lease.acquire(run)
+    first.seal([])
+    first.release(75)
+    attempt = Lease.acquire(run)
+    failing_once(monkeypatch, number, name)
+    with pytest.raises(StorageError, match=rf"{name}: {os.strerror(number)}"):
+        adopt_checkpoints(store, Alone(), attempt)
+    assert not (run.attempts / "0002.sealed").exists()
+    assert adopt_checkpoints(store, Alone(), attempt) == ["step-000010-a0001"]
+
+
+def failing_once(monkeypatch, number: int, name: str) -> None:
+    """Let the system refuse, once, whatever asks for a file or folder of this name."""
+    left = [1]
+
+    def refusing(function):
+        def call(path, *arguments, **options):
+            if isinstance(path, str | os.PathLike) and os.path.basename(path) == name and left:
+                left.clear()
+                raise OSError(number, os.strerror(number), os.fspath(path))
+            return function(path, *arguments, **options)
+
+        return call
+
+    for operation in ("stat", "listdir", "open"):
+        monkeypatch.setattr(os, operation, refusing(getattr(os, operation)))
+
+
+def test_a_start_that_was_succeeded_removes_nothing_of_its_heirs(store):
+    run = RunDir(store.folder.parent)
+    first = Lease.acquire(run)
+    late = CheckpointStore(store.folder, 0, fence=first.verify)
+    first.release(75)
+    heir = Lease.acquire(run)
+    (store.folder / ".stage-step-000020-a0002").mkdir()
+    before = sorted(store.folder.iterdir())
+    for act in (
+        late.clean,
+        lambda: late.remove(["step-000010-a0001"]),
+        lambda: late.quarantine("step-000010-a0001"),
+        lambda: late.abandon("step-000020-a0002"),
+        lambda: late.begin("step-000030-a0001"),
+        lambda: late.commit("step-000020-a0002", {}, {}),
+    ):
+        with pytest.raises(RunDirError, match="was taken over"):
+            act()
+    assert sorted(store.folder.iterdir()) == before
+    heir.release(0)

@@ -24,6 +24,7 @@ NAMES = {
         "attempts",
         "submit.sh",
         "slurm.json",
+        ".prepared.json",
         "trackers",
         "report.html",
         "evaluations",

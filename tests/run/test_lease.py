@@ -7,17 +7,21 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
 import pytest
 
 from runner.errors import DataError, RunDirError, StorageError
+from runner.run import attempts as ledger
 from runner.run import lease as claim
 from runner.run.attempts import (
     SILENT_S,
@@ -32,6 +36,8 @@ from runner.run.attempts import (
 )
 from runner.run.folder import RunDir
 from runner.run.lease import Lease
+from runner.utils.files import write_json
+from runner.utils.tables import append_row, read_rows
 
 ROOT = Path(__file__).parents[2]
 CLAIMER = """
@@ -393,3 +399,109 @@ def test_a_frozen_start_that_thaws_is_fenced(run):
     with pytest.raises(RunDirError, match=f"process {os.getpid()}"):
         Lease.acquire(run)
     process.communicate(timeout=20)
+
+
+def remade(run: RunDir, tmp_path: Path) -> Lease:
+    """The folder removed and made anew, with another run's first start in it."""
+    shutil.rmtree(run.path)
+    run.path.mkdir()
+    return Lease.acquire(run)
+
+
+def test_a_folder_made_anew_is_another_runs(tmp_path, run):
+    run = RunDir(tmp_path / "run")
+    run.path.mkdir()
+    first = Lease.acquire(run)
+    heir = remade(run, tmp_path)
+    before = {path.name: path.read_bytes() for path in run.attempts.iterdir()}
+    for act in (
+        first.verify,
+        lambda: first.note_resumed_step(40),
+        lambda: first.seal(["step-000010-a0001"]),
+        lambda: first.release(0),
+        lambda: append_row(run.train_table, {"step": 1}, first.verify),
+        lambda: write_json(run.result, {}, first.verify),
+    ):
+        with pytest.raises(RunDirError, match="was removed while this start ran, and made anew"):
+            act()
+    assert {path.name: path.read_bytes() for path in run.attempts.iterdir()} == before
+    assert not run.result.exists()
+    heir.verify()
+    heir.release(0)
+
+
+def test_an_empty_folder_in_its_place_is_not_ours(tmp_path, run):
+    run = RunDir(tmp_path / "run")
+    run.path.mkdir()
+    first = Lease.acquire(run)
+    shutil.rmtree(run.path)
+    with pytest.raises(StorageError, match="No such file"):
+        first.verify()
+    run.path.mkdir()
+    with pytest.raises(RunDirError, match="made anew"):
+        first.verify()
+
+
+def test_a_ledger_that_is_removed_takes_no_run_its_folder(run):
+    first = Lease.acquire(run)
+    shutil.rmtree(run.attempts)
+    first.verify()
+
+
+def test_a_row_after_the_heir_has_the_tables_reaches_nobody(run):
+    """The start is frozen between opening the table and asking whether it is its own."""
+    append_row(run.train_table, {"step": 1})
+
+    def succeeded() -> None:
+        heirs = run.path / "heirs.csv"
+        append_row(heirs, {"step": 1})
+        heirs.replace(run.train_table)
+
+    append_row(run.train_table, {"step": 2}, succeeded)
+    assert read_rows(run.train_table) == [{"step": "1"}]
+
+
+def test_a_clock_that_is_set_takes_no_living_run_over(run, monkeypatch):
+    """psutil's time of a process's birth moves with the wall clock, and signs of life stay where
+    they are."""
+    first = Lease.acquire(run)
+    create_time = psutil.Process.create_time
+    monkeypatch.setattr(psutil.Process, "create_time", lambda self: create_time(self) + 3600)
+    then = time.time() - 3600
+    for kind in ("alive", "json"):
+        os.utime(entry_file(run, 1, kind), (then, then))
+    with pytest.raises(RunDirError, match="nothing was started"):
+        Lease.acquire(run)
+    first.release(75)
+    assert Lease.acquire(run).number == 2
+
+
+def test_an_entry_of_an_earlier_version_says_when_its_process_began(run):
+    Lease.acquire(run)
+    entry = json.loads((run.attempts / "0001.json").read_text())
+    del entry["nonce"]
+    entry["born"] = psutil.Process().create_time()
+    (run.attempts / "0001.json").write_text(json.dumps(entry))
+    assert is_alive(run)
+    entry["born"] -= 100
+    (run.attempts / "0001.json").write_text(json.dumps(entry))
+    assert not is_alive(run)
+
+
+def test_a_sign_of_life_from_the_future_is_watched_and_not_believed(run, monkeypatch):
+    monkeypatch.setattr(ledger, "SILENT_S", 0.3)
+    elsewhere(run, silent=-24 * 3600)
+    assert is_alive(run)  # for who only looks
+    began = time.monotonic()
+    assert Lease.acquire(run).number == 2
+    assert time.monotonic() - began >= 0.3
+
+
+def test_who_gives_another_sign_of_life_after_the_clock_was_set_back_lives(run, monkeypatch):
+    monkeypatch.setattr(ledger, "SILENT_S", 20.0)
+    elsewhere(run, silent=-24 * 3600)
+    beat = threading.Timer(0.3, entry_file(run, 1, "alive").touch)
+    beat.start()
+    with pytest.raises(RunDirError, match=r"lies 24 h 0 min ahead; nothing was started"):
+        Lease.acquire(run)
+    beat.join()

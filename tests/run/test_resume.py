@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+from pathlib import Path
 
 import pytest
 
 from runner.errors import DataError, ExpectationError, RunDirError, StorageError
+from runner.job.load import dump_job
 from runner.job.schema import Job
 from runner.run.attempts import attempt_numbers, sealed
 from runner.run.folder import RunDir
 from runner.run.lease import Lease
+from runner.run.ownership import prepare
 from runner.run.resume import StartOptions, acquire_run, check_finished, finished_run
 from runner.utils.files import write_atomic
 
@@ -63,10 +67,8 @@ def test_the_same_command_goes_on_where_a_run_ended(tmp_path):
 
 def test_a_folder_prepared_for_a_run_is_no_run_yet(tmp_path):
     # What `submit` does beforehand.
-    prepared = begin(StartOptions(run_dir=tmp_path / "made"))
     folder = tmp_path / "run"
-    folder.mkdir()
-    (folder / "job.toml").write_text(prepared.run.job.read_text())
+    prepare(RunDir(folder), JOB)
     (folder / "submit.sh").write_text("#!/bin/bash\n")
     attempt = begin(StartOptions(run_dir=folder))
     assert attempt.number == 1
@@ -200,6 +202,7 @@ def test_an_unfinished_run_without_a_ledger_is_refused(tmp_path):
 
 @pytest.mark.parametrize("text", ["", "name = ", "name = 5\n", "\0", "a = " + "[" * 100_000])
 def test_a_record_that_is_none_is_refused(tmp_path, text):
+    prepare(RunDir(tmp_path), JOB)
     (tmp_path / "job.toml").write_text(text)
     with pytest.raises(DataError, match=r"job\.toml: is not the record of a run"):
         acquire_run(JOB, StartOptions(run_dir=tmp_path))
@@ -209,3 +212,74 @@ def test_a_folder_that_cannot_be_used(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="File exists"):
         acquire_run(JOB, StartOptions(run_dir=tmp_path / "file"))
+
+
+def a_users_folder(folder: Path) -> dict[str, str]:
+    """What a person may keep beside a job: names of ours, none of it made by us."""
+    for name in ("model/notes.txt", "attempts/0001.json", "report.md", "train.csv"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text('{"tries": 3}')
+    (folder / "job.toml").write_text(dump_job(JOB) + "# mine\n")
+    return contents(folder)
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {str(p.relative_to(folder)): p.read_text() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("result", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [
+        lambda folder: StartOptions(run_dir=folder),
+        lambda folder: StartOptions(resume=folder),
+        lambda folder: StartOptions(run_dir=folder, restart=True),
+    ],
+)
+def test_a_folder_that_we_did_not_make_is_refused_and_stays(tmp_path, options, result):
+    if result:
+        (tmp_path / "result.json").write_text("{}")
+    before = a_users_folder(tmp_path)
+    with pytest.raises(DataError, match=r"is not a run that spantune made.*nothing was touched"):
+        acquire_run(JOB, options(tmp_path))
+    if result and not options(tmp_path).restart:
+        with pytest.raises(DataError, match="nothing was touched"):
+            finished_run(JOB, options(tmp_path))
+    assert contents(tmp_path) == before
+
+
+def test_a_job_file_alone_makes_no_run(tmp_path):
+    (tmp_path / "job.toml").write_text("# mine\n" + dump_job(JOB))
+    with pytest.raises(DataError, match=r"holds job\.toml and is not a run"):
+        acquire_run(JOB, StartOptions(run_dir=tmp_path))
+    assert contents(tmp_path) == {"job.toml": "# mine\n" + dump_job(JOB)}
+
+
+def test_a_run_that_an_older_version_has_submitted_starts(tmp_path):
+    (tmp_path / "job.toml").write_text(dump_job(JOB))
+    (tmp_path / "slurm.json").write_text('{"job_id": "7", "output": "o", "submitted": "s"}')
+    assert begin(StartOptions(run_dir=tmp_path)).number == 1
+
+
+def test_a_start_beside_one_that_is_making_its_entry_is_no_stranger(tmp_path):
+    (tmp_path / "attempts").mkdir()
+    (tmp_path / "attempts" / ".0001.json.here.1.2").touch()
+    assert begin(StartOptions(run_dir=tmp_path)).number == 1
+
+
+def test_a_restart_that_was_succeeded_puts_nothing_aside(tmp_path, monkeypatch):
+    """It is frozen just before, and another start finishes the run meanwhile."""
+    begin(StartOptions(run_dir=tmp_path)).release(75)
+    acquire = Lease.acquire.__func__
+
+    def overtaken(cls, run, *, anew=False):
+        lease = acquire(cls, run, anew=anew)
+        shutil.copy(run.attempts / "0001.json", run.attempts / "0003.json")
+        finish(run)
+        return lease
+
+    monkeypatch.setattr(Lease, "acquire", classmethod(overtaken))
+    with pytest.raises(RunDirError, match="was taken over"):
+        acquire_run(JOB, StartOptions(run_dir=tmp_path, restart=True))
+    assert RunDir(tmp_path).finished()
+    assert not (tmp_path / "before-0002").exists()

@@ -123,7 +123,7 @@ def test_a_run_is_prepared_and_submitted(fake_slurm, tmp_path):
     run = RunDir(done.folder)
     assert done.folder.parent == tmp_path / "runs" / "n"
     assert sorted(path.name for path in done.folder.iterdir()) == [
-        *("job.toml", "slurm.json", "submit.sh")
+        *(".prepared.json", "job.toml", "slurm.json", "submit.sh")
     ]
     assert load_job(run.job) == load_job("job.toml", ["slurm.partition=gpu"])
     script = run.submit_script.read_text()
@@ -185,7 +185,7 @@ def test_what_was_in_a_folder_stays_whatever_fails(fake_slurm, tmp_path, path, n
     (folder / "thesis").mkdir(parents=True)
     (folder / "thesis" / "chapter.tex").write_text("mine")
     (folder / "submit.sh").write_text("mine")
-    with pytest.raises((SlurmError, JobError)):
+    with pytest.raises(DataError, match=r"holds submit\.sh, thesis and is not"):
         (submit_sweep if path == "sweep.toml" else submit_run)(order(path), tmp_path, folder)
     assert (folder / "thesis" / "chapter.tex").read_text() == "mine"
     assert (folder / "submit.sh").read_text() == "mine"
