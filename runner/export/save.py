@@ -6,7 +6,6 @@ import errno
 import os
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from runner.job.inference import KEY, InferenceSettings
-from runner.utils.files import is_there, storage_errors
+from runner.utils.files import Fence, is_there, storage_errors
 
 
 def gathered_state(engine: Any, stage: int) -> dict[str, Tensor]:
@@ -83,7 +82,7 @@ def export_model(
             path.chmod(mode)  # safetensors writes files that only their owner can read
 
 
-def publish_model(exported: Path, folder: Path, fence: Callable[[], None] = lambda: None) -> None:
+def publish_model(exported: Path, folder: Path, fence: Fence = lambda: None) -> None:
     """Let `folder` be the exported model of a checkpoint: the same files, not copies, where the
     file system has links. `fence`, asked before what is there is removed or renamed, raises if it
     is no longer ours.

@@ -14,10 +14,11 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 
-from runner.errors import RunDirError, RunnerError
+from runner.errors import RunDirError, RunnerError, StorageError
 from runner.run.attempts import (
     SILENT_S,
     AttemptRecord,
@@ -100,6 +101,15 @@ class Lease:
                 f"{self.run.path} was taken over by {name}, because this start gave no sign of life"
                 f" for {duration(SILENT_S)}; it ends without writing anything more"
             )
+
+    @contextmanager
+    def explaining(self) -> Iterator[None]:
+        """Tell what fails in a start that was taken over as just that: its files were removed."""
+        try:
+            yield
+        except StorageError:
+            self.verify()
+            raise
 
     def is_held(self) -> bool:
         """Whether no later start has claimed the run."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -95,7 +96,12 @@ def train(job: Job, *, lease: Lease | None, threads: int | None = None) -> RunDi
     heartbeats = RankHeartbeats(run, number, rank.index, rank.world, nonce)
     seconds = 60 * job.train.timeout_minutes
     watchdog = Watchdog(heartbeats, rank.index, seconds, lease, is_connection_lost)
-    with watchdog.explaining(), storage_errors(), full_disk_errors(), explaining_oom(watchdog):
+    with ExitStack() as explained:
+        explained.enter_context(watchdog.explaining())
+        if lease is not None:
+            explained.enter_context(lease.explaining())
+        for failures in (storage_errors(), full_disk_errors(), explaining_oom(watchdog)):
+            explained.enter_context(failures)
         log = RunLog(job, run, rank, lease)
         session = build_session(job, run, rank, device, timer, watchdog)
         checkpoints = CheckpointManager(
