@@ -37,6 +37,7 @@ from runner.run.attempts import (
 from runner.run.folder import RunDir
 from runner.run.lease import Lease
 from runner.utils.files import write_json
+from runner.utils.processes import is_stopped
 from runner.utils.tables import append_row, read_rows
 
 ROOT = Path(__file__).parents[2]
@@ -385,6 +386,8 @@ def test_a_frozen_start_that_thaws_is_fenced(run):
     assert process.stdout.readline() == "1\n"
     process.send_signal(signal.SIGSTOP)
     try:
+        while not is_stopped(process.pid):
+            time.sleep(0.01)
         with pytest.raises(RunDirError):
             Lease.acquire(run)
         for kind in ("alive", "json"):
