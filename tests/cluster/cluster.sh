@@ -1,7 +1,7 @@
 #!/bin/bash
 # A real SLURM cluster of virtual nodes on one machine, from Debian's packages, for tests. Nodes come in
-# pairs, n1 and n2, n3 and n4, ...: partition pN has the Nth pair, and a job in urgentN preempts those in
-# pN. What happens to a job there, to a node even, disturbs no job of another pair: all runs at once.
+# pairs, n1 and n2, n3 and n4, ...: partition pN has the Nth pair, as have cancelN, and urgentN whose jobs
+# preempt those in both: in pN they are requeued after a while, in cancelN killed at once. What happens to a job there, to a node even, disturbs no job of another pair: all runs at once.
 #
 #   cluster.sh install        apt packages (needs root; nothing else does)
 #   cluster.sh start DIR      starts munged, slurmctld and a slurmd for each node in DIR, until all idle
@@ -110,6 +110,7 @@ $(for ((i = 1; i <= PAIRS; i++)); do
     # In the second pair whole runs queue up: side by side they would take too much memory.
     echo "PartitionName=p$i $nodes PriorityTier=1 GraceTime=120" \
       "$([ $i != 1 ] || echo Default=YES) $([ $i != 2 ] || echo MaxCPUsPerNode=2)"
+    echo "PartitionName=cancel$i $nodes PriorityTier=1 PreemptMode=CANCEL"
     echo "PartitionName=urgent$i $nodes PriorityTier=10 PreemptMode=OFF"
   done)
 CONF

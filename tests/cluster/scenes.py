@@ -66,6 +66,12 @@ def submit_all(jobs: Jobs) -> dict[str | int, Scene]:
         "warned of the limit": jobs.submit("listens", **EARLY),
         "killed rank": jobs.submit("listens", nodes=2, **PAIR),
         "preempted": jobs.submit("listens", nodes=2, partition="p5", **PAIR),
+        "killed by preemption": jobs.submit("listens", nodes=2, partition="cancel5", **PAIR),
+        "killed by preemption, no requeue": jobs.submit(
+            "listens", partition="cancel5", requeue=False
+        ),
+        "killed by preemption, refused": jobs.submit("listens", partition="cancel5"),
+        "killed by preemption, array": jobs.submit("listens", partition="cancel5", trials=1),
         "warned": jobs.submit("listens", nodes=2),
         "warned early": jobs.submit("late", nodes=2),
         "requeued": jobs.submit("listens", **PAIR),
@@ -99,6 +105,10 @@ def disturb(cluster: Cluster, made: dict[str | int, Scene]) -> Iterator[tuple[st
     cluster.do("scancel", up("cancelled", 2))
     warn(up("warned, then cancelled", 1))
     up("preempted", 4)
+    up("killed by preemption", 4)
+    up("killed by preemption, no requeue", 1)
+    cluster.do("scontrol", "update", f"JobId={up('killed by preemption, refused', 1)}", "Requeue=0")
+    seen(made["killed by preemption, array"][1] / "trial-0", 0, 0)
     cluster.step("sleep 1", partition="urgent5", nodes=2, ntasks_per_node=32)
     job, run = made["array"]
     for index in (0, 1):
