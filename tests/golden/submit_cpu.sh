@@ -27,7 +27,7 @@ echo "$(date '+%F %T') job $job, start $((${SLURM_RESTART_COUNT:-0} + 1)) on $SL
 
 # --- signals
 # USR2 means: save, to be requeued. It comes to this shell alone (B:), 180 s before the end of
-# the time, and at a preemption where the cluster has preempt_send_user_signal. srun passes it to
+# the time, and at a preemption with GraceTime and preempt_send_user_signal. srun passes it to
 # all ranks, again and again: one that is still loading its libraries does not listen yet.
 # TERM means: save and end. It comes from scancel, scontrol requeue, a preemption, and at the end of
 # the time, to this shell and to all ranks. To requeue ourselves then would bring a cancelled job
