@@ -119,6 +119,13 @@ def test_preemption_by_cancel_requeues_one_trial_of_an_array(cluster, scenes):
     assert first_signal(run / "trial-0", 0) == "SIGTERM"
 
 
+def test_scancel_of_a_job_that_is_about_to_be_preempted_is_a_cancel(cluster, scenes):
+    job, run = scenes["cancelled in its grace"]
+    assert outcome(cluster, job) == ("CANCELLED", "75:0", "0")
+    assert cluster.show(job)["PreemptTime"] != "None"
+    assert "go on with" not in (run / f"slurm-{job}.out").read_text()
+
+
 @pytest.mark.parametrize("why", ["no requeue", "refused"])
 def test_preemption_by_cancel_says_how_to_go_on_where_it_must_not_requeue(cluster, scenes, why):
     job, run = scenes[f"killed by preemption, {why}"]
