@@ -26,7 +26,7 @@ from runner.run.attempts import (
 )
 from runner.run.folder import RunDir
 from runner.run.sweep import SWEEP_MANIFEST, read_manifest
-from runner.slurm.client import FORGOTTEN, SlurmJob, Submission, job_states, read_submission
+from runner.slurm.client import FORGOTTEN, KILLED, SlurmJob, Submission, job_states, read_submission
 from runner.utils.files import below_here, read_json, read_regular
 from runner.utils.tables import CellValue, read_rows
 from runner.utils.text import duration, first_line
@@ -277,7 +277,7 @@ def _state(run: RunDir, start: NewestStart | None, job: SlurmJob | None) -> tupl
         return ("running" if alive else "starting"), False
     if alive:
         return "running", False
-    if job is not None and job.state in ("CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY"):
+    if job is not None and job.state in KILLED:
         return job.state.lower().replace("_", " "), True
     if start is None:
         return ("not started" if job is None else "ended before it began"), True
