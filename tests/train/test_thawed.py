@@ -177,3 +177,20 @@ def test_a_folder_that_was_removed_and_made_anew_is_another_runs(
     assert "was removed while this start ran, and made anew" in first.text()
     assert contents(run) == before
     assert sorted(path.name for path in run.attempts.iterdir()) == ledger
+
+
+def test_ranks_that_are_suspended_together_go_on(
+    zygote: Zygote, job_file: Path, tmp_path: Path
+) -> None:
+    """By a scheduler, a container or Ctrl-Z, for longer than a rank may stand still."""
+    run = RunDir(tmp_path / "run")
+    arguments = [job_file, "--run-dir", run.path, "--set", "train.timeout_minutes=0.05"]
+    here = tmp_path / "here"
+    pause = f"import time; open({str(here)!r}, 'w').close(); time.sleep(1)"
+    running = zygote.start(*arguments, ranks=2, code=at_step(6, 0, pause))
+    while not here.exists():
+        time.sleep(0.02)
+    running.kill("all", signal.SIGSTOP)
+    time.sleep(5)
+    running.kill("all", signal.SIGCONT)
+    assert running.wait() == [0, 0], running.text()
