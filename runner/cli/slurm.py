@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,12 @@ from runner.cli.output import (
     write_line,
     write_table,
 )
-from runner.errors import JobError, RunnerError, printable
+from runner.errors import JobError, RunnerError, printable, printable_lines
 from runner.run.attempts import check_budget
 from runner.run.folder import RunDir
 from runner.slurm.control import cancel_runs, follow_log
 from runner.slurm.request import SubmitRequest, prepare
-from runner.slurm.status import find_runs, named_runs, run_statuses, table_rows
+from runner.slurm.status import RunStatus, find_runs, named_runs, run_statuses, table_rows
 from runner.slurm.submit import draft, submit_run, submit_sweep
 from runner.utils.files import below_here
 from runner.utils.tables import rich_table
@@ -116,7 +117,21 @@ def _status_table(arguments: argparse.Namespace) -> tuple[RenderableType, bool]:
     rows = table_rows(statuses, arguments.runs)
     table = rich_table("", rows) if rows else Text(printable(f"no runs in {arguments.runs}"))
     over = all(status.over for status in statuses)
-    return Group(*([Text(silence)] if silence else []), table), over
+    messages = _messages(statuses, arguments.runs)
+    return Group(*([Text(silence)] if silence else []), table, *messages), over
+
+
+def _messages(statuses: Sequence[RunStatus], root: Path) -> list[Text]:
+    """Why runs are over: of one run all that it says, of several a line each."""
+    if len(statuses) == 1:
+        return [Text(printable_lines(status.message)) for status in statuses if status.message]
+    firsts = [
+        (status.name(root), status.message.split("\n")[0]) for status in statuses if status.message
+    ]
+    return [
+        Text(printable(f"{name}: {first}"), no_wrap=True, overflow="ellipsis")
+        for name, first in firsts
+    ]
 
 
 def add_logs(verbs: Any) -> None:

@@ -11,11 +11,13 @@ import json
 import os
 import socket
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 
 from runner.errors import StorageError
 from runner.run.attempts import entry_file, read_attempt
 from runner.run.folder import RunDir
+from runner.utils.console import append_log
 from runner.utils.files import is_there, parse_json, storage_errors
 from runner.utils.processes import machine_id, process_start, same_process
 
@@ -166,6 +168,13 @@ class RankHeartbeats:
         except OSError:
             return True
         return True
+
+    def append_log(self, words: str) -> None:
+        """Add to the run's log, if the run is still this attempt's, as far as can be seen now."""
+        with suppress(StorageError):
+            successor = is_there(entry_file(self._run, self._attempt + 1, "json"))
+            if self._is_ours() and not successor:
+                append_log(self._run.log, words)
 
     def output_is_claimed(self) -> bool:
         """Whether some rank has told the user why the run ends, as far as can be seen now."""

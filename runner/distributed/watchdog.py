@@ -76,7 +76,7 @@ class Watchdog:
         except RunnerError as error:
             self._over.set()
             self._heartbeats.leave_note(ExitNote(error.exit_code, str(error), waits=False))
-            error.speaks = self._heartbeats.claim_output()
+            error.speaks = self._speaks(str(error))
             raise
         except Exception as error:
             self._over.set()
@@ -84,7 +84,7 @@ class Watchdog:
                 raise self._explained(error) from None
             first = (str(error).splitlines() or [""])[0]
             text = f"at {self.place}: {type(error).__name__}: {first}"
-            self._heartbeats.claim_output(at_once=True)  # with its traceback
+            self._speaks(traceback.format_exc(), at_once=True)
             self._heartbeats.leave_note(ExitNote(RunnerError.exit_code, text, waits=False))
             raise
 
@@ -97,8 +97,7 @@ class Watchdog:
         notes, gone = diagnose(self._heartbeats, self._rank, SIGN_OF_LIFE_S)
         said = next(((r, w) for r, w in sorted(notes.items()) if not w.waits), None)
         if said is not None:
-            name = f"rank {said[0]}"
-            found = RunnerError(said[1].text if name in said[1].text else f"{name}: {said[1].text}")
+            found = RunnerError(_told_by(*said))
             found.exit_code = said[1].code
         elif gone:
             names = ", ".join(self._heartbeats.name(rank) for rank in gone)
@@ -108,8 +107,16 @@ class Watchdog:
             )
         else:
             found = MachineError(f"the connection between ranks broke at {self.place}: {first}")
-        found.speaks = self._heartbeats.claim_output()
+        found.speaks = self._speaks(str(found))
         return found
+
+    def _speaks(self, words: str, *, at_once: bool = False) -> bool:
+        """Whether this rank is the one that tells the user; it then tells the run's log too, unless
+        the end of its lease does."""
+        speaks = self._heartbeats.claim_output(at_once=at_once)
+        if speaks and self._lease is None:
+            self._heartbeats.append_log(words)
+        return speaks
 
     # --- the watching thread
 
@@ -173,14 +180,17 @@ class Watchdog:
         on a device for a rank that is gone."""
         if not self._over.is_set():
             notes = sorted(self._heartbeats.notes().items())
-            codes = [said.code for _, said in notes if not said.waits]
-            self._leave(codes[0] if codes else MachineError.exit_code)
+            said = next(((rank, note) for rank, note in notes if not note.waits), None)
+            if said is not None:
+                self._leave(said[1].code, _told_by(*said))
+            else:
+                self._leave(MachineError.exit_code, f"the run has ended without rank {self._rank}")
 
-    def _leave(self, code: int) -> None:
+    def _leave(self, code: int, message: str) -> None:
         try:
             if self._lease is not None:
                 with suppress(RunnerError):  # the next start then waits for a silence
-                    self._lease.release(code)
+                    self._lease.release(code, message)
         finally:
             os._exit(code)
 
@@ -218,6 +228,12 @@ class Watchdog:
         )
         if self._over.is_set():
             return  # the main thread has come to an end meanwhile, and explains it
-        if self._heartbeats.claim_output():
+        if self._speaks(str(error)):
             print_error(str(error))
-        self._leave(error.exit_code)
+        self._leave(error.exit_code, str(error))
+
+
+def _told_by(rank: int, note: ExitNote) -> str:
+    """What a rank has left, with its name."""
+    name = f"rank {rank}"
+    return note.text if name in note.text else f"{name}: {note.text}"

@@ -20,7 +20,8 @@ from runner.run.attempts import AttemptRecord, entry_file
 from runner.run.folder import RunDir
 from runner.slurm import control
 from runner.slurm.client import Submission, write_submission
-from runner.slurm.control import follow_log, log_file
+from runner.slurm.control import follow_log
+from runner.slurm.starts import log_file
 
 
 @pytest.fixture

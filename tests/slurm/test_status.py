@@ -17,7 +17,8 @@ from runner.errors import Interrupted, RunDirError
 from runner.run.attempts import AttemptRecord, check_budget, entry_file
 from runner.run.folder import RunDir
 from runner.slurm.client import Submission, write_submission
-from runner.slurm.status import find_runs, newest_start, run_statuses
+from runner.slurm.starts import newest_start
+from runner.slurm.status import find_runs, run_statuses
 from runner.utils.tables import append_row
 
 UNKNOWN = {"squeue": "echo 'error: Invalid job id specified' >&2; exit 1", "sacct": "exit 1"}
@@ -124,7 +125,7 @@ def test_a_folder_that_may_only_be_read(monkeypatch):
     def refuse(*_):
         raise PermissionError
 
-    monkeypatch.setattr("runner.slurm.status.describe_if_alive", refuse)
+    monkeypatch.setattr("runner.slurm.starts.describe_if_alive", refuse)
     found = newest_start(run)
     assert found is not None
     assert found.alive
