@@ -42,8 +42,7 @@ def follow_log(run: RunDir, *, forever: bool) -> Iterator[str]:
             if place == 0:
                 [status], _ = run_statuses([run])
                 raise RunDirError(
-                    f"{run.path} has said nothing yet: there is no {path.name}; it stands at"
-                    f" {status.state!r}"
+                    f"{run.path} has said nothing yet: there is no {path.name}; {status.sentence}"
                 )
             return
         if time.monotonic() - last_query > STATE_POLL_S or not last_query:
@@ -51,9 +50,8 @@ def follow_log(run: RunDir, *, forever: bool) -> Iterator[str]:
             [status], silence = run_statuses([run])
             if read_log(path, place):  # there is more since: what it said last comes first
                 continue
-            state = "\n".join(filter(None, (status.state, status.message)))
-            if place == 0 and last_state != state:
-                last_state = state
+            if place == 0 and last_state != status.sentence:
+                last_state = status.sentence
                 yield f"{last_state}\n"
             if status.over and not silence:
                 yield decode(b"", final=True)

@@ -60,6 +60,11 @@ class RunStatus:
     place: str
     message: str = ""
 
+    @property
+    def sentence(self) -> str:
+        """State and message."""
+        return ": ".join(filter(None, (self.state, self.message)))
+
     def name(self, root: Path) -> str:
         """What to call the run; runs below `root` are called by what follows it."""
         path, root = self.run.path, root.absolute()
@@ -219,12 +224,14 @@ def _run_status(
 def _message(run: RunDir, start: NewestStart | None) -> str:
     """Why a run is over; nothing if it succeeded. Of one that was killed, and of a job that failed
     before its run began, nothing is left but the last line of the log."""
+    if run.finished() and (start is None or start.exit_code != 78):
+        return ""
     if start is not None and start.message:
         said = start.message
         for name in (str(run.path), below_here(run.path)):  # which the reader knows
             said = said.removeprefix(f"{name}: ")
         return said
-    return "" if run.finished() else last_line(run)
+    return last_line(run)
 
 
 def _state(run: RunDir, start: NewestStart | None, job: SlurmJob | None) -> tuple[str, bool]:
