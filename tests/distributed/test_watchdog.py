@@ -16,6 +16,7 @@ from runner.distributed import watchdog as module
 from runner.distributed.heartbeat import ExitNote, RankHeartbeats
 from runner.distributed.watchdog import Watchdog
 from runner.errors import MachineError, RunnerError, StorageError
+from runner.run.attempts import read_end
 from runner.run.folder import RunDir
 
 ROOT = Path(__file__).parents[2]
@@ -192,6 +193,8 @@ def test_a_rank_that_gives_no_sign_of_life_is_named_even_so(tmp_path):
 
 def test_a_rank_that_does_not_notice_the_end_follows_with_its_code(tmp_path):
     before = (
+        "from runner.run.lease import Lease\n"
+        "w._lease = Lease.acquire(RunDir(sys.argv[1]))\n"
         "other = RankHeartbeats(RunDir(sys.argv[1]), 1, 1, 2)\n"
         "other.register()\n"
         "from runner.distributed.heartbeat import ExitNote\n"
@@ -200,6 +203,9 @@ def test_a_rank_that_does_not_notice_the_end_follows_with_its_code(tmp_path):
     )
     done = stuck(tmp_path, nap=60, bounded=False, world=2, before=before)
     assert (done.returncode, done.stderr) == (76, "")
+    end = read_end(RunDir(tmp_path), 1)
+    assert end is not None
+    assert (end.exit_code, end.message) == (76, "rank 1: the loss is nan")
 
 
 # All ranks of a run in one process, each step as much work for the processor as takes a part of the
