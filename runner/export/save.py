@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import secrets
 import shutil
 from pathlib import Path
 from typing import Any
@@ -90,22 +91,27 @@ def publish_model(exported: Path, folder: Path, fence: Fence = lambda: None) -> 
     Raises:
         StorageError: if it cannot be made; what stood there before is untouched.
     """
-    aside, old = folder.with_name(".model.new"), folder.with_name(".model.old")
+    # Names of its own: what a start that was succeeded still copies lands in none of its heir's.
+    mark = f".{folder.name}.{secrets.token_hex(4)}"
+    aside, old = folder.with_name(f"{mark}.new"), folder.with_name(f"{mark}.old")
     with storage_errors(folder):
         fence()
-        for leftover in (aside, old):
+        for leftover in folder.parent.glob(f".{folder.name}.*"):
             shutil.rmtree(leftover, ignore_errors=True)
-        shutil.copytree(exported, aside, copy_function=_link)
-        fence()
-        if is_there(folder):
-            folder.rename(old)
         try:
-            aside.rename(folder)
-        except OSError:
-            if old.exists():
-                old.rename(folder)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
+            shutil.copytree(exported, aside, copy_function=_link)
+            fence()
+            if is_there(folder):
+                folder.rename(old)
+            try:
+                aside.rename(folder)
+            except OSError:
+                if old.exists():
+                    old.rename(folder)
+                raise
+        finally:
+            for leftover in (aside, old):
+                shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _link(source: str, target: str) -> None:

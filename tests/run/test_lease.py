@@ -443,6 +443,8 @@ def test_a_frozen_start_that_thaws_is_fenced(run):
     while not is_stopped(process.pid):
         time.sleep(0.01)
     try:
+        while not is_stopped(process.pid):
+            time.sleep(0.01)
         with pytest.raises(RunDirError):
             Lease.acquire(run)
         for kind in ("alive", "json"):

@@ -50,6 +50,8 @@ PLACES = [
             ("runner.checkpoint.store:CheckpointStore.clean", "resumed"),
             ("runner.checkpoint.store:CheckpointStore.begin", "new"),
             ("runner.checkpoint.store:CheckpointStore.commit", "new"),
+            ("runner.export.save:shutil.copytree", "new"),
+            ("runner.utils.tables:_cell", "resumed"),
             ("runner.train.run_log:write_json", "resumed"),
             ("runner.train.run_log:append_row", "new"),
             ("runner.train.run_log:draw_curves", "new"),
@@ -123,6 +125,28 @@ def test_a_start_that_thaws_changes_nothing_of_its_heirs_run(
     codes, text = zygote.run(*arguments)
     assert codes == [0], text
     assert "finished already" in text
+
+
+@pytest.mark.parametrize(("other", "code"), [(False, 0), (True, 65)])
+def test_a_start_that_comes_late_looks_again_at_what_is_there(
+    zygote: Zygote, job_file: Path, tmp_path: Path, other: bool, code: int
+) -> None:
+    """It found an empty folder, is frozen before it takes the lease, and finds a run when it has
+    it: its own job's, finished meanwhile, or another's."""
+    run, options = RunDir(tmp_path / "run"), ["--set", "train.epochs=1"]
+    place = "runner.run.lease:_create_entry"
+    first = zygote.start(job_file, "--run-dir", run.path, *options, code=FREEZE.format(place=place))
+    try:
+        frozen(first)
+        changed = ["--set", "train.learning_rate=1e-4"] if other else []
+        codes, text = zygote.run(job_file, "--run-dir", run.path, *options, *changed)
+        assert codes == [0], text
+        before = contents(run)
+    finally:
+        first.kill(0, signal.SIGCONT)
+    assert first.wait() == [code], first.text()
+    assert ("holds a run of another job" if other else "finished already") in first.text()
+    assert contents(run) == before
 
 
 @pytest.mark.parametrize(
