@@ -15,7 +15,7 @@ from runner.errors import DataError, RunDirError, RunnerError, SlurmError, Stora
 from runner.run.attempts import AttemptRecord, EndRecord, attempt_numbers, entry_file
 from runner.run.folder import RunDir
 from runner.run.sweep import SWEEP_MANIFEST, read_manifest
-from runner.slurm.client import FORGOTTEN, SlurmJob, Submission, job_states, read_submission
+from runner.slurm.client import FORGOTTEN, KILLED, SlurmJob, Submission, job_states, read_submission
 from runner.slurm.starts import (
     NewestStart,
     last_line,
@@ -249,7 +249,7 @@ def _state(run: RunDir, start: NewestStart | None, job: SlurmJob | None) -> tupl
         return ("running" if alive else "starting"), False
     if alive:
         return "running", False
-    if job is not None and job.state in ("CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY"):
+    if job is not None and job.state in KILLED:
         return job.state.lower().replace("_", " "), True
     if start is None:
         return ("not started" if job is None else "ended before it began"), True

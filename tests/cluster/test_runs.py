@@ -109,6 +109,20 @@ def test_a_killed_rank_ends_the_job(disturbed):
     assert "failed (71)" in seen.status
 
 
+def test_preemption_by_cancel_goes_on(disturbed):
+    seen = disturbed["preempted by CANCEL"]
+    assert seen.ends == [75]
+    assert not seen.finished
+    assert len(seen.stops) == 1
+    assert seen.stops[-1] in of("SIGTERM")
+
+
+def test_scancel_is_no_preemption_even_after_one(disturbed):
+    seen = disturbed["cancelled after it was preempted"]
+    assert seen.end == ("CANCELLED", "75:0", "1"), seen.output
+    assert seen.ends == [75]
+
+
 def test_requeue_goes_on(disturbed):
     seen = disturbed["requeued"]
     assert seen.ends == [75]

@@ -148,6 +148,7 @@ def test_a_folder_that_may_only_be_read(monkeypatch):
         ("17|COMPLETING|None|1:00|n1", "ending", "ending"),
         ("17|SUSPENDED|None|1:00|n1", "suspended", "suspended"),
         ("17|CANCELLED|None|1:00|n1", "cancelled", "cancelled"),
+        ("17|PREEMPTED|None|1:00|n1", "preempted", "preempted"),
         ("17|TIMEOUT|TimeLimit|1:00|n1", "timeout", "timeout"),
         ("17|NODE_FAIL|None|1:00|n1", "node fail", "node fail"),
         ("17|FAILED|NonZeroExitCode|1:00|n1", "ended before it began", "interrupted"),
@@ -413,6 +414,20 @@ def test_the_batch_script_is_told(capsys):
 
 
 # ---- the command
+
+
+def test_a_preempted_run_says_how_it_goes_on(fake_slurm, capsys):
+    fake_slurm(squeue="echo '17|PREEMPTED|None|1:00|n1'; echo '18|CANCELLED|None|1:00|n1'")
+    for number in (17, 18):
+        run = make_run(f"n/the run {number}")
+        submit(run, str(number))
+        start(run, code=75, job=str(number))
+    assert main(["status"]) == 0
+    out = capsys.readouterr().out
+    folder = "runs/n/the run 17"
+    said = f"preempted; go on with: spantune submit '{folder}/job.toml' --run-dir '{folder}'"
+    assert said in [line.rstrip() for line in out.splitlines()]
+    assert out.count("go on with") == 1
 
 
 def test_the_table(capsys, monkeypatch):
