@@ -186,11 +186,13 @@ class Watchdog:
             else:
                 self._leave(MachineError.exit_code, f"the run has ended without rank {self._rank}")
 
-    def _leave(self, code: int, message: str) -> None:
+    def _leave(self, code: int, message: str, *, speaks: bool = False) -> None:
         try:
             if self._lease is not None:
                 with suppress(RunnerError):  # the next start then waits for a silence
                     self._lease.release(code, message)
+            if speaks:  # only now: printing may fail, or wait for ever
+                print_error(message)
         finally:
             os._exit(code)
 
@@ -228,9 +230,7 @@ class Watchdog:
         )
         if self._over.is_set():
             return  # the main thread has come to an end meanwhile, and explains it
-        if self._speaks(str(error)):
-            print_error(str(error))
-        self._leave(error.exit_code, str(error))
+        self._leave(error.exit_code, str(error), speaks=self._speaks(str(error)))
 
 
 def _told_by(rank: int, note: ExitNote) -> str:
