@@ -22,7 +22,7 @@ from runner.cli.output import (
     write_line,
     write_table,
 )
-from runner.errors import JobError, RunnerError, printable
+from runner.errors import JobError, RunnerError, printable, printable_lines
 from runner.run.attempts import check_budget
 from runner.run.folder import RunDir
 from runner.slurm.control import cancel_runs, follow_log
@@ -125,7 +125,21 @@ def _status_table(arguments: argparse.Namespace) -> tuple[RenderableType, Sequen
     statuses, silence = run_statuses(find_runs(arguments.named, arguments.runs))
     rows = table_rows(statuses, arguments.runs)
     table = rich_table("", rows) if rows else Text(printable(f"no runs in {arguments.runs}"))
-    return Group(*([Text(silence)] if silence else []), table), statuses
+    messages = _messages(statuses, arguments.runs)
+    return Group(*([Text(silence)] if silence else []), table, *messages), statuses
+
+
+def _messages(statuses: Sequence[RunStatus], root: Path) -> list[Text]:
+    """Why runs are over: of one run all that it says, of several a line each."""
+    if len(statuses) == 1:
+        return [Text(printable_lines(status.message)) for status in statuses if status.message]
+    firsts = [
+        (status.name(root), status.message.split("\n")[0]) for status in statuses if status.message
+    ]
+    return [
+        Text(printable(f"{name}: {first}"), no_wrap=True, overflow="ellipsis")
+        for name, first in firsts
+    ]
 
 
 def add_logs(verbs: Any) -> None:

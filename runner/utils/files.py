@@ -45,7 +45,8 @@ def open_own(path: Path, mode: str, **options: Any) -> Any:
 
 
 def _without_links(name: str, flags: int) -> int:
-    return os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    # A pipe that nobody reads is an error, which to open would else wait for ever.
+    return os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
 
 
 def write_atomic(path: Path, text: str, fence: Fence | None = None) -> None:
