@@ -14,7 +14,6 @@ looked for (`stat`) may be answered from memory for a minute.
 from __future__ import annotations
 
 import json
-import math
 import os
 import socket
 import time
@@ -31,10 +30,11 @@ from runner.utils.files import is_there, parse_json, storage_errors
 from runner.utils.processes import machine_id, process_start, same_process
 
 RANK_BEAT_S = 10.0  # seconds between signs of life
-LOOKS = 8  # other ranks whose files each rank may read at an end, however many there are
+LOOKS = 4  # other ranks whose files each rank may read at an end, however many there are
 _HEAD, _WHOLE = 1024, 8192  # bytes: who it is, then its note
 _LONGEST_PAUSE_S = 4.0  # between two listings at an end; each pause is twice the last
-_MARGIN_S = 3.0  # seconds in which what one rank has done is surely seen by the others
+_MARGIN_S = 5.0  # seconds after which the ranks that were cut off have left their notes
+_LATER_S = 12.0  # seconds by which others are more patient than the lowest rank
 
 
 @dataclass(frozen=True)
@@ -213,6 +213,8 @@ class RankHeartbeats:
             _create(path)
         except FileExistsError:
             return False
+        except FileNotFoundError:  # the folder is gone, which rank 0 sees too
+            return self._rank == 0
         except OSError:
             return True
         return True
@@ -282,8 +284,8 @@ def diagnose(
         dead or silent.
     """
     inquiry, pause = _Inquiry(heartbeats, rank), 0.1 * (1 + rank / heartbeats.world)
-    while not inquiry.is_over(patience):
-        time.sleep(pause)
+    while rest := inquiry.ask(patience):
+        time.sleep(min(pause, rest))
         pause = min(2 * pause, _LONGEST_PAUSE_S)
     return inquiry.notes, inquiry.gone
 
@@ -293,23 +295,26 @@ class _Inquiry:
 
     def __init__(self, heartbeats: RankHeartbeats, rank: int) -> None:
         self._heartbeats, self._rank = heartbeats, rank
-        self._began, self._claimed = time.monotonic(), math.inf
+        self._began = time.monotonic()
+        self._claimed: float | None = None  # when it was seen that somebody explains the end
         self._first: dict[int, Sight] = {}  # of ranks that had left no note
         self._last: dict[int, Sight] = {}
         self.notes: dict[int, ExitNote] = {}
         self.gone: list[int] = []
 
-    def is_over(self, patience: float) -> bool:
-        """List the names once more; whether nothing is left to wait for."""
+    def ask(self, patience: float) -> float:
+        """List the names once more; returns the seconds that are left to wait, 0 if none are."""
         missing, now = self._call_roll(), time.monotonic()
         lowest = self._rank <= min(self.notes, default=self._rank)
-        over = now >= self._began + patience + (0 if lowest else _MARGIN_S)
-        explained = now >= self._claimed + _MARGIN_S  # the note of who explains it may come later
-        mine = len(missing) <= LOOKS or (lowest and now > self._began + _MARGIN_S)
-        if mine and not explained and (over or not self._first):
-            if not self._first:
-                self._began, over = now, False  # whether they live is seen from here on
-            self._look_at(missing)
+        if self._claimed is None:
+            mine = len(missing) <= LOOKS or (lowest and now > self._began + _MARGIN_S)
+            if mine and not self._first:
+                self._began = now  # whether they live is seen from here on
+            until = self._began + patience + (0 if lowest else _LATER_S)
+            if mine and (not self._first or now >= until):
+                self._look_at(missing)
+        else:
+            until = self._claimed + _MARGIN_S  # the note of who explains it may come after that
         unclear, self.gone = [], []
         for rank in (rank for rank in missing if rank not in self.notes):
             sight = self._last.get(rank)
@@ -318,7 +323,7 @@ class _Inquiry:
             unclear += [rank] if not dead and (still or sight is None) else []
             self.gone += [rank] if dead or still else []
         faulty = any(not note.waits for note in self.notes.values())
-        return over or explained or faulty or not unclear
+        return 0.0 if faulty or not unclear else max(0.0, until - now)
 
     def _call_roll(self) -> list[int]:
         """Note who left a note; returns the ranks that left none."""
@@ -326,8 +331,8 @@ class _Inquiry:
             roll = self._heartbeats.roll_call()
         except OSError:  # perhaps the next time
             roll = RollCall({}, claimed=False)
-        if roll.claimed:
-            self._claimed = min(self._claimed, time.monotonic())
+        if roll.claimed and self._claimed is None:
+            self._claimed = time.monotonic()
         faulty = sorted(rank for rank, waits in roll.ended.items() if not waits)
         waiting = ExitNote(MachineError.exit_code, "", waits=True)
         self.notes |= {rank: waiting for rank, waits in roll.ended.items() if waits}

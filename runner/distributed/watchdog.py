@@ -23,6 +23,7 @@ TICK_S = 1.0  # seconds between two looks
 SIGN_OF_LIFE_S = RANK_BEAT_S + 7  # seconds in which a living rank surely shows itself
 LOOK_S = 15.0  # seconds at most between two looks whether the run has ended elsewhere
 NEIGHBOUR_S = 120.0  # seconds at most between two looks at another rank that is heard
+NAMED = 8  # ranks at fault that are named; a machine often has as many
 LONG_WORK_FACTOR = 12  # times as long as a step may take reading the data, saving and the like
 # Where a main thread stands that waits for other ranks.
 _WAITING = ("torch/distributed", "deepspeed/comm", "runner/distributed/collectives")
@@ -32,7 +33,7 @@ class Watchdog:
     """Follows this rank's main thread from a thread of its own.
 
     Args:
-        heartbeats: the ranks' files.
+        heartbeats: the ranks' files, this one's registered.
         rank: this one's number.
         seconds: without progress, or without another rank's sign of life, that are too many.
         lease: on the run folder, on rank 0.
@@ -54,7 +55,7 @@ class Watchdog:
         self._now = self._thawed = time.monotonic()
         self._beat_s = min(RANK_BEAT_S, seconds / 4)
         # Few ranks may look at each tick; so does rank 0, which has the lease to give back.
-        self._look_s = min(LOOK_S, heartbeats.world / 8) if rank else 0.0
+        self._look_s = min(LOOK_S, heartbeats.world / 4) if rank else 0.0
         self._neighbour_s = min(NEIGHBOUR_S, seconds / 4)
         # Ranks begin in the same moment; each has its own share of it, so that they take turns.
         share = rank / heartbeats.world
@@ -64,7 +65,6 @@ class Watchdog:
         self._silent: float | None = None  # when another rank was first found silent
         self._spoken: float | None = None  # when it was seen that the run ends
         self._over = threading.Event()
-        heartbeats.register()
         threading.Thread(target=self._follow, daemon=True, name="watch").start()
 
     def progress_at(self, place: str, *, bounded: bool = True) -> None:
@@ -259,7 +259,7 @@ class Watchdog:
         hanging = [rank for rank, said in sorted(notes.items()) if not said.waits]
         if not gone:
             hanging = hanging or sorted({*notes, self._rank})
-        name, words = self._heartbeats.name, self._heartbeats.notes(hanging[:LOOKS])
+        name, words = self._heartbeats.name, self._heartbeats.notes(hanging[:NAMED])
         hung = ExitNote(MachineError.exit_code, "hangs", waits=True)  # if it cannot be read now
         return [
             *_few(gone, lambda rank: f"{name(rank)} gives no sign of life"),
@@ -269,8 +269,8 @@ class Watchdog:
 
 def _few(ranks: Sequence[int], describe: Callable[[int], str]) -> list[str]:
     """Describe ranks, of many only some."""
-    more = [f"and {len(ranks) - LOOKS} more"] if len(ranks) > LOOKS else []
-    return [*map(describe, ranks[:LOOKS]), *more]
+    more = [f"and {len(ranks) - NAMED} more"] if len(ranks) > NAMED else []
+    return [*map(describe, ranks[:NAMED]), *more]
 
 
 def _told_by(rank: int, note: ExitNote) -> str:

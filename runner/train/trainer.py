@@ -20,10 +20,12 @@ import torch
 from torch import Tensor
 
 from runner.checkpoint.best import MODEL, BestEvaluation, save_best
+from runner.checkpoint.commit import Ranks, agree
 from runner.checkpoint.manager import BEST, CheckpointManager
 from runner.checkpoint.store import Stage
 from runner.data.loader import DeviceBatch
 from runner.distributed.collectives import (
+    all_gather,
     broadcast,
     gather_to_main,
     is_connection_lost,
@@ -94,6 +96,8 @@ def train(job: Job, *, lease: Lease | None, threads: int | None = None) -> RunDi
         folder, number, nonce = broadcast(told)
     run = RunDir(folder)
     heartbeats = RankHeartbeats(run, number, rank.index, rank.world, nonce)
+    # Together: a rank that has no file to leave word in would seem to have died without one.
+    agree(Ranks(rank.index, all_gather), heartbeats.register)
     seconds = 60 * job.train.timeout_minutes
     watchdog = Watchdog(heartbeats, rank.index, seconds, lease, is_connection_lost)
     with ExitStack() as explained:

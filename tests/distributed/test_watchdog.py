@@ -31,7 +31,8 @@ def crews(tmp_path: Path) -> list[RankHeartbeats]:
     run = RunDir(tmp_path)
     run.attempts.mkdir()
     found = [RankHeartbeats(run, 1, rank, 2) for rank in range(2)]
-    found[1].register()
+    for crew in found:
+        crew.register()
     return found
 
 
@@ -117,6 +118,7 @@ from runner.run.folder import RunDir
 from runner.distributed import watchdog as watch
 watch.SIGN_OF_LIFE_S = 0.5
 crew = RankHeartbeats(RunDir(sys.argv[1]), 1, 0, {world})
+crew.register()
 w = watch.Watchdog(crew, 0, 0.5, None, lambda error: False)
 {before}
 def take_a_nap():
@@ -245,6 +247,7 @@ from runner.run.folder import RunDir
 from runner.distributed import watchdog as watch
 watch.SIGN_OF_LIFE_S = 0.5
 crew, other = (RankHeartbeats(RunDir(sys.argv[1]), 1, rank, 2) for rank in range(2))
+crew.register()
 other.register()
 w = watch.Watchdog(crew, 0, 1.5, None, lambda error: False)
 for step in range(8):

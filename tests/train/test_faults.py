@@ -227,6 +227,44 @@ SIGNALS = {
 }
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_finds_no_room_for_its_file_says_so(zygote, job_file, tmp_path, rank):
+    """It has none then to leave word in, and would seem to have died."""
+    code = (
+        "import os, resource\n"
+        f"if os.environ['RANK'] == '{rank}':\n"
+        "    import runner.distributed.heartbeat as module\n"
+        "    register = module.RankHeartbeats.register\n"
+        "    def full(self):\n"
+        "        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))\n"
+        "        try:\n"
+        "            register(self)\n"
+        "        finally:\n"
+        "            resource.setrlimit(resource.RLIMIT_FSIZE, 2 * (resource.RLIM_INFINITY,))\n"
+        "    module.RankHeartbeats.register = full\n"
+    )
+    codes, text = zygote.run(job_file, "--run-dir", tmp_path / "run", ranks=2, code=code)
+    assert codes == [74, 74], text
+    said = [line for line in text.splitlines() if "0001.rank" in line]
+    assert len(said) == 1, text
+    assert f"rank {rank}: " in said[0]
+    assert "File too large" in said[0]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_run_whose_folder_is_renamed_says_it_once(zygote, job_file, tmp_path, ranks):
+    run = tmp_path / "run"
+    away = f"import os; os.rename({str(run)!r}, {str(tmp_path / 'moved')!r})"
+    options = ("--run-dir", run)
+    codes, text = zygote.run(job_file, *options, ranks=ranks, code=at_step(FAULT, 0, away))
+    assert codes == [74] * ranks, text
+    assert text.count("No such file or directory") == 1, text
+    assert "died without a word" not in text
+    # Under its new name it goes on, once it is known that nobody runs there.
+    codes, text = zygote.run(job_file, "--run-dir", tmp_path / "moved", ranks=ranks)
+    assert codes == [0] * ranks, text
+
+
 @pytest.mark.parametrize("phase", SIGNALS)
 def test_a_signal_before_training_ends_all_ranks(zygote, job_file, tmp_path, phase):
     code, words = SIGNALS[phase]
