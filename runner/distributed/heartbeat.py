@@ -138,7 +138,7 @@ class RankHeartbeats:
         text = note.text
         while len(spelled := json.dumps(asdict(note) | {"text": text}).encode()) > _WHOLE - _HEAD:
             text = text[: len(text) // 2]
-        try:
+        with suppress(OSError):
             with path.open("r+b") as file:
                 file.seek(_HEAD)
                 file.write(spelled.ljust(_WHOLE - _HEAD))
@@ -148,8 +148,6 @@ class RankHeartbeats:
             # Only now, so that who sees the name finds the note; without it (a full disk) those who
             # look at this rank's file find it too, later.
             _create(path.with_name(f"{path.name}.{'waits' if note.waits else 'ends'}"))
-        except OSError:
-            return
 
     def roll_call(self) -> RollCall:
         """What became of all ranks, as far as their names tell it: by one listing.
@@ -213,10 +211,8 @@ class RankHeartbeats:
             _create(path)
         except FileExistsError:
             return False
-        except FileNotFoundError:  # the folder is gone, which rank 0 sees too
-            return self._rank == 0
-        except OSError:
-            return True
+        except OSError as error:  # if the folder is gone, rank 0 sees that too
+            return self._rank == 0 or not isinstance(error, FileNotFoundError)
         return True
 
     def append_log(self, words: str) -> None:
@@ -225,6 +221,12 @@ class RankHeartbeats:
             successor = is_there(entry_file(self._run, self._attempt + 1, "json"))
             if self._is_ours() and not successor:
                 append_log(self._run.log, words)
+
+    def folder_is_gone(self) -> bool:
+        """Whether the ranks' files were moved away or removed, so that nobody can leave word."""
+        with suppress(StorageError):
+            return not is_there(self._run.attempts)
+        return False
 
     def output_is_claimed(self) -> bool:
         """Whether some rank has told the user why the run ends, as far as can be seen now."""
@@ -238,11 +240,10 @@ class RankHeartbeats:
         they are those of another run."""
         if self._nonce is None:
             return True
-        try:
+        with suppress(StorageError):
             found = read_attempt(self._run, self._attempt)
-        except StorageError:
-            return True
-        return found is None or found.nonce == self._nonce
+            return found is None or found.nonce == self._nonce
+        return True
 
     def _name(self, rank: int) -> str:
         return f"rank-{rank:04d}"

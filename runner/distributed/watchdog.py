@@ -108,6 +108,10 @@ class Watchdog:
         self._heartbeats.leave_note(
             ExitNote(MachineError.exit_code, f"cut off at {self.place}", waits=True)
         )
+        if self._heartbeats.folder_is_gone():
+            found = StorageError(f"the run folder was moved away or removed at {self.place}")
+            found.speaks = self._speaks(str(found))
+            return found
         notes, gone = diagnose(self._heartbeats, self._rank, SIGN_OF_LIFE_S)
         said = next(((r, w) for r, w in sorted(notes.items()) if not w.waits), None)
         if said is not None:

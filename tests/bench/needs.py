@@ -70,7 +70,7 @@ def main() -> None:
     )
     parser.add_argument("--start", type=float, default=12, help="seconds to the first step")
     parser.add_argument("--server-peace", type=float, default=0.19, help="a rank and second")
-    parser.add_argument("--server-death", type=float, default=27, help="a rank, of one that died")
+    parser.add_argument("--server-death", type=float, default=28, help="a rank, of one that died")
     parser.add_argument("--table", type=Path, help="append the table to this file")
     args = parser.parse_args()
     rows = [row(gpus, args) for gpus in (1, 8, 64, 512)]
