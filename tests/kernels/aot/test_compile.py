@@ -45,6 +45,11 @@ def _check(compiled, target):
         assert kernel.registers <= (512 if target.gpu.backend == "hip" else 255), kernel.name
 
 
+def _copied(ptx):
+    """Sizes in bytes, as PTX writes them, of a thread's copies into shared memory."""
+    return set(re.findall(r"cp\.async\.c[ag]\.shared\.global \[[^]]*\], \[[^]]*\], (\w+)", ptx))
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_the_head_compiles_without_spills_in_four_launches(shape, launches, target):
     compiled = launches(lambda: _train(*_inputs(*shape)))
@@ -115,10 +120,22 @@ def test_sizes_of_one_which_triton_turns_into_constants(shape, launches, target)
 def test_the_streams_move_sixteen_bytes_a_thread_and_no_float_is_added_atomically(launches, target):
     compiled = launches(lambda: _train(*_inputs(*SHAPES[0])))
     pool, _, _, hidden_grad = (kernel.kernel.asm["ptx"] for kernel in compiled)
-    copies = re.findall(r"cp\.async\.c[ag]\.shared\.global \[[^]]*\], \[[^]]*\], (\w+)", pool)
-    assert copies
-    assert set(copies) == {"0x10"}
+    assert _copied(pool) == {"0x10"}
     assert "st.global.v4" in hidden_grad
     assert not re.search(r"st\.global\.(b16|b32)", hidden_grad.split("st.global.v4", 1)[0])
     for kernel in compiled:
         assert not re.search(r"\b(atom|red)\.", kernel.kernel.asm["ptx"]), kernel.name
+
+
+@pytest.mark.parametrize("target", ["sm_90"], indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [108_893_186, 1_000_001])
+def test_a_norm_moves_sixteen_bytes_a_thread_whatever_the_size(size, dtype, launches, target):
+    """Triton knows of a number no more than whether 16 divides it; BERT-base's length is not so."""
+    flat = torch.empty(size, dtype=dtype, device="meta")
+    partial, _ = launches(lambda: ops._norm_and_finite_triton(flat))
+    assert _copied(partial.kernel.asm["ptx"]) == {"0x10"}
+    assert (
+        partial.registers <= 64
+    )  # 4 programs of 256 threads: all of 65,536
+    assert partial.spilled == 0
