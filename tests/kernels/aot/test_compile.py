@@ -8,8 +8,9 @@ import re
 
 import pytest
 import torch
-from span_kernels import ops
-from span_kernels.gather import _gather_triton
+from span_kernels import gather_windows, grad_norm_and_finite, ops, qa_head_loss, span_loss
+from span_kernels.gather import _gather, _gather_triton
+from span_kernels.warm import launch_all
 
 SHAPES = [
     (32, 384, 768, torch.bfloat16),
@@ -135,7 +136,55 @@ def test_a_norm_moves_sixteen_bytes_a_thread_whatever_the_size(size, dtype, laun
     flat = torch.empty(size, dtype=dtype, device="meta")
     partial, _ = launches(lambda: ops._norm_and_finite_triton(flat))
     assert _copied(partial.kernel.asm["ptx"]) == {"0x10"}
-    assert (
-        partial.registers <= 64
-    )  # 4 programs of 256 threads: all of 65,536
+    assert partial.registers <= 64  # 4 programs of 256 threads: all of 65,536
     assert partial.spilled == 0
+
+
+@pytest.fixture
+def on_cpu_tensors(monkeypatch):
+    """The operators launch kernels for tensors that have addresses; what they write stays unset."""
+    for operator, launcher in (
+        (ops._span_loss, ops._span_loss_triton),
+        (ops._qa_head_loss, ops._qa_head_loss_triton),
+        (ops._qa_head_grad, ops._qa_head_grad_triton),
+        (ops._norm_and_finite, ops._norm_and_finite_triton),
+        (_gather, _gather_triton),
+    ):
+        operator.register_kernel("cpu")(launcher)
+
+
+def _steps(sizes, width, dtype):
+    """Training steps on batches of (rows, tokens), whose tables lie one after another in a buffer
+    as they were sent."""
+    for rows, tokens in sizes:
+        total = tokens * rows
+        sent = torch.zeros(5 * rows + 1, dtype=torch.int64)
+        firsts_B, segments, starts_B, ends_B, _ = sent.split([rows, 2 * rows, rows, rows, 1])
+        table = (segments.view(rows, 2), starts_B, ends_B)
+        tokens_N, types_N = torch.zeros(9, dtype=torch.int32), torch.zeros(9, dtype=torch.uint8)
+        bounds_B1 = torch.zeros(rows + 2, dtype=torch.int32)[:-1]
+        gather_windows(tokens_N, types_N, firsts_B, bounds_B1, total, first_position=2, pad_id=1)
+        head = [torch.zeros(*shape, dtype=dtype) for shape in ((total, width), (2, width), (2,))]
+        head = [x.requires_grad_() for x in head]
+        torch.autograd.grad(qa_head_loss(*head, *table), head)
+        span_loss(torch.zeros(total, 2), *table)
+    for size in (1, 2_000, 7_000_016, 7_000_001):
+        grad_norm_and_finite(torch.zeros(size, dtype=dtype))
+
+
+@pytest.mark.parametrize("target", ["sm_90"], indirect=True)
+@pytest.mark.parametrize("longest", [384, pytest.param(2000, marks=pytest.mark.slow)])
+def test_after_the_warm_up_no_batch_compiles(longest, launches, target, on_cpu_tensors):
+    """The last batch of an epoch is short, and its table lies at another address."""
+    width, dtype = 64, torch.bfloat16
+    ready = launches(lambda: launch_all(torch.device("cpu"), dtype, 48, longest, width))
+    assert {kernel.name for kernel in ready} == {
+        *("_pool_kernel", "_window_kernel", "_weight_grad_kernel", "_hidden_grad_kernel"),
+        *("_partial_kernel", "_total_kernel", "_gather_kernel"),
+    }
+    rows = (48, 47, 33, 32, 16, 13, 2, 1)
+    sizes = [(n, tokens) for n in rows for tokens in (1, 16, 173, longest)]
+    launched = launches(lambda: _steps(sizes, width, dtype))
+    assert {kernel.name for kernel in launched} == {kernel.name for kernel in ready}
+    known = {id(kernel.kernel) for kernel in ready}
+    assert not {kernel.name for kernel in launched if id(kernel.kernel) not in known}
