@@ -101,6 +101,13 @@ def test_span_search(zygote):
     assert all(float(row["seconds"]) >= 0 for row in rows)
 
 
+def test_rounding(zygote, tiny):
+    small = ("--model", tiny("bert"), "--data", DATA, "--windows", 8, "--max-length", 64)
+    rows = tables(forked(zygote, BENCH / "rounding.py", *small, code=UNCOLLECTED))
+    assert len(rows) == 4
+    assert all(0 < float(row["median"]) < 10 for row in rows)
+
+
 @pytest.mark.slow
 def test_search_memory():
     rows = tables(run("search_memory.py", "--windows", 8, "--length", 48), machine="1 thread")
