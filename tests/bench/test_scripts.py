@@ -101,9 +101,10 @@ def test_span_search(zygote):
     assert all(float(row["seconds"]) >= 0 for row in rows)
 
 
-def test_rounding(zygote, tiny):
+@pytest.mark.slow
+def test_rounding(tiny):
     small = ("--model", tiny("bert"), "--data", DATA, "--windows", 8, "--max-length", 64)
-    rows = tables(forked(zygote, BENCH / "rounding.py", *small, code=UNCOLLECTED))
+    rows = tables(run("rounding.py", *small))
     assert len(rows) == 4
     assert all(0 < float(row["median"]) < 10 for row in rows)
 

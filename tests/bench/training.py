@@ -44,7 +44,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import measuring
 import numpy as np
 import torch
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from training_modes import RANK, SHAPES, Modes, Steps
 
@@ -140,11 +139,10 @@ class Bench(Modes):
         with profile(activities=[kind]) as seen:
             steps(batches)
             wait(self.device)
-        device = DeviceType.CUDA if self.on_gpu else DeviceType.CPU
         busy_us = covered(
             (event.time_range.start, event.time_range.end)
-            for event in seen.events()
-            if event.device_type == device and not event.is_user_annotation
+            for event in seen.events() or ()
+            if event.device_type.name == kind.name and not event.is_user_annotation
         )
         few = [rows[:2] for rows in batches]
         steps(few)
