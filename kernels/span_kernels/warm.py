@@ -40,7 +40,7 @@ def launch_all(
     def zeros(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=device)
 
-    with torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad():  # a dry run may ask for neither
         block = MIN_ROW_BLOCK // 2
         while block == MIN_ROW_BLOCK // 2 or block < min(rows, MAX_ROW_BLOCK):
             count = min(block + 1, rows)  # the fewest rows of the next power of two

@@ -188,3 +188,11 @@ def test_after_the_warm_up_no_batch_compiles(longest, launches, target, on_cpu_t
     assert {kernel.name for kernel in launched} == {kernel.name for kernel in ready}
     known = {id(kernel.kernel) for kernel in ready}
     assert not {kernel.name for kernel in launched if id(kernel.kernel) not in known}
+
+
+@pytest.mark.parametrize("target", ["sm_90"], indirect=True)
+def test_a_dry_run_that_keeps_no_graph_warms_up_too(launches, target, on_cpu_tensors):
+    """Scoring runs in inference mode; the kernels of the backward pass are compiled even there."""
+    with torch.inference_mode():
+        ready = launches(lambda: launch_all(torch.device("cpu"), torch.float32, 1, 4, 64))
+    assert "_hidden_grad_kernel" in {kernel.name for kernel in ready}
