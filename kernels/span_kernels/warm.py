@@ -23,7 +23,7 @@ def warm_up(
     Args:
         device: of the model.
         dtype: of hidden states, of the head's weight and bias, of the logits where there is no
-            fused head, and of the flat gradient.
+            fused head, and of the flat gradient, which may be float32 as well.
         rows: the most windows of a batch (a micro-batch of one rank). Fewer need nothing more.
         longest: the most tokens of a window.
         width: of the hidden states, for `qa_head_loss`; None if the loss begins with logits.
@@ -53,7 +53,8 @@ def launch_all(
                 logits_T2 = zeros(tokens, 2, dtype=torch.float32 if width else dtype)
                 span_loss(logits_T2, table_B2, label_B, label_B)
             block *= 2
-        grad_norm_and_finite(zeros(1))
+        for kind in dict.fromkeys((dtype, torch.float32)):  # several passes are added up in float32
+            grad_norm_and_finite(zeros(1, dtype=kind))
         types_N, bounds_B1 = zeros(1, dtype=torch.uint8), zeros(2, dtype=torch.int32)
         firsts_B = zeros(1, dtype=torch.int64)
         gather_windows(zeros(1, dtype=torch.int32), types_N, firsts_B, bounds_B1, 1)

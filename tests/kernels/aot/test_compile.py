@@ -170,6 +170,7 @@ def _steps(sizes, width, dtype):
         span_loss(torch.zeros(total, 2), *table)
     for size in (1, 2_000, 7_000_016, 7_000_001):
         grad_norm_and_finite(torch.zeros(size, dtype=dtype))
+        grad_norm_and_finite(torch.zeros(size))
 
 
 @pytest.mark.parametrize("target", ["sm_90"], indirect=True)
