@@ -166,7 +166,9 @@ class FlatStep:
             dist.all_reduce(totals_2, group=self.process_group)
         # Where ranks only add up, the sum is divided as the gradient is clipped.
         divisor = loss_scale * (1 if self.exchange.averages else self.world)
-        return shares, totals_2[0].sqrt() / divisor, totals_2[1], divisor
+        # The sum counts ranks, and torch's fused kernels skip a step at 1.0 exactly.
+        bad = (totals_2[1] > 0).float()
+        return shares, totals_2[0].sqrt() / divisor, bad, divisor
 
     def apply(self, optimiser: Any, shares: Sequence[Tensor], divisor: Tensor, bad: Tensor) -> None:
         """Let torch's fused AdamW update the weights, and hand every rank's part to all.

@@ -12,6 +12,7 @@ import torch
 from runner.data.collate import Packing
 from runner.data.window_cache import cache_root
 from runner.distributed.flat_zero import choose_optimiser
+from runner.errors import JobError
 from runner.job.schema import Model, Zero
 from runner.model.attention import choose_packing
 from runner.model.dropout import DropoutMasks, install_dropout
@@ -90,7 +91,7 @@ def choose_plan(
     choices["batches"] = ("padded" if packing is None else "packed", reason)
     optimiser, reason = choose_optimiser(zero.optimizer, zero.stage, zero.deepspeed)
     choices["step"] = (optimiser, reason)
-    compiled, reason = _choose_compile(section.compile, model, device, tokens)
+    compiled, reason = _choose_compile(section.compile, model, device, tokens, zero.stage)
     choices["compile"] = ("each layer" if compiled else "off", reason)
     frozen = FrozenLayers.of(model)
     if section.cache_frozen:
@@ -111,9 +112,17 @@ def choose_plan(
     return ExecutionPlan(packing, dropout, optimiser, frozen, choices)
 
 
-def _choose_compile(wanted: str, model: Any, device: torch.device, tokens: int) -> tuple[bool, str]:
+def _choose_compile(
+    wanted: str, model: Any, device: torch.device, tokens: int, zero_stage: int
+) -> tuple[bool, str]:
+    # Its hooks break a program into dozens.
+    obstacle = "ZeRO-3 gathers weights between operations" if zero_stage == 3 else None
+    if wanted == "on" and obstacle:
+        raise JobError([f'model.compile: "on" is not possible: {obstacle}'])
     if wanted != "auto":
         return wanted == "on", "as the job says"
+    if obstacle:
+        return False, obstacle
     if device.type != "cuda":
         return False, "no GPU"
     layers = encoder_layers(model)

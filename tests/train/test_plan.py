@@ -74,6 +74,16 @@ def test_compiling_is_decided_by_device_and_work(wanted, device, tokens, compile
     assert bool(seen) is compiled
 
 
+def test_zero_3_is_never_compiled(monkeypatch):
+    monkeypatch.delattr("runner.train.plan.compile_layers")  # whoever compiles fails
+    zero, cuda = Zero(stage=3), torch.device("cuda")
+    section = Model(name="x", packing="off")
+    computing = chosen(model_of("bert"), section, zero, cuda, "bf16", tokens=10**15)
+    assert computing.choices["compile"] == ("off", "ZeRO-3 gathers weights between operations")
+    with pytest.raises(JobError, match="model.compile.*ZeRO-3"):
+        chosen(model_of("bert"), Model(name="x", compile="on"), zero)
+
+
 @pytest.mark.parametrize("tokens", [10**9, 10**14])
 def test_a_gpu_compiles_long_jobs(tokens, monkeypatch):
     monkeypatch.setattr("runner.train.plan.compile_layers", lambda model: None)
