@@ -30,7 +30,7 @@ PACKED_ATTENTION = "spantune_packed"
 # tests hold each of them, packed, against its windows one by one.
 FAMILIES = ("bert", "distilbert", "roberta", "electra", "xlm-roberta", "camembert")
 
-ROUND_TO = 512  # tokens of a packed batch on a GPU come in steps of this: few shapes to compile
+ROUND_TO = 128  # tokens of a packed batch on a GPU come in steps of this, as matrices are tiled
 
 
 def packed_attention(
@@ -51,7 +51,7 @@ def packed_attention(
     """
     if packed is None or attention_mask is not None:
         raise AssertionError(f"{PACKED_ATTENTION} attention takes packed batches and no mask")
-    query_THD, key_THD, value_THD = (x.select(0, 0).transpose(0, 1) for x in (query, key, value))
+    query_THD, key_THD, value_THD = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if query.device.type == "cpu":
         out_THD = _by_window(module, query_THD, key_THD, value_THD, packed.ends, scale, dropout)

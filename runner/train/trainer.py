@@ -260,6 +260,7 @@ class Trainer:
         """Commit a checkpoint; `best` writes the model that an evaluation has found the best."""
         self.watchdog.progress_at(f"saving after step {self.state.step}", bounded=False)
         with self.timer("saving"):
+            self.log.write_steps()
             self.nans.check_weights(self.engine.module)
             whole = self.checkpoints.save(self.state, best, required=required)
         self.preemption.saved(whole=whole)
