@@ -190,6 +190,13 @@ class Model(Section):
             " and the device can"
         ),
     )
+    fused_qkv: Literal["auto", "on", "off"] = Field(
+        default="auto",
+        description=(
+            "compute an attention's query, key and value by one product; auto: on a GPU, where"
+            " batches are packed"
+        ),
+    )
 
 
 class Train(Section):

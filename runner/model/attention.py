@@ -51,16 +51,28 @@ def packed_attention(
     """
     if packed is None or attention_mask is not None:
         raise AssertionError(f"{PACKED_ATTENTION} attention takes packed batches and no mask")
-    query_THD, key_THD, value_THD = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if query.device.type == "cpu":
-        out_THD = _by_window(module, query_THD, key_THD, value_THD, packed.ends, scale, dropout)
-    else:
-        out_THD = _flash(query_THD, key_THD, value_THD, packed, dropout, scale)
-    return out_THD.unsqueeze(0), None
+    # Of a squeeze the gradient is a view too; that of `x[0]` would be filled up and copied.
+    parts_THD = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
+    return attend(module, *parts_THD, packed, dropout, scale).unsqueeze(0), None
 
 
 AttentionInterface.register(PACKED_ATTENTION, packed_attention)
+
+
+def attend(
+    module: nn.Module,
+    query_THD: Tensor,
+    key_THD: Tensor,
+    value_THD: Tensor,
+    packed: Bounds,
+    dropout: float,
+    scale: float,
+) -> Tensor:
+    """The windows' attention, [T, H, D]; `module` has the dropout whose rate is given."""
+    if query_THD.device.type == "cpu":
+        return _by_window(module, query_THD, key_THD, value_THD, packed.ends, scale, dropout)
+    return _flash(query_THD, key_THD, value_THD, packed, dropout, scale)
 
 
 def _flash(

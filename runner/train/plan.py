@@ -17,6 +17,7 @@ from runner.job.schema import Model, Zero
 from runner.model.attention import choose_packing
 from runner.model.dropout import DropoutMasks, install_dropout
 from runner.model.frozen import FrozenLayers, check_cacheable
+from runner.model.qkv import choose_projections
 from runner.model.structure import encoder_layers
 
 # Where compiling pays: a cold start costs about a minute and saves some tenths of a step. Until
@@ -89,6 +90,11 @@ def choose_plan(
     choices: dict[str, tuple[str, str]] = {}
     packing, reason = choose_packing(section.packing, model, device, precision, longest)
     choices["batches"] = ("padded" if packing is None else "packed", reason)
+    fused, reason = choose_projections(
+        section.fused_qkv, model, device, packed=packing is not None, zero_stage=zero.stage
+    )
+    if fused or device.type != "cpu":
+        choices["projections"] = ("fused" if fused else "separate", reason)
     optimiser, reason = choose_optimiser(zero.optimizer, zero.stage, zero.deepspeed)
     choices["step"] = (optimiser, reason)
     compiled, reason = _choose_compile(section.compile, model, device, tokens, zero.stage)
