@@ -9,6 +9,7 @@ Legend: T tokens of the batch, H heads, D width of a head, S windows (segments),
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -53,23 +54,19 @@ def packed_attention(
         raise AssertionError(f"{PACKED_ATTENTION} attention takes packed batches and no mask")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     # Of a squeeze the gradient is a view too; that of `x[0]` would be filled up and copied.
-    parts_THD = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
-    return attend(module, *parts_THD, packed, dropout, scale).unsqueeze(0), None
+    parts_THD = [x.squeeze(0).transpose(0, 1) for x in (query, key, value)]
+    return attend(module, parts_THD, packed, dropout, scale).unsqueeze(0), None
 
 
 AttentionInterface.register(PACKED_ATTENTION, packed_attention)
 
 
 def attend(
-    module: nn.Module,
-    query_THD: Tensor,
-    key_THD: Tensor,
-    value_THD: Tensor,
-    packed: Bounds,
-    dropout: float,
-    scale: float,
+    module: nn.Module, parts_THD: Sequence[Tensor], packed: Bounds, dropout: float, scale: float
 ) -> Tensor:
-    """The windows' attention, [T, H, D]; `module` has the dropout whose rate is given."""
+    """The attention of query, key and value, [T, H, D]; `module` has the dropout, whose rate is
+    given."""
+    query_THD, key_THD, value_THD = parts_THD
     if query_THD.device.type == "cpu":
         return _by_window(module, query_THD, key_THD, value_THD, packed.ends, scale, dropout)
     return _flash(query_THD, key_THD, value_THD, packed, dropout, scale)

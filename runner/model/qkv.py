@@ -53,7 +53,7 @@ class FusedSelfAttention(nn.Module):
         drop: Any = self.get_submodule("dropout")
         out_THD = attend(
             self,
-            *joined_T3HD.unbind(1),
+            joined_T3HD.unbind(1),
             packed,
             drop.p if self.training else 0.0,
             joined_T3HD.shape[-1] ** -0.5,

@@ -123,7 +123,7 @@ def main() -> None:
     process_group.meet = lambda *_: (None, rank.index, rank.world)
     torch.set_num_threads(1)
     # There is no Triton for a GPU that is not there; what it would be given is traced as for it.
-    plan.compile_layers = partial(plan.compile_layers, backend="aot_eager")
+    plan.compile_encoder = partial(plan.compile_encoder, backend="aot_eager")
     with device:
         found = train(device, way, rank)
     graphs = counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())

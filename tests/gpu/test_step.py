@@ -42,7 +42,7 @@ def step(zygote, library) -> Callable[[Way], dict[str, Any]]:
 
 
 # A step's launches for BERT-base: 32 windows, packed and resident, bf16, ZeRO-2, or what differs.
-# Who raises one of them says why.
+# Who raises one of them says why. What is compiled is one graph here, its operations not yet fused.
 CEILINGS: dict[str, tuple[int, Way]] = {
     "default": (494, {}),
     "fp16": (495, {"model": {"precision": "fp16"}}),
@@ -53,6 +53,9 @@ CEILINGS: dict[str, tuple[int, Way]] = {
     "frozen and cached": (273, {"model": {"freeze": BOTTOM, "cache_frozen": True}}),
     "deterministic": (494, {"train": {"deterministic": True}}),
     "compiled": (494, {"model": {"compile": "on"}}),
+    "compiled, frozen": (361, {"model": {"compile": "on", "freeze": BOTTOM}}),
+    "compiled, cached": (273, {"model": {"compile": "on", "freeze": BOTTOM, "cache_frozen": True}}),
+    "compiled, padded": (943, {"model": {"compile": "on", "packing": "off"}}),
     "padded": (988, {"model": {"packing": "off"}}),
     "separate projections": (578, {"model": {"fused_qkv": "off"}}),
     "DistilBERT": (470, {"family": "distilbert"}),
@@ -85,7 +88,7 @@ def test_a_step_waits_for_nothing(step, name):
         assert len(found["waits"]) == 1
         assert "overflow" in found["waits"].pop()
     held(found, ceiling)
-    assert (found["graphs"], found["breaks"]) == (int(name == "compiled"), 0)
+    assert (found["graphs"], found["breaks"]) == (int(name.startswith("compiled")), 0)
 
 
 @pytest.mark.slow

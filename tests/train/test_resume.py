@@ -105,6 +105,20 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     assert outcome(cut) == expected
 
 
+@pytest.mark.slow
+def test_a_compiled_run_goes_on_to_the_same_bits(zygote, job, undisturbed, tmp_path):
+    """The process that goes on compiles anew."""
+    options = sets("model.compile=on", "model.fused_qkv=on")
+    expected = outcome(undisturbed(*options))
+    code = place("mid-epoch", int(expected["step"]))
+    codes, text = zygote.run(job, "--run-dir", tmp_path, *options, code=code)
+    assert codes == [75], text
+    codes, text = zygote.run(job, "--run-dir", tmp_path, *options)
+    assert codes == [0], text
+    assert "goes on after step" in text
+    assert outcome(tmp_path) == expected
+
+
 TUNING = """
 import runner.train.trainer, runner.utils.signals
 read = runner.train.trainer.predict_windows

@@ -223,6 +223,8 @@ slow = pytest.mark.slow
         pytest.param(1, 0, (FUSED,), marks=slow),
         pytest.param(2, 1, (FUSED, ACCUMULATED), marks=slow),
         pytest.param(1, 2, (FUSED, OWN), marks=slow),
+        pytest.param(1, 2, ("model.compile=on",), marks=slow),
+        pytest.param(2, 1, ("model.compile=on", FUSED), marks=slow),
         (2, 3, ()),
         pytest.param(2, 3, (ACCUMULATED,), marks=slow),
     ],
