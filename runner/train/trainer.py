@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from span_kernels import warm_up
 from torch import Tensor
 
 from runner.checkpoint.best import MODEL, BestEvaluation, save_best
@@ -165,6 +166,7 @@ class Trainer:
         if not self.load_checkpoint():
             self.answer_probes(0)
         self.dry_run_scoring()
+        self.warm_up_kernels()
         while not self.state.finished:
             if self.state.scored:
                 self.state.next_epoch()
@@ -315,6 +317,17 @@ class Trainer:
             for split in (splits.validation, splits.tuning):
                 if split is not None:
                     dry_run(self.session.model, split.windows, self.job.score)
+
+    def warm_up_kernels(self) -> None:
+        """Compile what steps launch on a GPU: in the midst of training all ranks would wait."""
+        head, weight = self.session.span_loss.head, next(self.engine.module.parameters())
+        warm_up(
+            self.session.device,
+            weight.dtype,
+            rows=self.sampler.layout.micro_batch_size,
+            longest=self.job.data.max_length,
+            width=None if head is None else head.in_features,
+        )
 
     # --- parts of an evaluation
 
