@@ -15,10 +15,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from span_kernels.launch import on_device, power_of_two
+from span_kernels.launch import on_device
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["windows", "total", "first_position", "pad_id"],
+    do_not_specialize_on_alignment=["firsts_B", "bounds_B1"],
+)
 def _gather_kernel(
     tokens_N,
     types_N,
@@ -78,7 +81,7 @@ def gather(
             first_position,
             pad_id,
             BLOCK=block,
-            BLOCK_R=min(max(power_of_two(windows), 16), 64),
+            BLOCK_R=64,
             num_warps=4,
         )
     return out_3T

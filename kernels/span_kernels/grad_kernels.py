@@ -32,7 +32,10 @@ BLOCK_TOKENS = 32
 """Tokens that a program of the hidden gradient writes."""
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["rows", "slots"],
+    do_not_specialize_on_alignment=["segments", "starts", "ends"],
+)
 def _weight_grad_kernel(
     # read
     hidden,
@@ -108,7 +111,7 @@ def _weight_grad_kernel(
         tl.store(loss, tl.sum(sum_M, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _hidden_grad_kernel(
     # read
     grad_output,
@@ -188,7 +191,7 @@ def weight_grad(
             slots,
             *hidden_TD.stride(),
             D=width,
-            BLOCK_M=min(BLOCK_TILES, power_of_two(slots)),
+            BLOCK_M=BLOCK_TILES,
             BLOCK_C=block_c,
             num_warps=8,
             enable_fp_fusion=True,

@@ -1,4 +1,9 @@
-"""Host-side choices that every launch shares. Needs torch alone."""
+"""Host-side choices that every launch shares. Needs torch alone.
+
+Triton compiles a kernel anew for whether 16 divides a number or an address, and for the number 1.
+What differs from batch to batch (tokens, rows, slots; where the rows' table lies in the one buffer
+that was copied) is therefore exempt in every kernel: a run would meet the compiler in its midst.
+"""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
@@ -27,12 +32,13 @@ def power_of_two_below(n: int) -> int:
     return 1 << max(n.bit_length() - 1, 0)
 
 
-def row_block(rows: int) -> int:
-    """Rows of the segment table that a program holds at once.
+MIN_ROW_BLOCK, MAX_ROW_BLOCK = 32, 1024
+"""The floor keeps small batches on one compiled kernel, the cap keeps the table in registers."""
 
-    The floor keeps small batches on one compiled kernel, the cap keeps the table in registers.
-    """
-    return min(max(power_of_two(rows), 32), 1024)
+
+def row_block(rows: int) -> int:
+    """Rows of the segment table that a program holds at once."""
+    return min(max(power_of_two(rows), MIN_ROW_BLOCK), MAX_ROW_BLOCK)
 
 
 class Statistics(NamedTuple):

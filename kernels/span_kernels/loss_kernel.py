@@ -18,7 +18,10 @@ from span_kernels.launch import Statistics, on_device, row_block, wide_dtype
 from span_kernels.rows import gap_after, row_extent, row_scales
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["tokens", "rows"],
+    do_not_specialize_on_alignment=["segments", "starts", "ends"],
+)
 def _window_kernel(
     # read
     logits,

@@ -43,7 +43,10 @@ def _soften(logits_GP, live_GP, peak_P):
     return next_P, tl.exp(peak_P - shift_P), tl.exp(logits_GP - shift_P[None, :])
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["tokens", "rows"],
+    do_not_specialize_on_alignment=["segments"],
+)
 def _pool_kernel(
     # read
     hidden,

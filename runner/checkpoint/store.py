@@ -28,7 +28,7 @@ from runner.checkpoint.files import (
 )
 from runner.errors import DataError
 from runner.run.folder import checkpoint_place
-from runner.utils.files import is_there
+from runner.utils.files import Fence, is_there
 
 CHECKPOINT_MANIFEST = "manifest.json"
 FORMAT = 1
@@ -112,7 +112,7 @@ class CheckpointStore:
         folder: Path,
         rank: int,
         files: Files | None = None,
-        fence: Callable[[], None] = lambda: None,
+        fence: Fence = lambda: None,
     ) -> None:
         self.folder = folder
         self._rank = rank
@@ -163,9 +163,9 @@ class CheckpointStore:
 
     def abandon(self, name: str) -> None:
         """Remove the stage of a checkpoint that could not be written (rank 0)."""
+        self._fence()
         stage = self.folder / f"{_STAGE}{name}"
         if is_there(stage):
-            self._fence()
             remove_tree(self._files, stage)
 
     # --- reading

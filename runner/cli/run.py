@@ -147,16 +147,17 @@ def run_rank(arguments: argparse.Namespace) -> int:
     lease = None
 
     def exit_early(name: str) -> None:
+        words = f"stopped by {name} before training began; the same command begins again"
         if lease is not None:
             with suppress(RunnerError):
-                lease.release(Interrupted.exit_code)
+                lease.release(Interrupted.exit_code, words)
         if rank.is_main:
-            print_error(f"stopped by {name} before training began; the same command begins again")
+            print_error(words)
         _exit(Interrupted.exit_code)
 
     signals.listen(exit_early)
     signals.follow_launcher()
-    code, words, waits = 0, "", False
+    code, message, words, waits = 0, "", "", False
     try:
         with storage_errors():
             job, options = load_job(arguments.job, arguments.set), _start_options(arguments)
@@ -176,15 +177,17 @@ def run_rank(arguments: argparse.Namespace) -> int:
             with suppress(RuntimeError):  # the run is finished, whatever becomes of other ranks
                 stop_distributed()
     except RunnerError as error:
-        code, waits = error.exit_code, error.speaks is None
+        code, message, waits = error.exit_code, str(error), error.speaks is None
         if rank.is_main if error.speaks is None else error.speaks:
-            words = str(error)
-    except Exception:
+            words = message
+    except Exception as error:
         code = RunnerError.exit_code
+        said = traceback.format_exception_only(error)[0].splitlines()[0]
+        message = f"{said}; a mistake in spantune, not in your job: its traceback is in log.txt"
         words = f"{traceback.format_exc()}rank {rank.index}: {OUR_MISTAKE}"
     if lease is not None:
         with suppress(RunnerError):  # the next start then waits for a silence
-            lease.release(code)
+            lease.release(code, message, words)
     if words:  # only now: printing may fail, or wait for ever
         print_error(words)
     elif waits:

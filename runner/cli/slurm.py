@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,12 @@ from runner.cli.output import (
     write_line,
     write_table,
 )
-from runner.errors import JobError, RunnerError, printable
+from runner.errors import JobError, RunnerError, printable, printable_lines
 from runner.run.attempts import check_budget
 from runner.run.folder import RunDir
 from runner.slurm.control import cancel_runs, follow_log
-from runner.slurm.request import SubmitRequest, prepare
-from runner.slurm.status import find_runs, named_runs, run_statuses, table_rows
+from runner.slurm.request import SubmitRequest, node_command, prepare
+from runner.slurm.status import RunStatus, find_runs, named_runs, run_statuses, table_rows
 from runner.slurm.submit import draft, submit_run, submit_sweep
 from runner.utils.files import below_here
 from runner.utils.tables import rich_table
@@ -69,6 +70,8 @@ def run_submit(arguments: argparse.Namespace) -> int:
 
 def _submit(request: SubmitRequest, root: Path, run_dir: Path | None) -> None:
     name = request.job.name
+    if request.section.container:  # a command that the job brings, with the user's rights
+        write_line(f"{name}: each rank is run by: {shlex.join(node_command(request.section)[:-2])}")
     submitted = (submit_sweep if request.trials else submit_run)(request, root, run_dir)
     if submitted is None:
         write(_finished(request, run_dir))
@@ -99,24 +102,44 @@ def add_status(verbs: Any) -> None:
 
 
 def run_status(arguments: argparse.Namespace) -> int:
-    table, over = _status_table(arguments)
-    if arguments.watch and not over:
+    table, statuses = _status_table(arguments)
+    if arguments.watch and not _are_over(statuses):
         with Live(table, auto_refresh=False, transient=True) as live:
-            while not over:
+            while not _are_over(statuses):
                 time.sleep(arguments.watch)
-                table, over = _status_table(arguments)
+                table, statuses = _status_table(arguments)
                 live.update(table, refresh=True)
     write_table(table)
+    for run in (status.run for status in statuses if status.state == "preempted"):
+        job, folder = (shlex.quote(below_here(path)) for path in (run.job, run.path))
+        write_line(f"preempted; go on with: spantune submit {job} --run-dir {folder}")
     return 0
 
 
-def _status_table(arguments: argparse.Namespace) -> tuple[RenderableType, bool]:
-    """The table of all runs that are asked for, and whether all of them are over."""
+def _are_over(statuses: Sequence[RunStatus]) -> bool:
+    return all(status.over for status in statuses)
+
+
+def _status_table(arguments: argparse.Namespace) -> tuple[RenderableType, Sequence[RunStatus]]:
+    """The table of all runs that are asked for, and where each of them stands."""
     statuses, silence = run_statuses(find_runs(arguments.named, arguments.runs))
     rows = table_rows(statuses, arguments.runs)
     table = rich_table("", rows) if rows else Text(printable(f"no runs in {arguments.runs}"))
-    over = all(status.over for status in statuses)
-    return Group(*([Text(silence)] if silence else []), table), over
+    messages = _messages(statuses, arguments.runs)
+    return Group(*([Text(silence)] if silence else []), table, *messages), statuses
+
+
+def _messages(statuses: Sequence[RunStatus], root: Path) -> list[Text]:
+    """Why runs are over: of one run all that it says, of several a line each."""
+    if len(statuses) == 1:
+        return [Text(printable_lines(status.message)) for status in statuses if status.message]
+    firsts = [
+        (status.name(root), status.message.split("\n")[0]) for status in statuses if status.message
+    ]
+    return [
+        Text(printable(f"{name}: {first}"), no_wrap=True, overflow="ellipsis")
+        for name, first in firsts
+    ]
 
 
 def add_logs(verbs: Any) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from tokenizers import Encoding, Tokenizer
@@ -37,10 +37,32 @@ def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
 def plain_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
     """Copy the Rust tokenizer without padding and truncation, which some checkpoints carry in their
     settings. Special tokens that stand in a text are text to the copy."""
+    return _plain(_plain_text(tokenizer))
+
+
+def bare_backend(tokenizer: PreTrainedTokenizerBase) -> tuple[Tokenizer, Template]:
+    """The same without what it puts around a text, and that. One copy for all, which nobody
+    changes: to read it takes longer than all else of a start that finds its windows in the
+    cache."""
+    cls: Any = tokenizer.cls_token_id
+    return _bare(_plain_text(tokenizer), cls)
+
+
+@lru_cache(maxsize=4)
+def _bare(text: str, cls_token_id: int | None) -> tuple[Tokenizer, Template]:
+    bare = _plain(text)
+    template = Template.of(bare, cls_token_id)
+    # All that it does without special tokens is to trim blanks off offsets, and RoBERTa's trims
+    # letters too behind some pre-tokenizers. Blanks go in `encode_with_offsets`.
+    bare.post_processor = None  # type: ignore[assignment]
+    return bare, template
+
+
+def _plain_text(tokenizer: PreTrainedTokenizerBase) -> str:
     text = _backend(tokenizer).to_str()
     special = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
     special.pop(str(tokenizer.unk_token), None)  # what a text has that is in no vocabulary
-    return _plain(_without_specials(text, tuple(special.items())))
+    return _without_specials(text, tuple(special.items()))
 
 
 @lru_cache(maxsize=4)  # a second for a large vocabulary, and asked for with each question
@@ -107,13 +129,13 @@ class Template:
         return len(self.ids[1])
 
     @classmethod
-    def of(cls, backend: Tokenizer, tokenizer: PreTrainedTokenizerBase) -> Template:
+    def of(cls, backend: Tokenizer, cls_token_id: int | None) -> Template:
         pair = backend.encode("a", "b")
         sequence = list(pair.sequence_ids)
         first, last = sequence.index(0), len(sequence) - 1 - sequence[::-1].index(0)
         second, final = sequence.index(1), len(sequence) - 1 - sequence[::-1].index(1)
         parts = (slice(0, first), slice(last + 1, second), slice(final + 1, None))
-        place = pair.ids.index(tokenizer.cls_token_id) if tokenizer.cls_token_id in pair.ids else 0
+        place = pair.ids.index(cls_token_id) if cls_token_id in pair.ids else 0
         return cls(
             ids=tuple(tuple(pair.ids[part]) for part in parts),  # type: ignore[arg-type]
             types=tuple(tuple(pair.type_ids[part]) for part in parts),  # type: ignore[arg-type]
@@ -140,20 +162,13 @@ def encode(backend: Tokenizer, texts: Sequence[str]) -> Encoded:
 def encode_with_offsets(
     backend: Tokenizer, texts: Sequence[str], name: str
 ) -> tuple[Encoded, np.ndarray]:
-    """Tokenise texts without special tokens; also the characters [start, end) of each token in its
+    """Tokenise texts with a bare tokenizer; also the characters [start, end) of each token in its
     text, int32 [C, 2], as `true_offsets` makes them of the tokenizer's own.
 
     Raises:
         DataError: naming the tokenizer by `name`, as `true_offsets`.
     """
-    # All that it does without special tokens is to trim blanks off offsets, and RoBERTa's trims
-    # letters too behind some pre-tokenizers. Blanks go below.
-    trimming = backend.post_processor
-    backend.post_processor = None  # type: ignore[assignment]
-    try:
-        encoded, offsets_C2 = _encode(backend.encode_batch, texts, offsets=True)
-    finally:
-        backend.post_processor = trimming
+    encoded, offsets_C2 = _encode(backend.encode_batch, texts, offsets=True)
     # A space that the tokenizer puts in front of a word has no character, whatever it says.
     marks = [id for mark in "Ġ▁" if (id := backend.token_to_id(mark)) is not None]
     in_front_C = np.isin(encoded.ids, marks)

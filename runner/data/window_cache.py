@@ -19,7 +19,14 @@ import numpy as np
 from runner.data import tokenize, windows
 from runner.data.dataset import Example
 from runner.data.tokenize import tokenizer_sha256
-from runner.data.windows import Windows, build_windows, continued, window_blocks
+from runner.data.windows import (
+    Windows,
+    build_windows,
+    continued,
+    one_block,
+    ranges,
+    window_blocks,
+)
 from runner.errors import StorageError
 from runner.utils.files import file_sha256, storage_errors
 
@@ -27,6 +34,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _SUMS = "SHA256SUMS"
+_DRAWN = 16  # questions whose windows are made anew when they are found in the cache
 _FIELDS = tuple(field.name for field in dataclasses.fields(Windows))
 
 
@@ -43,8 +51,11 @@ def cached_windows(
     had them.
 
     The key is made of the questions' content, the tokenizer, both settings and the code, so nothing
-    stale is ever read. Only one rank should build; the others call this afterwards and map the same
-    files. Windows are written as they are made: memory does not grow with their number.
+    stale is ever read. What stands under a key is held against its hashes, and the windows of some
+    questions, drawn anew each time, against windows made now: whoever may write in the cache could
+    have put there what belongs to other questions. Only one rank should build; the others call this
+    afterwards and map the same files. Windows are written as they are made: memory does not grow
+    with their number.
 
     `on_block` is called before each block of questions that is tokenised; it may end that by an
     exception, and nothing is stored then. `warn` is told why they cannot be stored.
@@ -53,7 +64,9 @@ def cached_windows(
     folder = cache_root() / "features" / key
     found = _load(folder)
     if found is not None:
-        return found, True
+        if _are_of(found, examples, tokenizer, max_length, stride):
+            return found, True
+        shutil.rmtree(folder, ignore_errors=True)
     try:
         blocks = window_blocks(examples, tokenizer, max_length, stride)
         _store(_announced(blocks, on_block), folder)
@@ -61,6 +74,46 @@ def cached_windows(
     except StorageError as error:  # a full cache disk costs time, never the run
         warn(f"windows are not kept for the next run: {error}; SPANTUNE_CACHE names another")
     return found or build_windows(examples, tokenizer, max_length, stride), False
+
+
+def _are_of(
+    found: Windows,
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    stride: int,
+) -> bool:
+    """Whether windows are those of the questions: all of some questions are, and none is of a
+    question that is not there."""
+    count = len(examples)
+    drawn = np.random.default_rng().choice(count, min(count, _DRAWN), replace=False)
+    places = np.unique([*drawn.tolist(), *([0, count - 1] if count else [])]).astype(np.int64)
+    made = one_block([examples[place] for place in places], tokenizer, max_length, stride)
+    lengths_N, questions_N = found.lengths_N, found.questions_N
+    if not ((lengths_N > 0) & (lengths_N <= max_length)).all():
+        return False
+    if not ((questions_N >= 0) & (questions_N < count)).all():
+        return False
+    inside = np.isin(questions_N, places)
+    if not np.array_equal(questions_N[inside], places[made.questions_N]):
+        return False
+    try:
+        theirs = _content(found, np.flatnonzero(inside))
+    except (IndexError, ValueError):  # bounds that lead nowhere
+        return False
+    return all(map(np.array_equal, theirs, _content(made, np.arange(len(made)))))
+
+
+def _content(part: Windows, rows: np.ndarray) -> list[np.ndarray]:
+    """All that some windows hold, wherever they lie: tokens, types, bounds, labels, characters."""
+    tokens = ranges(part.firsts_N1[rows], part.lengths_N[rows])
+    low_N, high_N = part.contexts_N2[rows].T.astype(np.int64)
+    characters = ranges(part.chars_firsts_N[rows] + low_N, high_N - low_N)
+    per_window = (part.contexts_N2, part.starts_N, part.ends_N, part.cls_N, part.lengths_N)
+    return [
+        *(array[rows] for array in per_window),
+        *(part.tokens_T[tokens], part.types_T[tokens], part.chars_C2[characters]),
+    ]
 
 
 def _announced(blocks: Iterable[Windows], on_block: Callable[[], None]) -> Iterator[Windows]:

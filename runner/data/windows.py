@@ -20,6 +20,7 @@ from runner.data.formats.rows import short_value
 from runner.data.tokenize import (
     Encoded,
     Template,
+    bare_backend,
     encode,
     encode_with_offsets,
     overlapping_tokens,
@@ -135,9 +136,6 @@ def window_blocks(
     Raises:
         DataError: as `build_windows`.
     """
-    backend = plain_backend(tokenizer)
-    template = Template.of(backend, tokenizer)
-    name = tokenizer.name_or_path or type(tokenizer).__name__
     begin = tokens = characters = 0
     bad: dict[int, str] = {}
     while begin == 0 or begin < len(examples):
@@ -146,14 +144,14 @@ def window_blocks(
             end += 1
         some = examples[begin:end]
         try:
-            made = _block(some, backend, template, max_length, stride, name)
+            made = one_block(some, tokenizer, max_length, stride)
         except BadRowsError as error:  # all that are bad are told of at once
             bad |= {begin + place: why for place, why in error.rows.items()}
         else:
             if begin == 0:
+                backend = plain_backend(tokenizer)
                 backend.enable_truncation(max_length, stride=stride, strategy="only_second")
-                _compare_with_tokenizer(made, some[:2], backend, name)
-                backend.no_truncation()
+                _compare_with_tokenizer(made, some[:2], backend, _name(tokenizer))
             yield dataclasses.replace(
                 made,
                 firsts_N1=made.firsts_N1 + tokens,
@@ -171,14 +169,15 @@ def window_blocks(
         raise BadRowsError(bad, f"question {examples[first].id}: {bad[first]}{more}")
 
 
-def _block(
-    examples: Sequence[Example],
-    backend: Tokenizer,
-    template: Template,
-    max_length: int,
-    stride: int,
-    name: str,
+def one_block(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int, stride: int
 ) -> Windows:
+    """Make the windows of some questions at once, not held against the tokenizer's own.
+
+    Raises:
+        DataError: as `build_windows`.
+    """
+    (backend, template), name = bare_backend(tokenizer), _name(tokenizer)
     context_of: dict[str, int] = {}
     place_Q = np.array(
         [context_of.setdefault(e.context, len(context_of)) for e in examples], dtype=np.int64
@@ -224,6 +223,10 @@ def _block(
         chars_C2=chars_C2,
         chars_firsts_N=chars_firsts_N,
     )
+
+
+def _name(tokenizer: PreTrainedTokenizerBase) -> str:
+    return tokenizer.name_or_path or type(tokenizer).__name__
 
 
 def _check_room(

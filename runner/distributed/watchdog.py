@@ -8,17 +8,22 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
-from runner.distributed.heartbeat import RANK_BEAT_S, ExitNote, RankHeartbeats, diagnose
+from runner.distributed.heartbeat import LOOKS, RANK_BEAT_S, ExitNote, RankHeartbeats, diagnose
 from runner.errors import MachineError, RunnerError, StorageError
 from runner.run.lease import Lease
 from runner.utils.console import print_error
 from runner.utils.text import duration
 
 TICK_S = 1.0  # seconds between two looks
-SIGN_OF_LIFE_S = 2 * RANK_BEAT_S + 2  # seconds in which a living rank surely shows itself
+# There may be hundreds of ranks and one file server: each asks at most one operation in 5 s of it,
+# and rank 0 a listing a second.
+SIGN_OF_LIFE_S = RANK_BEAT_S + 7  # seconds in which a living rank surely shows itself
+LOOK_S = 15.0  # seconds at most between two looks whether the run has ended elsewhere
+NEIGHBOUR_S = 120.0  # seconds at most between two looks at another rank that is heard
+NAMED = 8  # ranks at fault that are named; a machine often has as many
 LONG_WORK_FACTOR = 12  # times as long as a step may take reading the data, saving and the like
 # Where a main thread stands that waits for other ranks.
 _WAITING = ("torch/distributed", "deepspeed/comm", "runner/distributed/collectives")
@@ -28,7 +33,7 @@ class Watchdog:
     """Follows this rank's main thread from a thread of its own.
 
     Args:
-        heartbeats: the ranks' files.
+        heartbeats: the ranks' files, this one's registered.
         rank: this one's number.
         seconds: without progress, or without another rank's sign of life, that are too many.
         lease: on the run folder, on rank 0.
@@ -47,10 +52,19 @@ class Watchdog:
         self._lease, self._connection_lost = lease, connection_lost
         self.rank = rank
         self.place, self._since, self._bounded = "the start", time.monotonic(), False
-        self._now = self._thawed = self._beaten = self._all_heard = time.monotonic()
+        self._now = self._thawed = time.monotonic()
+        self._beat_s = min(RANK_BEAT_S, seconds / 4)
+        # Few ranks may look at each tick; so does rank 0, which has the lease to give back.
+        self._look_s = min(LOOK_S, heartbeats.world / 4) if rank else 0.0
+        self._neighbour_s = min(NEIGHBOUR_S, seconds / 4)
+        # Ranks begin in the same moment; each has its own share of it, so that they take turns.
+        share = rank / heartbeats.world
+        self._beaten = self._now - share * self._beat_s
+        self._looked = self._now - share * self._look_s
+        self._next_neighbour = self._now + seconds + share * self._neighbour_s
+        self._silent: float | None = None  # when another rank was first found silent
         self._spoken: float | None = None  # when it was seen that the run ends
         self._over = threading.Event()
-        heartbeats.register()
         threading.Thread(target=self._follow, daemon=True, name="watch").start()
 
     def progress_at(self, place: str, *, bounded: bool = True) -> None:
@@ -76,7 +90,7 @@ class Watchdog:
         except RunnerError as error:
             self._over.set()
             self._heartbeats.leave_note(ExitNote(error.exit_code, str(error), waits=False))
-            error.speaks = self._heartbeats.claim_output()
+            error.speaks = self._speaks(str(error))
             raise
         except Exception as error:
             self._over.set()
@@ -84,7 +98,7 @@ class Watchdog:
                 raise self._explained(error) from None
             first = (str(error).splitlines() or [""])[0]
             text = f"at {self.place}: {type(error).__name__}: {first}"
-            self._heartbeats.claim_output(at_once=True)  # with its traceback
+            self._speaks(traceback.format_exc(), at_once=True)
             self._heartbeats.leave_note(ExitNote(RunnerError.exit_code, text, waits=False))
             raise
 
@@ -94,22 +108,37 @@ class Watchdog:
         self._heartbeats.leave_note(
             ExitNote(MachineError.exit_code, f"cut off at {self.place}", waits=True)
         )
+        if self._heartbeats.folder_is_gone():
+            found = StorageError(f"the run folder was moved away or removed at {self.place}")
+            found.speaks = self._speaks(str(found))
+            return found
         notes, gone = diagnose(self._heartbeats, self._rank, SIGN_OF_LIFE_S)
         said = next(((r, w) for r, w in sorted(notes.items()) if not w.waits), None)
         if said is not None:
-            name = f"rank {said[0]}"
-            found = RunnerError(said[1].text if name in said[1].text else f"{name}: {said[1].text}")
+            found = RunnerError(_told_by(*said))
             found.exit_code = said[1].code
         elif gone:
-            names = ", ".join(self._heartbeats.name(rank) for rank in gone)
+            names = ", ".join(_few(gone, self._heartbeats.name))
             found = MachineError(
                 f"{names} died without a word at {self.place}: killed, out of memory, or its"
                 " machine failed; the same command goes on from the last checkpoint"
             )
         else:
             found = MachineError(f"the connection between ranks broke at {self.place}: {first}")
-        found.speaks = self._heartbeats.claim_output()
+        found.speaks = self._speaks(str(found))
         return found
+
+    def _speaks(self, words: str, *, at_once: bool = False) -> bool:
+        """Whether this rank is the one that tells the user; it then tells the run's log too."""
+        speaks = self._heartbeats.claim_output(at_once=at_once)
+        if speaks:
+            self._log(words)
+        return speaks
+
+    def _log(self, words: str) -> None:
+        """Tell the run's log, unless the end of the lease does."""
+        if self._lease is None:
+            self._heartbeats.append_log(words)
 
     # --- the watching thread
 
@@ -117,7 +146,7 @@ class Watchdog:
         looks = (
             *(self._see_end, self._see_stillness),
             # Only now: a rank that shows that it lives, and left no note, counts as a healthy one.
-            *(self._beat, self._see_others),
+            *(self._beat, self._see_neighbour),
         )
         tick = min(TICK_S, self._seconds / 4)
         while not self._over.wait(tick):
@@ -139,8 +168,12 @@ class Watchdog:
             self._spoken = self._spoken and self._spoken + stopped
 
     def _see_end(self) -> None:
-        if self._spoken is None and self._heartbeats.output_is_claimed():
-            self._spoken = self._now
+        # A main thread that goes on will notice by itself, at the next exchange.
+        still = self._now > self._since + self._beat_s
+        if self._spoken is None and still and self._now > self._looked + self._look_s:
+            self._looked = self._now
+            if self._heartbeats.output_is_claimed():
+                self._spoken = self._now
         if self._spoken is not None and self._now > self._spoken + SIGN_OF_LIFE_S:
             self._follow_out()
 
@@ -149,19 +182,24 @@ class Watchdog:
             self._give_up(self._own_place())
 
     def _beat(self) -> None:
-        if self._now > self._beaten + min(RANK_BEAT_S, self._seconds / 4):
+        if self._now > self._beaten + self._beat_s:
             self._heartbeats.beat()
             self._beaten = self._now
 
-    def _see_others(self) -> None:
-        if self._now < self._thawed + self._seconds:
-            return  # others may go on later than this one, and show themselves later
-        silent = {r for r in self._others() if (self._heartbeats.silence(r) or 0) > self._seconds}
-        if not silent:
-            self._all_heard = self._now
+    def _see_neighbour(self) -> None:
+        """Each rank looks after the next one, the last after the first."""
+        # After a thaw others may go on later than this one, and show themselves later.
+        if self._now < max(self._next_neighbour, self._thawed + self._seconds):
+            return
+        other = (self._rank + 1) % self._heartbeats.world
+        if (self._heartbeats.silence(other) or 0) <= self._seconds:
+            self._next_neighbour, self._silent = self._now + self._neighbour_s, None
+            return
         # Silent by the file system's clock, which may have been set: two more beats tell.
-        confirmed = self._now > self._all_heard + 2 * min(RANK_BEAT_S, self._seconds / 4)
-        if silent and confirmed and not silent <= set(self._heartbeats.notes()):
+        self._next_neighbour = self._now + self._beat_s
+        self._silent = self._silent or self._now
+        confirmed = self._now > self._silent + 2 * self._beat_s
+        if confirmed and not self._heartbeats.notes([other]):
             self._give_up(ExitNote(MachineError.exit_code, f"waited at {self.place}", waits=True))
 
     def _limit(self) -> float:
@@ -172,21 +210,23 @@ class Watchdog:
         """End this rank after the run has ended elsewhere: its main thread does not notice, waiting
         on a device for a rank that is gone."""
         if not self._over.is_set():
-            notes = sorted(self._heartbeats.notes().items())
-            codes = [said.code for _, said in notes if not said.waits]
-            self._leave(codes[0] if codes else MachineError.exit_code)
+            ended = sorted(self._heartbeats.roll_call().ended.items())
+            faulty = [rank for rank, waits in ended if not waits][:LOOKS]
+            said = next(iter(self._heartbeats.notes(faulty).items()), None)
+            if said is not None:
+                self._leave(said[1].code, _told_by(*said))
+            else:
+                self._leave(MachineError.exit_code, f"the run has ended without rank {self._rank}")
 
-    def _leave(self, code: int) -> None:
+    def _leave(self, code: int, message: str, *, speaks: bool = False) -> None:
         try:
             if self._lease is not None:
                 with suppress(RunnerError):  # the next start then waits for a silence
-                    self._lease.release(code)
+                    self._lease.release(code, message)
+            if speaks:  # only now: printing may fail, or wait for ever
+                print_error(message)
         finally:
             os._exit(code)
-
-    def _others(self) -> list[int]:
-        """The ranks that this one looks after: rank 0 after all, rank 1 after rank 0."""
-        return list(range(1, self._heartbeats.world)) if self._rank == 0 else [0][: self._rank == 1]
 
     def _own_place(self) -> ExitNote:
         """Where this rank's main thread is."""
@@ -207,17 +247,37 @@ class Watchdog:
         )
         self._heartbeats.leave_note(mine)
         notes, gone = diagnose(self._heartbeats, self._rank, SIGN_OF_LIFE_S)
-        faults = [f"{self._heartbeats.name(rank)} gives no sign of life" for rank in gone]
-        # Ranks that hang by themselves; where all of them wait for each other, each is named.
-        hanging = {r: said for r, said in notes.items() if not said.waits}
-        if not faults:
-            hanging = hanging or notes
-        faults += [f"{self._heartbeats.name(r)} {said.text}" for r, said in sorted(hanging.items())]
-        error = MachineError(
-            f"no progress at {place} for {duration(limit)} ({key}): {'; '.join(faults)}"
-        )
         if self._over.is_set():
             return  # the main thread has come to an end meanwhile, and explains it
-        if self._heartbeats.claim_output():
-            print_error(str(error))
-        self._leave(error.exit_code)
+        speaks, words = self._heartbeats.claim_output(), ""
+        if speaks or self._lease is not None:  # whose end is noted with them
+            faults = "; ".join(self._faults(notes, gone))
+            words = f"no progress at {place} for {duration(limit)} ({key}): {faults}"
+        if speaks:
+            self._log(words)
+        self._leave(MachineError.exit_code, words, speaks=speaks)
+
+    def _faults(self, notes: dict[int, ExitNote], gone: list[int]) -> list[str]:
+        """What to say of ranks that are silent, and of those that hang by themselves; where all of
+        them wait for each other, of each."""
+        hanging = [rank for rank, said in sorted(notes.items()) if not said.waits]
+        if not gone:
+            hanging = hanging or sorted({*notes, self._rank})
+        name, words = self._heartbeats.name, self._heartbeats.notes(hanging[:NAMED])
+        hung = ExitNote(MachineError.exit_code, "hangs", waits=True)  # if it cannot be read now
+        return [
+            *_few(gone, lambda rank: f"{name(rank)} gives no sign of life"),
+            *_few(hanging, lambda rank: f"{name(rank)} {words.get(rank, hung).text}"),
+        ]
+
+
+def _few(ranks: Sequence[int], describe: Callable[[int], str]) -> list[str]:
+    """Describe ranks, of many only some."""
+    more = [f"and {len(ranks) - NAMED} more"] if len(ranks) > NAMED else []
+    return [*map(describe, ranks[:NAMED]), *more]
+
+
+def _told_by(rank: int, note: ExitNote) -> str:
+    """What a rank has left, with its name."""
+    name = f"rank {rank}"
+    return note.text if name in note.text else f"{name}: {note.text}"

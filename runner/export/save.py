@@ -5,8 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import re
+import secrets
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from runner.job.inference import KEY, InferenceSettings
-from runner.utils.files import is_there, storage_errors
+from runner.utils.files import Fence, is_there, storage_errors
 
 
 def gathered_state(engine: Any, stage: int) -> dict[str, Tensor]:
@@ -83,7 +83,7 @@ def export_model(
             path.chmod(mode)  # safetensors writes files that only their owner can read
 
 
-def publish_model(exported: Path, folder: Path, fence: Callable[[], None] = lambda: None) -> None:
+def publish_model(exported: Path, folder: Path, fence: Fence = lambda: None) -> None:
     """Let `folder` be the exported model of a checkpoint: the same files, not copies, where the
     file system has links. `fence`, asked before what is there is removed or renamed, raises if it
     is no longer ours.
@@ -91,22 +91,27 @@ def publish_model(exported: Path, folder: Path, fence: Callable[[], None] = lamb
     Raises:
         StorageError: if it cannot be made; what stood there before is untouched.
     """
-    aside, old = folder.with_name(".model.new"), folder.with_name(".model.old")
+    # Names of its own: what a start that was succeeded still copies lands in none of its heir's.
+    mark = f".{folder.name}.{secrets.token_hex(4)}"
+    aside, old = folder.with_name(f"{mark}.new"), folder.with_name(f"{mark}.old")
     with storage_errors(folder):
         fence()
-        for leftover in (aside, old):
+        for leftover in folder.parent.glob(f".{folder.name}.*"):
             shutil.rmtree(leftover, ignore_errors=True)
-        shutil.copytree(exported, aside, copy_function=_link)
-        fence()
-        if is_there(folder):
-            folder.rename(old)
         try:
-            aside.rename(folder)
-        except OSError:
-            if old.exists():
-                old.rename(folder)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
+            shutil.copytree(exported, aside, copy_function=_link)
+            fence()
+            if is_there(folder):
+                folder.rename(old)
+            try:
+                aside.rename(folder)
+            except OSError:
+                if old.exists():
+                    old.rename(folder)
+                raise
+        finally:
+            for leftover in (aside, old):
+                shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _link(source: str, target: str) -> None:

@@ -21,10 +21,13 @@ from runner.utils.signals import LAUNCHER, children_ignore_signals
 
 CHECKED_WINDOWS = 8
 
-# How far two computations of the same logits may lie apart, as a share of the largest: same
-# operations on the same device usually give the same bits, but a fresh process may pick another
-# thread count or matrix kernel.
-EXPORT_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
+# How far two computations of the same logits may lie apart. In float32: a share of the largest, for
+# another thread count or matrix kernel. Half the bits make that share useless: it depends on model
+# and text (0.9 to 4.5 % were measured). But whoever computes is as far from float32 as anyone else:
+# 0.9 to 1.3 times as far as the fresh process, by root mean squares over 8 windows and whatever the
+# attention and the order of sums (tests/bench/README.md).
+FLOAT32_TOLERANCE = 1e-4
+ROUNDING_TOLERANCE = 2.0
 
 # What a launcher sets for its ranks: a fresh process is none of them.
 _RANK_VARIABLES = (
@@ -61,7 +64,8 @@ def verify_export(
     stride: int,
 ) -> float:
     """Compare `logits` with those of a new process that knows only transformers and the exported
-    folder.
+    folder. They have to be as near to the exported weights' logits in float32 as that process's own
+    are in the weights' precision: both round, and how much does not depend on who computes.
 
     Returns:
         the largest difference, as a share of the largest logit.
@@ -83,19 +87,27 @@ def verify_export(
         "device": "cuda" if torch.cuda.is_available() else "cpu",
     }
     fresh = _ask_fresh_process(folder, request)
+    if fresh["missing"]:
+        raise RunnerError(f"{folder}: the export lacks weights: {', '.join(fresh['missing'])}")
     if [len(window) for window in fresh["logits"]] != [len(window) for window in logits]:
         raise RunnerError(f"{folder}: the exported tokenizer cuts other windows than the run did")
-    largest = max(float(np.abs(window).max()) for window in logits)
-    apart = max(
-        float(np.abs(np.array(again, np.float32) - window).max())
-        for again, window in zip(fresh["logits"], logits, strict=True)
+    run_T2, fresh_T2, exact_T2 = (
+        np.concatenate([np.asarray(window, np.float64) for window in found])
+        for found in (logits, fresh["logits"], fresh["exact"])
     )
-    share = apart / max(largest, 1e-12)
-    allowed = EXPORT_TOLERANCE[getattr(torch, fresh["dtype"])]
-    if not share <= allowed:  # NaN is refused too
+    largest = max(float(np.abs(exact_T2).max()), 1e-12)
+    share = float(np.abs(run_T2 - fresh_T2).max()) / largest
+    apart, rounding = (
+        float(np.sqrt(np.mean((found_T2 - exact_T2) ** 2))) / largest
+        for found_T2 in (run_T2, fresh_T2)
+    )
+    # NaN is refused too.
+    if not (share <= FLOAT32_TOLERANCE or apart <= ROUNDING_TOLERANCE * rounding < np.inf):
+        allowed = max(FLOAT32_TOLERANCE, ROUNDING_TOLERANCE * rounding)
         raise RunnerError(
-            f"{folder}: the exported model's logits differ from the run's by {share:.1e} of the"
-            f" largest (allowed {allowed:.0e}); the export is not the model that was scored"
+            f"{folder}: the run's logits are {apart:.1e} of the largest from those of the exported"
+            f" weights in float32 (rounding explains {allowed:.1e}); the export is not the model"
+            " that was scored"
         )
     return share
 

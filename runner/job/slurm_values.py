@@ -1,5 +1,6 @@
-"""What a value of [slurm] may be made of: allow-lists, so that nothing in a job file can become a
-command of the batch script or another option of sbatch."""
+"""What a value of [slurm] may be made of: allow-lists, so that no value can become another command
+of the batch script or another option of sbatch. (What `container`, `venv` and `modules` name
+is run: that is what they are for.)"""
 
 from __future__ import annotations
 
@@ -93,13 +94,17 @@ _ONE_OF = (
     ("hint", "threads-per-core"),
 )
 _GPU = re.compile(r"(gres[:/])?gpu\b.*")  # what [slurm] itself asks for; other gres stand beside it
-# Variables that say who a rank is; the ranks read them from SLURM.
-_RESERVED = re.compile(r"SLURM_\w*|SBATCH_\w*|RANK|WORLD_SIZE|LOCAL_(RANK|SIZE|WORLD_SIZE)")
-# Variables that the batch script itself goes by.
-_OF_THE_SCRIPT = {
-    *("run", "job", "spantune", "trials", "step", "warned", "ended", "code"),
-    *("MASTER_ADDR", "MASTER_PORT"),
-}
+# Variables that say who a rank is and where ranks meet; they come from SLURM and the batch script.
+_RESERVED = re.compile(
+    r"SLURM_\w*|SBATCH_\w*|RANK|WORLD_SIZE|LOCAL_(RANK|SIZE|WORLD_SIZE)|MASTER_(ADDR|PORT)"
+)
+# Variables by which bash, the dynamic loader, the C library or Python run or load something else
+# than what they are told to. Not LD_LIBRARY_PATH, which many clusters need.
+_RUNS_SOMETHING = re.compile(
+    r"PATH|BASH\w*|SHELLOPTS|ENV|IFS|PS4|POSIXLY_CORRECT|LD_(?!LIBRARY_PATH$)\w*|GCONV_PATH"
+    r"|GLIBC_TUNABLES|PYTHON(PATH|HOME|STARTUP|USERBASE|PLATLIBDIR|PYCACHEPREFIX|EXECUTABLE"
+    r"|INSPECT|BREAKPOINT)"
+)
 
 
 def check_variables(names: Iterable[str]) -> None:
@@ -109,8 +114,12 @@ def check_variables(names: Iterable[str]) -> None:
             raise ValueError(f"{json.dumps(name)} is no name of an environment variable")
         if _RESERVED.fullmatch(name):
             raise ValueError(f"{name} is set by SLURM or by the ranks themselves")
-        if name in _OF_THE_SCRIPT:
-            raise ValueError(f"{name} is a variable of the batch script itself")
+        if _RUNS_SOMETHING.fullmatch(name):
+            raise ValueError(
+                f"{name} makes bash, the loader or Python run or load something else, which no job"
+                " file may; load a module that sets it (slurm.modules), use slurm.venv, or export"
+                " it in the shell that submits: sbatch passes that on"
+            )
 
 
 def check_options(table: Mapping[str, Any]) -> None:

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from runner.data.dataset import Example
 from runner.data.sampler import score_batches
-from runner.data.tokenize import plain_backend
+from runner.data.tokenize import bare_backend
 from runner.data.windows import Windows, build_windows
 from runner.eval.answers import BestSpans, join, search
 from runner.job.inference import default_settings
@@ -206,7 +206,7 @@ def _words(
     windows: Windows, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase
 ) -> np.ndarray | None:
     """Characters [start, end) of each context token's word; None where a tokenizer knows none."""
-    backend = plain_backend(tokenizer)
+    backend, _ = bare_backend(tokenizer)
     words_C2, first = windows.chars_C2.copy(), 0
     for context in dict.fromkeys(example.context for example in examples):
         found = backend.encode(context, add_special_tokens=False).word_ids

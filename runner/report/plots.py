@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from runner.run.folder import RunDir
-from runner.utils.files import storage_errors
+from runner.utils.files import Fence, storage_errors
 from runner.utils.tables import read_rows
 
 # Okabe and Ito's colours differ for every kind of colour blindness; markers and dashes differ in
@@ -63,8 +63,9 @@ SCORE_CURVES = (
 Rows = Sequence[Mapping[str, str]]
 
 
-def draw_curves(run: RunDir, title: str) -> None:
+def draw_curves(run: RunDir, title: str, fence: Fence = lambda: None) -> None:
     """Draw `curves.svg` and `curves.png` from train.csv and eval.csv; nothing while both are empty.
+    `fence`, asked before they get their names, raises if the folder is no longer ours.
 
     Raises:
         StorageError: if the pictures cannot be written.
@@ -119,6 +120,7 @@ def draw_curves(run: RunDir, title: str) -> None:
             for path, metadata in ((run.curves_svg, {"Date": None}), (run.curves_png, {})):
                 aside = path.with_name(f".{os.getpid()}.{path.name}")
                 figure.savefig(aside, dpi=150, metadata=metadata)
+                fence()
                 aside.replace(path)
         plt.close(figure)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import Any
 
 import tomli
 
-from runner.errors import DataError, RunDirError
+from runner.errors import DataError, RunDirError, StorageError
 from runner.run.folder import RunDir
 from runner.utils.tables import read_rows
 
@@ -78,7 +80,8 @@ def read_run(path: str | Path, result: Mapping[str, Any] | None = None) -> RunRe
 
     Raises:
         RunDirError: if there is neither at `path`.
-        DataError: naming the file that cannot be read.
+        DataError: naming the file that is damaged.
+        StorageError: naming the file that cannot be read, or was lost.
     """
     run = RunDir(path)
     if not run.job.is_file() and not run.result.is_file() and result is None:
@@ -90,6 +93,8 @@ def read_run(path: str | Path, result: Mapping[str, Any] | None = None) -> RunRe
     job = _toml(run.job, job_text) if job_text else None
     if result is None and run.result.is_file():
         result = _json(run.result, _text(run.result))
+    if job is None and result is not None and "model" not in result:  # it is no evaluation's
+        raise StorageError(f"{run.job}: {os.strerror(errno.ENOENT)}; the run is not whole without")
     elsewhere = sorted(p.parent for p in run.evaluations.glob("*/result.json"))
     return RunRecord(
         name=str(job["name"]) if job else run.path.name,

@@ -22,7 +22,7 @@ from runner.report.page import (
 from runner.report.read import read_run
 from runner.report.run_page import run_page, scores_of
 from runner.run.folder import RunDir
-from runner.utils.files import storage_errors, write_atomic
+from runner.utils.files import Fence, storage_errors, write_atomic
 from runner.utils.tables import CellValue, format_value
 from runner.utils.templates import template_environment
 
@@ -96,7 +96,10 @@ def _columns(rows: Sequence[Mapping[str, Cell]]) -> dict[str, bool]:
 
 
 def write_report(
-    path: str | Path, result: Mapping[str, Any] | None = None, folder: Path | None = None
+    path: str | Path,
+    result: Mapping[str, Any] | None = None,
+    folder: Path | None = None,
+    fence: Fence | None = None,
 ) -> list[str]:
     """Write report.md and report.html of a run or of an evaluation.
 
@@ -104,6 +107,7 @@ def write_report(
         path: its folder.
         result: what result.json is about to hold, for a run that is just ending.
         folder: where to write; None writes into `path`.
+        fence: raises if that is no longer ours.
 
     Returns:
         A few lines for a terminal.
@@ -114,7 +118,7 @@ def write_report(
     run = read_run(path, result)
     source = RunDir(path)
     target = RunDir(folder) if folder is not None else source
-    _write(run_page(run), target.report, target.report_page)
+    _write(run_page(run), target.report, target.report_page, fence)
     if target.path != source.path and source.curves_svg.is_file():
         with storage_errors(source.curves_svg):
             picture = source.curves_svg.read_text(encoding="utf-8", errors="replace")
@@ -144,8 +148,8 @@ def write_comparison(paths: Sequence[str | Path], folder: Path) -> list[str]:
     return [*paragraphs[:-1], f"Written: {html}", f"         {markdown}"]
 
 
-def _write(page: Page, markdown: Path, html: Path) -> None:
+def _write(page: Page, markdown: Path, html: Path, fence: Fence | None = None) -> None:
     with storage_errors(html):
         html.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(markdown, page_markdown(page))
-    write_atomic(html, page_html(page))
+    write_atomic(markdown, page_markdown(page), fence)
+    write_atomic(html, page_html(page), fence)

@@ -94,11 +94,14 @@ class EndRecord:
         exit_code: of its rank 0.
         step: the newest step that it knew to be committed; None before it had loaded one.
         ended: seconds since 1970.
+        message: why, as it was told the user; empty after success and in entries of earlier
+            versions.
     """
 
     exit_code: int
     step: int | None
     ended: float
+    message: str = ""
 
 
 def attempt_numbers(run: RunDir) -> list[int]:

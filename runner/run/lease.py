@@ -14,10 +14,11 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 
-from runner.errors import RunDirError, RunnerError
+from runner.errors import RunDirError, RunnerError, StorageError
 from runner.run.attempts import (
     SILENT_S,
     AttemptRecord,
@@ -30,6 +31,7 @@ from runner.run.attempts import (
     stands_still,
 )
 from runner.run.folder import RunDir
+from runner.utils.console import append_log
 from runner.utils.files import is_there, storage_errors, write_json
 from runner.utils.text import duration
 
@@ -101,6 +103,15 @@ class Lease:
                 f" for {duration(SILENT_S)}; it ends without writing anything more"
             )
 
+    @contextmanager
+    def explaining(self) -> Iterator[None]:
+        """Tell what fails in a start that was taken over as just that: its files were removed."""
+        try:
+            yield
+        except StorageError:
+            self.verify()
+            raise
+
     def is_held(self) -> bool:
         """Whether no later start has claimed the run."""
         return not is_there(entry_file(self.run, self.number + 1, "json"))
@@ -132,10 +143,25 @@ class Lease:
             if int(path.name.partition(".")[0]) < self.number:
                 path.unlink(missing_ok=True)
 
-    def release(self, exit_code: int) -> None:
-        """Note the end of this start; the next one then need not wait for a silence."""
+    def release(self, exit_code: int, message: str = "", last_words: str = "") -> None:
+        """Note the end of this start; the next one then need not wait for a silence.
+
+        Args:
+            exit_code: of the run.
+            message: why it ends; nothing after success.
+            last_words: what the run's log gets, if that is more: a traceback, say.
+
+        Raises:
+            RunDirError: if the folder is somebody else's by now.
+            StorageError: if it cannot be written.
+        """
         self._over.set()
-        end = EndRecord(exit_code, self.step, time.time())
+        # Before the end, after which a follower of the log leaves, and an heir may begin.
+        if message:
+            with suppress(RunnerError):
+                self.verify()
+                append_log(self.run.log, last_words or message)
+        end = EndRecord(exit_code, self.step, time.time(), message)
         write_json(entry_file(self.run, self.number, "end.json"), end, self._check_folder)
 
     def _keep_beating(self) -> None:

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from runner.errors import DataError, ExpectationError, StorageError
+from runner.errors import DataError, ExpectationError, RunnerError, StorageError
 from runner.job.load import dump_job, first_difference, recorded_job
 from runner.job.schema import Job, missed_expectation
 from runner.run.attempts import attempt_numbers, attempts, is_alive, is_earlier_life
@@ -46,11 +46,17 @@ def acquire_run(job: Job, options: StartOptions) -> Lease | RunDir:
     run = _folder(job, options)
     anew = options.restart and not any(map(is_earlier_life, attempts(run)))
     check_ours(run)
-    if not anew:
-        _check_job(run, job)
-        if run.finished():
-            return run
+    if not anew and _is_finished(run, job):
+        return run
     lease = Lease.acquire(run, anew=anew)
+    try:  # once more: another start may have come before this one, and be over
+        finished = not anew and _is_finished(run, job)
+    except RunnerError as error:
+        lease.release(error.exit_code)
+        raise
+    if finished:
+        lease.release(0)
+        return run
     if anew:
         _put_aside(lease)
     write_atomic(run.job, dump_job(job), lease.verify)
@@ -109,6 +115,12 @@ def _is_of(run: RunDir, job: Job) -> bool:
         return first_difference(recorded_job(run.job), job) is None
     except (DataError, StorageError):  # whose it is cannot be told now
         return False
+
+
+def _is_finished(run: RunDir, job: Job) -> bool:
+    """Whether a folder's run, which must be of this job, is finished."""
+    _check_job(run, job)
+    return run.finished()
 
 
 def _check_job(run: RunDir, job: Job) -> None:

@@ -5,6 +5,7 @@
 - `client`: SLURM's commands
 - `request`: a job that is to be submitted, checked
 - `submit`: gives it to SLURM
+- `starts`: the newest start of a run, and its words
 - `status`: how runs stand
 - `control`: logs and cancelling
 """

@@ -18,10 +18,9 @@ from runner.utils.files import read_json, storage_errors, write_json
 
 SLURM_ANSWER_S = 20.0  # seconds for an answer; clients of a dead controller would try for minutes
 SBATCH_ANSWER_S = 60.0  # seconds for sbatch, after which nobody knows whether there is a job
-_ENDED = {
-    *("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "DEADLINE"),
-    *("OUT_OF_MEMORY", "BOOT_FAIL", "REVOKED", "FORGOTTEN"),
-}
+# States of a job that SLURM has ended, for a reason that the run's own end does not tell.
+KILLED = {"CANCELLED", "PREEMPTED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY"}
+_ENDED = {*KILLED, "COMPLETED", "FAILED", "DEADLINE", "BOOT_FAIL", "REVOKED", "FORGOTTEN"}
 # Of SLURM's variables, those that say where SLURM is. The others describe the job that we may be in
 # ourselves, and would be taken over by the one that is submitted.
 _WHERE_SLURM_IS = {"SLURM_CONF", "SLURM_CLUSTERS", "SLURM_CONF_SERVER", "SLURM_TIME_FORMAT"}

@@ -7,32 +7,18 @@ import os
 import signal
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
-from pathlib import Path
 
 from runner.errors import DataError, RunDirError, RunnerError, SlurmError, StorageError
 from runner.run.attempts import describe
 from runner.run.folder import RunDir
 from runner.slurm.client import read_submission, scancel
-from runner.slurm.status import newest_start, run_statuses, started_elsewhere
+from runner.slurm.starts import log_file, newest_start, read_log
+from runner.slurm.status import run_statuses
 from runner.slurm.submit import in_queue
-from runner.utils.files import read_regular, storage_errors
 from runner.utils.processes import machine_id
 
 LOG_POLL_S = 0.5  # seconds between looks at a file that grows
 STATE_POLL_S = 10.0  # seconds between questions to SLURM
-
-
-def log_file(run: RunDir) -> Path:
-    """Where a run's log is: the output of its newest SLURM job, or its own log if that is newer
-    or there is no such job."""
-    submission, start = read_submission(run.slurm), newest_start(run)
-    if submission is None or (start is not None and started_elsewhere(start, submission)):
-        return run.log
-    # SLURM writes it into the folder that was submitted, wherever that is now: the run's, or the
-    # sweep's. No path is taken from a file.
-    folder = run.path if submission.index is None else run.path.parent
-    return folder / f"slurm-{submission.name}.out"
 
 
 def follow_log(run: RunDir, *, forever: bool) -> Iterator[str]:
@@ -40,29 +26,32 @@ def follow_log(run: RunDir, *, forever: bool) -> Iterator[str]:
     run is over. While there is nothing yet, its state is yielded once.
 
     Raises:
-        RunDirError: if there is nothing, and it is not to be waited for.
+        RunDirError: if there is nothing, and it is not to be waited for, saying how the run stands.
     """
     path = log_file(run)
     # A letter may be written in two parts.
     decode = codecs.getincrementaldecoder("utf-8")(errors="backslashreplace").decode
     place, last_query, last_state = 0, 0.0, ""
     while True:
-        raw = _bytes_from(path, place)
+        raw = read_log(path, place)
         place += len(raw)
         if raw:
             yield decode(raw)
             continue
         if not forever:
             if place == 0:
-                raise RunDirError(f"{run.path} has said nothing yet: there is no {path.name}")
+                [status], _ = run_statuses([run])
+                raise RunDirError(
+                    f"{run.path} has said nothing yet: there is no {path.name}; {status.sentence}"
+                )
             return
         if time.monotonic() - last_query > STATE_POLL_S or not last_query:
             last_query = time.monotonic()
             [status], silence = run_statuses([run])
-            if _bytes_from(path, place):  # there is more since: what it said last comes first
+            if read_log(path, place):  # there is more since: what it said last comes first
                 continue
-            if place == 0 and last_state != status.state:
-                last_state = status.state
+            if place == 0 and last_state != status.sentence:
+                last_state = status.sentence
                 yield f"{last_state}\n"
             if status.over and not silence:
                 yield decode(b"", final=True)
@@ -118,17 +107,3 @@ def _cancel(run: RunDir, *, in_queue: bool) -> str:
     except ProcessLookupError:
         return "is not running"
     return f"process {record.pid} is told to save and end"
-
-
-def _bytes_from(path: Path, place: int) -> bytes:
-    """What stands in a file from this byte on, a piece at a time; nothing if it is not there.
-
-    Raises:
-        RunDirError: if it is a link, which may lead anywhere.
-        StorageError: if it cannot be read.
-    """
-    if path.is_symlink():
-        raise RunDirError(f"{path} is a link, which is not followed")
-    with storage_errors(path), suppress(FileNotFoundError):
-        return read_regular(path, place, 1_000_000)
-    return b""

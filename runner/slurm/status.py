@@ -4,49 +4,31 @@ from __future__ import annotations
 
 import csv
 import socket
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import tomli
 
 from runner.errors import DataError, RunDirError, RunnerError, SlurmError, StorageError, printable
-from runner.run.attempts import (
-    SILENT_S,
-    AttemptRecord,
-    EndRecord,
-    attempt_numbers,
-    attempts,
-    describe_if_alive,
-    entry_file,
-    read_end,
-)
+from runner.run.attempts import AttemptRecord, EndRecord, attempt_numbers, entry_file
 from runner.run.folder import RunDir
 from runner.run.sweep import SWEEP_MANIFEST, read_manifest
-from runner.slurm.client import FORGOTTEN, SlurmJob, Submission, job_states, read_submission
+from runner.slurm.client import FORGOTTEN, KILLED, SlurmJob, Submission, job_states, read_submission
+from runner.slurm.starts import (
+    NewestStart,
+    last_line,
+    modified,
+    newest_start,
+    started_before,
+    started_elsewhere,
+)
 from runner.utils.files import below_here, read_json, read_regular
 from runner.utils.tables import CellValue, read_rows
 from runner.utils.text import duration, first_line
 
 SHOWN = 20  # runs that are listed if none is named
-
-
-@dataclass(frozen=True)
-class NewestStart:
-    """The newest start of a run, as its ledger tells.
-
-    Attributes:
-        record: who made it.
-        exit_code: how it ended; None as long as it has not said so.
-        alive: whether it is going on.
-    """
-
-    record: AttemptRecord
-    exit_code: int | None
-    alive: bool
 
 
 @dataclass(frozen=True)
@@ -63,6 +45,7 @@ class RunStatus:
         left: seconds of training left at its present speed; None if it is not running.
         limit: time left until SLURM's limit, as SLURM spells it.
         place: where it runs.
+        message: why it is over, if it did not succeed.
     """
 
     run: RunDir
@@ -75,13 +58,23 @@ class RunStatus:
     left: float | None
     limit: str
     place: str
+    message: str = ""
+
+    @property
+    def sentence(self) -> str:
+        """State and message."""
+        return ": ".join(filter(None, (self.state, self.message)))
+
+    def name(self, root: Path) -> str:
+        """What to call the run; runs below `root` are called by what follows it."""
+        path, root = self.run.path, root.absolute()
+        return str(path.relative_to(root)) if root in path.parents else below_here(path)
 
     def row(self, root: Path) -> dict[str, CellValue]:
-        """One row of the table; runs below `root` are called by what follows it."""
-        path, root = self.run.path, root.absolute()
+        """One row of the table."""
         done = "0" if self.epoch is None else f"{self.epoch:.3g}"
         return {
-            "run": str(path.relative_to(root)) if root in path.parents else below_here(path),
+            "run": self.name(root),
             "state": self.state,
             "job": self.job,
             "epoch": f"{done}/{self.epochs}" if self.epochs else done,
@@ -102,15 +95,10 @@ def find_runs(named: Sequence[Path], root: Path) -> list[RunDir]:
     if named:
         pairs = ((path, _runs_at(path)) for path in named)
         return [
-            run for path, runs in pairs for run in (_runs_below(path) if runs is None else runs)
+            run for path, runs in pairs for run in (_some_below(path) if runs is None else runs)
         ]
-    runs = [RunDir(path.parent) for path in root.glob("*/*/job.toml") if path.is_file()]
-    for path in root.glob(f"*/*/{SWEEP_MANIFEST}"):
-        try:
-            runs += _runs_at(path.parent) or ()
-        except (DataError, StorageError):
-            runs.append(RunDir(path.parent))  # shown as damaged
-    return sorted(runs, key=lambda run: max(map(_age, (run.job, run.path / SWEEP_MANIFEST))))[
+    runs = _runs_below(root)
+    return sorted(runs, key=lambda run: max(map(modified, (run.job, run.path / SWEEP_MANIFEST))))[
         -SHOWN:
     ]
 
@@ -127,7 +115,7 @@ def named_runs(named: Sequence[Path]) -> list[RunDir]:
         if runs is None:
             raise RunDirError(
                 f"{path} is no run folder: it has no job.toml; name those of the"
-                f" {len(_runs_below(path))} runs below it that are meant"
+                f" {len(_some_below(path))} runs below it that are meant"
             )
         meant += runs
     return meant
@@ -154,38 +142,6 @@ def table_rows(statuses: Sequence[RunStatus], root: Path) -> list[dict[str, Cell
     rows = [status.row(root) for status in statuses]
     empty = {key for key in (rows[0] if rows else ()) if all(row[key] is None for row in rows)}
     return [{key: value for key, value in row.items() if key not in empty} for row in rows]
-
-
-def newest_start(run: RunDir) -> NewestStart | None:
-    """Read the newest start from the ledger; None before the first."""
-    try:
-        started = attempts(run)
-        end = read_end(run, started[-1].attempt) if started else None
-    except StorageError:  # somebody else's, which we may not read
-        return None
-    if not started:
-        return None
-    record = started[-1]
-    if end is not None:
-        return NewestStart(record, end.exit_code, alive=False)
-    try:
-        return NewestStart(record, None, describe_if_alive(run, record.attempt) is not None)
-    except (OSError, StorageError):  # somebody else's folder, which we may only read
-        silence = time.time() - _age(entry_file(run, record.attempt, "alive"))
-        return NewestStart(record, None, silence < SILENT_S)
-
-
-def started_elsewhere(start: NewestStart, submission: Submission) -> bool:
-    """Whether a start is no life of the job that was submitted last, and began later: what SLURM
-    says of that job, and what the job said, is then not about it. (A trial's SLURM_JOB_ID is not
-    its name in the array, so of an array every job counts.)"""
-    job, is_trial = start.record.slurm_job_id, submission.index is not None
-    if job == submission.job_id or (is_trial and job is not None):
-        return False
-    try:
-        return start.record.started > datetime.fromisoformat(submission.submitted).timestamp()
-    except (ValueError, OverflowError):
-        return False
 
 
 def _submission(run: RunDir) -> Submission | Exception | None:
@@ -242,6 +198,8 @@ def _run_status(
         start.alive or (job is not None and job.ended)
     ):
         submission = job = None
+    if start and submission and job and job.ended and started_before(start, submission):
+        start = None  # the job that was submitted since has begun nothing
     state, over = _state(run, start, job)
     training, evaluations = _rows(run.train_table), _rows(run.eval_table)
     epoch = _number(training[-1], "epoch") if training else None
@@ -259,7 +217,21 @@ def _run_status(
         (epochs - epoch) / speed if speed and epochs and epoch is not None else None,
         job.time_left if job and job.state == "RUNNING" else "",
         (job.nodes if job and not over else "") or (_where(start) if start and is_running else ""),
+        _message(run, start) if over else "",
     )
+
+
+def _message(run: RunDir, start: NewestStart | None) -> str:
+    """Why a run is over; nothing if it succeeded. Of one that was killed, and of a job that failed
+    before its run began, nothing is left but the last line of the log."""
+    if run.finished() and (start is None or start.exit_code != 78):
+        return ""
+    if start is not None and start.message:
+        said = start.message
+        for name in (str(run.path), below_here(run.path)):  # which the reader knows
+            said = said.removeprefix(f"{name}: ")
+        return said
+    return last_line(run)
 
 
 def _state(run: RunDir, start: NewestStart | None, job: SlurmJob | None) -> tuple[str, bool]:
@@ -277,7 +249,7 @@ def _state(run: RunDir, start: NewestStart | None, job: SlurmJob | None) -> tupl
         return ("running" if alive else "starting"), False
     if alive:
         return "running", False
-    if job is not None and job.state in ("CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY"):
+    if job is not None and job.state in KILLED:
         return job.state.lower().replace("_", " "), True
     if start is None:
         return ("not started" if job is None else "ended before it began"), True
@@ -298,20 +270,33 @@ def _runs_at(path: Path) -> list[RunDir] | None:
     return [run] if run.job.is_file() else None
 
 
-def _runs_below(path: Path) -> list[RunDir]:
-    inner = sorted(path.glob("*/job.toml")) or sorted(path.glob("*/*/job.toml"))
-    return [RunDir(job.parent) for job in inner] or [RunDir.open(path)]  # which says what it lacks
+def _some_below(path: Path) -> list[RunDir]:
+    return _runs_below(path) or [RunDir.open(path)]  # which says what it lacks
+
+
+def _runs_below(root: Path) -> list[RunDir]:
+    """All runs one and two folders below, and the trials of all sweeps there."""
+    found: list[RunDir] = []
+    for pattern in ("*", "*/*"):
+        for job in sorted(root.glob(f"{pattern}/job.toml")):
+            above = job.parent.parent
+            # What --restart has put aside in a run is no run; of trials the manifest tells.
+            if job.is_file() and (above == root or not _is_run_or_sweep(above)):
+                found.append(RunDir(job.parent))
+        for manifest in sorted(root.glob(f"{pattern}/{SWEEP_MANIFEST}")):
+            try:
+                found += _runs_at(manifest.parent) or ()
+            except (DataError, StorageError):
+                found.append(RunDir(manifest.parent))  # shown as damaged
+    return found
+
+
+def _is_run_or_sweep(path: Path) -> bool:
+    return any((path / name).is_file() for name in ("job.toml", SWEEP_MANIFEST))
 
 
 def _where(start: NewestStart) -> str:
     return "here" if start.record.host == socket.gethostname() else printable(start.record.host)
-
-
-def _age(path: Path) -> float:
-    try:
-        return path.stat().st_mtime
-    except OSError:
-        return 0.0
 
 
 def _rows(path: Path) -> list[dict[str, str]]:

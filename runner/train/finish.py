@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import resource
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from runner.train.run_log import RunLog
 from runner.train.setup import Session
 from runner.train.state import TrainState
 from runner.train.summary import closing_lines, data_hashes, probe_changes, write_predictions
-from runner.utils.files import file_sha256, storage_errors, write_json
+from runner.utils.files import Fence, file_sha256, storage_errors, write_json
 
 WEIGHTS = "model.safetensors"
 
@@ -72,7 +72,7 @@ def finish(
     best: BestEvaluation,
     state: TrainState,
     result: dict[str, Any],
-    fence: Callable[[], None],
+    fence: Fence,
 ) -> None:
     """Write predictions, report and, last of all, result.json; show the outcome.
 
@@ -82,12 +82,9 @@ def finish(
     """
     job, run = session.job, session.run
     changes = probe_changes(state.probe_rows)
-    fence()
-    write_predictions(
-        run, best.scores, session.splits.validation, unanswerable=job.data.unanswerable
-    )
-    fence()
-    write_report(run.path, result)
+    unanswerable = job.data.unanswerable
+    write_predictions(run, best.scores, session.splits.validation, fence, unanswerable=unanswerable)
+    write_report(run.path, result, fence=fence)
     with storage_errors(run.model):
         published = file_sha256(run.model / WEIGHTS)
     if published != result["weights_sha256"]:

@@ -130,9 +130,8 @@ class RunLog:
         """The curves so far; a picture that cannot be drawn or written is drawn again later."""
         if not self._rank.is_main:
             return
-        self._fence()
         try:
-            draw_curves(self._run, self._job.name)
+            draw_curves(self._run, self._job.name, self._fence)
         except StorageError as error:
             self.line(f"no curves: {error}")
         # The user's fonts, caches, settings of matplotlib: an epoch is worth more than a picture.

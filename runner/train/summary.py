@@ -16,7 +16,7 @@ from runner.model.load import emulation_warning
 from runner.run.folder import RunDir
 from runner.train.setup import Session, Splits
 from runner.train.state import Totals, TrainState
-from runner.utils.files import below_here, write_atomic
+from runner.utils.files import Fence, below_here, write_atomic
 from runner.utils.tables import CellValue, read_rows
 from runner.utils.text import duration
 
@@ -112,9 +112,10 @@ def probe_table(
 
 
 def write_predictions(
-    run: RunDir, scores: Evaluation, validation: Split, *, unanswerable: bool
+    run: RunDir, scores: Evaluation, validation: Split, fence: Fence, *, unanswerable: bool
 ) -> None:
-    """Write predictions.jsonl: one question a line, with the right answers beside the model's."""
+    """Write predictions.jsonl: one question a line, with the right answers beside the model's;
+    `fence` is asked before it gets its name."""
     records = prediction_records(
         scores.predictions.answers,
         validation.dataset.examples,
@@ -123,7 +124,7 @@ def write_predictions(
         scores.f1_N,
         unanswerable=unanswerable,
     )
-    write_atomic(run.predictions, as_lines(records))
+    write_atomic(run.predictions, as_lines(records), fence)
 
 
 def opening_lines(session: Session) -> list[str]:

@@ -8,6 +8,7 @@ built in `setup`, what they remember is in `state`, what they tell goes through 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -17,10 +18,12 @@ import numpy as np
 from torch import Tensor
 
 from runner.checkpoint.best import MODEL, BestEvaluation, save_best
+from runner.checkpoint.commit import Ranks, agree
 from runner.checkpoint.manager import BEST, CheckpointManager
 from runner.checkpoint.store import Stage
 from runner.data.loader import DeviceBatch
 from runner.distributed.collectives import (
+    all_gather,
     broadcast,
     gather_to_main,
     is_connection_lost,
@@ -89,9 +92,16 @@ def train(job: Job, *, lease: Lease | None, threads: int | None = None) -> RunDi
         folder, number, nonce = broadcast(told)
     run = RunDir(folder)
     heartbeats = RankHeartbeats(run, number, rank.index, rank.world, nonce)
+    # Together: a rank that has no file to leave word in would seem to have died without one.
+    agree(Ranks(rank.index, all_gather), heartbeats.register)
     seconds = 60 * job.train.timeout_minutes
     watchdog = Watchdog(heartbeats, rank.index, seconds, lease, is_connection_lost)
-    with watchdog.explaining(), storage_errors(), full_disk_errors(), explaining_oom(watchdog):
+    with ExitStack() as explained:
+        explained.enter_context(watchdog.explaining())
+        if lease is not None:
+            explained.enter_context(lease.explaining())
+        for failures in (storage_errors(), full_disk_errors(), explaining_oom(watchdog)):
+            explained.enter_context(failures)
         log = RunLog(job, run, rank, lease)
         session = build_session(job, run, rank, device, timer, watchdog)
         checkpoints = CheckpointManager(

@@ -263,12 +263,23 @@ def progress(title: str, total: int | None) -> Iterator[Step]:
         yield lambda done, note="": bar.update(task, completed=done, note=note)
 
 
+def append_log(path: Path, text: str) -> None:
+    """Add to a run's log what an end has to say, with the time; what cannot be written is lost."""
+    now = time.strftime("%H:%M:%S")
+    with suppress(OSError), open_own(path, "a") as file:
+        file.write("".join(f"{now} {line}" for line in _lines(text)))
+
+
 def print_error(text: str) -> None:
     """Write an error sentence to stderr; one that cannot be written is lost, its code is not."""
     if sys.stderr is None:
         return
     try:
-        sys.stderr.write("".join(f"{printable(line)}\n" for line in text.split("\n")))
+        sys.stderr.write("".join(_lines(text)))
         sys.stderr.flush()
     except (OSError, ValueError):
         _silence(sys.stderr)
+
+
+def _lines(text: str) -> list[str]:
+    return [f"{printable(line)}\n" for line in text.split("\n")]

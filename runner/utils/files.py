@@ -23,6 +23,7 @@ from runner.utils.disk import full_disk, is_full, no_room
 from runner.utils.text import first_problem
 
 Kind = TypeVar("Kind")
+Fence = Callable[[], None]  # raises if a folder is no longer ours
 
 
 def file_sha256(path: Path) -> str:
@@ -44,10 +45,11 @@ def open_own(path: Path, mode: str, **options: Any) -> Any:
 
 
 def _without_links(name: str, flags: int) -> int:
-    return os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    # A pipe that nobody reads is an error, which to open would else wait for ever.
+    return os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
 
 
-def write_atomic(path: Path, text: str, fence: Callable[[], None] | None = None) -> None:
+def write_atomic(path: Path, text: str, fence: Fence | None = None) -> None:
     """Write a text file aside and rename it into place; `fence`, asked before the rename, raises
     if the place is no longer ours.
 
@@ -69,7 +71,7 @@ def write_atomic(path: Path, text: str, fence: Callable[[], None] | None = None)
             aside.unlink(missing_ok=True)
 
 
-def write_json(path: Path, value: Any, fence: Callable[[], None] | None = None) -> None:
+def write_json(path: Path, value: Any, fence: Fence | None = None) -> None:
     """Write a record (a dataclass) or plain values as indented JSON, as `write_atomic`."""
     write_atomic(path, json.dumps(to_jsonable(value), indent=2, ensure_ascii=False) + "\n", fence)
 

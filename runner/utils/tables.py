@@ -6,7 +6,7 @@ from __future__ import annotations
 import csv
 import io
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from rich import box
@@ -14,14 +14,12 @@ from rich.table import Table
 from rich.text import Text
 
 from runner.errors import printable_lines
-from runner.utils.files import open_own, storage_errors
+from runner.utils.files import Fence, open_own, storage_errors
 
 CellValue = str | int | float | None
 
 
-def append_row(
-    path: Path, row: Mapping[str, CellValue], fence: Callable[[], None] | None = None
-) -> None:
+def append_row(path: Path, row: Mapping[str, CellValue], fence: Fence | None = None) -> None:
     """Append one row; see `append_rows`."""
     append_rows(path, [row], fence)
 
@@ -29,7 +27,7 @@ def append_row(
 def append_rows(
     path: Path,
     rows: Sequence[Mapping[str, CellValue]],
-    fence: Callable[[], None] | None = None,
+    fence: Fence | None = None,
     *,
     durable: bool = True,
 ) -> None:

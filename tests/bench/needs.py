@@ -14,6 +14,9 @@ feature build, s    once, on rank 0, for all questions; later runs map the files
 start, s            what every start takes before its first step, in percent of ten epochs
 answers, s          rank 0's search for n-best answers is shared; merging them is not
 checkpoint, GB      weights, master weights and two moments; each rank writes its share
+file server, /s     operations by which all ranks show that they live and look after each other, in
+                    long work (while steps are taken: half of it), and a listing a second by rank 0
+a death             operations of all ranks until one that died on another machine is named
 """
 
 from __future__ import annotations
@@ -48,6 +51,8 @@ def row(gpus: int, args: argparse.Namespace) -> dict[str, float | int]:
         "start, % of ten epochs": 100 * args.start / (args.start + 10 * epoch),
         "answers, s": args.answer_us * 1e-6 * args.validation,
         "checkpoint, GB a rank": (2 + 12 / gpus) * PARAMETERS / 1e9,
+        "file server, /s": args.server_peace * gpus + 1,
+        "a death": args.server_death * (gpus - 1),
     }
 
 
@@ -64,6 +69,8 @@ def main() -> None:
         "--answer-us", type=float, default=400, help="us a question, one CPU thread"
     )
     parser.add_argument("--start", type=float, default=12, help="seconds to the first step")
+    parser.add_argument("--server-peace", type=float, default=0.19, help="a rank and second")
+    parser.add_argument("--server-death", type=float, default=28, help="a rank, of one that died")
     parser.add_argument("--table", type=Path, help="append the table to this file")
     args = parser.parse_args()
     rows = [row(gpus, args) for gpus in (1, 8, 64, 512)]
@@ -71,7 +78,8 @@ def main() -> None:
         f"{args.windows} windows an epoch, BERT-base, {args.rate:g} windows/s a GPU (assumed, not"
         f" measured); measured on the machine above: {args.feature_us:g} us a question for"
         f" features, {args.batch_us:g} us a window for batches, {args.answer_us:g} us a question"
-        f" for answers, {args.start:g} s to the first step."
+        f" for answers, {args.start:g} s to the first step. Counted: {args.server_peace:g} file"
+        f" operations a rank and second, {args.server_death:g} a rank at a death."
     )
     measuring.show(measuring.report("What 1 to 512 GPUs would need", rows, [note]), args.table)
 

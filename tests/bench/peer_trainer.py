@@ -135,6 +135,12 @@ def find_model(name: str) -> str:
     return str(Path(spec.submodule_search_locations[0]) / subfolder)
 
 
+def load_model(folder: str) -> Any:
+    """Return the model to train, its weights in float32: transformers 5 would take the dtype of the
+    file, and Trainer, whose bf16 is autocast around float32 weights, would train in float16."""
+    return AutoModelForQuestionAnswering.from_pretrained(folder, dtype=torch.float32)
+
+
 # ------------------------------------------------------------------------------------- features
 
 
@@ -311,7 +317,7 @@ def main() -> None:
         sys.exit(f"{args.validation.name}: a question has no answer; this scores SQuAD v1.1 only")
     model_folder = find_model(args.model)
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    model = AutoModelForQuestionAnswering.from_pretrained(model_folder)
+    model = load_model(model_folder)
     clock.mark("start")
 
     settings = {"tokenizer": tokenizer, "max_length": args.max_length, "stride": args.stride}

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
+from runner.job.schema import Model
+from runner.model.load import ModelFiles, load_pretrained
 from tests.forked import forked
 
 BENCH = Path(__file__).parent
@@ -96,11 +102,37 @@ def test_span_search(zygote):
 
 
 @pytest.mark.slow
+def test_rounding(tiny):
+    small = ("--model", tiny("bert"), "--data", DATA, "--windows", 8, "--max-length", 64)
+    rows = tables(run("rounding.py", *small))
+    assert len(rows) == 4
+    assert all(0 < float(row["median"]) < 10 for row in rows)
+
+
+@pytest.mark.slow
 def test_search_memory():
     rows = tables(run("search_memory.py", "--windows", 8, "--length", 48), machine="1 thread")
     assert [row["windows"] for row in rows] == ["8"] * 3
     assert len({row[""] for row in rows}) == 3
     assert all(float(row["CPU seconds"]) >= 0 for row in rows)
+
+
+def test_both_sides_train_in_float32_whatever_the_file_holds(tiny, tmp_path):
+    """Weights travel as float16; the bf16 of both sides is a copy of float32 weights."""
+    half = tmp_path / "half"
+    theirs = runpy.run_path(str(BENCH / "peer_trainer.py"))["load_model"]
+    model = theirs(tiny("bert"))
+    model.half().save_pretrained(half)
+    AutoTokenizer.from_pretrained(tiny("bert")).save_pretrained(half)
+    assert {t.dtype for t in load_file(half / "model.safetensors").values()} == {torch.float16}
+    section = Model(name=str(half))
+    for loaded in (theirs(half), load_pretrained(ModelFiles.locate(section), 1)):
+        assert {p.dtype for p in loaded.parameters()} == {torch.float32}
+
+
+def test_covered_time_counts_what_lies_above_each_other_once():
+    spans = [(5.0, 6.0), (0.0, 2.0), (1.0, 3.0), (1.5, 2.0), (5.5, 5.5)]
+    assert runpy.run_path(str(BENCH / "training.py"))["covered"](spans) == 4.0
 
 
 @pytest.mark.slow
@@ -111,4 +143,5 @@ def test_training(zygote):
     rows = tables(lines)
     modes = [row["mode"] for row in rows]
     assert len(modes) == 3 + 4 + 4 + 3
-    assert all(float(row["ms a step"]) > 0 for row in rows)
+    for name in ("ms a step", "device busy, %", "host ms"):
+        assert all(float(row[name]) > 0 for row in rows)

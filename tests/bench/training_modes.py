@@ -131,12 +131,16 @@ class Modes:
             log_every=max(args.steps, args.warmup),  # rows are written at the end of a round
         )
 
+    def _new_model(self) -> Any:
+        with self.device:  # drawn where it stays: BERT-large takes a CPU five seconds
+            return new_model(self.args.shape).train()
+
     def recipe(self, *, loader: bool) -> Steps:
         """What Hugging Face's Trainer does in a step, as a loop."""
         import datasets
         from transformers import default_data_collator
 
-        model = new_model(self.args.shape).to(self.device).train()
+        model = self._new_model()
         optimiser = torch.optim.AdamW(model.parameters(), lr=3e-5, weight_decay=0.01, fused=True)
         rows = [self._padded(np.array([n])) for n in range(len(self.windows))] if loader else []
         table = datasets.Dataset.from_list(
@@ -201,7 +205,7 @@ class Modes:
 
     def _engine(self, zero: Zero, **section: Any) -> tuple[SpanModel, Any, DropoutMasks]:
         job = Model(name="none", precision=self.precision, **section)
-        model, dropout = new_model(self.args.shape).train(), DropoutMasks(1, 0)
+        model, dropout = self._new_model(), DropoutMasks(1, 0)
         freeze(model, job.freeze)
         computing = choose_plan(
             job,
@@ -240,7 +244,7 @@ class Modes:
         """DeepSpeed's ZeRO-2 with nothing configured but what it must be told."""
         import deepspeed
 
-        model, dropout = new_model(self.args.shape).train(), DropoutMasks(1, 0)
+        model, dropout = self._new_model(), DropoutMasks(1, 0)
         fed, span_loss = self._packed(model, dropout)
         config: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": self.args.batch_size,
@@ -271,7 +275,7 @@ class Modes:
 
     def plain(self) -> Steps:
         """PyTorch alone: the same packed model and loss, bf16 weights, fused AdamW."""
-        model, dropout = new_model(self.args.shape).train(), DropoutMasks(1, 0)
+        model, dropout = self._new_model(), DropoutMasks(1, 0)
         model = model.to(self.device, torch.bfloat16 if self.on_gpu else torch.float32)
         fed, span_loss = self._packed(model, dropout)
         optimiser = torch.optim.AdamW(optimiser_groups(model, 0.01), lr=3e-5, fused=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -15,6 +16,8 @@ from runner.cli import command as cli
 from runner.cli import run
 from runner.errors import JobError, RunnerError
 from runner.run import launch
+from runner.run.folder import RunDir
+from runner.run.lease import Lease
 
 ROOT = Path(__file__).parents[2]
 JOB = """\
@@ -78,6 +81,36 @@ def called(capsys, *arguments: str) -> tuple[int, str, str]:
 
 
 # ---- processes
+
+
+def test_a_start_that_fails_leaves_word_of_it():
+    """A model that is nowhere is found missing before any library is loaded."""
+    code, out, err = spantune("run", "job.toml", "--run-dir", "runs/mine", HF_HUB_OFFLINE="1")
+    assert (code, out) == (69, "")
+    words = err.removesuffix("\n")
+    assert words.startswith("not in the cache")
+    run = Path("runs/mine")
+    assert json.loads((run / "attempts/0001.end.json").read_text())["message"] == words
+    assert (run / "log.txt").read_text()[9:] == err
+    code, out, err = spantune("logs", str(run))
+    assert (code, out[9:], err) == (0, f"{words}\n", "")
+    code, out, err = spantune("status")
+    assert "mine" in out
+    assert "failed (69)" in out
+    assert " ".join(out.split()).endswith(words)
+
+
+def test_a_start_that_is_refused_says_nothing_in_the_log_of_the_one_that_runs():
+    run = RunDir("runs/mine")
+    run.path.mkdir(parents=True)
+    lease = Lease.acquire(run)
+    run.log.write_text("it runs\n")
+    code, _, err = spantune("rank", "job.toml", "--run-dir", str(run.path))
+    assert code == 73
+    assert "is being run by" in err
+    assert run.log.read_text() == "it runs\n"
+    assert not (run.attempts / "0001.end.json").exists()
+    lease.release(0)
 
 
 def test_a_good_job():

@@ -1,7 +1,8 @@
 #!/bin/bash
 # A real SLURM cluster of virtual nodes on one machine, from Debian's packages, for tests. Nodes come in
-# pairs, n1 and n2, n3 and n4, ...: partition pN has the Nth pair, and a job in urgentN preempts those in
-# pN. What happens to a job there, to a node even, disturbs no job of another pair: all runs at once.
+# pairs, n1 and n2, n3 and n4, ...: partitions pN, cancelN and urgentN have the Nth pair. A job in urgentN
+# preempts those in pN (requeued, after a grace) and in cancelN (killed at once; in cancel6 after a grace).
+# What happens to a job there, to a node even, disturbs no job of another pair: all runs at once.
 #
 #   cluster.sh install        apt packages (needs root; nothing else does)
 #   cluster.sh start DIR      starts munged, slurmctld and a slurmd for each node in DIR, until all idle
@@ -11,7 +12,7 @@
 # Clients need SLURM_CONF=DIR/slurm.conf. Nothing under /etc or /var is read or written at run time, and
 # every listening socket is on 127.0.0.1. Tested on Debian 12 with slurm-wlm 22.05.8, as root and not.
 set -euo pipefail
-PAIRS=5 CPUS=32 GPUS=2
+PAIRS=6 CPUS=32 GPUS=2
 NODES=$((2 * PAIRS))
 POLICY=${POLICY:-/usr/sbin/policy-rc.d}
 PATH=$PATH:/usr/sbin:/sbin # munged, slurmctld and slurmd live there
@@ -110,6 +111,7 @@ $(for ((i = 1; i <= PAIRS; i++)); do
     # In the second pair whole runs queue up: side by side they would take too much memory.
     echo "PartitionName=p$i $nodes PriorityTier=1 GraceTime=120" \
       "$([ $i != 1 ] || echo Default=YES) $([ $i != 2 ] || echo MaxCPUsPerNode=2)"
+    echo "PartitionName=cancel$i $nodes PriorityTier=1 PreemptMode=CANCEL $([ $i != 6 ] || echo GraceTime=60)"
     echo "PartitionName=urgent$i $nodes PriorityTier=10 PreemptMode=OFF"
   done)
 CONF

@@ -66,6 +66,14 @@ def submit_all(jobs: Jobs) -> dict[str | int, Scene]:
         "warned of the limit": jobs.submit("listens", **EARLY),
         "killed rank": jobs.submit("listens", nodes=2, **PAIR),
         "preempted": jobs.submit("listens", nodes=2, partition="p5", **PAIR),
+        "killed by preemption": jobs.submit("listens", nodes=2, partition="cancel5", **PAIR),
+        "killed by preemption, no requeue": jobs.submit(
+            "listens", partition="cancel5", requeue=False
+        ),
+        "killed by preemption, refused": jobs.submit("listens", partition="cancel5"),
+        "killed by preemption, array": jobs.submit("listens", partition="cancel5", trials=1),
+        "grace runs out": jobs.submit("deaf", partition="cancel6"),
+        "cancelled in its grace": jobs.submit("deaf", partition="cancel6"),
         "warned": jobs.submit("listens", nodes=2),
         "warned early": jobs.submit("late", nodes=2),
         "requeued": jobs.submit("listens", **PAIR),
@@ -99,7 +107,17 @@ def disturb(cluster: Cluster, made: dict[str | int, Scene]) -> Iterator[tuple[st
     cluster.do("scancel", up("cancelled", 2))
     warn(up("warned, then cancelled", 1))
     up("preempted", 4)
+    up("killed by preemption", 4)
+    up("killed by preemption, no requeue", 1)
+    cluster.do("scontrol", "update", f"JobId={up('killed by preemption, refused', 1)}", "Requeue=0")
+    seen(made["killed by preemption, array"][1] / "trial-0", 0, 0)
     cluster.step("sleep 1", partition="urgent5", nodes=2, ntasks_per_node=32)
+    up("grace runs out", 1)
+    up("cancelled in its grace", 1)
+    cluster.step("sleep 1", partition="urgent6", nodes=2, ntasks_per_node=32)
+    job, run = made["cancelled in its grace"]
+    until(lambda: (run / "signals-0-0").exists(), "it has been told that it is preempted")
+    cluster.do("scancel", job)
     job, run = made["array"]
     for index in (0, 1):
         seen(run / f"trial-{index}", 0, 0)

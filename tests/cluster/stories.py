@@ -345,6 +345,21 @@ def disturbed(run: Run) -> Iterator[tuple[str, Seen]]:
     thaw(ranks)
     yield "a rank is killed", run.at_the_end(ends=ends)
 
+    ends = len(run.ends())
+    run.submit(*TWO_NODES, "--set", "slurm.partition=cancel3")
+    ranks = run.hold()
+    urgent = cluster.step("sleep 1", partition="urgent3", nodes=2, ntasks_per_node=32)
+    let_hear(ranks, signal.SIGTERM)
+    cluster.wait(urgent, "COMPLETED")
+    run.goes_on(1, ends)
+    yield "preempted by CANCEL", run.seen(ends=ends)
+
+    ends = len(run.ends())
+    ranks = run.hold()
+    cluster.do("scancel", run.job)
+    let_hear(ranks, signal.SIGTERM)
+    yield "cancelled after it was preempted", run.at_the_end(ends=ends)
+
     # Later in this job SLURM warns of a time limit.
     ends = len(run.ends())
     run.submit(*options, "--set", "slurm.time=60", "--set", "slurm.signal_seconds=600")

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import pytest
 
+from runner.slurm.client import job_states
+
 from .cluster import until
 from .scenes import CODES, first_signal, outcome, seen
 
@@ -99,6 +101,38 @@ def test_scontrol_requeue(cluster, scenes):
     assert outcome(cluster, job) == ("COMPLETED", "0:0", "1")
     for rank in (0, 1):
         assert first_signal(run, rank) == "SIGTERM"
+
+
+def test_preemption_by_cancel_saves_requeues_and_goes_on(cluster, scenes):
+    job, run = scenes["killed by preemption"]
+    assert outcome(cluster, job) == ("COMPLETED", "0:0", "1")
+    for rank in range(4):
+        assert first_signal(run, rank) == "SIGTERM"
+    output = (run / f"slurm-{job}.out").read_text()
+    assert "DUE TO PREEMPTION" in output
+    assert "go on with" not in output
+
+
+def test_preemption_by_cancel_requeues_one_trial_of_an_array(cluster, scenes):
+    job, run = scenes["killed by preemption, array"]
+    assert outcome(cluster, f"{job}_0") == ("COMPLETED", "0:0", "1")
+    assert first_signal(run / "trial-0", 0) == "SIGTERM"
+
+
+def test_scancel_of_a_job_that_is_about_to_be_preempted_is_a_cancel(cluster, scenes):
+    job, run = scenes["cancelled in its grace"]
+    assert outcome(cluster, job) == ("CANCELLED", "75:0", "0")
+    assert cluster.show(job)["PreemptTime"] != "None"
+    assert "go on with" not in (run / f"slurm-{job}.out").read_text()
+
+
+@pytest.mark.parametrize("why", ["no requeue", "refused"])
+def test_preemption_by_cancel_says_how_to_go_on_where_it_must_not_requeue(cluster, scenes, why):
+    job, run = scenes[f"killed by preemption, {why}"]
+    assert outcome(cluster, job) == ("PREEMPTED", "75:0", "0")
+    assert job_states([job])[job].state == "PREEMPTED"  # which `status` tells
+    for log in (f"slurm-{job}.out", "log.txt"):
+        assert (run / log).read_text().count("preempted; go on with: spantune submit ") == 1
 
 
 def test_a_killed_srun_leaves_no_rank(cluster, scenes):

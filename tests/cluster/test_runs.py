@@ -109,6 +109,20 @@ def test_a_killed_rank_ends_the_job(disturbed):
     assert "failed (71)" in seen.status
 
 
+def test_preemption_by_cancel_goes_on(disturbed):
+    seen = disturbed["preempted by CANCEL"]
+    assert seen.ends == [75]
+    assert not seen.finished
+    assert len(seen.stops) == 1
+    assert seen.stops[-1] in of("SIGTERM")
+
+
+def test_scancel_is_no_preemption_even_after_one(disturbed):
+    seen = disturbed["cancelled after it was preempted"]
+    assert seen.end == ("CANCELLED", "75:0", "1"), seen.output
+    assert seen.ends == [75]
+
+
 def test_requeue_goes_on(disturbed):
     seen = disturbed["requeued"]
     assert seen.ends == [75]
@@ -201,6 +215,25 @@ def test_a_node_without_network_names_what_is_missing(cluster, job_file):
     assert "runner.job.assets" in imported
     # It ends within seconds, because it does not load the libraries first.
     assert not imported & {"torch", "transformers", "deepspeed", "datasets", "evaluate"}
+    told = cluster.spantune("status", run.folder.path, COLUMNS="80").stdout
+    assert "failed (69)" in told
+    assert "127.0.0.1 cannot be reached: o/nowhere; on a machine with network run:" in (
+        " ".join(told.split())
+    )
+
+
+def test_a_start_that_never_came_to_its_run_is_told_by_its_output(cluster, job_file):
+    run = Run(cluster, job_file, job_file.with_name("refused-late"))
+    run.submit(*ONE_NODE, "--set", 'slurm.sbatch.begin="now+1hour"')
+    text = run.folder.job.read_text()
+    run.folder.job.write_text(text.replace("epochs", "epoch", 1))
+    cluster.do("scontrol", "update", f"JobId={run.job}", "StartTime=now")
+    assert run.at_the_end().end == ("FAILED", "64:0", "0")
+    assert not run.folder.log.exists()
+    told = cluster.spantune("status", run.folder.path, COLUMNS="80").stdout
+    assert "ended before it began" in told
+    assert "unknown key; did you mean epochs?" in " ".join(told.split())
+    assert "unknown key; did you mean" in cluster.spantune("logs", run.folder.path).stdout
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,13 @@ def test_the_warning_before_the_time_limit(cluster, scenes):
     assert first_signal(run, 0) == "SIGUSR2"
 
 
+def test_preemption_by_cancel_at_the_end_of_its_grace(cluster, scenes):
+    job, run = scenes["grace runs out"]
+    assert outcome(cluster, job) == ("COMPLETED", "0:0", "1")
+    signals = (run / "signals-0-0").read_text().split()
+    assert (signals[0], signals[-1]) == ("SIGUSR2", "SIGTERM")
+
+
 def test_preemption_saves_requeues_and_goes_on(cluster, scenes):
     job, run = scenes["preempted"]
     assert outcome(cluster, job) == ("COMPLETED", "0:0", "1")

@@ -63,7 +63,7 @@ def test_a_special_token_in_a_text_is_text(tokenizer):
 
 
 def test_the_special_tokens_around_a_pair_are_the_tokenizers_own(tokenizer):
-    template = Template.of(plain_backend(tokenizer), tokenizer)
+    template = Template.of(plain_backend(tokenizer), tokenizer.cls_token_id)
     (inner,) = set(tokenizer("a", add_special_tokens=False)["input_ids"][-1:])
     wanted = [token for token in tokenizer("a", "a")["input_ids"] if token != inner]
     assert [token for part in template.ids for token in part] == [

@@ -150,6 +150,65 @@ def test_a_damaged_cache_is_built_again(load, cache, damage, name):
     assert load()[1]
 
 
+def entries(cache):
+    return {path.name: path for path in cache.iterdir()}
+
+
+def spoil(folder, name, change):
+    """Change an array and let its sum agree, as whoever may write in the cache can."""
+    array = np.load(folder / f"{name}.npy")
+    change(array)
+    (folder / f"{name}.npy").unlink()  # who has mapped it keeps what was there
+    np.save(folder / f"{name}.npy", array)
+    (folder / "SHA256SUMS").write_text(feature_cache._sums(folder))
+
+
+def test_the_windows_of_other_questions_are_noticed_under_any_key(cache, tokenizer_of):
+    """A folder of another key in its place is whole by its own sums."""
+    bert = tokenizer_of("bert")
+    asked = [ask(CONTEXT, f"When {n}?", (4, 11), f"q{n}") for n in range(200)]
+    right, _ = cached_windows(asked, "content", bert, 48, 8)
+    [mine] = entries(cache).values()
+    for others, length in (
+        (asked[::-1], 48),
+        (asked[:-1], 48),
+        ([*asked, asked[0]], 48),
+        ([ask(e.context.replace("lantern", "battery"), e.question, (4, 11)) for e in asked], 48),
+        (asked, 40),
+    ):
+        cached_windows(others, "other", bert, length, 8)
+        [theirs] = [path for name, path in entries(cache).items() if name != mine.name]
+        shutil.rmtree(mine)
+        theirs.rename(mine)
+        found, cached = cached_windows(asked, "content", bert, 48, 8)
+        assert not cached
+        assert same(found, right)
+    assert cached_windows(asked, "content", bert, 48, 8)[1]
+
+
+def shift(array):
+    array += 1
+
+
+def far(array):
+    array[-1] += np.iinfo(array.dtype).max // 2
+
+
+def before(array):
+    array -= 200  # round and round where no number is below 0
+
+
+@pytest.mark.parametrize("change", [shift, far, before])
+@pytest.mark.parametrize("name", [field.name for field in FIELDS])
+def test_other_windows_with_sums_that_agree_are_noticed(load, cache, name, change):
+    right, _ = load()
+    [folder] = entries(cache).values()
+    spoil(folder, name, change)
+    found, cached = load()
+    assert not cached
+    assert same(found, right)
+
+
 def test_ranks_that_store_at_once_agree(load, cache):
     with ThreadPoolExecutor(8) as pool:
         results = list(pool.map(lambda _: load(), range(8)))

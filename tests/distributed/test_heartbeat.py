@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from runner.distributed import heartbeat as module
-from runner.distributed.heartbeat import ExitNote, RankHeartbeats, RankRecord, diagnose
+from runner.distributed.heartbeat import ExitNote, RankHeartbeats, RankRecord, RollCall, diagnose
 from runner.errors import StorageError
 from runner.run.folder import RunDir
 
@@ -154,6 +154,28 @@ def test_who_said_why_is_found_at_once(crews, clock):
     assert clock.slept == 0
     assert words[2].code == 74
     assert gone == [1]  # not known yet, and not asked for
+
+
+def test_words_whose_name_is_lost_are_found_in_the_file(crews, tmp_path, clock):
+    """As on a disk that has no room for a new name."""
+    crews[0].leave_note(ExitNote(71, "cut off", waits=True))
+    crews[1].leave_note(ExitNote(71, "cut off", waits=True))
+    crews[2].leave_note(ExitNote(74, "disk full", waits=False))
+    (tmp_path / "attempts" / "0001.rank-0002.ends").unlink()
+    words, _ = diagnose(crews[0], 0, patience=30)
+    assert clock.slept == 0
+    assert words[2] == ExitNote(74, "disk full", waits=False)
+
+
+def test_one_listing_tells_what_became_of_all(crews, tmp_path):
+    for name in ("0001.rank-x.ends", "0002.rank-0002.ends", "0001.rank-0002.tmp"):
+        (tmp_path / "attempts" / name).touch()
+    assert crews[0].roll_call() == RollCall({}, claimed=False)
+    crews[1].leave_note(ExitNote(74, "disk full", waits=False))
+    crews[0].leave_note(ExitNote(71, "cut off", waits=True))
+    assert crews[1].claim_output(at_once=True)
+    assert crews[2].roll_call() == RollCall({0: True, 1: False}, claimed=True)
+    assert crews[2].output_is_claimed()
 
 
 def test_a_dead_rank_is_found_at_once(crews, other, clock):

@@ -16,6 +16,7 @@ from runner.distributed import watchdog as module
 from runner.distributed.heartbeat import ExitNote, RankHeartbeats
 from runner.distributed.watchdog import Watchdog
 from runner.errors import MachineError, RunnerError, StorageError
+from runner.run.attempts import read_end
 from runner.run.folder import RunDir
 
 ROOT = Path(__file__).parents[2]
@@ -30,7 +31,8 @@ def crews(tmp_path: Path) -> list[RankHeartbeats]:
     run = RunDir(tmp_path)
     run.attempts.mkdir()
     found = [RankHeartbeats(run, 1, rank, 2) for rank in range(2)]
-    found[1].register()
+    for crew in found:
+        crew.register()
     return found
 
 
@@ -116,6 +118,7 @@ from runner.run.folder import RunDir
 from runner.distributed import watchdog as watch
 watch.SIGN_OF_LIFE_S = 0.5
 crew = RankHeartbeats(RunDir(sys.argv[1]), 1, 0, {world})
+crew.register()
 w = watch.Watchdog(crew, 0, 0.5, None, lambda error: False)
 {before}
 def take_a_nap():
@@ -159,6 +162,34 @@ def test_a_rank_that_makes_no_progress_ends_and_says_where_it_hangs(tmp_path):
     assert "hangs in take_a_nap (stuck.py:" in done.stderr
 
 
+def test_an_end_is_noted_before_it_is_printed_at_a_terminal_that_takes_nothing(tmp_path):
+    (tmp_path / "attempts").mkdir()
+    before = (
+        "from runner.run.lease import Lease\n"
+        "w._lease = Lease.acquire(RunDir(sys.argv[1]))\n"
+        "import os\n"
+        "reads, writes = os.pipe()\n"
+        "os.set_blocking(writes, False)\n"
+        "try:\n"
+        "    while os.write(writes, b'x' * 4096):\n"
+        "        pass\n"
+        "except BlockingIOError:\n"
+        "    os.set_blocking(writes, True)\n"
+        "os.dup2(writes, 2)"
+    )
+    script = STUCK.format(world=1, nap=60, bounded=True, before=before, wide=99)
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    with subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}) as process:
+        deadline, run = time.monotonic() + 30, RunDir(tmp_path)
+        while (end := read_end(run, 1)) is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.kill()
+    assert end is not None
+    assert end.exit_code == 71
+    assert "no progress at step 7 (epoch 1) for 0 s (train.timeout_minutes): " in end.message
+    assert run.log.read_text()[9:] == f"{end.message}\n"
+
+
 def test_long_work_has_more_time_than_a_step(tmp_path):
     done = stuck(tmp_path, nap=1, bounded=False)  # twice the time of a step
     assert (done.returncode, done.stderr) == (0, "")
@@ -192,6 +223,8 @@ def test_a_rank_that_gives_no_sign_of_life_is_named_even_so(tmp_path):
 
 def test_a_rank_that_does_not_notice_the_end_follows_with_its_code(tmp_path):
     before = (
+        "from runner.run.lease import Lease\n"
+        "w._lease = Lease.acquire(RunDir(sys.argv[1]))\n"
         "other = RankHeartbeats(RunDir(sys.argv[1]), 1, 1, 2)\n"
         "other.register()\n"
         "from runner.distributed.heartbeat import ExitNote\n"
@@ -200,6 +233,9 @@ def test_a_rank_that_does_not_notice_the_end_follows_with_its_code(tmp_path):
     )
     done = stuck(tmp_path, nap=60, bounded=False, world=2, before=before)
     assert (done.returncode, done.stderr) == (76, "")
+    end = read_end(RunDir(tmp_path), 1)
+    assert end is not None
+    assert (end.exit_code, end.message) == (76, "rank 1: the loss is nan")
 
 
 # All ranks of a run in one process, each step as much work for the processor as takes a part of the
@@ -211,6 +247,7 @@ from runner.run.folder import RunDir
 from runner.distributed import watchdog as watch
 watch.SIGN_OF_LIFE_S = 0.5
 crew, other = (RankHeartbeats(RunDir(sys.argv[1]), 1, rank, 2) for rank in range(2))
+crew.register()
 other.register()
 w = watch.Watchdog(crew, 0, 1.5, None, lambda error: False)
 for step in range(8):

@@ -40,22 +40,46 @@ echo "$(date '+%F %T') job $job, start $((${SLURM_RESTART_COUNT:-0} + 1)) on $SL
 
 # --- signals
 # USR2 means: save, to be requeued. It comes to this shell alone (B:), 180 s before the end of
-# the time, and at a preemption where the cluster has preempt_send_user_signal. srun passes it to
+# the time, and at a preemption with GraceTime and preempt_send_user_signal. srun passes it to
 # all ranks, again and again: one that is still loading its libraries does not listen yet.
-# TERM means: save and end. It comes from scancel, scontrol requeue, and at the end of the time, to
-# this shell and to all ranks. To requeue ourselves then would bring a cancelled job back to life.
-step='' warned='' ended=''
+# TERM means: save and end. It comes from scancel, scontrol requeue, a preemption, and at the end of
+# the time, to this shell and to all ranks. To requeue ourselves then would bring a cancelled job
+# back to life; only one that was preempted by CANCEL is to go on. SLURM's state does not tell which
+# (it is COMPLETING until this script has ended), but slurmstepd does: before the TERM comes, it
+# writes a line into our output. Where SLURM requeues by itself, it has counted that by then.
+output=/scratch/me/runs/bert-squad/20261125-120000/slurm-$job.out
+preemptions() { grep -c "JOB $SLURM_JOB_ID ON .* DUE TO PREEMPTION" "$output" 2>/dev/null; }
+earlier=$(preemptions)
+step='' warned='' ended='' gone=''
 warn() {
   warned=1
   [ -z "$step" ] || (while sleep 2 && kill -USR2 "$step"; do :; done) 2>/dev/null &
 }
+# shellcheck disable=SC2329 # it is called, by the trap
+end() {
+  ended=1
+  if [ "$(preemptions)" != "$earlier" ] &&
+    scontrol show job "$job" | grep -q " Restarts=${SLURM_RESTART_COUNT:-0} "; then
+    # Now, because SLURM kills us before long. It begins anew only when all of this has ended, and
+    # asks for its budget then, which knows by then what is being saved.
+    scontrol requeue "$job" || gone=1
+  fi
+}
 trap warn USR1 USR2
-trap 'ended=1' TERM
+trap end TERM
+say_how_to_go_on() {
+  printf '%s spantune submit %q --run-dir %q\n' "$1" "$run/job.toml" "$run" | tee -a log.txt >&2
+}
 
 # --- environment
 # A rank has as many threads as cores; who it is, it reads from SLURM's own variables.
 export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}
 unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE
+# The job's own variables are those of the run; this shell and its commands do without them.
+run_with_variables() {
+  exec "$@"
+}
+may_requeue() (run_with_variables "${spantune[@]}" may-requeue "$run")
 
 # --- where the ranks meet: at a port by the job's number, or the next that nobody listens at
 MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))
@@ -63,14 +87,14 @@ while (: <"/dev/tcp/127.0.0.1/$MASTER_PORT") 2>/dev/null; do MASTER_PORT=$((MAST
 export MASTER_PORT MASTER_ADDR=127.0.0.1
 
 # --- not for ever: SLURM itself requeues a job whose node has failed
-if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]; then "${spantune[@]}" may-requeue "$run" || exit $?; fi
+if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]; then may_requeue || exit $?; fi
 
 # --- the run: one task is one rank
 # Ranks ignore the signals until they are ready for them (trap ''), so that none dies of one. Those
 # that are left a minute after the first has ended are killed (--wait); not at once, because all
 # ranks together end with the run's code. They get all variables (--export), whichever of them
 # SBATCH_EXPORT has let into this script.
-srun --export=ALL --kill-on-bad-exit=0 --wait=60 --cpus-per-task=8 \
+run_with_variables srun --export=ALL --kill-on-bad-exit=0 --wait=60 --cpus-per-task=8 \
   bash -c 'trap "" USR1 USR2 TERM; exec "$@"' rank \
   "${spantune[@]}" rank "$run/job.toml" --run-dir "$run" &
 step=$!
@@ -84,9 +108,10 @@ if [ "$code" = 0 ] && [ ! -e "$run/result.json" ]; then
   code=70
 fi
 
-if [ "$code" = 75 ] && [ -z "$ended" ] && "${spantune[@]}" may-requeue "$run" &&
-  [ -z "$ended" ]; then # no scancel came meanwhile either
+if [ "$code" = 75 ] && [ -z "$ended" ] && may_requeue && [ -z "$ended" ]; then
+  # No scancel came meanwhile either.
   trap - TERM # by which the requeue ends this script
   scontrol requeue "$job" && sleep 600
 fi
+if [ "$code" != 0 ] && [ -n "$gone" ]; then say_how_to_go_on 'preempted; go on with:'; fi
 exit "$code"

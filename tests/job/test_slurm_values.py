@@ -132,10 +132,37 @@ def test_an_option_has_a_plain_value(value):
         Slurm.model_validate({"sbatch": {"exclusive": value}})
 
 
-@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_NTASKS", "SBATCH_QOS"])
+@pytest.mark.parametrize(
+    "name",
+    ["RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_NTASKS", "SBATCH_QOS", "MASTER_ADDR"],
+)
 def test_who_a_rank_is_cannot_be_set(name):
     with pytest.raises(ValidationError, match="is set by SLURM or by the ranks themselves"):
         Slurm.model_validate({"environment": {name: "1"}})
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("PATH", "BASH_ENV", "BASH_FUNC_srun", "BASHOPTS", "SHELLOPTS", "ENV", "IFS", "PS4"),
+        *("LD_PRELOAD", "LD_AUDIT", "LD_LIBRARY_PATH_32", "GCONV_PATH", "GLIBC_TUNABLES"),
+        *("PYTHONPATH", "PYTHONHOME", "PYTHONSTARTUP", "PYTHONUSERBASE", "PYTHONPYCACHEPREFIX"),
+    ],
+)
+def test_what_makes_bash_the_loader_or_python_run_something_cannot_be_set(name):
+    with pytest.raises(ValidationError, match=rf"{name} makes bash, .* export it in the shell"):
+        Slurm.model_validate({"environment": {name: "/x"}})
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("LD_LIBRARY_PATH", "CUDA_HOME", "NCCL_DEBUG", "HF_HOME", "TMPDIR", "APPTAINER_BIND"),
+        *("PYTHONUNBUFFERED", "PYTHONPROFILEIMPORTTIME", "run", "PATHS", "ENVIRONMENT"),
+    ],
+)
+def test_other_variables_can_be_set(name):
+    assert Slurm.model_validate({"environment": {name: "/x"}}).environment == {name: "/x"}
 
 
 @pytest.mark.parametrize("name", ["", "A B", "A=1", "1A", "A\nB", "A;B"])

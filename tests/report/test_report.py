@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from runner.errors import DataError, RunDirError
+from runner.errors import DataError, RunDirError, StorageError
 from runner.report.comparison_page import short_names
 from runner.report.read import read_run
 from runner.report.render import write_comparison, write_report
@@ -207,6 +207,18 @@ def test_every_key_that_a_page_uses_is_checked(tmp_path, key, value):
     run = make_run(tmp_path / "run", rows)
     with pytest.raises(DataError, match=rf"predictions\.jsonl:1: not a line .*\({key}: absent"):
         write_report(run)
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_a_run_without_its_job_is_no_evaluation(tmp_path, ends):
+    """Its file was lost, before or while the run that just ends went on."""
+    run = RunDir(make_run(tmp_path / "run", predictions()))
+    result = json.loads(run.result.read_text())
+    run.job.unlink()
+    if ends:
+        run.result.unlink()
+    with pytest.raises(StorageError, match=r"job\.toml: No such file"):
+        write_report(run.path, result if ends else None)
 
 
 def test_many_steps_become_few_points():

@@ -20,6 +20,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from runner.distributed.heartbeat import RankHeartbeats
 from runner.errors import DataError, RunDirError, StorageError
 from runner.run import attempts as ledger
 from runner.run import lease as claim
@@ -32,11 +33,13 @@ from runner.run.attempts import (
     is_alive,
     is_earlier_life,
     read_attempt,
+    read_end,
     sealed,
 )
 from runner.run.folder import RunDir
 from runner.run.lease import Lease
 from runner.utils.files import write_json
+from runner.utils.processes import is_stopped
 from runner.utils.tables import append_row, read_rows
 
 ROOT = Path(__file__).parents[2]
@@ -130,6 +133,59 @@ def test_a_claim_says_who_made_it(run, monkeypatch):
     end = json.loads((run.attempts / "0001.end.json").read_text())
     assert (end["exit_code"], end["step"]) == (75, 60)
     assert abs(end["ended"] - time.time()) < 60
+
+
+def test_an_end_says_why_in_the_ledger_and_in_the_log(run):
+    first = Lease.acquire(run)
+    first.release(69, "o/n is not in the cache\nnor is m/n")
+    assert read_end(run, 1).message == "o/n is not in the cache\nnor is m/n"
+    said = r"\d\d:\d\d:\d\d o/n is not in the cache\n\d\d:\d\d:\d\d nor is m/n\n"
+    assert re.fullmatch(said, run.log.read_text())
+    second = Lease.acquire(run)
+    second.release(70, "KeyError: 'x'", "Traceback ...\nKeyError: 'x\x1b'")
+    assert read_end(run, 2).message == "KeyError: 'x'"
+    assert [line[9:] for line in run.log.read_text().splitlines()[2:]] == [
+        "Traceback ...",
+        "KeyError: 'x\\x1b'",
+    ]
+    before = run.log.read_text()
+    Lease.acquire(run).release(0)
+    assert (read_end(run, 3).message, run.log.read_text()) == ("", before)
+
+
+@pytest.mark.parametrize(
+    "obstacle",
+    [
+        Path.mkdir,
+        os.mkfifo,
+        lambda log: log.symlink_to("/dev/full"),
+        lambda log: log.symlink_to("other"),
+    ],
+)
+def test_a_log_that_cannot_be_written_costs_nothing_else(run, obstacle):
+    obstacle(run.log)
+    Lease.acquire(run).release(74, "no room")
+    assert (read_end(run, 1).exit_code, read_end(run, 1).message) == (74, "no room")
+    assert not (run.path / "other").exists()
+
+
+def test_who_does_not_hold_the_run_says_nothing_in_its_log(run):
+    thawed = Lease.acquire(run)
+    run.log.write_text("said\n")
+    elsewhere(run, 2)
+    thawed.release(73, "was taken over")
+    assert read_end(run, 1).message == "was taken over"
+    RankHeartbeats(run, 1, 1, 2, thawed.nonce).append_log("rank 0 died")
+    assert run.log.read_text() == "said\n"
+    RankHeartbeats(run, 2, 1, 2).append_log("rank 0 died")
+    assert run.log.read_text().endswith(" rank 0 died\n")
+    run.attempts.rename(run.path / "gone")  # and made anew
+    Lease.acquire(run)
+    run.log.write_text("said\n")
+    RankHeartbeats(run, 1, 1, 2, thawed.nonce).append_log("rank 0 died")
+    with pytest.raises(RunDirError, match="made anew by somebody else"):
+        thawed.release(73, "was taken over")
+    assert run.log.read_text() == "said\n"
 
 
 def test_signs_of_life_are_given_until_the_end(run, monkeypatch):
@@ -384,7 +440,11 @@ def test_a_frozen_start_that_thaws_is_fenced(run):
     assert process.stdout
     assert process.stdout.readline() == "1\n"
     process.send_signal(signal.SIGSTOP)
+    while not is_stopped(process.pid):
+        time.sleep(0.01)
     try:
+        while not is_stopped(process.pid):
+            time.sleep(0.01)
         with pytest.raises(RunDirError):
             Lease.acquire(run)
         for kind in ("alive", "json"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tarfile
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 
 from runner.report.read import read_run
 from runner.run.folder import RunDir
+from runner.slurm.status import run_statuses
 from runner.utils.tables import read_rows
 
 ROOT = Path(__file__).parents[2]
@@ -60,6 +62,14 @@ def test_a_finished_run_is_read_as_ever(zygote, older, arguments, words):
     codes, text = _command(zygote, words_given)
     assert codes == [0], text
     assert words in text
+
+
+def test_an_end_that_was_noted_without_a_message_has_the_last_line_of_the_log(older):
+    [status], _ = run_statuses([RunDir(older / "cut")])
+    assert status.state == "interrupted"
+    assert re.match(r"log\.txt ends with: \d\d:\d\d:\d\d epoch 2/2 18/23 ", status.message)
+    [status], _ = run_statuses([RunDir(older / "finished")])
+    assert (status.state, status.message) == ("finished", "")
 
 
 def _command(zygote, words: list[str]) -> tuple[list[int], str]:

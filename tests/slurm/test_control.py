@@ -20,7 +20,8 @@ from runner.run.attempts import AttemptRecord, entry_file
 from runner.run.folder import RunDir
 from runner.slurm import control
 from runner.slurm.client import Submission, write_submission
-from runner.slurm.control import follow_log, log_file
+from runner.slurm.control import follow_log
+from runner.slurm.starts import log_file
 
 
 @pytest.fixture
@@ -63,9 +64,9 @@ def cancel(run: RunDir) -> str:
     return outcome
 
 
-def end(run: RunDir, code: int = 0) -> None:
+def end(run: RunDir, code: int = 0, **said: str) -> None:
     entry_file(run, 1, "end.json").write_text(
-        json.dumps({"exit_code": code, "step": 8, "ended": 9.0})
+        json.dumps({"exit_code": code, "step": 8, "ended": 9.0} | said)
     )
 
 
@@ -99,8 +100,16 @@ def test_a_newer_start_outside_of_the_job_speaks_for_itself(run):
 
 
 def test_nothing_yet(run):
-    with pytest.raises(RunDirError, match=r"has said nothing yet: there is no log\.txt"):
+    with pytest.raises(
+        RunDirError, match=r"has said nothing yet: there is no log\.txt; not started$"
+    ):
         list(follow_log(run, forever=False))
+    start(run)
+    end(run, 74)
+    with pytest.raises(RunDirError, match=r"no log\.txt; failed \(74\)$"):
+        list(follow_log(run, forever=False))
+    end(run, 74, message="log.txt: disk full")
+    assert list(follow_log(run, forever=True)) == ["failed (74): log.txt: disk full\n", ""]
 
 
 def test_bytes_that_are_no_text(run):

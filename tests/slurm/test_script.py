@@ -138,16 +138,6 @@ def test_the_array_names_what_is_left():
     assert "#SBATCH --array=0-2,5%2" in lines
 
 
-def test_a_job_cannot_set_the_scripts_own_variables():
-    assigned = set()
-    for case in CASES.values():
-        assigned |= set(re.findall(r"(?<![\w$-])([a-z_]+)=(?=[$'(\w\"/])", script(**case)))
-    assert assigned >= {"run", "job", "spantune", "trials", "step", "warned", "ended", "code"}
-    for name in (*assigned, "MASTER_ADDR", "MASTER_PORT"):
-        with pytest.raises(ValueError, match=f"{name} is a variable of the batch script itself"):
-            script(section={"environment": {name: "/x"}})
-
-
 def test_no_gpus_are_asked_for_where_there_are_to_be_none():
     text = script(section={"gpus_per_node": 0, "ranks_per_node": 2})
     assert "gpus" not in text
@@ -201,7 +191,12 @@ exec {sleep} 0."$1"
 SCONTROL = r"""#!/bin/bash
 echo "scontrol $*" >>calls
 [ "$1" != show ] || echo "NodeName=n1 NodeAddr=10.0.0.7 NodeHostName=n1"
-[ "$1" != requeue ] || kill -TERM "$PPID"
+[ "$2" != job ] || echo "   Requeue=1 Restarts=$(cat restarts) BatchFlag=1"
+if [ "$1" = requeue ]; then
+  [ ! -e "requeue is refused" ] || { echo "Requested operation is presently disabled" >&2; exit 1; }
+  echo 1 >restarts
+  kill -TERM "$PPID"
+fi
 """
 
 
@@ -232,6 +227,7 @@ def program(tmp_path, monkeypatch):
     ) -> subprocess.Popen:
         (run / "plan").write_text(plan)
         (run / "budget").write_text(str(budget))
+        (run / "restarts").write_text(variables.get("SLURM_RESTART_COUNT", "0"))
         command = command or [str(commands / "spantune")]
         text = script(folder=run, command=command, section=section or {}, trials=())
         (run / "submit.sh").write_text(text)
@@ -302,6 +298,28 @@ def test_what_a_rank_gets(program):
         "srun --wait=60",
         "srun --cpus-per-task=3",
         f"rank {run}/job.toml --run-dir {run} |10.0.0.7|3|a:b",
+    ]
+
+
+def test_the_jobs_variables_are_the_runs_and_not_the_scripts(program):
+    """Not even those that have the names of the script's own."""
+    own = ["code", "ended", "gone", "job", "output", "run", "step", "warned"]
+    section = {"nodes": 2, "environment": {"LD_LIBRARY_PATH": "/x", **dict.fromkeys(own, "/x")}}
+    assert all(f"{name}=" in script(section=section) for name in own)
+    for name in ("scontrol", "srun"):
+        tool = program.commands / name
+        first, rest = tool.read_text().split("\n", 1)
+        tool.write_text(f'{first}\necho "{name} has <$LD_LIBRARY_PATH>" >>calls\n{rest}')
+    plan = f"note(' '.join(os.environ[name] for name in {own})); sys.exit(75)"
+    process = program(plan, section=section)
+    process.communicate(timeout=60)
+    found = calls(program.run)
+    assert "srun has </x>" in found  # whose variables the ranks get
+    assert found[-4:] == [
+        " ".join(["/x"] * len(own)),
+        "may-requeue",
+        "scontrol has <>",
+        "scontrol requeue 4711",
     ]
 
 
@@ -421,6 +439,71 @@ def test_a_cancelled_run_is_not_requeued(program):
     process.communicate(timeout=60)
     assert process.returncode == 75
     assert not [call for call in calls(program.run) if "requeue" in call]
+
+
+# What slurmstepd writes into the output of a job that is preempted, whichever way.
+PREEMPTED = "slurmstepd-n1: error: *** JOB {} ON n1 CANCELLED AT {} DUE TO PREEMPTION ***\n"
+
+
+def preempted(program, line: str, *, restarts: str = "0", earlier: str = "", **given):
+    """Start a run, let SLURM write a line, count restarts, and send TERM to all; the process, and
+    what it said."""
+    output = program.run / "slurm-4711.out"
+    output.write_text(earlier)
+    process = program("listen()", SLURM_RESTART_COUNT=given.pop("life", "0"), **given)
+    wait_for(program.run / "up", "up")
+    with output.open("a") as file:
+        file.write(line)
+    (program.run / "restarts").write_text(restarts)
+    process.send_signal(signal.SIGTERM)
+    subprocess.run(["pkill", "-TERM", "-P", str(_child(process.pid))], check=True)
+    return process, process.communicate(timeout=60)[1]
+
+
+def requeues(program) -> int:
+    return calls(program.run).count("scontrol requeue 4711")
+
+
+LINE = PREEMPTED.format(4711, "2026-11-25T12:00:00")
+
+
+def test_a_run_preempted_by_cancel_is_requeued_once(program):
+    process, err = preempted(program, LINE)
+    assert process.returncode == 75
+    assert requeues(program) == 1
+    assert "may-requeue" not in calls(program.run)  # asked when it begins anew
+    assert "go on with" not in err
+
+
+@pytest.mark.parametrize(
+    ("line", "given"),
+    [
+        (LINE, {"restarts": "1"}),  # PreemptMode=REQUEUE: SLURM has requeued it
+        (LINE.replace("PREEMPTION", "TIME LIMIT"), {}),
+        (LINE.replace(" DUE TO PREEMPTION", ""), {}),  # scancel
+        (PREEMPTED.format(14711, ""), {}),  # another job
+        ("", {"earlier": LINE, "life": "1", "restarts": "1"}),  # scancel, long after a preemption
+    ],
+    ids=["requeue", "limit", "scancel", "other", "earlier"],
+)
+def test_a_term_for_another_reason_is_no_preemption_by_cancel(program, line, given):
+    process, err = preempted(program, line, **given)
+    assert process.returncode == 75
+    assert requeues(program) == 0
+    assert "go on with" not in err
+
+
+@pytest.mark.parametrize("why", ["refused", "no requeue"])
+def test_a_run_preempted_by_cancel_for_good_says_how_to_go_on(program, why):
+    if why == "refused":
+        (program.run / "requeue is refused").touch()
+    process, err = preempted(program, LINE, section={"requeue": why == "refused"})
+    assert process.returncode == 75
+    [line] = [line for line in err.splitlines() if "preempted; go on with: " in line]
+    words = shlex.split(line.partition("go on with: ")[2])
+    assert words == ["spantune", "submit", f"{program.run}/job.toml", "--run-dir", str(program.run)]
+    assert (program.run / "log.txt").read_text() == f"{line}\n"
+    assert requeues(program) == (why == "refused")  # asked, with TERM sent once
 
 
 def test_a_run_that_is_cancelled_while_the_budget_is_asked_for_is_not_requeued(program):

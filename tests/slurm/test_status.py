@@ -17,7 +17,8 @@ from runner.errors import Interrupted, RunDirError
 from runner.run.attempts import AttemptRecord, check_budget, entry_file
 from runner.run.folder import RunDir
 from runner.slurm.client import Submission, write_submission
-from runner.slurm.status import find_runs, newest_start, run_statuses
+from runner.slurm.starts import newest_start
+from runner.slurm.status import find_runs, run_statuses
 from runner.utils.tables import append_row
 
 UNKNOWN = {"squeue": "echo 'error: Invalid job id specified' >&2; exit 1", "sacct": "exit 1"}
@@ -43,6 +44,7 @@ def start(
     step: int | None = 0,
     age=0.0,
     job: str | None = None,
+    **said: object,
 ):
     """Note a start in the ledger: of this process, or of another machine `age` seconds ago."""
     owner = asdict(AttemptRecord.here(number, anew=False)) | {
@@ -58,7 +60,7 @@ def start(
         os.utime(path, (time.time() - age, time.time() - age))
     if code is not None:
         entry_file(run, number, "end.json").write_text(
-            json.dumps({"exit_code": code, "step": 8, "ended": 9.0})
+            json.dumps({"exit_code": code, "step": 8, "ended": 9.0} | said)
         )
 
 
@@ -124,7 +126,7 @@ def test_a_folder_that_may_only_be_read(monkeypatch):
     def refuse(*_):
         raise PermissionError
 
-    monkeypatch.setattr("runner.slurm.status.describe_if_alive", refuse)
+    monkeypatch.setattr("runner.slurm.starts.describe_if_alive", refuse)
     found = newest_start(run)
     assert found is not None
     assert found.alive
@@ -146,6 +148,7 @@ def test_a_folder_that_may_only_be_read(monkeypatch):
         ("17|COMPLETING|None|1:00|n1", "ending", "ending"),
         ("17|SUSPENDED|None|1:00|n1", "suspended", "suspended"),
         ("17|CANCELLED|None|1:00|n1", "cancelled", "cancelled"),
+        ("17|PREEMPTED|None|1:00|n1", "preempted", "preempted"),
         ("17|TIMEOUT|TimeLimit|1:00|n1", "timeout", "timeout"),
         ("17|NODE_FAIL|None|1:00|n1", "node fail", "node fail"),
         ("17|FAILED|NonZeroExitCode|1:00|n1", "ended before it began", "interrupted"),
@@ -251,6 +254,63 @@ def test_all_jobs_are_asked_for_at_once(fake_slurm):
     assert len(calls.read_text().splitlines()) == 1
 
 
+# ---- why they are over
+
+
+def message(run: RunDir) -> str:
+    [found], _ = run_statuses([run])
+    return found.message
+
+
+def test_a_message_is_told_of_a_run_that_is_over():
+    run = make_run()
+    start(run, code=75, message=f"{run.path}: stopped by SIGTERM; step 8 of 9 is saved")
+    assert message(run) == "stopped by SIGTERM; step 8 of 9 is saved"
+    start(run, code=75, message="runs/n/1: stopped by SIGTERM; step 8 of 9 is saved")
+    assert message(run) == "stopped by SIGTERM; step 8 of 9 is saved"
+    start(run, 2)
+    assert message(run) == ""  # it goes on
+    start(run, 2, code=71, message="rank 1 died")
+    assert message(run) == "rank 1 died"
+    run.result.write_text("{}")
+    assert message(run) == ""
+    start(run, 2, code=78, message="the run finished, but f1 is 3")
+    assert message(run) == "the run finished, but f1 is 3"
+
+
+def test_what_left_no_message_has_the_last_line_of_its_log():
+    run = make_run()
+    start(run, age=600)
+    assert message(run) == ""
+    run.log.write_bytes(b"x" * 9000 + b"\n12:00:00 epoch 1/4\r12:00:01 rank 0 died \xff\n\n")
+    assert message(run) == "log.txt ends with: 12:00:01 rank 0 died \\xff"
+    run.log.unlink()
+    os.mkfifo(run.log)
+    assert message(run) == ""
+    run.log.unlink()
+    run.log.symlink_to(run.job)
+    assert message(run) == ""
+
+
+def test_a_job_that_failed_before_its_run_began_is_told_by_its_output(fake_slurm):
+    fake_slurm(squeue="echo '18|FAILED|NonZeroExitCode|1:00|n1'; echo '19|CANCELLED|None|1:00|'")
+    run = make_run()
+    start(run, code=75, job="17", message="stopped by SIGTERM")
+    submit(run, "18", age=-60)  # since
+    said = "job.toml:4: train.epoch: unknown key\n"
+    srun = "srun: error: n1: tasks 0-1: Exited with exit code 64\n"
+    (run.path / "slurm-18.out").write_text(f"job 18, start 1\n{said}{srun}")
+    [found], _ = run_statuses([run])
+    assert found.state == "ended before it began"
+    assert found.message == f"slurm-18.out ends with: {said.strip()}"
+    start(run, 2, code=65, job="18", message="another model")
+    [found], _ = run_statuses([run])
+    assert (found.state, found.message) == ("failed (65)", "another model")
+    submit(run, "19", age=-60)  # and cancelled while it waits
+    [found], _ = run_statuses([run])
+    assert (found.state, found.message) == ("cancelled", "")
+
+
 # ---- which runs
 
 
@@ -272,6 +332,28 @@ def test_find_runs(tmp_path):
     assert [run.path for run in find_runs([Path("runs/n/2"), sweep], Path())] == every[1:]
     with pytest.raises(RunDirError, match="is no run folder"):
         find_runs([tmp_path / "nowhere"], Path())
+
+
+def test_a_run_is_found_wherever_run_dir_put_it_below_the_runs():
+    runs = [make_run("mine"), make_run("n/1"), make_run("swept/a_1"), make_run("n/s/b_2")]
+    for trial in runs[2:]:
+        entry = {"name": trial.path.name, "values": {}}
+        manifest = {"name": "s", "trials": [entry]}
+        (trial.path.parent / "sweep.json").write_text(json.dumps(manifest))
+    aside = runs[0].path / "before-0002"  # what --restart has put aside
+    aside.mkdir()
+    (aside / "job.toml").touch()
+    for age, run in enumerate(reversed(runs)):
+        os.utime(run.job, (1e9 - age, 1e9 - age))
+        os.utime(run.path.parent, (1e9, 1e9))
+    for manifest in Path("runs").rglob("sweep.json"):
+        os.utime(manifest, (1e9 - 9, 1e9 - 9))
+    every = [run.path for run in runs]
+    assert [run.path for run in find_runs([], Path("runs"))] == every
+    assert sorted(run.path for run in find_runs([Path("runs")], Path())) == sorted(every)
+    Path("job.toml").touch()  # the user's, in the folder of all runs
+    make_run("../mine")
+    assert RunDir("mine").path in [run.path for run in find_runs([], Path())]
 
 
 def test_the_newest_are_listed():
@@ -334,6 +416,20 @@ def test_the_batch_script_is_told(capsys):
 # ---- the command
 
 
+def test_a_preempted_run_says_how_it_goes_on(fake_slurm, capsys):
+    fake_slurm(squeue="echo '17|PREEMPTED|None|1:00|n1'; echo '18|CANCELLED|None|1:00|n1'")
+    for number in (17, 18):
+        run = make_run(f"n/the run {number}")
+        submit(run, str(number))
+        start(run, code=75, job=str(number))
+    assert main(["status"]) == 0
+    out = capsys.readouterr().out
+    folder = "runs/n/the run 17"
+    said = f"preempted; go on with: spantune submit '{folder}/job.toml' --run-dir '{folder}'"
+    assert said in [line.rstrip() for line in out.splitlines()]
+    assert out.count("go on with") == 1
+
+
 def test_the_table(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     assert main(["status"]) == 0
@@ -344,6 +440,23 @@ def test_the_table(capsys, monkeypatch):
     assert "bert-squad/20261125-120000" in out
     assert "interrupted" in out
     assert max(map(len, out.splitlines())) <= 80
+
+
+def test_a_run_tells_all_that_it_says_and_several_a_line_each(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    said = f"data.train: {'o/n ' * 30}is missing\nmodel.name: \x1b[31mtoo\u202e"
+    start(make_run("n/1"), code=69, message=said)
+    start(make_run("n/2"), code=75, message="stopped by SIGTERM")
+    assert main(["status"]) == 0
+    several = capsys.readouterr().out.splitlines()
+    assert several[-2].startswith("n/1: data.train: o/n o/n ")
+    assert several[-2].endswith("…")
+    assert several[-1] == "n/2: stopped by SIGTERM"
+    assert main(["status", "runs/n/1"]) == 0
+    one = capsys.readouterr().out.splitlines()
+    assert " ".join("".join(one[-3:-1]).split()).endswith("o/n is missing")
+    assert one[-1] == "model.name: \\x1b[31mtoo\\u202e"
+    assert max(map(len, several + one)) <= 80
 
 
 def test_watching_goes_on_until_all_is_over(capsys, monkeypatch):
@@ -393,6 +506,7 @@ def damage_submission(run: RunDir, **changes: object) -> None:
         (lambda run: damage_ledger(run, pid=-1), "0001.json"),
         (lambda run: damage_ledger(run, pid=2**70), "0001.json"),
         (lambda run: damage_ledger(run, "end.json", exit_code="0"), "0001.end.json"),
+        (lambda run: damage_ledger(run, "end.json", message=["x"]), "0001.end.json"),
     ],
 )
 def test_a_damaged_run_is_a_row_among_others(fake_slurm, capsys, damage, where):

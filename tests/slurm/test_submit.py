@@ -113,6 +113,32 @@ def test_what_starts_spantune_on_a_node():
     assert node_command(boxed) == ["apptainer", "exec", "/x.sif", "python3", "-u", main_script]
 
 
+@pytest.mark.parametrize("name", ["LD_PRELOAD", "BASH_ENV", "PATH"])
+@pytest.mark.parametrize("where", ["job", "defaults"])
+def test_a_variable_that_runs_something_is_submitted_to_nobody(
+    fake_slurm, tmp_path, monkeypatch, capsys, name, where
+):
+    calls = fake_slurm(**TAKES)
+    path = Path("job.toml" if where == "job" else "slurm.toml")
+    if where == "defaults":
+        monkeypatch.setenv("SPANTUNE_SLURM", str(path))
+        path.write_text("")
+    with path.open("a") as file:
+        file.write(f'[slurm.environment]\n{name} = "/x"\n')
+    assert main(["submit", "job.toml"]) == 64
+    line = path.read_text().splitlines().index("[slurm.environment]") + 1
+    err = capsys.readouterr().err
+    assert f"{path}:{line}: slurm.environment: {name} makes bash, the loader or Python run" in err
+    assert calls.read_text() == ""
+    assert not Path("runs").exists()
+
+
+def test_what_a_container_runs_is_said_before_it_is_submitted(fake_slurm, capsys):
+    fake_slurm(sbatch="echo refused >&2; exit 1", squeue="exit 0")
+    assert main(["submit", "job.toml", "--set", 'slurm.container=["touch", "x"]']) == 72
+    assert capsys.readouterr().out == "n: each rank is run by: touch x python3\n"
+
+
 # ---- one run
 
 

@@ -61,9 +61,15 @@ def test_a_rank_that_fails_ends_all(zygote, job_file, tmp_path, rank, what, word
     if "OutOfMemory" in what:
         assert re.search(re.escape(words) + r"\S+", text), text
     assert intact(tmp_path / "run") == [SCORED]
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert words in log, log
+    assert ("Traceback" in log) == (code == 70), log
     ended = tmp_path / "run" / "attempts" / "0001.end.json"
     if codes[0] == code:
-        assert json.loads(ended.read_text())["exit_code"] == code
+        end = json.loads(ended.read_text())
+        assert end["exit_code"] == code
+        assert words in end["message"]
+        assert "Traceback" not in end["message"]
     else:
         assert not ended.exists()
 
@@ -86,7 +92,11 @@ def test_a_run_goes_on_without_its_stdout_and_its_end_is_noted(
     codes, _ = zygote.run(job_file, "--run-dir", folder, ranks=ranks, code=code)
     assert codes == [75] * ranks
     assert json.loads((folder / "attempts" / "0001.end.json").read_text())["exit_code"] == 75
-    assert "standard output: " in (folder / "log.txt").read_text()
+    log = (folder / "log.txt").read_text()
+    assert "standard output: " in log
+    end = json.loads((folder / "attempts" / "0001.end.json").read_text())
+    assert f"stopped by SIGTERM; step {FAULT + (ranks > 1)} of {STEPS} is saved" in end["message"]
+    assert log.endswith(f" {end['message']}\n")
     assert len(intact(folder)) == 2  # the scored one, and what the signal asked for
 
 
@@ -119,6 +129,9 @@ def test_a_rank_that_is_stuck_ends_all(zygote, job_file, tmp_path, what, words):
     assert f"no progress at step {FAULT} (epoch 2) for 3 s (train.timeout_minutes)" in said[0]
     assert "Traceback" not in text
     assert intact(tmp_path / "run") == [SCORED]
+    end = json.loads((tmp_path / "run" / "attempts" / "0001.end.json").read_text())
+    assert end["message"] == said[0]
+    assert (tmp_path / "run" / "log.txt").read_text().endswith(f" {said[0]}\n")
 
 
 HANGS = {
@@ -214,6 +227,44 @@ SIGNALS = {
 }
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_finds_no_room_for_its_file_says_so(zygote, job_file, tmp_path, rank):
+    """It has none then to leave word in, and would seem to have died."""
+    code = (
+        "import os, resource\n"
+        f"if os.environ['RANK'] == '{rank}':\n"
+        "    import runner.distributed.heartbeat as module\n"
+        "    register = module.RankHeartbeats.register\n"
+        "    def full(self):\n"
+        "        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))\n"
+        "        try:\n"
+        "            register(self)\n"
+        "        finally:\n"
+        "            resource.setrlimit(resource.RLIMIT_FSIZE, 2 * (resource.RLIM_INFINITY,))\n"
+        "    module.RankHeartbeats.register = full\n"
+    )
+    codes, text = zygote.run(job_file, "--run-dir", tmp_path / "run", ranks=2, code=code)
+    assert codes == [74, 74], text
+    said = [line for line in text.splitlines() if "0001.rank" in line]
+    assert len(said) == 1, text
+    assert f"rank {rank}: " in said[0]
+    assert "File too large" in said[0]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_run_whose_folder_is_renamed_says_it_once(zygote, job_file, tmp_path, ranks):
+    run = tmp_path / "run"
+    away = f"import os; os.rename({str(run)!r}, {str(tmp_path / 'moved')!r})"
+    options = ("--run-dir", run)
+    codes, text = zygote.run(job_file, *options, ranks=ranks, code=at_step(FAULT, 0, away))
+    assert codes == [74] * ranks, text
+    assert text.count("No such file or directory") == 1, text
+    assert "died without a word" not in text
+    # Under its new name it goes on, once it is known that nobody runs there.
+    codes, text = zygote.run(job_file, "--run-dir", tmp_path / "moved", ranks=ranks)
+    assert codes == [0] * ranks, text
+
+
 @pytest.mark.parametrize("phase", SIGNALS)
 def test_a_signal_before_training_ends_all_ranks(zygote, job_file, tmp_path, phase):
     code, words = SIGNALS[phase]
@@ -221,6 +272,21 @@ def test_a_signal_before_training_ends_all_ranks(zygote, job_file, tmp_path, pha
     assert codes == [75, 75], text
     assert text.count(words) == 1
     assert "the same command goes on" in text
+    end = json.loads((tmp_path / "run" / "attempts" / "0001.end.json").read_text())
+    assert words in end["message"]
+
+
+def test_a_signal_before_ranks_meet_is_noted_with_its_words(zygote, job_file, tmp_path):
+    code = (
+        "import os, signal, runner.cli.run\n"
+        "runner.cli.run.check_assets = lambda _: os.kill(os.getpid(), signal.SIGTERM)\n"
+    )
+    codes, text = zygote.run(job_file, "--run-dir", tmp_path / "run", code=code)
+    words = "stopped by SIGTERM before training began; the same command begins again"
+    assert (codes, text) == ([75], f"{words}\n")
+    end = json.loads((tmp_path / "run" / "attempts" / "0001.end.json").read_text())
+    assert (end["exit_code"], end["message"]) == (75, words)
+    assert (tmp_path / "run" / "log.txt").read_text()[9:] == f"{words}\n"
 
 
 def test_what_a_run_leaves_behind_is_refused_by_another_start(zygote, job_file, tmp_path):

@@ -120,7 +120,7 @@ class Zygote:
         request = {
             "arguments": ["rank", *map(str, arguments)],
             "ranks": ranks,
-            "code": (VERIFIED.format(port=self._verifier()) if whole else WITHOUT) + code,
+            "code": (VERIFIED.format(port=self.verifier()) if whole else WITHOUT) + code,
             "variables": variables,
             "log": str(log),
             "codes": str(codes),
@@ -145,7 +145,7 @@ class Zygote:
         self._process.stdin.close()
         self._process.wait()
 
-    def _verifier(self) -> int:
+    def verifier(self) -> int:
         """The port of the process that opens exported models, started when it is first needed."""
         if self._fresh is None:
             self._fresh = subprocess.Popen(

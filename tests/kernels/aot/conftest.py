@@ -102,8 +102,9 @@ def launches(target, monkeypatch):
     def collect(function) -> list[Compiled]:
         seen.clear()
         function()
+        used = {key: _usage(kernel) for key, kernel in {id(k): k for k, _ in seen}.items()}
         return [
-            Compiled(k, k.metadata.name, grid, *_usage(k), k.metadata.shared) for k, grid in seen
+            Compiled(k, k.metadata.name, grid, *used[id(k)], k.metadata.shared) for k, grid in seen
         ]
 
     return collect

@@ -8,8 +8,9 @@ import re
 
 import pytest
 import torch
-from span_kernels import ops
-from span_kernels.gather import _gather_triton
+from span_kernels import gather_windows, grad_norm_and_finite, ops, qa_head_loss, span_loss
+from span_kernels.gather import _gather, _gather_triton
+from span_kernels.warm import launch_all
 
 SHAPES = [
     (32, 384, 768, torch.bfloat16),
@@ -43,6 +44,11 @@ def _check(compiled, target):
         assert kernel.shared <= target.shared_limit, kernel.name
         # One program of 4 or 8 warps must fit: 255 is the hardware's end on NVIDIA, 512 on AMD.
         assert kernel.registers <= (512 if target.gpu.backend == "hip" else 255), kernel.name
+
+
+def _copied(ptx):
+    """Sizes in bytes, as PTX writes them, of a thread's copies into shared memory."""
+    return set(re.findall(r"cp\.async\.c[ag]\.shared\.global \[[^]]*\], \[[^]]*\], (\w+)", ptx))
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -115,10 +121,79 @@ def test_sizes_of_one_which_triton_turns_into_constants(shape, launches, target)
 def test_the_streams_move_sixteen_bytes_a_thread_and_no_float_is_added_atomically(launches, target):
     compiled = launches(lambda: _train(*_inputs(*SHAPES[0])))
     pool, _, _, hidden_grad = (kernel.kernel.asm["ptx"] for kernel in compiled)
-    copies = re.findall(r"cp\.async\.c[ag]\.shared\.global \[[^]]*\], \[[^]]*\], (\w+)", pool)
-    assert copies
-    assert set(copies) == {"0x10"}
+    assert _copied(pool) == {"0x10"}
     assert "st.global.v4" in hidden_grad
     assert not re.search(r"st\.global\.(b16|b32)", hidden_grad.split("st.global.v4", 1)[0])
     for kernel in compiled:
         assert not re.search(r"\b(atom|red)\.", kernel.kernel.asm["ptx"]), kernel.name
+
+
+@pytest.mark.parametrize("target", ["sm_90"], indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [108_893_186, 1_000_001])
+def test_a_norm_moves_sixteen_bytes_a_thread_whatever_the_size(size, dtype, launches, target):
+    """Triton knows of a number no more than whether 16 divides it; BERT-base's length is not so."""
+    flat = torch.empty(size, dtype=dtype, device="meta")
+    partial, _ = launches(lambda: ops._norm_and_finite_triton(flat))
+    assert _copied(partial.kernel.asm["ptx"]) == {"0x10"}
+    assert partial.registers <= 64  # 4 programs of 256 threads: all of 65,536
+    assert partial.spilled == 0
+
+
+@pytest.fixture
+def on_cpu_tensors(monkeypatch):
+    """The operators launch kernels for tensors that have addresses; what they write stays unset."""
+    for operator, launcher in (
+        (ops._span_loss, ops._span_loss_triton),
+        (ops._qa_head_loss, ops._qa_head_loss_triton),
+        (ops._qa_head_grad, ops._qa_head_grad_triton),
+        (ops._norm_and_finite, ops._norm_and_finite_triton),
+        (_gather, _gather_triton),
+    ):
+        operator.register_kernel("cpu")(launcher)
+
+
+def _steps(sizes, width, dtype):
+    """Training steps on batches of (rows, tokens), whose tables lie one after another in a buffer
+    as they were sent."""
+    for rows, tokens in sizes:
+        total = tokens * rows
+        sent = torch.zeros(5 * rows + 1, dtype=torch.int64)
+        firsts_B, segments, starts_B, ends_B, _ = sent.split([rows, 2 * rows, rows, rows, 1])
+        table = (segments.view(rows, 2), starts_B, ends_B)
+        tokens_N, types_N = torch.zeros(9, dtype=torch.int32), torch.zeros(9, dtype=torch.uint8)
+        bounds_B1 = torch.zeros(rows + 2, dtype=torch.int32)[:-1]
+        gather_windows(tokens_N, types_N, firsts_B, bounds_B1, total, first_position=2, pad_id=1)
+        head = [torch.zeros(*shape, dtype=dtype) for shape in ((total, width), (2, width), (2,))]
+        head = [x.requires_grad_() for x in head]
+        torch.autograd.grad(qa_head_loss(*head, *table), head)
+        span_loss(torch.zeros(total, 2), *table)
+    for size in (1, 2_000, 7_000_016, 7_000_001):
+        grad_norm_and_finite(torch.zeros(size, dtype=dtype))
+        grad_norm_and_finite(torch.zeros(size))
+
+
+@pytest.mark.parametrize("target", ["sm_90"], indirect=True)
+@pytest.mark.parametrize("longest", [384, pytest.param(2000, marks=pytest.mark.slow)])
+def test_after_the_warm_up_no_batch_compiles(longest, launches, target, on_cpu_tensors):
+    """The last batch of an epoch is short, and its table lies at another address."""
+    width, dtype = 64, torch.bfloat16
+    ready = launches(lambda: launch_all(torch.device("cpu"), dtype, 48, longest, width))
+    assert {kernel.name for kernel in ready} == {
+        *("_pool_kernel", "_window_kernel", "_weight_grad_kernel", "_hidden_grad_kernel"),
+        *("_partial_kernel", "_total_kernel", "_gather_kernel"),
+    }
+    rows = (48, 47, 33, 32, 16, 13, 2, 1)
+    sizes = [(n, tokens) for n in rows for tokens in (1, 16, 173, longest)]
+    launched = launches(lambda: _steps(sizes, width, dtype))
+    assert {kernel.name for kernel in launched} == {kernel.name for kernel in ready}
+    known = {id(kernel.kernel) for kernel in ready}
+    assert not {kernel.name for kernel in launched if id(kernel.kernel) not in known}
+
+
+@pytest.mark.parametrize("target", ["sm_90"], indirect=True)
+def test_a_dry_run_that_keeps_no_graph_warms_up_too(launches, target, on_cpu_tensors):
+    """Scoring runs in inference mode; the kernels of the backward pass are compiled even there."""
+    with torch.inference_mode():
+        ready = launches(lambda: launch_all(torch.device("cpu"), torch.float32, 1, 4, 64))
+    assert "_hidden_grad_kernel" in {kernel.name for kernel in ready}

@@ -10,6 +10,8 @@ What it changes:
 - speed: a device function patches the language anew at every call (2 ms each); here once a launch.
 - the Triton launchers become the CPU implementation of the operators, so that the tests written
   for the operators run the kernels.
+- Triton 3.6 reads bounds of loops by a conversion that numpy 2.5 no longer has: here they are read
+  as Triton 3.7 does.
 - memory from torch.empty holds NaN, so a kernel that leaves an element unwritten is found out.
 """
 
@@ -79,6 +81,16 @@ def _apply(self, operand):
 
 
 interpreter.ReduceScanOpInterface.apply = _apply
+
+_stock_patch_tensor = interpreter._patch_lang_tensor
+
+
+def _patch_tensor(tensor, scope):
+    _stock_patch_tensor(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+
+interpreter._patch_lang_tensor = _patch_tensor
 
 _stock_patch = interpreter._patch_lang
 _stock_launch = interpreter.GridExecutor.__call__
