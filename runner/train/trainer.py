@@ -165,6 +165,7 @@ class Trainer:
         self.log.begin(self.session)
         if not self.load_checkpoint():
             self.answer_probes(0)
+        self.compile_kernels()
         self.dry_run_scoring()
         self.warm_up_kernels()
         while not self.state.finished:
@@ -308,6 +309,18 @@ class Trainer:
             self.log.line(f"{error}; whether anything differs from the beginning is not known")
             return
         write_json(path, record, self.fence)
+
+    def compile_kernels(self) -> None:
+        """Let Triton compile what the steps will launch on a GPU, before one waits for it."""
+        self.watchdog.progress_at("compiling the kernels", bounded=False)
+        head = self.session.span_loss.head
+        warm_up(
+            self.session.device,
+            next(self.engine.module.parameters()).dtype,
+            rows=self.sampler.layout.micro_batch_size,
+            longest=self.session.splits.longest(),
+            width=None if head is None else head.in_features,
+        )
 
     def dry_run_scoring(self) -> None:
         """Read the longest batch of the scoring, for nothing: what does not fit fails now."""
