@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Sequence
 
 from runner import __version__
-from runner.cli import predict, report, run, slurm
+from runner.cli import predict, prune, report, run, slurm
 from runner.errors import RunnerError, UsageError
 from runner.utils.console import print_error, stdout_errors
 from runner.utils.files import full_disk_errors, storage_errors
@@ -40,6 +40,7 @@ ADD_VERBS = (  # in the order of --help
     predict.add_evaluate,
     report.add_report,
     run.add_reproduce,
+    prune.add_prune,
     slurm.add_submit,
     slurm.add_status,
     slurm.add_logs,

@@ -269,5 +269,19 @@ def _start_options(arguments: argparse.Namespace) -> StartOptions:
 def _report_finished(job: Job, run: RunDir, *, speaks: bool) -> int:
     if speaks:
         write_line(f"{run.path}: finished already; --restart begins anew")
+        _remove_checkpoints(job, run)
     check_finished(job, run)
     return 0
+
+
+def _remove_checkpoints(job: Job, run: RunDir) -> None:
+    """End what the run's own end began, or what the job asks for by now."""
+    from runner.checkpoint.prune import prune
+
+    try:
+        found = prune(run, job.train.keep_checkpoints)
+    except RunnerError as error:  # the run is finished, with or without them
+        write_line(f"checkpoints stay: {error}")
+        return
+    if found.names:
+        write_line(f"removed {found} (train.keep_checkpoints)")

@@ -231,6 +231,13 @@ class Train(Section):
         le=1440,
         description="minutes between checkpoints at most; each evaluation is followed by one too",
     )
+    keep_checkpoints: Literal["none", "best", "all"] = Field(
+        default="none",
+        description=(
+            "checkpoints that stay once the run has finished: none (model/ has the weights), best"
+            " (of the best evaluation, whole) or all (the newest two and the best)"
+        ),
+    )
     timeout_minutes: float = Field(
         default=10.0,
         gt=0,

@@ -31,8 +31,8 @@ PROBLEMS = [
     "job.toml:1: name: expected a string in quotes, found 5",
     "job.toml:4: train.epoch: unknown key; did you mean epochs?",
 ]
-VERBS = ("check", "run", "predict", "evaluate", "report", "reproduce", "submit", "status", "logs")
-VERBS += ("cancel", "schema")
+VERBS = ("check", "run", "predict", "evaluate", "report", "reproduce", "prune", "submit", "status")
+VERBS += ("logs", "cancel", "schema")
 CODES = {
     "JobError": 64,
     "DataError": 65,
