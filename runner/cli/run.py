@@ -16,7 +16,8 @@ from runner.cli.report import write_trials
 from runner.errors import Interrupted, JobError, RunnerError
 from runner.job.assets import check_assets
 from runner.job.load import job_schema, load_job
-from runner.job.schema import Job
+from runner.job.messages import doubts
+from runner.job.schema import Job, batch_layout
 from runner.job.sweep import Trial, load_trials
 from runner.run.folder import RunDir
 from runner.run.resume import StartOptions, acquire_run, check_finished, finished_run
@@ -72,13 +73,21 @@ def run_check(arguments: argparse.Namespace) -> int:
         swept = f", {len(trials)} trials" if trials else ""
         summary = f"{job.name}: {job.model.name} on {job.data.train}{swept}"
         write_line(f"{arguments.job}: no problems ({summary})")
+        _write_doubts(job)
         return 0
+    batch_layout(job.train, arguments.ranks)
     check_assets(job)
+    _write_doubts(job)
     from runner.train.preflight import check_data
 
     for line in check_data(job, arguments.ranks):
         write_line(line)
     return 0
+
+
+def _write_doubts(job: Job) -> None:
+    for line in doubts(job):
+        write_line(f"note: {line}")
 
 
 def add_run(verbs: Any) -> None:
@@ -96,6 +105,7 @@ def add_run(verbs: Any) -> None:
 def run_run(arguments: argparse.Namespace) -> int:
     """Check the job on this process, then start the ranks; of a sweep, those of each trial."""
     job, trials = load_trials(arguments.job, arguments.set)
+    _write_doubts(job)
     if trials:
         return _run_sweep(arguments, job, trials)
     finished = finished_run(job, _start_options(arguments))
