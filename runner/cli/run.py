@@ -45,7 +45,9 @@ RANK_OPTIONS: dict[str, dict[str, Any]] = {
         "metavar": "N",
         "help": "CPU threads of each rank (cores / ranks)",
     },
+    "--verbose": {"action": "store_true", "help": "also say how the run computes, as log.txt does"},
 }
+SHORT = {"--verbose": ("-v",)}
 ONE_FOLDER = ("--run-dir", "--resume")  # of which only one is given
 
 
@@ -113,7 +115,16 @@ def run_run(arguments: argparse.Namespace) -> int:
         return _report_finished(job, finished, speaks=True)
     from runner.run.launch import launch
 
+    _write_start(job.name, arguments.ranks)
     return launch(["rank", arguments.job, *_spelled(arguments, *RANK_OPTIONS)], arguments.ranks)
+
+
+def _write_start(name: str, ranks: int | None) -> None:
+    """Say at once that something happens: a rank's own first line takes seconds."""
+    from runner.run.launch import visible_gpus
+
+    count = ranks or visible_gpus() or 1
+    write_line(f"{name}: starting {count} rank{'s' * (count != 1)}")
 
 
 def _run_sweep(arguments: argparse.Namespace, job: Job, trials: list[Trial]) -> int:
@@ -126,7 +137,9 @@ def _run_sweep(arguments: argparse.Namespace, job: Job, trials: list[Trial]) -> 
     def start(run: RunDir) -> int:
         command = ["rank", str(run.job), "--run-dir", str(run.path)]
         try:
-            return launch([*command, *_spelled(arguments, "--threads")], arguments.ranks)
+            return launch(
+                [*command, *_spelled(arguments, "--threads", "--verbose")], arguments.ranks
+            )
         except RunnerError as error:
             print_error(str(error))
             return error.exit_code
@@ -183,7 +196,7 @@ def run_rank(arguments: argparse.Namespace) -> int:
             from runner.distributed.process_group import stop_distributed
             from runner.train.trainer import train
 
-            train(job, lease=lease, threads=arguments.threads)
+            train(job, lease=lease, threads=arguments.threads, verbose=arguments.verbose)
             with suppress(RuntimeError):  # the run is finished, whatever becomes of other ranks
                 stop_distributed()
     except RunnerError as error:
@@ -256,7 +269,8 @@ def _add_job(parser: argparse.ArgumentParser) -> None:
 def _add_rank_options(parser: argparse.ArgumentParser) -> None:
     one_folder = parser.add_mutually_exclusive_group()
     for flag, settings in RANK_OPTIONS.items():
-        (one_folder if flag in ONE_FOLDER else parser).add_argument(flag, **settings)
+        group = one_folder if flag in ONE_FOLDER else parser
+        group.add_argument(*SHORT.get(flag, ()), flag, **settings)
 
 
 def _spelled(arguments: argparse.Namespace, *flags: str) -> list[str]:

@@ -95,6 +95,7 @@ def finish(
         )
     write_json(run.result, result, fence)
     remove_checkpoints(session, log, fence)
+    log.scores()
     if changes:
         log.table("What the model answers", changes)
     for line in closing_lines(job, run, result):

@@ -67,7 +67,9 @@ from runner.utils.signals import defer_stop, stop_reason
 from runner.utils.timing import PhaseTimer
 
 
-def train(job: Job, *, lease: Lease | None, threads: int | None = None) -> RunDir:
+def train(
+    job: Job, *, lease: Lease | None, threads: int | None = None, verbose: bool = False
+) -> RunDir:
     """Run a job on this process's rank, from where its folder's newest checkpoint left it; every
     rank of the run calls this with the same job.
 
@@ -75,6 +77,7 @@ def train(job: Job, *, lease: Lease | None, threads: int | None = None) -> RunDi
         job: the checked job, file names absolute.
         lease: on the run folder, on rank 0; None elsewhere.
         threads: CPU threads of each rank; None shares the machine's cores among its ranks.
+        verbose: whether the terminal gets all that the log does.
 
     Returns:
         The run folder, with `result.json` in it.
@@ -106,7 +109,8 @@ def train(job: Job, *, lease: Lease | None, threads: int | None = None) -> RunDi
             explained.enter_context(lease.explaining())
         for failures in (storage_errors(), full_disk_errors(), explaining_oom(watchdog)):
             explained.enter_context(failures)
-        log = RunLog(job, run, rank, lease)
+        log = RunLog(job, run, rank, lease, verbose=verbose)
+        timer.announce = log.phase
         session = build_session(job, run, rank, device, timer, watchdog)
         checkpoints = CheckpointManager(
             run,
@@ -202,6 +206,8 @@ class Trainer:
                     self.train_step(rows, batches)
                 if state.done % self.job.train.log_every == 0 or state.done == self.sampler.steps:
                     self.log_step()
+                elif state.step == 1:
+                    self.log_step()  # that something is learnt is to be seen at once
                 follow(state.done, progress_note(state.totals))
                 self.save_or_stop()
 
@@ -221,7 +227,7 @@ class Trainer:
                 self.nans.record(step, mine, loss)
         self.nans.record_step(step, rows, self.engine.get_global_grad_norm())
         if self.timer.step_done():
-            self.log.line(self.timer.first_step())
+            self.log.line(self.timer.first_step(), detail=True)
         state.done += 1
 
     def log_step(self) -> None:

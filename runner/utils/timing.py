@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import psutil
 
 
 class PhaseTimer:
     """`with timer("data"): ...` adds the block's wall time to the phase "data"; what a phase inside
-    of it takes counts only there."""
+    of it takes counts only there.
+
+    Attributes:
+        announce: tells of each phase by its name, as long as it lasts.
+    """
 
     def __init__(self) -> None:
+        self.announce: Callable[[str], AbstractContextManager[None]] = lambda _: nullcontext()
         self._inside = [0.0]  # seconds of finished inner phases, for each phase that is open
         self._before = 0.0
         process = psutil.Process()
@@ -30,7 +35,8 @@ class PhaseTimer:
         began = time.monotonic()
         self._inside.append(0.0)
         try:
-            yield
+            with self.announce(phase):
+                yield
         finally:
             took, inner = time.monotonic() - began, self._inside.pop()
             self._inside[-1] += took
