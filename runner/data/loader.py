@@ -135,14 +135,14 @@ def to_device(batch: DeviceBatch, device: torch.device) -> DeviceBatch:
         return batch
     tensors = {name: value for name, value in vars(batch).items() if isinstance(value, Tensor)}
     if batch.bounds is None:
-        moved = _send([*tensors.values()], device)
+        moved = send([*tensors.values()], device)
         return dataclasses.replace(batch, **dict(zip(tensors, moved, strict=True)))
-    *moved, bounds_S1 = _send([*tensors.values(), batch.bounds.bounds_S1], device)
+    *moved, bounds_S1 = send([*tensors.values(), batch.bounds.bounds_S1], device)
     bounds = batch.bounds._replace(bounds_S1=bounds_S1)
     return dataclasses.replace(batch, bounds=bounds, **dict(zip(tensors, moved, strict=True)))
 
 
-def _send(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+def send(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     """Move integers to a device: one pinned buffer, one copy that nobody waits for."""
     if device.type == "cpu":
         return list(tensors)
@@ -175,7 +175,7 @@ class DeviceTokens:
         bounds, fill = packed_bounds(batch.segments_B2, packing)
         parts = [torch.from_numpy(batch.firsts_B), bounds.bounds_S1]
         parts += [batch.segments_B2, batch.starts_B, batch.ends_B]
-        firsts_B, bounds_S1, segments_B2, starts_B, ends_B = _send(parts, self.tokens_T.device)
+        firsts_B, bounds_S1, segments_B2, starts_B, ends_B = send(parts, self.tokens_T.device)
         ids_T, types_T, positions_T = gather_windows(
             self.tokens_T,
             self.types_T,

@@ -160,13 +160,14 @@ class FlatStep:
         self._filled = False
         found = [grad_norm_and_finite(share) for share in shares]
         squared = torch.stack([square.float() for square, _ in found]).sum()
-        bad = torch.stack([~finite for _, finite in found]).any().float()
+        bad = (~torch.stack([finite for _, finite in found])).any().float()
         totals_2 = torch.stack([squared, bad])
         if self.world > 1:
             dist.all_reduce(totals_2, group=self.process_group)
         # Where ranks only add up, the sum is divided as the gradient is clipped.
         divisor = loss_scale * (1 if self.exchange.averages else self.world)
-        return shares, totals_2[0].sqrt() / divisor, totals_2[1], divisor
+        # The sum counts ranks, and torch's fused kernels skip a step at 1.0 exactly.
+        return shares, totals_2[0].sqrt() / divisor, totals_2[1].clamp(max=1.0), divisor
 
     def apply(self, optimiser: Any, shares: Sequence[Tensor], divisor: Tensor, bad: Tensor) -> None:
         """Let torch's fused AdamW update the weights, and hand every rank's part to all.
@@ -246,9 +247,10 @@ def flat_engine(
                 if self.overflow:
                     self._global_grad_norm = float("inf")
                     return
-            clip = torch.ones_like(norm)
             if self.clip_grad > 0.0:
                 clip = ((norm + 1e-6) / self.clip_grad).clamp(min=1.0)
+            else:
+                clip = torch.ones_like(norm)
             self._flat.apply(self.optimizer, shares, clip * divisor, bad)
             self._lazy_init_hp_params_optimizer_state()
 

@@ -32,16 +32,8 @@ def start_distributed(
         MachineError: if another run's ranks meet at the same address, or ours do not come.
         Interrupted: if a signal came while they did.
     """
-    on_cuda = torch.cuda.is_available()
-    if on_cuda:
-        # A launcher may show each rank its own GPU only.
-        torch.cuda.set_device(rank.local % torch.cuda.device_count())
-    else:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found no GPU
-        _keep_freed_memory()
-        if threads is not None or "OMP_NUM_THREADS" not in os.environ:
-            # Ranks of one machine share its cores; a thread for each core in each would fight.
-            torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // rank.local_world))
+    device = _take_gpu(rank) if torch.cuda.is_available() else _share_cpu(rank, threads)
+    on_cuda = device.type == "cuda"
     address, port = rendezvous_address(rank)
     for name, value in (
         ("RANK", rank.index),
@@ -66,12 +58,40 @@ def start_distributed(
         store, index, world = meet(ticket, 60 * rendezvous_minutes)
         backend = "nccl" if on_cuda else "gloo"
         dist.init_process_group(
-            backend, store=store, rank=index, world_size=world, timeout=RENDEZVOUS
+            backend,
+            store=store,
+            rank=index,
+            world_size=world,
+            timeout=RENDEZVOUS,
+            # Else a barrier guesses it from the rank. NCCL connects at once then, which one rank
+            # need not.
+            device_id=device if on_cuda and world > 1 else None,
         )
         wait_for_work(None)
         deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
     open_control_group()
-    return torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")
+    return device
+
+
+def _take_gpu(rank: Rank) -> torch.device:
+    # A launcher may show each rank its own GPU only. DeepSpeed takes LOCAL_RANK for its number.
+    device = torch.device("cuda", rank.local % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    os.environ["LOCAL_RANK"] = str(device.index)
+    for name in ("TORCH_NCCL_ASYNC_ERROR_HANDLING", "TORCH_NCCL_ENABLE_MONITORING"):
+        # When one rank is gone, NCCL's own watchdog would abort the others before ours has told
+        # which it was.
+        os.environ.setdefault(name, "0")
+    return device
+
+
+def _share_cpu(rank: Rank, threads: int | None) -> torch.device:
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found no GPU
+    _keep_freed_memory()
+    if threads is not None or "OMP_NUM_THREADS" not in os.environ:
+        # Ranks of one machine share its cores; a thread for each core in each would fight.
+        torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // rank.local_world))
+    return torch.device("cpu")
 
 
 def _keep_freed_memory() -> None:

@@ -113,6 +113,13 @@ def check_table(
         return None, problems + schema_problems(error)
     problems += tracker_problems(job.track)
     problems += _deepspeed_problems(job)
+    if job.zero.stage == 3 and job.model.compile == "on":
+        sentence = (
+            '"on" is not possible with zero.stage = 3, which gathers weights between operations'
+        )
+        problems.append(
+            (("model", "compile"), f'{sentence}; use "auto" or "off", or stage 0, 1 or 2')
+        )
     parts = {name: getattr(job, name).model_copy(update=part) for name, part in located.items()}
     return job.model_copy(update=parts), problems
 

@@ -181,8 +181,8 @@ class Model(Section):
     compile: Literal["auto", "on", "off"] = Field(
         default="auto",
         description=(
-            "compile each encoder layer with torch.compile; auto: on a GPU, where the job is long"
-            " enough to pay for it"
+            "compile the encoder's layers with torch.compile for training; auto: on a GPU, in jobs"
+            " longer than about a minute"
         ),
     )
     packing: Literal["auto", "on", "off"] = Field(
@@ -190,6 +190,13 @@ class Model(Section):
         description=(
             "compute a batch's windows end to end instead of padding them; auto: where the model"
             " and the device can"
+        ),
+    )
+    fused_qkv: Literal["auto", "on", "off"] = Field(
+        default="auto",
+        description=(
+            "compute an attention's query, key and value by one product; auto: on a GPU, where"
+            " batches are packed"
         ),
     )
 

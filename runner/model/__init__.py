@@ -7,6 +7,7 @@
 - `forward`: batches in, logits out
 - `loss`: which kernel computes the span loss
 - `attention`: attention of packed windows
+- `qkv`: its three projections in one product
 - `dropout`: dropout masks on a CPU
 - `frozen`: frozen layers' outputs, cached
 """

@@ -9,6 +9,7 @@ Legend: T tokens of the batch, H heads, D width of a head, S windows (segments),
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -30,7 +31,7 @@ PACKED_ATTENTION = "spantune_packed"
 # tests hold each of them, packed, against its windows one by one.
 FAMILIES = ("bert", "distilbert", "roberta", "electra", "xlm-roberta", "camembert")
 
-ROUND_TO = 512  # tokens of a packed batch on a GPU come in steps of this: few shapes to compile
+ROUND_TO = 128  # tokens of a packed batch on a GPU come in steps of this, as matrices are tiled
 
 
 def packed_attention(
@@ -51,16 +52,24 @@ def packed_attention(
     """
     if packed is None or attention_mask is not None:
         raise AssertionError(f"{PACKED_ATTENTION} attention takes packed batches and no mask")
-    query_THD, key_THD, value_THD = (x.select(0, 0).transpose(0, 1) for x in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if query.device.type == "cpu":
-        out_THD = _by_window(module, query_THD, key_THD, value_THD, packed.ends, scale, dropout)
-    else:
-        out_THD = _flash(query_THD, key_THD, value_THD, packed, dropout, scale)
-    return out_THD.unsqueeze(0), None
+    # Of a squeeze the gradient is a view too; that of `x[0]` would be filled up and copied.
+    parts_THD = [x.squeeze(0).transpose(0, 1) for x in (query, key, value)]
+    return attend(module, parts_THD, packed, dropout, scale).unsqueeze(0), None
 
 
 AttentionInterface.register(PACKED_ATTENTION, packed_attention)
+
+
+def attend(
+    module: nn.Module, parts_THD: Sequence[Tensor], packed: Bounds, dropout: float, scale: float
+) -> Tensor:
+    """The attention of query, key and value, [T, H, D]; `module` has the dropout, whose rate is
+    given."""
+    query_THD, key_THD, value_THD = parts_THD
+    if query_THD.device.type == "cpu":
+        return _by_window(module, query_THD, key_THD, value_THD, packed.ends, scale, dropout)
+    return _flash(query_THD, key_THD, value_THD, packed, dropout, scale)
 
 
 def _flash(

@@ -78,7 +78,7 @@ class SpanLogits:
         logits_BL2 = logits_BL2.masked_fill((columns_L >= length_B1)[:, :, None], -torch.inf)
         best_B2 = logits_BL2.argmax(dim=1)
         right_B2 = best_B2 == torch.stack([batch.starts_B, batch.ends_B], dim=1)
-        return torch.cat([right_B2.sum(0), right_B2.all(1).sum()[None]]).float()
+        return torch.cat([right_B2, right_B2.all(1, keepdim=True)], dim=1).sum(0).float()
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
+from runner.data.loader import send
 from runner.data.windows import Windows, ranges
 from runner.errors import JobError, StorageError
 from runner.model.structure import layer_stack
@@ -137,7 +138,7 @@ class HiddenCache:
     def _index(self, rows: np.ndarray) -> Tensor:
         firsts_B = self.windows.firsts_N1[rows]
         index_T = ranges(firsts_B, self.windows.firsts_N1[rows + 1] - firsts_B)
-        return torch.from_numpy(index_T).to(self.hidden_TD.device, non_blocking=True)
+        return send([torch.from_numpy(index_T)], self.hidden_TD.device)[0]
 
 
 def allocate(

@@ -1,5 +1,5 @@
 """Chooses how a run computes, each choice with its reason: packed or padded batches, whose step,
-compiled layers or not, frozen layers' outputs cached or not."""
+compiled or not, frozen layers' outputs cached or not."""
 
 from __future__ import annotations
 
@@ -12,16 +12,18 @@ import torch
 from runner.data.collate import Packing
 from runner.data.window_cache import cache_root
 from runner.distributed.flat_zero import choose_optimiser
+from runner.errors import JobError
 from runner.job.schema import Model, Zero
 from runner.model.attention import choose_packing
 from runner.model.dropout import DropoutMasks, install_dropout
 from runner.model.frozen import FrozenLayers, check_cacheable
-from runner.model.structure import encoder_layers
+from runner.model.qkv import choose_projections
+from runner.model.structure import encoder_layers, layer_stack
 
-# Where compiling pays: a cold start costs about a minute and saves some tenths of a step. Until
-# both are measured on a GPU, only jobs of much arithmetic compile by themselves: some ten minutes
-# at 200 TFLOP/s.
-_WORTH_COMPILING = 1.2e17
+# Where compiling pays: a first start costs a minute or less, later ones find it done, and some
+# tenths of each step are saved. Until that is measured on a GPU: in jobs of more arithmetic than a
+# minute's at 200 TFLOP/s.
+_WORTH_COMPILING = 1.2e16
 
 
 @dataclass(frozen=True)
@@ -88,10 +90,15 @@ def choose_plan(
     choices: dict[str, tuple[str, str]] = {}
     packing, reason = choose_packing(section.packing, model, device, precision, longest)
     choices["batches"] = ("padded" if packing is None else "packed", reason)
+    fused, reason = choose_projections(
+        section.fused_qkv, model, device, packed=packing is not None, zero_stage=zero.stage
+    )
+    if fused or device.type != "cpu":
+        choices["projections"] = ("fused" if fused else "separate", reason)
     optimiser, reason = choose_optimiser(zero.optimizer, zero.stage, zero.deepspeed)
     choices["step"] = (optimiser, reason)
-    compiled, reason = _choose_compile(section.compile, model, device, tokens)
-    choices["compile"] = ("each layer" if compiled else "off", reason)
+    compiled, reason = _choose_compile(section.compile, model, device, tokens, zero.stage)
+    choices["compile"] = ("whole encoder" if compiled else "off", reason)
     frozen = FrozenLayers.of(model)
     if section.cache_frozen:
         frozen = check_cacheable(frozen, zero.stage)
@@ -107,13 +114,24 @@ def choose_plan(
         install_dropout(model, dropout)
         choices["dropout"] = ("16 bits an element", "torch's own takes a fifth of a step on a CPU")
     if compiled:
-        compile_layers(model)
+        compile_encoder(model)
     return ExecutionPlan(packing, dropout, optimiser, frozen, choices)
 
 
-def _choose_compile(wanted: str, model: Any, device: torch.device, tokens: int) -> tuple[bool, str]:
+def _choose_compile(
+    wanted: str, model: Any, device: torch.device, tokens: int, zero_stage: int
+) -> tuple[bool, str]:
+    obstacle = None
+    if zero_stage == 3:  # whose hooks break a program into dozens
+        obstacle = "ZeRO-3 gathers weights between operations"
+    elif layer_stack(model) is None:
+        obstacle = f"{model.config.model_type} has no stack of layers"
+    if wanted == "on" and obstacle:
+        raise JobError([f'model.compile: "on" is not possible: {obstacle}'])
     if wanted != "auto":
         return wanted == "on", "as the job says"
+    if obstacle:
+        return False, obstacle
     if device.type != "cuda":
         return False, "no GPU"
     layers = encoder_layers(model)
@@ -124,11 +142,18 @@ def _choose_compile(wanted: str, model: Any, device: torch.device, tokens: int) 
     return True, f"{work:.0e} operations"
 
 
-def compile_layers(model: Any, backend: str = "inductor") -> None:
-    """Compile an encoder layer by layer: they share one program, whatever the model's depth.
+def compile_encoder(model: Any, backend: str = "inductor") -> None:
+    """Compile an encoder's layers as one program for training, whatever a batch's size. Scoring is
+    computed as without: another program would take as long to make, and few passes need it.
 
     What the compiler makes is kept in spantune's cache folder for later runs.
     """
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_root() / "inductor"))
-    for layer in encoder_layers(model):
-        layer.compile(dynamic=True, backend=backend)
+    stack: Any = layer_stack(model)
+    plain = stack.forward
+    compiled = torch.compile(plain, dynamic=True, backend=backend)
+
+    def forward(*inputs: Any, **options: Any) -> Any:
+        return (compiled if stack.training else plain)(*inputs, **options)
+
+    stack.forward = forward

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +32,10 @@ from runner.train.summary import (
 from runner.utils.console import Reporter, Step
 from runner.utils.files import below_here, write_json
 from runner.utils.ranks import Rank
-from runner.utils.tables import CellValue, append_row, rich_table
+from runner.utils.tables import CellValue, append_row, append_rows, rich_table
 from runner.utils.text import first_line
 
+_ROWS_PAUSE_S = 1.0  # between two times that rows of train.csv are written
 # Phases of a run's timer that a person waits for, by their names.
 PHASES = {
     "data": "reading the data",
@@ -64,6 +67,8 @@ class RunLog:
         self._scoring_s: float | None = None  # what the newest evaluation took
         self._validation_share = 0.0  # windows that are scored, for each that is trained an epoch
         self.line(f"{job.name}: {below_here(str(run.path))}", indent="")
+        self._step_rows: list[dict[str, CellValue]] = []
+        self._steps_written = -math.inf
         self._trackers = Trackers((), 0, self.line)
         if rank.is_main:
             config = job.model_dump(mode="json", exclude_none=True, exclude={"probe", "track"})
@@ -102,7 +107,8 @@ class RunLog:
         self._trackers.resume(state.probe_rows)
         self.line(f"goes on after step {state.step} of {total_steps} ({checkpoint})")
 
-    def steps(self, state: TrainState) -> AbstractContextManager[Step]:
+    @contextmanager
+    def steps(self, state: TrainState) -> Iterator[Step]:
         """Follow the steps of the epoch that is trained."""
         section, total = self._job.train, state.steps_per_epoch
         epochs, every = range(state.epoch, section.epochs + 1), section.eval_every
@@ -115,12 +121,33 @@ class RunLog:
             return pace * total * (len(epochs) - 1) + scorings * scoring
 
         title = f"epoch {state.epoch}/{section.epochs}"
-        return self._reporter.steps(title, total, section.log_every, later)
+        with self._reporter.steps(title, total, section.log_every, later) as follow:
+            try:
+                yield follow
+            except BaseException:
+                with suppress(StorageError):
+                    self.write_steps()
+                raise
+            self.write_steps()
 
     def step(self, state: TrainState, totals: Totals, engine: Any) -> None:
-        """A row of train.csv."""
+        """A row of train.csv, which is written once a second at most: the device has nothing to do
+        while a file server is waited for."""
         if self._rank.is_main:
-            self._row(self._run.train_table, train_row(state, totals, engine))
+            self._step_rows.append(train_row(state, totals, engine))
+            if time.monotonic() - self._steps_written >= _ROWS_PAUSE_S:
+                self.write_steps()
+
+    def write_steps(self) -> None:
+        """Write the rows of train.csv that are not there yet. A checkpoint keeps the table: nobody
+        waits for the disk."""
+        if self._step_rows:
+            table, rows = self._run.train_table, self._step_rows
+            append_rows(table, rows, self._fence, durable=False)
+            for row in rows:
+                self._trackers.log(table.stem, row)
+            rows.clear()
+            self._steps_written = time.monotonic()
 
     def probes(self, state: TrainState, epoch: int, found: Predictions) -> None:
         """Rows of probes.csv: the probes' answers after an epoch, 0 before training."""

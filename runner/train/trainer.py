@@ -7,7 +7,6 @@ built in `setup`, what they remember is in `state`, what they tell goes through 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -16,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from runner.checkpoint.best import MODEL, BestEvaluation, save_best
@@ -59,7 +57,7 @@ from runner.train.finish import (
 from runner.train.nan_monitor import NanMonitor
 from runner.train.run_log import RunLog
 from runner.train.setup import Session, build_session
-from runner.train.state import EarlyStopping, TrainState
+from runner.train.state import EarlyStopping, TrainState, compute_strictly
 from runner.train.summary import latest_threshold, progress_note
 from runner.utils.files import below_here, full_disk_errors, is_there, storage_errors, write_json
 from runner.utils.ranks import current_rank
@@ -88,9 +86,7 @@ def train(
     """
     timer, rank = PhaseTimer(), current_rank()
     if job.train.deterministic:
-        # cuBLAS reads this when CUDA starts; without it the strict mode below refuses its products.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
+        compute_strictly()
     with before_rendezvous():
         with timer("deepspeed"):
             device = start_distributed(rank, threads, Ticket.of(job), job.train.timeout_minutes)
@@ -280,6 +276,7 @@ class Trainer:
         """Commit a checkpoint; `best` writes the model that an evaluation has found the best."""
         self.watchdog.progress_at(f"saving after step {self.state.step}", bounded=False)
         with self.timer("saving"):
+            self.log.write_steps()
             self.nans.check_weights(self.engine.module)
             whole = self.checkpoints.save(self.state, best, required=required)
         self.preemption.saved(whole=whole)

@@ -20,11 +20,23 @@ CellValue = str | int | float | None
 
 
 def append_row(path: Path, row: Mapping[str, CellValue], fence: Fence | None = None) -> None:
-    """Append one row; the first row's keys become the header, and every later row must have the
-    same keys.
+    """Append one row; see `append_rows`."""
+    append_rows(path, [row], fence)
+
+
+def append_rows(
+    path: Path,
+    rows: Sequence[Mapping[str, CellValue]],
+    fence: Fence | None = None,
+    *,
+    durable: bool = True,
+) -> None:
+    """Append rows, at least one; the first row's keys become the header, and every later row must
+    have the same keys.
 
     `fence` raises if the table is no longer ours. It is asked while the file is open: a successor
-    replaces the file, so that what is written after that reaches nobody's table.
+    replaces the file, so that what is written after that reaches nobody's table. What is `durable`
+    outlives the machine's end, and is waited for.
 
     Raises:
         StorageError: if the file cannot be written.
@@ -33,16 +45,19 @@ def append_row(path: Path, row: Mapping[str, CellValue], fence: Fence | None = N
     with storage_errors(path), open_own(path, "a+", newline="") as file:
         if fence is not None:
             fence()
-        writer = csv.DictWriter(file, fieldnames=list(row), lineterminator="\n")
+        columns = list(rows[0])
+        writer = csv.DictWriter(file, fieldnames=columns, lineterminator="\n")
         file.seek(0)
         header = next(csv.reader(file), None)
         if header is None:
             writer.writeheader()
-        elif header != list(row):
-            raise ValueError(f"{path.name} has the columns {header}, a row has {list(row)}")
-        writer.writerow({key: _cell(value) for key, value in row.items()})
+        for row in rows:
+            if list(row) != (header or columns):
+                raise ValueError(f"{path.name} has the columns {header}, a row has {list(row)}")
+        writer.writerows({key: _cell(value) for key, value in row.items()} for row in rows)
         file.flush()
-        os.fsync(file.fileno())
+        if durable:
+            os.fsync(file.fileno())
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:

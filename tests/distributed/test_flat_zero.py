@@ -142,6 +142,49 @@ def test_a_step_that_overflowed_changes_nothing(value, process_group):
     assert not torch.equal(group.weights, before)
 
 
+BAD_RANK = """
+import torch
+import torch.distributed as dist
+from torch import nn
+from runner.distributed.flat_zero import FlatGroup, FlatStep
+
+dist.init_process_group("gloo")
+flat = torch.ones(8)
+mine = flat[4 * rank : 4 * rank + 4]
+parameter, master = nn.Parameter(flat.view(8)), nn.Parameter(mine.clone())
+step = FlatStep([FlatGroup([parameter], [0], flat, mine, master)], flat.dtype, dist.group.WORLD)
+adam = torch.optim.AdamW([master], lr=0.1, fused=True)
+
+def take(numbers):
+    parameter.grad = torch.tensor(numbers)
+    step.collect()
+    shares, norm, bad, divisor = step.measure(1.0)
+    step.apply(adam, shares, torch.full_like(norm, divisor), bad)
+
+take([1.0] * 8)
+before = flat.clone()
+assert not torch.equal(before, torch.ones(8))
+take({bad} if rank == 1 else [1.0] * 8)
+assert torch.equal(flat, before), (rank, flat)
+assert adam.state[master]["step"] == 1
+take([1.0] * 8)
+assert not torch.equal(flat, before)
+assert flat.isfinite().all()
+dist.barrier()
+os._exit(0)
+"""
+
+
+@pytest.mark.parametrize(
+    "bad", ["[float('nan')] * 8", "[float('inf')] * 8", "[float('nan')] + [1.0] * 7"]
+)
+def test_a_number_lost_on_one_rank_changes_no_weight_on_any(zygote, bad):
+    """A NaN that spoils both ranks' shares counts twice, one that spoils one of them once."""
+    code = "import os\n" + BAD_RANK.replace("{bad}", bad)
+    codes, text = zygote.run(code=code, ranks=2)
+    assert codes == [0, 0], text
+
+
 @pytest.mark.parametrize(
     ("wanted", "stage", "extra", "choice", "words"),
     [

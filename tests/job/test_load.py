@@ -557,6 +557,14 @@ def test_what_has_an_effect_is_handed_on_to_deepspeed(lines):
     assert found == tomli.loads(lines)
 
 
+def test_layers_that_zero_3_shares_out_are_not_compiled():
+    text = JOB.replace("[model]", '[model]\ncompile = "on"') + "\n[zero]\nstage = {}\n"
+    assert load(text.format(2)).model.compile == "on"
+    (told,) = problems(text.format(3))
+    assert "model.compile: " in told
+    assert "zero.stage = 3" in told
+
+
 def test_the_record_of_a_run_is_read_whatever_it_told_deepspeed():
     table = {"optimizer": {"type": "SGD"}}
     text = dump_job(load()).replace("deepspeed = {}", "deepspeed = {optimizer = {type = 'SGD'}}")

@@ -15,6 +15,7 @@ from runner.data.windows import Windows
 from runner.errors import JobError
 from runner.model.attention import FAMILIES, PACKED_ATTENTION, choose_packing
 from runner.model.forward import span_logits
+from runner.model.qkv import FusedSelfAttention, choose_projections
 from tests.small_models import (
     assert_same_gradients,
     gradients_of,
@@ -41,17 +42,20 @@ def one_by_one(model, windows: Windows, rows, family: str) -> list[torch.Tensor]
     return found
 
 
-@pytest.mark.parametrize("multiple", [1, 16])
+@pytest.mark.parametrize(("multiple", "fused"), [(1, "off"), (16, "off"), (16, "on")])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_packed_windows_are_the_same_windows_one_by_one(family, multiple):
+def test_packed_windows_are_the_same_windows_one_by_one(family, multiple, fused):
     """Positions begin anew in each window, attention stays inside it, what fills up changes
-    nothing."""
+    nothing; nor does it that three projections are one product."""
     plain, packed_model = model_of(family), model_of(family)
     windows, rows = windows_of(LENGTHS), np.array([3, 0, 4, 1, 2])
     packing, reason = choose_packing("on", packed_model, CPU, "fp32", 40)
     assert packing is not None
     assert packing.first_position == (2 if "roberta" in family or family == "camembert" else 0)
     assert "by itself" in reason
+    choose_projections(fused, packed_model, CPU, packed=True, zero_stage=2)
+    replaced = [m for m in packed_model.modules() if isinstance(m, FusedSelfAttention)]
+    assert len(replaced) == (2 if fused == "on" else 0)
     packing = Packing(packing.first_position, multiple, packing.longest)
     batch = collate(windows, rows)
     packed = pack(batch, 0, packing)

@@ -79,7 +79,7 @@ def test_packed_logits_are_the_cpus(family):
     padded = pad(batch, 0)
     expected = span_logits(plain, padded, segment_ids=takes_types(family))
     packed = to_device(pack(batch, 0, packing), CUDA)
-    assert packed.ids_RL.shape == (1, 512)
+    assert packed.ids_RL.shape == (1, 256)
     found = span_logits(packed_model, packed, segment_ids=takes_types(family))
     reference_span_loss(found, packed.segments_B2, packed.starts_B, packed.ends_B).backward()
     for parameter in packed_model.parameters():

@@ -105,6 +105,20 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     assert outcome(cut) == expected
 
 
+@pytest.mark.slow
+def test_a_compiled_run_goes_on_to_the_same_bits(zygote, job, undisturbed, tmp_path):
+    """The process that goes on compiles anew."""
+    options = sets("model.compile=on", "model.fused_qkv=on")
+    expected = outcome(undisturbed(*options))
+    code = place("mid-epoch", int(expected["step"]))
+    codes, text = zygote.run(job, "--run-dir", tmp_path, *options, code=code)
+    assert codes == [75], text
+    codes, text = zygote.run(job, "--run-dir", tmp_path, *options)
+    assert codes == [0], text
+    assert "goes on after step" in text
+    assert outcome(tmp_path) == expected
+
+
 TUNING = """
 import runner.train.trainer, runner.utils.signals
 read = runner.train.trainer.predict_windows
@@ -118,7 +132,8 @@ runner.train.trainer.predict_windows = read_windows
 
 def test_what_a_job_may_ask_for_besides_is_resumed_too(zygote, job_file, tmp_path):
     """Early stopping with a best evaluation that is older than the newest checkpoint, a tuned
-    threshold, evaluations every other epoch, kept frozen layers, strict determinism."""
+    threshold, evaluations every other epoch, kept frozen layers, fused projections, strict
+    determinism."""
     # No gain is large enough: the first evaluation stays the best one.
     job = job_file('[stop]\nmetric = "loss"\npatience = 3\nmin_delta = 100.0\n')
     options = sets(
@@ -126,6 +141,7 @@ def test_what_a_job_may_ask_for_besides_is_resumed_too(zygote, job_file, tmp_pat
         "train.eval_every=2",
         "train.deterministic=true",
         "model.cache_frozen=true",
+        "model.fused_qkv=on",
         'model.freeze=["embeddings", "encoder.layer.0"]',
         "data.unanswerable=true",
         f"data.tuning={DATA}/product_qa_validation.json[8:16]",

@@ -14,6 +14,7 @@ from runner.train.state import (
     EarlyStopping,
     Totals,
     TrainState,
+    compute_strictly,
     random_state,
     restore_random_state,
     seed_everything,
@@ -42,6 +43,20 @@ def test_every_generator_goes_on_where_it_was():
     assert draw() != first
     restore_random_state(state, CPU)
     assert draw() == first
+
+
+def test_strict_computing_fills_no_memory_that_is_written_next(monkeypatch):
+    """On a GPU each would be a kernel more."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # what is set here ends with the test
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    try:
+        compute_strictly()
+        assert torch.are_deterministic_algorithms_enabled()
+        with torch.profiler.profile() as seen:
+            torch.empty(8)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert [event.name for event in seen.events()] == ["aten::empty"]
 
 
 def test_the_state_of_generators_is_plain_data(tmp_path):

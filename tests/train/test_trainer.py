@@ -201,6 +201,7 @@ def steps(zygote, tiny, tmp_path_factory) -> Callable[..., Steps]:
 
 ACCUMULATED = "train.micro_batch_size=1"
 OWN = "zero.optimizer=deepspeed"
+FUSED = "model.fused_qkv=on"
 slow = pytest.mark.slow
 
 
@@ -219,6 +220,12 @@ slow = pytest.mark.slow
         (2, 2, (OWN,)),
         (2, 2, ("model.packing=off",)),
         (2, 2, ("model.span_loss=fused",)),
+        (2, 2, (FUSED,)),
+        pytest.param(1, 0, (FUSED,), marks=slow),
+        pytest.param(2, 1, (FUSED, ACCUMULATED), marks=slow),
+        pytest.param(1, 2, (FUSED, OWN), marks=slow),
+        pytest.param(1, 2, ("model.compile=on",), marks=slow),
+        pytest.param(2, 1, ("model.compile=on", FUSED), marks=slow),
         (2, 3, ()),
         pytest.param(2, 3, (ACCUMULATED,), marks=slow),
     ],
