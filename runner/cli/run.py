@@ -11,7 +11,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from runner.cli.output import RUNS_OPTION, SET_OPTION, count, write_data, write_line
+from runner.cli.output import (
+    RUNS_OPTION,
+    SET_OPTION,
+    count,
+    write_data,
+    write_line,
+    write_table,
+)
 from runner.cli.report import write_trials
 from runner.errors import Interrupted, JobError, RunnerError
 from runner.job.assets import check_assets
@@ -26,6 +33,7 @@ from runner.utils import signals
 from runner.utils.console import print_error
 from runner.utils.files import storage_errors
 from runner.utils.ranks import current_rank
+from runner.utils.tables import rich_table
 
 OUR_MISTAKE = "a mistake in spantune, not in your job; please report it with the lines above"
 
@@ -82,8 +90,11 @@ def run_check(arguments: argparse.Namespace) -> int:
     _write_doubts(job)
     from runner.train.preflight import check_data
 
-    for line in check_data(job, arguments.ranks):
-        write_line(line)
+    for part in check_data(job, arguments.ranks):
+        if isinstance(part, str):
+            write_line(part)
+        else:
+            write_table(rich_table("", part))
     return 0
 
 
