@@ -145,12 +145,14 @@ def _run_sweep(arguments: argparse.Namespace, job: Job, trials: list[Trial]) -> 
     if arguments.resume or arguments.restart:
         raise JobError([f"{arguments.job}: a [sweep] goes on with --run-dir and its folder"])
 
+    codes: dict[str, int] = {}
+
     def start(run: RunDir) -> int:
         command = ["rank", str(run.job), "--run-dir", str(run.path)]
         try:
-            return launch(
-                [*command, *_spelled(arguments, "--threads", "--verbose")], arguments.ranks
-            )
+            words = [*command, *_spelled(arguments, "--threads", "--verbose")]
+            # What earlier trials took is no start-up of this one.
+            return launch(words, arguments.ranks, since=time.time() if codes else None)
         except RunnerError as error:
             print_error(str(error))
             return error.exit_code
@@ -158,7 +160,6 @@ def _run_sweep(arguments: argparse.Namespace, job: Job, trials: list[Trial]) -> 
     folder = (arguments.run_dir or RunDir.create(arguments.runs, job.name).path).absolute()
     to_run = len(open_trials(folder, trials))
     write_line(f"{job.name}: {to_run} of {len(trials)} trials to run, {folder}")
-    codes: dict[str, int] = {}
     for name, code in run_trials(folder, job, trials, start):
         write_line(f"{name}: {'starts' if code is None else f'ended with exit code {code}'}")
         if code is not None:

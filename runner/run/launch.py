@@ -21,7 +21,7 @@ from pathlib import Path
 from runner.errors import Interrupted, MachineError
 from runner.utils.console import print_error
 from runner.utils.ranks import free_port
-from runner.utils.signals import LAUNCHER, SIGNALS
+from runner.utils.signals import LAUNCHER, SIGNALS, STARTED
 
 MAIN = Path(__file__).parents[1] / "main.py"
 GRACE_S = 60.0  # seconds that ranks have to come to an end by themselves after the first has failed
@@ -31,13 +31,20 @@ FIRST_SIGINT = "stopping: the step that is under way ends, then all is saved; Ct
 SECOND_SIGINT = "ending now; the same command goes on from the last checkpoint"
 
 
-def launch(arguments: Sequence[str], ranks: int | None, script: Path = MAIN) -> int:
+def launch(
+    arguments: Sequence[str],
+    ranks: int | None,
+    script: Path = MAIN,
+    *,
+    since: float | None = None,
+) -> int:
     """Run `runner/main.py ARGUMENTS` on each rank and return the exit code of the run.
 
     Args:
         arguments: what each rank's command gets.
         ranks: processes to start; None: one for each GPU, or one where there is none.
         script: what is started.
+        since: when this run's own start began, in seconds since 1970; None: with this process.
 
     Raises:
         MachineError: if a rank was killed, and none is left to say so.
@@ -52,6 +59,8 @@ def launch(arguments: Sequence[str], ranks: int | None, script: Path = MAIN) -> 
         "WORLD_SIZE": str(world),
         "LOCAL_WORLD_SIZE": str(world),
     }
+    if since is not None:
+        shared[STARTED] = repr(since)
     children: list[subprocess.Popen[bytes]] = []
     with _listening(children) as heard:
         for rank in range(world):

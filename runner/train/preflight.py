@@ -93,7 +93,8 @@ def _lengths(lengths_N: np.ndarray, most: int) -> str:
     full = int((lengths_N == most).sum())
     return (
         f"lengths: windows of train have {lengths_N.min()} to {lengths_N.max()} tokens, half of"
-        f" them at most {half}, nine of ten at most {nine}; {full} have all {most} (data.max_length)"
+        f" them at most {half}, nine of ten at most {nine}; {full} have all {most}"
+        " (data.max_length)"
     )
 
 

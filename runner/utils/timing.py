@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import psutil
+
+from runner.utils.signals import STARTED
 
 
 class PhaseTimer:
@@ -23,10 +26,10 @@ class PhaseTimer:
         self._before = 0.0
         process = psutil.Process()
         self._born = process.create_time()
-        self._launcher = self._born - min(
-            (parent.create_time() for parent in process.parents() if _launches(parent)),
-            default=self._born,
-        )
+        launchers = (parent.create_time() for parent in process.parents() if _launches(parent))
+        began = os.environ.get(STARTED)
+        started = min(launchers, default=self._born) if began is None else float(began)
+        self._launcher = max(0.0, self._born - started)
         self._phases: dict[str, float] = {"start": self.elapsed()}
         self._until_first_step: float | None = None
 
