@@ -5,5 +5,6 @@
 - `commit`: all ranks save, or none does
 - `store`: checkpoints in a folder: staged, hashed, read back, renamed
 - `files`: each file operation as one method, so that each can be made to fail
+- `prune`: removes what a finished run has no more use for
 - `deepspeed_io`: DeepSpeed's shards through our store
 """

@@ -213,6 +213,9 @@ def read_whole(files: Files, path: Path, limit: int) -> bytes:
 
 def remove_tree(files: Files, path: Path) -> None:
     """Remove a folder and all in it; links are removed, never followed."""
+    if path.is_symlink():
+        files.remove(path)
+        return
     for name in files.names(path):
         inner = path / name
         if inner.is_dir() and not inner.is_symlink():

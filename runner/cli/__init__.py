@@ -2,6 +2,7 @@
 
 - `command`: reads arguments, calls one verb, turns errors into exit codes
 - `run`: the verbs that train here: check, run, rank, reproduce, schema
+- `prune`: prune
 - `predict`: predict and evaluate
 - `report`: report
 - `slurm`: submit, status, logs, cancel, may-requeue

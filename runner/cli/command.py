@@ -14,14 +14,16 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from difflib import get_close_matches
 
 from runner import __version__
-from runner.cli import predict, report, run, slurm
+from runner.cli import predict, prune, report, run, slurm
 from runner.errors import RunnerError, UsageError
 from runner.utils.console import print_error, stdout_errors
 from runner.utils.files import full_disk_errors, storage_errors
 from runner.utils.ranks import current_rank, speaks_for_all
 from runner.utils.signals import hear_children
+from runner.utils.text import shorten
 
 EPILOG = """\
 exit codes: 0 done, 2 command line, 64 job file, 65 data, model or checkpoint
@@ -40,6 +42,7 @@ ADD_VERBS = (  # in the order of --help
     predict.add_evaluate,
     report.add_report,
     run.add_reproduce,
+    prune.add_prune,
     slurm.add_submit,
     slurm.add_status,
     slurm.add_logs,
@@ -47,6 +50,24 @@ ADD_VERBS = (  # in the order of --help
     slurm.add_may_requeue,
     run.add_schema,
 )
+
+
+HIDDEN_VERBS = ("rank", "may-requeue")  # what a launcher and a batch script say
+# Words for our verbs that people know from elsewhere.
+OTHER_VERBS = {
+    **dict.fromkeys(("train", "fit", "finetune", "fine-tune", "start", "resume"), "run"),
+    **dict.fromkeys(("eval", "test", "score"), "evaluate"),
+    **dict.fromkeys(("infer", "inference", "answer", "ask", "pipeline"), "predict"),
+    **dict.fromkeys(("validate", "lint", "verify"), "check"),
+    **dict.fromkeys(("compare", "show", "plot"), "report"),
+    **dict.fromkeys(("sbatch", "queue"), "submit"),
+    **dict.fromkeys(("ls", "list", "squeue", "ps"), "status"),
+    **dict.fromkeys(("log", "tail"), "logs"),
+    **dict.fromkeys(("stop", "kill", "scancel"), "cancel"),
+    **dict.fromkeys(("clean", "rm", "gc", "tidy"), "prune"),
+    **dict.fromkeys(("sweep", "tune"), "run, with a [sweep] in the job"),
+    **dict.fromkeys(("help", "version"), "--help or --version"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -91,6 +112,10 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     for add_verb in ADD_VERBS:
         add_verb(verbs)
     try:
+        if not argv:
+            parser.print_help()
+            parser.exit(0)
+        _check_verb(argv[0], list(verbs.choices))
         arguments = parser.parse_args(argv)
     finally:
         with stdout_errors():  # --help has printed and ends
@@ -98,3 +123,16 @@ def _parse(argv: list[str]) -> argparse.Namespace:
                 sys.stdout.flush()
     arguments.command_line = argv
     return arguments
+
+
+def _check_verb(word: str, verbs: Sequence[str]) -> None:
+    """Lead a verb that we do not have to the one that was meant."""
+    if word.startswith("-") or word in verbs:
+        return
+    if os.path.isfile(word):
+        raise UsageError(f"{shorten(word)}: a job file has a name that ends in .toml")
+    known = [verb for verb in verbs if verb not in HIDDEN_VERBS]
+    close = get_close_matches(word.lower(), [*known, *OTHER_VERBS], 1)
+    meant = OTHER_VERBS.get(close[0], close[0]) if close else ""
+    hint = f"did you mean {meant}?" if meant else f"there are {', '.join(known)}"
+    raise UsageError(f"no verb {shorten(word)}; {hint} (spantune --help says more)")

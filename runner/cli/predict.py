@@ -36,6 +36,9 @@ def add_predict(verbs: Any) -> None:
     parser.add_argument(
         "--output", type=Path, metavar="FILE", help="write the answers there, all or none"
     )
+    parser.add_argument(
+        "--json", action="store_true", help="as a line of JSON, which all but a terminal get anyway"
+    )
     _add_bad_rows(parser, "end at a question that cannot be asked, or say so and go on (fail)")
     parser.add_argument(
         "--n-best", type=count, default=3, metavar="N", help="candidates listed per question (3)"
@@ -47,7 +50,8 @@ def add_predict(verbs: Any) -> None:
 def run_predict(arguments: argparse.Namespace) -> int:
     _check_predict(arguments, from_terminal=sys.stdin is not None and sys.stdin.isatty())
     columns = _columns(arguments.column)
-    from runner.predict.stream import predict_questions
+    from runner.predict.locate import locate_model
+    from runner.predict.questions import Questions
 
     source: str | int | tuple[str, str] = arguments.file or "-"
     if arguments.question is not None:
@@ -56,15 +60,29 @@ def run_predict(arguments: argparse.Namespace) -> int:
         if sys.stdin is None:
             raise StorageError("stdin: is closed; give a FILE, or --question and --context")
         source = sys.stdin.fileno()
-    predict_questions(
+    # What is wrong here must not wait for torch and the model.
+    questions = Questions.find(source, columns, arguments.on_bad_row)
+    locate_model(arguments.model)
+    from runner.predict.stream import in_words, predict_questions
+
+    is_read_here = sys.stdout is not None and sys.stdout.isatty()
+    counts = predict_questions(
         _model_loader(arguments, listed=arguments.n_best),
-        source,
-        columns,
+        questions,
         on_bad_row=arguments.on_bad_row,
         output=arguments.output,
         say=lambda line: write_data(f"{line}\n"),
+        spell=in_words if _asks_one(arguments) and is_read_here else None,
     )
+    if arguments.output is not None:
+        answers = f"{counts.answered} answer{'s' * (counts.answered != 1)}"
+        write_line(f"{answers} written to {arguments.output}")
     return 0
+
+
+def _asks_one(arguments: argparse.Namespace) -> bool:
+    """Whether a person asks a question, who need not read JSON."""
+    return arguments.question is not None and not arguments.json and arguments.output is None
 
 
 def _check_predict(arguments: argparse.Namespace, *, from_terminal: bool) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from runner.cli.output import write_line, write_table
+from runner.errors import RunnerError
 from runner.utils.files import below_here
 from runner.utils.tables import rich_table
 
@@ -49,12 +50,26 @@ def run_report(arguments: argparse.Namespace) -> int:
 
 
 def write_trials(folder: Path) -> None:
-    """Print the table of a sweep's trials.
+    """Print the table of a sweep's trials, and make the page that compares them.
 
     Raises:
         DataError: if it is no sweep, or a trial's result cannot be read.
     """
-    from runner.report.sweep_table import NOTE, compare_trials  # brings numpy
+    # These bring numpy.
+    from runner.report.render import write_comparison
+    from runner.report.sweep_table import NOTE, compare_trials, ranked_trials
 
-    write_table(rich_table(below_here(folder), compare_trials(folder)))
+    rows, ranked = compare_trials(folder), ranked_trials(folder)
+    if len(rows) > 1 and ranked:
+        marks = ["best", *[""] * (len(rows) - 1)]
+        rows = [{" ": mark, **row} for mark, row in zip(marks, rows, strict=True)]
+    write_table(rich_table(below_here(folder), rows))
     write_line(NOTE)
+    if ranked:
+        write_line(f"Best: {below_here(ranked[0].path)}")
+    if len(ranked) > 1:
+        try:
+            for line in write_comparison([run.path for run in ranked], folder)[-2:]:
+                write_line(line)
+        except RunnerError as error:  # the table is there, with or without it
+            write_line(f"no page: {error}")

@@ -11,12 +11,20 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from runner.cli.output import RUNS_OPTION, SET_OPTION, count, write_data, write_line
+from runner.cli.output import (
+    RUNS_OPTION,
+    SET_OPTION,
+    count,
+    write_data,
+    write_line,
+    write_table,
+)
 from runner.cli.report import write_trials
 from runner.errors import Interrupted, JobError, RunnerError
 from runner.job.assets import check_assets
 from runner.job.load import job_schema, load_job
-from runner.job.schema import Job
+from runner.job.messages import doubts
+from runner.job.schema import Job, batch_layout
 from runner.job.sweep import Trial, load_trials
 from runner.run.folder import RunDir
 from runner.run.resume import StartOptions, acquire_run, check_finished, finished_run
@@ -25,6 +33,7 @@ from runner.utils import signals
 from runner.utils.console import print_error
 from runner.utils.files import storage_errors
 from runner.utils.ranks import current_rank
+from runner.utils.tables import rich_table
 
 OUR_MISTAKE = "a mistake in spantune, not in your job; please report it with the lines above"
 
@@ -44,7 +53,9 @@ RANK_OPTIONS: dict[str, dict[str, Any]] = {
         "metavar": "N",
         "help": "CPU threads of each rank (cores / ranks)",
     },
+    "--verbose": {"action": "store_true", "help": "also say how the run computes, as log.txt does"},
 }
+SHORT = {"--verbose": ("-v",)}
 ONE_FOLDER = ("--run-dir", "--resume")  # of which only one is given
 
 
@@ -72,13 +83,24 @@ def run_check(arguments: argparse.Namespace) -> int:
         swept = f", {len(trials)} trials" if trials else ""
         summary = f"{job.name}: {job.model.name} on {job.data.train}{swept}"
         write_line(f"{arguments.job}: no problems ({summary})")
+        _write_doubts(job)
         return 0
+    batch_layout(job.train, arguments.ranks)
     check_assets(job)
+    _write_doubts(job)
     from runner.train.preflight import check_data
 
-    for line in check_data(job, arguments.ranks):
-        write_line(line)
+    for part in check_data(job, arguments.ranks):
+        if isinstance(part, str):
+            write_line(part)
+        else:
+            write_table(rich_table("", part))
     return 0
+
+
+def _write_doubts(job: Job) -> None:
+    for line in doubts(job):
+        write_line(f"note: {line}")
 
 
 def add_run(verbs: Any) -> None:
@@ -96,6 +118,7 @@ def add_run(verbs: Any) -> None:
 def run_run(arguments: argparse.Namespace) -> int:
     """Check the job on this process, then start the ranks; of a sweep, those of each trial."""
     job, trials = load_trials(arguments.job, arguments.set)
+    _write_doubts(job)
     if trials:
         return _run_sweep(arguments, job, trials)
     finished = finished_run(job, _start_options(arguments))
@@ -103,7 +126,16 @@ def run_run(arguments: argparse.Namespace) -> int:
         return _report_finished(job, finished, speaks=True)
     from runner.run.launch import launch
 
+    _write_start(job.name, arguments.ranks)
     return launch(["rank", arguments.job, *_spelled(arguments, *RANK_OPTIONS)], arguments.ranks)
+
+
+def _write_start(name: str, ranks: int | None) -> None:
+    """Say at once that something happens: a rank's own first line takes seconds."""
+    from runner.run.launch import visible_gpus
+
+    count = ranks or visible_gpus() or 1
+    write_line(f"{name}: starting {count} rank{'s' * (count != 1)}")
 
 
 def _run_sweep(arguments: argparse.Namespace, job: Job, trials: list[Trial]) -> int:
@@ -113,10 +145,14 @@ def _run_sweep(arguments: argparse.Namespace, job: Job, trials: list[Trial]) -> 
     if arguments.resume or arguments.restart:
         raise JobError([f"{arguments.job}: a [sweep] goes on with --run-dir and its folder"])
 
+    codes: dict[str, int] = {}
+
     def start(run: RunDir) -> int:
         command = ["rank", str(run.job), "--run-dir", str(run.path)]
         try:
-            return launch([*command, *_spelled(arguments, "--threads")], arguments.ranks)
+            words = [*command, *_spelled(arguments, "--threads", "--verbose")]
+            # What earlier trials took is no start-up of this one.
+            return launch(words, arguments.ranks, since=time.time() if codes else None)
         except RunnerError as error:
             print_error(str(error))
             return error.exit_code
@@ -124,7 +160,6 @@ def _run_sweep(arguments: argparse.Namespace, job: Job, trials: list[Trial]) -> 
     folder = (arguments.run_dir or RunDir.create(arguments.runs, job.name).path).absolute()
     to_run = len(open_trials(folder, trials))
     write_line(f"{job.name}: {to_run} of {len(trials)} trials to run, {folder}")
-    codes: dict[str, int] = {}
     for name, code in run_trials(folder, job, trials, start):
         write_line(f"{name}: {'starts' if code is None else f'ended with exit code {code}'}")
         if code is not None:
@@ -173,7 +208,7 @@ def run_rank(arguments: argparse.Namespace) -> int:
             from runner.distributed.process_group import stop_distributed
             from runner.train.trainer import train
 
-            train(job, lease=lease, threads=arguments.threads)
+            train(job, lease=lease, threads=arguments.threads, verbose=arguments.verbose)
             with suppress(RuntimeError):  # the run is finished, whatever becomes of other ranks
                 stop_distributed()
     except RunnerError as error:
@@ -246,7 +281,8 @@ def _add_job(parser: argparse.ArgumentParser) -> None:
 def _add_rank_options(parser: argparse.ArgumentParser) -> None:
     one_folder = parser.add_mutually_exclusive_group()
     for flag, settings in RANK_OPTIONS.items():
-        (one_folder if flag in ONE_FOLDER else parser).add_argument(flag, **settings)
+        group = one_folder if flag in ONE_FOLDER else parser
+        group.add_argument(*SHORT.get(flag, ()), flag, **settings)
 
 
 def _spelled(arguments: argparse.Namespace, *flags: str) -> list[str]:
@@ -269,5 +305,19 @@ def _start_options(arguments: argparse.Namespace) -> StartOptions:
 def _report_finished(job: Job, run: RunDir, *, speaks: bool) -> int:
     if speaks:
         write_line(f"{run.path}: finished already; --restart begins anew")
+        _remove_checkpoints(job, run)
     check_finished(job, run)
     return 0
+
+
+def _remove_checkpoints(job: Job, run: RunDir) -> None:
+    """End what the run's own end began, or what the job asks for by now."""
+    from runner.checkpoint.prune import prune
+
+    try:
+        found = prune(run, job.train.keep_checkpoints)
+    except RunnerError as error:  # the run is finished, with or without them
+        write_line(f"checkpoints stay: {error}")
+        return
+    if found.names:
+        write_line(f"removed {found} (train.keep_checkpoints)")

@@ -36,6 +36,7 @@ MAY_DIFFER: frozenset[KeyPath] = frozenset(
     {
         *(("slurm",), ("sweep",), ("track",), ("expect",)),
         *(("train", "checkpoint_minutes"), ("train", "timeout_minutes")),
+        ("train", "keep_checkpoints"),
     }
 )
 MAX_BYTES = 200_000  # a job is a page of text; anything larger is another kind of file
@@ -152,8 +153,8 @@ def first_difference(one: Job, other: Job, besides: Collection[KeyPath] = ()) ->
     """Name the first key in which two jobs differ, with both values; None if they are the same run.
 
     What decides no number of a run is not compared: where it runs and what watches it ([slurm],
-    [track]), what is expected of it, how often it saves, how long ranks wait for each other, and
-    the keys `besides`.
+    [track]), what is expected of it, how often it saves and what it keeps, how long ranks wait for
+    each other, and the keys `besides`.
     """
 
     def walk(a: Any, b: Any, path: KeyPath) -> str | None:

@@ -18,6 +18,77 @@ from runner.job.schema import Job, Track
 from runner.job.toml_lines import Path as KeyPath
 from runner.utils.text import one_of, shorten
 
+# Names that other trainers have for our keys, or for what a key of ours does; with a word where
+# more than the name is another.
+_ELSEWHERE: dict[str, tuple[str, str]] = {
+    **dict.fromkeys(("lr", "base_lr", "max_lr"), ("train.learning_rate", "")),
+    **dict.fromkeys(
+        ("num_train_epochs", "num_epochs", "n_epochs", "max_epochs"), ("train.epochs", "")
+    ),
+    "max_steps": ("train.epochs", "passes over the data, not steps"),
+    **dict.fromkeys(
+        ("per_device_train_batch_size", "per_gpu_train_batch_size", "train_batch_size"),
+        ("train.batch_size", "windows per step over all ranks together"),
+    ),
+    **dict.fromkeys(("per_device_eval_batch_size", "eval_batch_size"), ("score.batch_size", "")),
+    **dict.fromkeys(
+        ("gradient_accumulation_steps", "accumulate_grad_batches", "grad_accum"),
+        (
+            "train.micro_batch_size",
+            "windows per forward pass; batch_size / (ranks * micro_batch_size) are accumulated",
+        ),
+    ),
+    "train_micro_batch_size_per_gpu": ("train.micro_batch_size", ""),
+    "warmup_ratio": ("train.warmup", ""),
+    **dict.fromkeys(("warmup_steps", "num_warmup_steps"), ("train.warmup", "a share of all steps")),
+    **dict.fromkeys(("lr_scheduler_type", "lr_scheduler", "scheduler"), ("train.schedule", "")),
+    **dict.fromkeys(("adam_beta1", "adam_beta2", "betas"), ("train.adam_betas", "both in a list")),
+    **dict.fromkeys(("gradient_clipping", "max_norm", "clip_grad"), ("train.max_grad_norm", "")),
+    **dict.fromkeys(
+        ("eval_strategy", "evaluation_strategy", "eval_steps"), ("train.eval_every", "in epochs")
+    ),
+    **dict.fromkeys(("logging_steps", "log_interval"), ("train.log_every", "in steps")),
+    **dict.fromkeys(("save_strategy", "save_steps"), ("train.checkpoint_minutes", "")),
+    "save_total_limit": ("train.keep_checkpoints", ""),
+    "group_by_length": ("train.length_buckets", ""),
+    "full_determinism": ("train.deterministic", ""),
+    **dict.fromkeys(
+        ("fp16", "bf16", "tf32", "amp"), ("model.precision", '"bf16", "fp16" or "fp32"')
+    ),
+    "torch_compile": ("model.compile", ""),
+    **dict.fromkeys(
+        ("model_name_or_path", "model_name", "pretrained_model_name_or_path", "base_model"),
+        ("model.name", ""),
+    ),
+    "model_revision": ("model.revision", ""),
+    **dict.fromkeys(("dataset_name", "dataset", "train_file"), ("data.train", "")),
+    **dict.fromkeys(("validation_file", "eval_file", "test_file"), ("data.validation", "")),
+    **dict.fromkeys(("max_seq_length", "max_len", "max_seq_len"), ("data.max_length", "")),
+    "doc_stride": ("data.stride", ""),
+    "version_2_with_negative": ("data.unanswerable", ""),
+    "max_train_samples": ("data.sample", ""),
+    **dict.fromkeys(("max_eval_samples", "max_val_samples"), ("data.validation_sample", "")),
+    "null_score_diff_threshold": ("score.null_threshold", ""),
+    "metric_for_best_model": ("stop.metric", ""),
+    **dict.fromkeys(
+        ("load_best_model_at_end", "early_stopping_patience", "early_stopping"),
+        ("stop.patience", "with [stop] the best epoch is kept"),
+    ),
+    **dict.fromkeys(("deepspeed_config", "ds_config"), ("zero.deepspeed", "")),
+    "report_to": ("track.tools", ""),
+    "run_name": ("name", ""),
+    **dict.fromkeys(("data_seed", "random_seed"), ("seed", "")),
+    **dict.fromkeys(("num_gpus", "gpus", "gres"), ("slurm.gpus_per_node", "")),
+    **dict.fromkeys(("cpus", "num_cpus"), ("slurm.cpus_per_task", "")),
+    **dict.fromkeys(("walltime", "time_limit"), ("slurm.time", "")),
+    "memory": ("slurm.mem", ""),
+}
+_ON_COMMAND_LINE = {
+    **dict.fromkeys(("output_dir", "run_dir"), "--run-dir DIR"),
+    "resume_from_checkpoint": "--resume RUN",
+    "overwrite_output_dir": "--restart",
+}
+
 WANDB_REFUSES = "/\\#?%:"  # in a project's name: wandb.Settings.validate_project
 WANDB_LONGEST = 128  # characters of it
 
@@ -129,9 +200,16 @@ def _bound(number: int | float) -> str:
 
 def _hint(loc: KeyPath, taken: list[KeyPath]) -> str:
     """Say which key was meant, where it belongs, or what is allowed."""
-    section = _section_at(loc[:-1])
+    key, section = str(loc[-1]), _section_at(loc[:-1])
     if not taken:
+        if key.lower() in _ON_COMMAND_LINE:
+            return f"it is an option of the command, {_ON_COMMAND_LINE[key.lower()]}"
         return f"allowed here: {one_of(tuple(section.model_fields))}" if section else "remove it"
+    if taken == _meant_elsewhere(key):
+        _, word = _ELSEWHERE[key.lower()]
+        home = f"{taken[0][-1]} in {_header(taken[0][:-1])}"
+        spelled = taken[0][-1] if taken[0][:-1] == loc[:-1] else home
+        return f"did you mean {spelled}{f' ({word})' if word else ''}?"
     if taken[0][:-1] == loc[:-1]:
         return f"did you mean {taken[0][-1]}?"
     homes = tuple(_header(path[:-1]) for path in taken if path not in _SECTIONS)
@@ -144,6 +222,8 @@ def _taken_for(loc: KeyPath) -> list[KeyPath]:
     """The keys that an unknown key could be: of this name in other sections, or else the nearest
     name in its own."""
     key, section = str(loc[-1]), _section_at(loc[:-1])
+    if loc[:2] != ("zero", "deepspeed") and (meant := _meant_elsewhere(key)):
+        return meant
     elsewhere = [(*path, key) for path, other in _SECTIONS.items() if key in other.model_fields]
     if elsewhere or section is None:
         return elsewhere
@@ -151,6 +231,12 @@ def _taken_for(loc: KeyPath) -> list[KeyPath]:
     cutoff = 0.6 if len(key) > 3 else 0.5
     close = difflib.get_close_matches(key.lower(), list(section.model_fields), 1, cutoff)
     return [(*loc[:-1], close[0])] if close else []
+
+
+def _meant_elsewhere(key: str) -> list[KeyPath]:
+    """Our key for a name that other trainers have."""
+    name, _ = _ELSEWHERE.get(key.lower(), ("", ""))
+    return [tuple(name.split("."))] if name else []
 
 
 def _header(path: KeyPath) -> str:
@@ -192,6 +278,22 @@ def _flat(annotation: Any) -> list[Any]:
     if origin is tuple:
         return [tuple, *(typing.get_args(annotation)[:1])]
     return [annotation]
+
+
+def doubts(job: Job) -> list[str]:
+    """What is allowed, but hardly meant."""
+    said = []
+    for name in ("exact_match", "f1", "span_accuracy"):
+        value = None if job.expect is None else getattr(job.expect, name)
+        if value is not None and 0 < value <= 1:
+            said.append(
+                f"expect.{name} = {value:g} means {value:g} percent; for a share of {value:g} write"
+                f" {100 * value:g}"
+            )
+    memory = job.slurm.mem if job.slurm else None
+    if memory and memory.isdecimal() and 0 < int(memory) < 4096:
+        said.append(f'slurm.mem = "{memory}" means {memory} MB to SLURM; for GB write "{memory}G"')
+    return said
 
 
 def tracker_problems(section: Track) -> list[tuple[KeyPath, str]]:

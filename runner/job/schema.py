@@ -124,9 +124,11 @@ class Data(Section):
     @model_validator(mode="after")
     def _stride_fits(self) -> Data:
         if self.stride >= self.max_length:
+            unset = "" if "stride" in self.model_fields_set else " (which is unset)"
             raise ValueError(
-                f"stride {self.stride} must be smaller than max_length {self.max_length}, "
-                "or windows would never move on; a third of max_length is usual"
+                f"stride {self.stride}{unset} must be smaller than max_length {self.max_length}, or"
+                " windows would never move on; a third of max_length is usual:"
+                f" stride = {self.max_length // 3}"
             )
         return self
 
@@ -237,6 +239,13 @@ class Train(Section):
         gt=0,
         le=1440,
         description="minutes between checkpoints at most; each evaluation is followed by one too",
+    )
+    keep_checkpoints: Literal["none", "best", "all"] = Field(
+        default="none",
+        description=(
+            "checkpoints that stay once the run has finished: none (model/ has the weights), best"
+            " (of the best evaluation, whole) or all (the newest two and the best)"
+        ),
     )
     timeout_minutes: float = Field(
         default=10.0,

@@ -1,6 +1,7 @@
 """Answers to new questions.
 
 - `predictor`: a model that answers
+- `locate`: where a model's files are
 - `stream`: `predict`, line by line
 - `questions`: rows that are asked
 - `evaluate`: `evaluate`: scores of a model on other data

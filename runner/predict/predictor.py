@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,11 +27,10 @@ from runner.eval.inference import predict_windows
 from runner.eval.predictions import listed, window_counts
 from runner.job.inference import InferenceSettings, read_settings
 from runner.job.schema import Model
-from runner.job.sources import is_hub_model
 from runner.model.forward import SpanModel
 from runner.model.load import ModelFiles, check_forward, load_finetuned, load_tokenizer
+from runner.predict.locate import locate_model
 from runner.predict.questions import GROUP
-from runner.run.folder import RunDir
 from runner.utils.ranks import Rank
 
 ALONE = Rank(index=0, world=1, local=0, local_world=1)
@@ -297,33 +295,3 @@ def open_model(
             )
     except (ValueError, RuntimeError, AssertionError) as error:
         raise UsageError(str(error).partition("\n")[0]) from None
-
-
-def locate_model(name: str) -> str:
-    """Where a model's files are, as [model] of a job names it: of a run folder, its model/.
-
-    Raises:
-        AssetError: if the name points to nothing.
-        DataError: if a folder holds no model.
-    """
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        run = RunDir(folder)
-        if run.job.is_file():
-            if not run.model.is_dir():
-                raise DataError(
-                    f"{name}: this run has no model yet; it writes one after each evaluation that"
-                    " is the best so far"
-                )
-            return str(run.model)
-        if not (folder / "config.json").is_file():
-            raise DataError(f"{name}: is neither a run (job.toml) nor a model (config.json)")
-        return str(folder.absolute())
-    if name.startswith("package:"):
-        return name
-    if folder.exists() or not is_hub_model(name):
-        raise AssetError(
-            f"{name}: no folder of a run or of a model, no hub id such as"
-            " deepset/roberta-base-squad2, and no package:NAME/SUBFOLDER"
-        )
-    return name

@@ -33,7 +33,8 @@ from runner.job.inference import default_settings
 from runner.job.schema import Model
 from runner.model.forward import SpanLogits
 from runner.model.load import ModelFiles, load_tokenizer
-from runner.predict.predictor import Predictor, locate_model
+from runner.predict.locate import locate_model
+from runner.predict.predictor import Predictor
 from runner.predict.questions import GROUP
 
 Result = dict[str, Any]

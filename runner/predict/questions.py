@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from runner.data.dataset import row_problem
 from runner.data.formats import file_rows
@@ -23,6 +24,43 @@ GROUP = 256  # questions answered together, sorted by length
 _TEXT = 4_000_000  # bytes of lines that wait at most, the last of them aside
 
 _READ = 1 << 16
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Questions to be asked: what they come from, groups of them, how many if that is known."""
+
+    name: str
+    groups: Iterator[list[QuestionRow]]
+    total: int | None
+
+    @classmethod
+    def find(
+        cls,
+        source: str | tuple[str, str] | int,
+        columns: Columns,
+        on_bad_row: Literal["fail", "drop"],
+    ) -> Questions:
+        """Look whether there are some, before a model is opened.
+
+        Args:
+            source: a file or a slice of one; or a question and its context; or the descriptor of a
+                stream of JSON lines.
+            columns: of flat files.
+            on_bad_row: what to do with questions that cannot be asked.
+
+        Raises:
+            DataError, AssetError: if a file cannot be read, or holds what is refused.
+        """
+        if isinstance(source, tuple):
+            row = QuestionRow("the question", "1", *source, None)
+            return cls(row.place, iter([[row]]), 1)
+        if isinstance(source, int):
+            return cls("stdin", live_questions(source, "stdin", columns), None)
+        good, bad = survey(source, columns)
+        if bad and on_bad_row == "fail":
+            raise DataError(refused(source, bad))
+        return cls(source, file_questions(source, columns), good + len(bad))
 
 
 def file_questions(name: str, columns: Columns) -> Iterator[list[QuestionRow]]:

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Literal
 
 from runner.distributed.failures import explaining_inference_oom
-from runner.errors import BadRowsError, DataError
-from runner.job.schema import Columns
+from runner.errors import BadRowsError, DataError, printable
 from runner.predict.predictor import Prediction, Predictor, Question
-from runner.predict.questions import QuestionRow, file_questions, live_questions, refused, survey
+from runner.predict.questions import QuestionRow, Questions, refused
 from runner.utils.console import Step, print_error, progress
 from runner.utils.files import storage_errors
 
@@ -29,52 +28,54 @@ class Counts:
 
 def predict_questions(
     load: Callable[[], Predictor],
-    source: str | tuple[str, str] | int,
-    columns: Columns,
+    questions: Questions,
     *,
     on_bad_row: Literal["fail", "drop"],
     output: Path | None,
     say: Callable[[str], None],
+    spell: Callable[[Prediction], str] | None = None,
 ) -> Counts:
     """Answer all questions of a source.
 
     Args:
         load: opens the model.
-        source: a file or a slice of one; or a question and its context; or the descriptor of a
-            stream of JSON lines.
-        columns: of flat files.
+        questions: the source.
         on_bad_row: what to do with questions that cannot be asked.
         output: a file for the answers; None says them.
         say: takes a line.
+        spell: makes a line of an answer; None: JSON.
 
     Raises:
         RunnerError, UsageError: before anything is answered, but for what a stream holds later on.
     """
-    total = None
-    if isinstance(source, tuple):
-        name, total = "the question", 1
-        groups = iter([[QuestionRow(name, "1", *source, None)]])
-    elif isinstance(source, int):
-        name = "stdin"
-        groups = live_questions(source, name, columns)
-    else:
-        # A look at the whole file comes first: what is wrong in it must not wait for the model.
-        name, (good, bad) = source, survey(source, columns)
-        if bad and on_bad_row == "fail":
-            raise DataError(refused(name, bad))
-        groups, total = file_questions(source, columns), good + len(bad)
     predictor = load()
     with (
         lines_to(output) if output else nullcontext(say) as write,
-        progress("answering", total) as step,
+        progress("answering", questions.total) as step,
         explaining_inference_oom(),
     ):
         counts = predict_lines(
-            predictor, groups, write, name=name, on_bad_row=on_bad_row, step=step
+            predictor,
+            questions.groups,
+            write,
+            name=questions.name,
+            on_bad_row=on_bad_row,
+            step=step,
+            spell=spell or as_json,
         )
     if counts.bad:
         print_error(f"{len(counts.bad)} left out, {counts.answered} answered")
     return counts
+
+
+def as_json(found: Prediction) -> str:
+    """An answer for programs: all that is known of it, in a line."""
+    return json.dumps(found.record(), ensure_ascii=False)
+
+
+def in_words(found: Prediction) -> str:
+    """An answer for people: `washable linen (0.93)`."""
+    return f"{printable(found.answer) or 'no answer'} ({found.score:.2f})"
 
 
 def predict_lines(
@@ -85,6 +86,7 @@ def predict_lines(
     name: str,
     on_bad_row: Literal["fail", "drop"],
     step: Step,
+    spell: Callable[[Prediction], str] = as_json,
 ) -> Counts:
     """Answer groups of questions and write a line for each, in order.
 
@@ -96,6 +98,7 @@ def predict_lines(
         on_bad_row: "fail" ends at the first question that cannot be asked, after the answers before
             it; "drop" leaves it out and says so on stderr.
         step: told how many are done.
+        spell: makes a line of an answer.
 
     Raises:
         DataError: at the first bad question, with on_bad_row = "fail".
@@ -109,7 +112,7 @@ def predict_lines(
                     raise DataError(refused(name, counts.bad))
                 print_error(f"left out: {row.place}: {found}")
                 continue
-            write(json.dumps(found.record(), ensure_ascii=False))
+            write(spell(found))
             counts.answered += 1
         step(counts.answered + len(counts.bad))
     return counts

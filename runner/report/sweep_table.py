@@ -38,12 +38,8 @@ def compare_trials(folder: Path) -> list[dict[str, CellValue]]:
     Raises:
         DataError: if the manifest or a trial's result cannot be read.
     """
-    groups: dict[str, list[TrialEntry]] = {}
-    for trial in read_manifest(folder).trials:
-        combination = {key: value for key, value in trial.values.items() if key != "seed"}
-        groups.setdefault(json.dumps(combination), []).append(trial)
     rows = []
-    for combination, trials in groups.items():
+    for combination, trials in _combinations(folder).items():
         runs = [RunDir(folder / trial.name) for trial in trials]
         results = {run: _metrics(run) for run in runs if run.finished()}
         row: dict[str, CellValue] = {
@@ -62,6 +58,30 @@ def compare_trials(folder: Path) -> list[dict[str, CellValue]]:
         row["loss"] = statistics.fmean(losses) if losses else None
         rows.append(row)
     return sorted(rows, key=lambda row: _best_first(row[SWEEP_METRICS["f1"]]))
+
+
+def ranked_trials(folder: Path) -> list[RunDir]:
+    """The finished trials: those of the best combination first, of each the best first.
+
+    Raises:
+        DataError: if the manifest or a trial's result cannot be read.
+    """
+    found: list[tuple[float, float, RunDir]] = []
+    for trials in _combinations(folder).values():
+        runs = [run for trial in trials if (run := RunDir(folder / trial.name)).finished()]
+        scores = [_metrics(run)["f1"] for run in runs]
+        mean = statistics.fmean(scores) if scores else 0.0
+        found += [(mean, score, run) for score, run in zip(scores, runs, strict=True)]
+    return [run for _, _, run in sorted(found, key=lambda one: (-one[0], -one[1]))]
+
+
+def _combinations(folder: Path) -> dict[str, list[TrialEntry]]:
+    """The trials of each combination of values, which differ in their seeds."""
+    groups: dict[str, list[TrialEntry]] = {}
+    for trial in read_manifest(folder).trials:
+        combination = {key: value for key, value in trial.values.items() if key != "seed"}
+        groups.setdefault(json.dumps(combination), []).append(trial)
+    return groups
 
 
 def _best_first(score: CellValue) -> float:

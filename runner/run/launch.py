@@ -19,21 +19,32 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from runner.errors import Interrupted, MachineError
+from runner.utils.console import print_error
 from runner.utils.ranks import free_port
-from runner.utils.signals import LAUNCHER, SIGNALS
+from runner.utils.signals import LAUNCHER, SIGNALS, STARTED
 
 MAIN = Path(__file__).parents[1] / "main.py"
 GRACE_S = 60.0  # seconds that ranks have to come to an end by themselves after the first has failed
 _POLL_S = 0.1
 
+FIRST_SIGINT = "stopping: the step that is under way ends, then all is saved; Ctrl-C again ends now"
+SECOND_SIGINT = "ending now; the same command goes on from the last checkpoint"
 
-def launch(arguments: Sequence[str], ranks: int | None, script: Path = MAIN) -> int:
+
+def launch(
+    arguments: Sequence[str],
+    ranks: int | None,
+    script: Path = MAIN,
+    *,
+    since: float | None = None,
+) -> int:
     """Run `runner/main.py ARGUMENTS` on each rank and return the exit code of the run.
 
     Args:
         arguments: what each rank's command gets.
         ranks: processes to start; None: one for each GPU, or one where there is none.
         script: what is started.
+        since: when this run's own start began, in seconds since 1970; None: with this process.
 
     Raises:
         MachineError: if a rank was killed, and none is left to say so.
@@ -48,6 +59,8 @@ def launch(arguments: Sequence[str], ranks: int | None, script: Path = MAIN) -> 
         "WORLD_SIZE": str(world),
         "LOCAL_WORLD_SIZE": str(world),
     }
+    if since is not None:
+        shared[STARTED] = repr(since)
     children: list[subprocess.Popen[bytes]] = []
     with _listening(children) as heard:
         for rank in range(world):
@@ -117,9 +130,13 @@ def _wait(children: list[subprocess.Popen[bytes]], heard: list[int]) -> tuple[li
     their ends, and the signals. Once one has failed, the others have `GRACE_S` seconds to find out
     and end: of this process's own time, which stands still while it is stopped."""
     running, codes, told, grace_s = list(children), [], set[int](), math.inf
+    interrupted = False
     while running:
         while heard:
             told.add(number := heard.pop(0))
+            if number == signal.SIGINT:  # at once: a step may take a while
+                print_error(SECOND_SIGINT if interrupted else FIRST_SIGINT)
+                interrupted = True
             _pass_on(number, running)
         for child in [child for child in running if child.poll() is not None]:
             running.remove(child)

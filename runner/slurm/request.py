@@ -10,6 +10,7 @@ from pathlib import Path
 
 from runner.errors import JobError
 from runner.job.assets import not_cached
+from runner.job.messages import doubts
 from runner.job.schema import Job, Slurm, batch_layout
 from runner.job.slurm_values import expand_hosts
 from runner.job.sweep import Trial, load_trials
@@ -62,12 +63,24 @@ class SubmitRequest:
         return ", ".join(parts)
 
     def notes(self) -> list[str]:
-        """What may be missing where the nodes have no network."""
-        return [
+        """What is asked for and hardly meant, and what may be missing where the nodes have no
+        network."""
+        return [*doubts(self.job.model_copy(update={"slurm": self.section})), *self._lacks()] + [
             f"{asset.name} is not in the cache of the hub; if the nodes have no network, first"
             f" run: {asset.fetch}"
             for asset in not_cached(self.job, self.section.environment)
         ]
+
+    def _lacks(self) -> list[str]:
+        """What a run on a cluster rarely goes without, and is not asked for."""
+        section, said = self.section, []
+        if not section.gpus_per_node and "gres" not in section.sbatch:
+            said.append("no GPU is asked for: set slurm.gpus_per_node = 1")
+        if section.cpus_per_task in (None, 1) and "exclusive" not in section.sbatch:
+            said.append("each rank has one CPU core: set slurm.cpus_per_task = 8, say")
+        if section.time is None:
+            said.append('no time limit is asked for: set slurm.time = "4:00:00", say')
+        return said
 
 
 def prepare(path: str, overrides: Sequence[str], written_by: str) -> SubmitRequest:

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from runner.checkpoint.best import BestEvaluation
+from runner.checkpoint.prune import find_superfluous, remove_superfluous
 from runner.data.window_cache import windows_sha256
 from runner.data.windows import LABELS
-from runner.errors import StorageError
+from runner.errors import DataError, StorageError
 from runner.eval.evaluation import Evaluation
 from runner.eval.results import reported, result_scores
 from runner.export.model_card import model_card
@@ -93,11 +94,25 @@ def finish(
             " the same command again"
         )
     write_json(run.result, result, fence)
+    remove_checkpoints(session, log, fence)
+    log.scores()
     if changes:
         log.table("What the model answers", changes)
     for line in closing_lines(job, run, result):
         log.line(line, indent="")
     log.finish(best.scores)
+
+
+def remove_checkpoints(session: Session, log: RunLog, fence: Fence) -> None:
+    """Remove what train.keep_checkpoints does not keep of a run that has its result."""
+    run, keep = session.run, session.job.train.keep_checkpoints
+    try:
+        found = find_superfluous(run, keep)
+        if found.names:
+            remove_superfluous(run, found, fence)
+            log.line(f'Removed {found} (train.keep_checkpoints = "{keep}")', indent="")
+    except (DataError, StorageError) as error:  # the run is finished, with or without them
+        log.line(f"checkpoints stay: {error}", indent="")
 
 
 def card_text(session: Session, scores: Evaluation, settings: InferenceSettings) -> str:

@@ -1,9 +1,10 @@
-"""What `check --data` tells before a GPU is spent: windows, cut answers, padding, parameters, steps
-and memory."""
+"""What `check --data` tells before a GPU is spent: windows as the model will see them, cut answers,
+padding, parameters, steps and memory."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -16,11 +17,17 @@ from runner.job.schema import Job, batch_layout
 from runner.model.config import empty_model
 from runner.model.freeze import freeze, parameter_table
 from runner.model.load import ModelFiles, load_tokenizer
-from runner.utils.tables import markdown
+from runner.utils.tables import CellValue
+
+Rows = list[dict[str, CellValue]]
+
+SHOWN = 3  # windows that are shown
+AROUND = 12  # tokens of the context shown before and after the answer
 
 
-def check_data(job: Job, ranks: int) -> Iterator[str]:
-    """Yield the lines of the report; no weights are loaded and nothing is trained.
+def check_data(job: Job, ranks: int) -> Iterator[str | Rows]:
+    """Yield the report, its lines and the rows of its tables; no weights are loaded and nothing is
+    trained.
 
     Raises:
         RunnerError: of the kind that the run itself would end with.
@@ -37,8 +44,7 @@ def check_data(job: Job, ranks: int) -> Iterator[str]:
     parts |= {} if tuning is None else {"tuning": tuning}
     yield f"{job.name}: {job.model.name} on {job.data.train}"
     yield from [*dict.fromkeys(warnings), *caveats(parts, job.score.max_answer_length)]
-    yield ""
-    yield markdown([_data_row(name, part) for name, part in parts.items()]).rstrip()
+    yield [_data_row(name, part) for name, part in parts.items()]
     for name, part in parts.items():
         contradictions, dropped = part.dataset.contradictions, part.dataset.dropped
         if contradictions or dropped:
@@ -49,6 +55,10 @@ def check_data(job: Job, ranks: int) -> Iterator[str]:
             yield f"dropped: and {len(dropped) - 5} more"
 
     lengths_N = training.windows.lengths_N
+    yield ""
+    yield _lengths(lengths_N, job.data.max_length)
+    yield f"as the model sees {SHOWN} of them, the answer between >> and <<:"
+    yield from _examples(training.windows, tokenizer)
     batches = epoch_batches(
         lengths_N, job.train.batch_size, job.seed, 0, buckets=job.train.length_buckets
     )
@@ -69,10 +79,8 @@ def check_data(job: Job, ranks: int) -> Iterator[str]:
         f" its peak from step {peak}"
     )
     rows = parameter_table(model)
-    yield ""
-    yield markdown(rows).rstrip()
+    yield [dict(row) for row in rows]
     total, trained = int(str(rows[-1]["parameters"])), int(str(rows[-1]["trained"]))
-    yield ""
     yield (
         "memory for weights, gradients and AdamW's state:"
         f" {_states(total, trained, job.zero.stage, ranks) / 2**30:.2f} GiB a rank in fp32 with"
@@ -80,7 +88,36 @@ def check_data(job: Job, ranks: int) -> Iterator[str]:
     )
 
 
-def _data_row(name: str, part: Split) -> dict[str, str | int | float | None]:
+def _lengths(lengths_N: np.ndarray, most: int) -> str:
+    half, nine = (int(np.quantile(lengths_N, share)) for share in (0.5, 0.9))
+    full = int((lengths_N == most).sum())
+    return (
+        f"lengths: windows of train have {lengths_N.min()} to {lengths_N.max()} tokens, half of"
+        f" them at most {half}, nine of ten at most {nine}; {full} have all {most}"
+        " (data.max_length)"
+    )
+
+
+def _examples(windows: Windows, tokenizer: Any) -> Iterator[str]:
+    """Windows from the begin, the middle and the end of the data, those with an answer first: their
+    tokens, of a long context those around the answer."""
+    answered = np.flatnonzero(windows.answered_N)
+    some = answered if len(answered) >= SHOWN else np.arange(len(windows))
+    for n in dict.fromkeys(some[np.linspace(0, len(some) - 1, SHOWN).astype(int)].tolist()):
+        ids = windows.tokens_T[windows.firsts_N1[n] : windows.firsts_N1[n + 1]]
+        tokens = tokenizer.convert_ids_to_tokens(ids.tolist())
+        start, end = int(windows.starts_N[n]), int(windows.ends_N[n]) + 1
+        low, high = map(int, windows.contexts_N2[n])
+        if not windows.answered_N[n]:
+            start = end = low
+        left, right = max(low, start - AROUND), min(high, end + AROUND)
+        before = [*tokens[:low], *["..."] * (left > low), *tokens[left:start]]
+        answer = [">>", *tokens[start:end], "<<"] if end > start else []
+        after = [*tokens[end:right], *["..."] * (right < high), *tokens[high:]]
+        yield f"  {len(tokens)} tokens: {' '.join([*before, *answer, *after])}"
+
+
+def _data_row(name: str, part: Split) -> dict[str, CellValue]:
     windows = part.windows
     return {
         "slice": name,

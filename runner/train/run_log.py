@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from runner.train.setup import Session
 from runner.train.state import Totals, TrainState
 from runner.train.summary import (
     INTERVAL_COLUMNS,
+    detail_lines,
     epoch_rows,
     eval_row,
     opening_lines,
@@ -35,6 +36,15 @@ from runner.utils.tables import CellValue, append_row, append_rows, rich_table
 from runner.utils.text import first_line
 
 _ROWS_PAUSE_S = 1.0  # between two times that rows of train.csv are written
+# Phases of a run's timer that a person waits for, by their names.
+PHASES = {
+    "data": "reading the data",
+    "model": "loading the model",
+    "frozen": "computing the frozen layers",
+    "evaluation": "evaluating",
+    "verification": "proving the export: a fresh process opens model/",
+}
+ALL_ROWS = 10_000
 
 
 class RunLog:
@@ -44,12 +54,18 @@ class RunLog:
         job, run: whose.
         rank: this one.
         lease: on the run folder, on rank 0: it is verified before each file is written.
+        verbose: whether the terminal gets all that the log does.
     """
 
-    def __init__(self, job: Job, run: RunDir, rank: Rank, lease: Lease | None) -> None:
+    def __init__(
+        self, job: Job, run: RunDir, rank: Rank, lease: Lease | None, *, verbose: bool = False
+    ) -> None:
         self._job, self._run, self._rank = job, run, rank
         self._fence = lease.verify if lease else lambda: None
-        self._reporter = Reporter(run.log, speaks=rank.is_main)
+        self._reporter = Reporter(run.log, speaks=rank.is_main, verbose=verbose)
+        self._has_table = False
+        self._scoring_s: float | None = None  # what the newest evaluation took
+        self._validation_share = 0.0  # windows that are scored, for each that is trained an epoch
         self.line(f"{job.name}: {below_here(str(run.path))}", indent="")
         self._step_rows: list[dict[str, CellValue]] = []
         self._steps_written = -math.inf
@@ -58,9 +74,14 @@ class RunLog:
             config = job.model_dump(mode="json", exclude_none=True, exclude={"probe", "track"})
             self._trackers = start_trackers(job.track, run, job.name, config, self.line)
 
-    def line(self, text: str, indent: str = "  ") -> None:
-        """Print a line."""
-        self._reporter.line(f"{indent}{text}")
+    def line(self, text: str, indent: str = "  ", *, detail: bool = False) -> None:
+        """Print a line; a detail goes into the log, and to the terminal of a verbose run."""
+        self._reporter.line(f"{indent}{text}", detail=detail)
+
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        """Name a phase of the timer while it lasts, if it takes long."""
+        text = PHASES.get(name) if self._rank.is_main else None
+        return self._reporter.phase(f"  {text}") if text else nullcontext()
 
     def table(self, title: str, rows: Sequence[dict[str, CellValue]], **options: Any) -> None:
         """Print a table."""
@@ -74,6 +95,10 @@ class RunLog:
         write_json(self._run.deepspeed, session.config, self._fence)
         for text in opening_lines(session):
             self.line(text)
+        for text in detail_lines(session):
+            self.line(text, detail=True)
+        splits = session.splits
+        self._validation_share = len(splits.validation.windows) / len(splits.training.windows)
         if self._job.model.freeze:
             self.table("Frozen layers", session.parameters)
 
@@ -85,8 +110,18 @@ class RunLog:
     @contextmanager
     def steps(self, state: TrainState) -> Iterator[Step]:
         """Follow the steps of the epoch that is trained."""
-        title, every = f"epoch {state.epoch}/{self._job.train.epochs}", self._job.train.log_every
-        with self._reporter.steps(title, state.steps_per_epoch, every) as follow:
+        section, total = self._job.train, state.steps_per_epoch
+        epochs, every = range(state.epoch, section.epochs + 1), section.eval_every
+        scorings = sum(epoch % every == 0 or epoch == section.epochs for epoch in epochs)
+
+        def later(pace: float) -> float:
+            # Before the first evaluation: a forward pass is a third of a training step.
+            guess = pace * total * self._validation_share / 3
+            scoring = guess if self._scoring_s is None else self._scoring_s
+            return pace * total * (len(epochs) - 1) + scorings * scoring
+
+        title = f"epoch {state.epoch}/{section.epochs}"
+        with self._reporter.steps(title, total, section.log_every, later) as follow:
             try:
                 yield follow
             except BaseException:
@@ -122,10 +157,20 @@ class RunLog:
             self._row(self._run.probe_table, row)
 
     def evaluation(self, state: TrainState, scores: Evaluation) -> None:
-        """A row of eval.csv, the curves, and the table of all epochs."""
+        """A row of eval.csv, the curves, and a row of the table of epochs."""
         self._row(self._run.eval_table, eval_row(state.epoch, state.step, state.totals, scores))
         self.curves()
-        self.table("", epoch_rows(self._run), right=INTERVAL_COLUMNS)
+        self._scoring_s = scores.predictions.seconds
+        if self._rank.is_main:
+            table = rich_table("", epoch_rows(self._run), right=INTERVAL_COLUMNS)
+            self._reporter.table(table, rows=1 if self._has_table else ALL_ROWS)
+            self._has_table = True
+
+    def scores(self) -> None:
+        """The whole table of epochs, where other lines stand between its rows."""
+        rows = epoch_rows(self._run)
+        if len(rows) > 1 and not self._reporter.live:
+            self.table("", rows, right=INTERVAL_COLUMNS)
 
     def curves(self) -> None:
         """The curves so far; a picture that cannot be drawn or written is drawn again later."""

@@ -153,10 +153,15 @@ def opening_lines(session: Session) -> list[str]:
         f"each step: {job.train.batch_size} windows = {layout.world} rank(s) x "
         f"{layout.micro_batch_size} x {layout.micro_batches} micro-batch(es), ZeRO-{job.zero.stage}"
     )
-    lines += [session.span_loss.described(), *session.plan.lines()]
+    return [*lines, *session.notes]
+
+
+def detail_lines(session: Session) -> list[str]:
+    """How the run computes, for who wants to know."""
+    lines = [session.span_loss.described(), *session.plan.lines()]
     if session.exchanges_by_memory:
         lines.append("exchange: shared memory (all ranks are on CPUs of one machine)")
-    return [*lines, *session.notes]
+    return lines
 
 
 def epoch_rows(run: RunDir) -> list[dict[str, CellValue]]:
@@ -182,7 +187,7 @@ def epoch_rows(run: RunDir) -> list[dict[str, CellValue]]:
 def _with_half_width(row: Mapping[str, str], name: str) -> str:
     """A score and how far its interval reaches, which is not quite as far on both sides."""
     value, low, high = (float(row[f"{name}{end}_percent"]) for end in ("", "_low", "_high"))
-    return f"{value:.1f} ±{(high - low) / 2:.1f}"
+    return f"{value:.1f} ±{(high - low) / 2:.1f}".rjust(10)  # rows that come later have their place
 
 
 def closing_lines(job: Job, run: RunDir, result: Mapping[str, Any]) -> list[str]:

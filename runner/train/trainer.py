@@ -66,7 +66,9 @@ from runner.utils.signals import defer_stop, stop_reason
 from runner.utils.timing import PhaseTimer
 
 
-def train(job: Job, *, lease: Lease | None, threads: int | None = None) -> RunDir:
+def train(
+    job: Job, *, lease: Lease | None, threads: int | None = None, verbose: bool = False
+) -> RunDir:
     """Run a job on this process's rank, from where its folder's newest checkpoint left it; every
     rank of the run calls this with the same job.
 
@@ -74,6 +76,7 @@ def train(job: Job, *, lease: Lease | None, threads: int | None = None) -> RunDi
         job: the checked job, file names absolute.
         lease: on the run folder, on rank 0; None elsewhere.
         threads: CPU threads of each rank; None shares the machine's cores among its ranks.
+        verbose: whether the terminal gets all that the log does.
 
     Returns:
         The run folder, with `result.json` in it.
@@ -103,7 +106,8 @@ def train(job: Job, *, lease: Lease | None, threads: int | None = None) -> RunDi
             explained.enter_context(lease.explaining())
         for failures in (storage_errors(), full_disk_errors(), explaining_oom(watchdog)):
             explained.enter_context(failures)
-        log = RunLog(job, run, rank, lease)
+        log = RunLog(job, run, rank, lease, verbose=verbose)
+        timer.announce = log.phase
         session = build_session(job, run, rank, device, timer, watchdog)
         checkpoints = CheckpointManager(
             run,
@@ -167,7 +171,6 @@ class Trainer:
             self.answer_probes(0)
         self.compile_kernels()
         self.dry_run_scoring()
-        self.warm_up_kernels()
         while not self.state.finished:
             if self.state.scored:
                 self.state.next_epoch()
@@ -201,6 +204,8 @@ class Trainer:
                     self.train_step(rows, batches)
                 if state.done % self.job.train.log_every == 0 or state.done == self.sampler.steps:
                     self.log_step()
+                elif state.step == 1:
+                    self.log_step()  # that something is learnt is to be seen at once
                 follow(state.done, progress_note(state.totals))
                 self.save_or_stop()
 
@@ -220,7 +225,7 @@ class Trainer:
                 self.nans.record(step, mine, loss)
         self.nans.record_step(step, rows, self.engine.get_global_grad_norm())
         if self.timer.step_done():
-            self.log.line(self.timer.first_step())
+            self.log.line(self.timer.first_step(), detail=True)
         state.done += 1
 
     def log_step(self) -> None:
@@ -330,17 +335,6 @@ class Trainer:
             for split in (splits.validation, splits.tuning):
                 if split is not None:
                     dry_run(self.session.model, split.windows, self.job.score)
-
-    def warm_up_kernels(self) -> None:
-        """Compile what steps launch on a GPU: in the midst of training all ranks would wait."""
-        head, weight = self.session.span_loss.head, next(self.engine.module.parameters())
-        warm_up(
-            self.session.device,
-            weight.dtype,
-            rows=self.sampler.layout.micro_batch_size,
-            longest=self.job.data.max_length,
-            width=None if head is None else head.in_features,
-        )
 
     # --- parts of an evaluation
 

@@ -8,13 +8,14 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Protocol, TextIO
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from runner.errors import StorageError, printable, printable_lines
 from runner.utils.disk import is_full
@@ -152,7 +153,7 @@ class Reporter:
     """Prints to the terminal and to the run's log on rank 0; on other ranks every method does
     nothing. Of the two, one that cannot be written costs a line in the other."""
 
-    def __init__(self, log: Path | None, *, speaks: bool) -> None:
+    def __init__(self, log: Path | None, *, speaks: bool, verbose: bool = False) -> None:
         # No emoji: `job.toml:100:` would become `job.toml` and a picture.
         self._stdout = _Screen()
         self._screen = Console(
@@ -161,6 +162,8 @@ class Reporter:
             highlight=False,
             emoji=False,
         )
+        self._verbose = verbose
+        self._phase: str | None = None  # the one that was said last, if nothing was said since
         self._log: Console | None = None
         self._gaps_reported: set[str] = set()
         if speaks and log is not None:
@@ -174,19 +177,34 @@ class Reporter:
             )
         self.live = speaks and self._screen.is_terminal
 
-    def line(self, text: str = "") -> None:
-        """Print one line (no markup: texts hold brackets)."""
-        text = printable_lines(text)
-        self._screen.print(text, markup=False, soft_wrap=True)
+    def line(self, text: str = "", *, detail: bool = False) -> None:
+        """Print one line (no markup: texts hold brackets); a detail only where the run is to be
+        verbose, but into the log always."""
+        text, self._phase = printable_lines(text), None
+        if self._verbose or not detail:
+            self._screen.print(text, markup=False, soft_wrap=True)
         if self._log:
             self._log_line(text)
             self._report_gaps()
 
-    def table(self, renderable: RenderableType) -> None:
-        """Print a table."""
-        self._screen.print(renderable)
+    @contextmanager
+    def phase(self, text: str) -> Iterator[None]:
+        """Name what takes long now: on a terminal as long as it takes, else in a line."""
+        if self.live:
+            with self._screen.status(Text(text), spinner="line"):
+                yield
+            return
+        if text != self._phase:
+            self.line(text)
+            self._phase = text
+        yield
+
+    def table(self, table: RenderableType, *, rows: int | None = None) -> None:
+        """Print a table; with `rows`, only that many of its last lines."""
+        self._phase = None
+        _print_table(self._screen, table, rows)
         if self._log:
-            self._log.print(renderable)
+            _print_table(self._log, table, rows)
             self._report_gaps()
 
     def _log_line(self, text: str) -> None:
@@ -210,36 +228,62 @@ class Reporter:
         return not known
 
     @contextmanager
-    def steps(self, title: str, total: int, every: int) -> Iterator[Step]:
-        """Follow a phase of `total` steps: a bar on a terminal, else a line every `every` steps."""
-        if self.live:
-            bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=20),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}"),
-                console=self._screen,
-                transient=True,
-            )
-            with bar:
-                task = bar.add_task(title, total=total, note="")
+    def steps(
+        self,
+        title: str,
+        total: int,
+        every: int,
+        later: Callable[[float], float] = lambda _: 0.0,
+    ) -> Iterator[Step]:
+        """Follow a phase of `total` steps: a bar on a terminal, else a line after the first and
+        every `every` steps.
 
-                def follow(done: int, note: str = "") -> None:
-                    bar.update(task, completed=done, note=note)
-                    if self._log and note and (done % every == 0 or done == total):
-                        self._log_line(f"{title} {done}/{total}  {note}")
+        Args:
+            title: in front of it.
+            total: steps of the phase, some of which an earlier start may have done.
+            every: steps between two lines.
+            later: what comes after the phase, in seconds, told the seconds of a step.
+        """
+        began, before = time.monotonic(), -1
 
-                yield follow
+        def left(done: int) -> str:
+            nonlocal before
+            before = done - 1 if before < 0 else before
+            pace = (time.monotonic() - began) / max(1, done - before)
+            return f"{duration(pace * (total - done) + later(pace))} left"
+
+        def is_told(done: int, note: str) -> bool:
+            return bool(note) and (done % every == 0 or done in (1, total))
+
+        if not self.live:
+
+            def line(done: int, note: str = "") -> None:
+                remains = left(done)
+                if is_told(done, note):
+                    self.line(f"{title} {done}/{total}  {note}  {remains}")
+
+            yield line
             return
-        began = time.monotonic()
+        columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn())
+        note_column = TextColumn("{task.fields[note]}", markup=False)
+        with Progress(*columns, note_column, console=self._screen, transient=True) as bar:
+            task = bar.add_task(title, total=total, note="")
 
-        def line(done: int, note: str = "") -> None:
-            if note and (done % every == 0 or done == total):
-                left = (time.monotonic() - began) / max(1, done) * (total - done)
-                self.line(f"{title} {done}/{total}  {note}  {duration(left)} left")
+            def follow(done: int, note: str = "") -> None:
+                bar.update(task, completed=done, note=f"{left(done)}  {note}")
+                if self._log and is_told(done, note):
+                    self._log_line(f"{title} {done}/{total}  {note}")
 
-        yield line
+            yield follow
+
+
+def _print_table(console: Console, table: RenderableType, rows: int | None) -> None:
+    if rows is None:
+        console.print(table)
+        return
+    lines = ["".join(part.text for part in line) for line in console.render_lines(table, pad=False)]
+    for line in [line.rstrip() for line in lines if line.strip()][-rows:]:
+        console.print(line, markup=False, soft_wrap=True)
 
 
 @contextmanager

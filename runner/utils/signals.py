@@ -17,6 +17,7 @@ from runner.errors import Interrupted
 # SLURM's warning before a time limit or a preemption, `scancel`, Ctrl-C, a lost terminal.
 SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
+STARTED = "SPANTUNE_STARTED"  # when a run's start began, if its launcher did other work before
 LAUNCHER = "SPANTUNE_LAUNCHER"  # names our launcher's process id to its ranks
 _LOOK_S = 0.1  # seconds between two looks at the launcher: cheap, and a short run hears in time
 _PR_SET_PDEATHSIG = 1  # prctl.h

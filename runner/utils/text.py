@@ -40,6 +40,11 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
+def megabytes(size: int) -> str:
+    """Spell a size in bytes: `773 MB`, below one `0.4 MB`."""
+    return f"{size / 1e6:,.0f} MB" if size >= 1e6 else f"{size / 1e6:.1f} MB"
+
+
 def first_line(error: BaseException) -> str:
     """The first line of what an exception says; its kind, if it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

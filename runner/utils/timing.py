@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import psutil
+
+from runner.utils.signals import STARTED
 
 
 class PhaseTimer:
     """`with timer("data"): ...` adds the block's wall time to the phase "data"; what a phase inside
-    of it takes counts only there."""
+    of it takes counts only there.
+
+    Attributes:
+        announce: tells of each phase by its name, as long as it lasts.
+    """
 
     def __init__(self) -> None:
+        self.announce: Callable[[str], AbstractContextManager[None]] = lambda _: nullcontext()
         self._inside = [0.0]  # seconds of finished inner phases, for each phase that is open
         self._before = 0.0
         process = psutil.Process()
         self._born = process.create_time()
-        self._launcher = self._born - min(
-            (parent.create_time() for parent in process.parents() if _launches(parent)),
-            default=self._born,
-        )
+        launchers = (parent.create_time() for parent in process.parents() if _launches(parent))
+        began = os.environ.get(STARTED)
+        started = min(launchers, default=self._born) if began is None else float(began)
+        self._launcher = max(0.0, self._born - started)
         self._phases: dict[str, float] = {"start": self.elapsed()}
         self._until_first_step: float | None = None
 
@@ -30,7 +38,8 @@ class PhaseTimer:
         began = time.monotonic()
         self._inside.append(0.0)
         try:
-            yield
+            with self.announce(phase):
+                yield
         finally:
             took, inner = time.monotonic() - began, self._inside.pop()
             self._inside[-1] += took

@@ -30,6 +30,7 @@ epochs = 2
 batch_size = 8
 learning_rate = 1e-5
 checkpoint_minutes = 0.02
+keep_checkpoints = "all"
 """
 # Rank 0 notes how long each of these takes, and writes it down when the run ends.
 TIMED = """

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import pty
 import re
+import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from runner.cli import command as cli
+from runner.predict.stream import in_words
 from tests.sample_runs import make_run, predictions
 
 ROOT = Path(__file__).parents[2]
@@ -201,3 +207,75 @@ def test_report_of_one_run_and_of_several(spantune, tmp_path):
     assert (code, err) == (0, "")
     assert "more than chance over questions explains." in out
     assert (tmp_path / "c" / "comparison.html").is_file()
+
+
+# ---- for people at a terminal
+
+
+def at_terminal(*arguments: object) -> tuple[int, str]:
+    """Run the command, as a process of its own, whose output is a terminal; its code and what is
+    seen there."""
+    mine, theirs = pty.openpty()
+    command = [sys.executable, "-m", "runner", *map(str, arguments)]
+    started = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, cwd=ROOT)
+    os.close(theirs)
+    seen = b""
+    with suppress(OSError):  # EIO: all of its ends are closed
+        while part := os.read(mine, 4096):
+            seen += part
+    os.close(mine)
+    return started.wait(), seen.decode()
+
+
+@pytest.mark.slow  # three processes that import torch; the fast tier has one of them
+def test_a_question_at_a_terminal_is_answered_in_words(tiny):
+    asked = ("predict", tiny("bert"), "--question", "How long?", "--context", CONTEXT)
+    code, seen = at_terminal(*asked)
+    assert code == 0
+    answer, score = re.search(r"^(.*) \((\d\.\d\d)\)\r$", seen, re.MULTILINE).groups()
+    assert answer in CONTEXT
+    code, seen = at_terminal(*asked, "--json")
+    found = json.loads(next(line for line in seen.splitlines() if line.startswith("{")))
+    assert (found["answer"], f"{found['score']:.2f}") == (answer, score)
+
+
+def test_a_question_in_a_pipe_is_answered_in_json(spantune, tiny, tmp_path):
+    asked = ("predict", tiny("bert"), "--question", "How long?", "--context", CONTEXT)
+    code, out, _ = spantune(*asked)
+    assert code == 0
+    assert json.loads(out)["answer"] in CONTEXT
+    code, out, _ = spantune(*asked, "--output", tmp_path / "a.jsonl")
+    assert (code, out) == (0, f"1 answer written to {tmp_path / 'a.jsonl'}\n")
+    assert json.loads((tmp_path / "a.jsonl").read_text())["answer"] in CONTEXT
+
+
+def test_an_answer_in_words():
+    found = SimpleNamespace(answer="washable linen", score=0.934)
+    assert in_words(found) == "washable linen (0.93)"
+    assert in_words(SimpleNamespace(answer="", score=0.5)) == "no answer (0.50)"
+    assert "\x1b" not in in_words(SimpleNamespace(answer="a\x1b[2K", score=0.5))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (("predict", "no/such/model/x", PRODUCTS), 69, "no folder of a run"),
+        (("predict", ROOT / "jobs", "no.json"), 69, "no.json"),
+        (("check", ROOT / "jobs/quickstart.toml", "--data", "--ranks", "3"), 64, "do not divide"),
+    ],
+)
+def test_what_is_not_there_is_told_before_torch_is_imported(arguments, code, words):
+    """A finder that refuses torch: a command that imports it ends in our own mistake's code."""
+    script = (
+        "import sys\n"
+        "class Refusing:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'torch': raise RuntimeError('torch is imported')\n"
+        "sys.meta_path.insert(0, Refusing())\n"
+        "from runner.cli import main\n"
+        f"sys.exit(main({list(map(str, arguments))!r}))\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert (ended.returncode, words in ended.stderr) == (code, True), ended.stderr

@@ -31,8 +31,8 @@ PROBLEMS = [
     "job.toml:1: name: expected a string in quotes, found 5",
     "job.toml:4: train.epoch: unknown key; did you mean epochs?",
 ]
-VERBS = ("check", "run", "predict", "evaluate", "report", "reproduce", "submit", "status", "logs")
-VERBS += ("cancel", "schema")
+VERBS = ("check", "run", "predict", "evaluate", "report", "reproduce", "prune", "submit", "status")
+VERBS += ("logs", "cancel", "schema")
 CODES = {
     "JobError": 64,
     "DataError": 65,
@@ -206,9 +206,9 @@ def test_the_schema_is_written_as_it_is_committed():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], "the following arguments are required: VERB"),
+        (["--runs"], "the following arguments are required: VERB"),
         (["check"], "the following arguments are required: JOB.toml"),
-        (["chekc", "job.toml"], "invalid choice"),
+        (["chekc", "job.toml"], "no verb chekc; did you mean check?"),
         (["check", "job.toml", "--ranks", "0"], "must be a whole number of at least 1, not '0'"),
         (["check", "job.toml", "--ranks", "two"], "must be a whole number of at least 1, not"),
         (["check", "job.toml", "--gpu"], "unrecognized arguments: --gpu"),
@@ -335,7 +335,7 @@ def test_every_verb_answers_in_the_shell_of_salloc(capsys, monkeypatch):
 def test_a_wrong_command_line_is_the_code_of_the_process():
     code, out, err = spantune("chekc", "job.toml")
     assert (code, out) == (2, "")
-    assert "invalid choice" in err
+    assert "did you mean check?" in err
 
 
 @pytest.mark.parametrize(
@@ -488,3 +488,51 @@ def test_the_help_tells_every_verb_that_people_use(capsys):
         cli.main(["--help"])
     verbs = re.findall(r"^    (\w+)(?: {2,}|$)", capsys.readouterr().out, re.MULTILINE)
     assert verbs == list(VERBS)
+
+
+def test_the_bare_command_is_its_help(capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main([])
+    assert ended.value.code == 0
+    assert "exit codes: 0 done" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("word", "verb"),
+    [
+        *(("train", "run"), ("trian", "run"), ("chekc", "check"), ("eval", "evaluate")),
+        *(("squeue", "status"), ("clean", "prune"), ("ask", "predict"), ("help", "--help")),
+    ],
+)
+def test_a_word_that_is_no_verb_leads_to_the_verb(word, verb, capsys):
+    assert cli.main([word, "x.toml"]) == 2
+    assert f"no verb {word}; did you mean {verb}" in capsys.readouterr().err
+
+
+def test_what_looks_like_nothing_is_answered_by_what_there_is(tmp_path, capsys):
+    assert cli.main(["qqqq"]) == 2
+    said = capsys.readouterr().err
+    assert "there are check, run, predict" in said
+    assert "may-requeue" not in said
+    (tmp_path / "job.yaml").touch()
+    assert cli.main([str(tmp_path / "job.yaml")]) == 2
+    assert "ends in .toml" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("extra", "word"),
+    [
+        ("[expect]\nf1 = 0.8\n", "expect.f1 = 0.8 means 0.8 percent; for a share of 0.8 write 80"),
+        ("[expect]\nf1 = 80.0\n", None),
+        ("[expect]\nloss = 0.8\n", None),
+        ('[slurm]\nmem = "64"\n', 'slurm.mem = "64" means 64 MB to SLURM; for GB write "64G"'),
+        ('[slurm]\nmem = "64G"\n', None),
+        ('[slurm]\nmem = "0"\n', None),
+    ],
+)
+def test_what_is_hardly_meant_gets_a_word(extra, word, tmp_path, capsys):
+    path = tmp_path / "job.toml"
+    path.write_text(JOB + extra)
+    assert cli.main(["check", str(path)]) == 0
+    said = capsys.readouterr().out.splitlines()[1:]
+    assert said == ([f"note: {word}"] if word else [])

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from pathlib import Path
 
 import pytest
 
 from runner.export.model_card import model_card
 from runner.job.inference import TunedOn, settings_of_job
-from runner.job.schema import Card, Job
+from runner.job.schema import Card, Job, Model
+from runner.model.load import ModelFiles, load_tokenizer
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "model_card.md"
 INTERVALS = {"exact_match": (78.25, 84.0), "f1": (86.0, 90.125)}
@@ -150,3 +153,21 @@ def test_the_tuning_data_are_no_folder_of_the_machine_either():
 
     private = job(unanswerable=True, tuning="/somewhere/t.json[:5]")
     assert "/somewhere" not in card(private, dump_job(private))
+
+
+@pytest.mark.parametrize("kind", ["bert", "distilbert", "roberta", "electra", "albert"])
+def test_both_examples_of_the_card_run_and_answer_alike(kind, tiny, tmp_path, capsys):
+    """As they stand there, one after the other, with the folder of a model put in."""
+    blocks = re.findall(r"```python\n(.*?)```", card(job(max_length=100, stride=30)), re.DOTALL)
+    assert len(blocks) == 2
+    folder, names = tmp_path / "model", dict[str, object]()
+    shutil.copytree(tiny(kind), folder)
+    tokenizer = load_tokenizer(ModelFiles.locate(Model(name=str(tiny(kind)))))
+    tokenizer.save_pretrained(folder)  # as a run exports it
+    capsys.readouterr()
+    for block in blocks:
+        exec(block.replace("path/to/model", str(folder)), names)
+    plain, ours = capsys.readouterr().out.splitlines()
+    assert plain == ours
+    assert plain in str(names["text"])
+    assert plain

@@ -21,7 +21,7 @@ from runner.job.load import (
     load_job,
     recorded_job,
 )
-from runner.job.messages import WANDB_LONGEST, WANDB_REFUSES, schema_problems
+from runner.job.messages import _ELSEWHERE, WANDB_LONGEST, WANDB_REFUSES, _flat, schema_problems
 from runner.job.schema import METRICS, Job
 from runner.utils.text import one_of
 
@@ -267,7 +267,10 @@ MISSING = [
 CONTRADICTORY = [
     ("data.stride = 384", "3: data: stride 384 must be smaller than max_length 384"),
     ("data.stride = 9999", "3: data: stride 9999 must be smaller than max_length 384"),
-    ("data.max_length = 128", "3: data: stride 128 must be smaller than max_length 128"),
+    (
+        "data.max_length = 128",
+        "3: data: stride 128 (which is unset) must be smaller than max_length 128",
+    ),
     ("train.micro_batch_size = 3", "micro_batch_size 3; micro_batch_size may be 1, 2, 4 or 8"),
     ("train.micro_batch_size = 16", "batch_size 8 is not a multiple of micro_batch_size 16"),
     ("data.train = 'o/n[:0]'", "4: data.train: 'o/n[:0]' ends in a slice that never holds"),
@@ -937,3 +940,52 @@ def test_the_record_of_a_run_with_a_secret_is_read():
     text, _ = put("track.mlflow_uri = 'https://a:b@c'")
     Path("job.toml").write_text(text)
     assert recorded_job(Path("job.toml")).track.mlflow_uri == "https://a:b@c"
+
+
+# ---- names that people bring with them
+
+
+@pytest.mark.parametrize(
+    ("section", "given", "words"),
+    [
+        ("train", "lr = 1e-4", "did you mean learning_rate?"),
+        ("train", "num_train_epochs = 3", "did you mean epochs?"),
+        ("train", "fp16 = true", "did you mean precision in [model]"),
+        ("model", "bf16 = true", "did you mean precision ("),
+        ("train", "gradient_accumulation_steps = 2", "did you mean micro_batch_size (windows per"),
+        ("train", "per_device_train_batch_size = 8", "did you mean batch_size (windows per step"),
+        ("train", "warmup_ratio = 0.1", "did you mean warmup?"),
+        ("train", "warmup_steps = 10", "did you mean warmup (a share of all steps)?"),
+        ("train", "doc_stride = 64", "did you mean stride in [data]?"),
+        ("train", "report_to = 'wandb'", "did you mean tools in [track]?"),
+        ("train", "load_best_model_at_end = true", "did you mean patience in [stop] (with"),
+        ("train", "output_dir = 'x'", "it is an option of the command, --run-dir DIR"),
+        ("data", "max_seq_length = 256", "did you mean max_length?"),
+        ("model", "model_name_or_path = 'x'", "did you mean name?"),
+    ],
+)
+def test_names_of_other_trainers_lead_to_ours(section, given, words):
+    key = given.split(" = ")[0]
+    header = f"[{section}]\n"
+    (found,) = problems(JOB.replace(header, f"{header}{given}\n"))
+    assert f"{section}.{key}: unknown key; {words}" in found
+
+
+def test_a_key_that_is_called_otherwise_is_not_missing_too():
+    (found,) = problems(JOB.replace("learning_rate = 1e-4", "lr = 1e-4"))
+    assert found.endswith("train.lr: unknown key; did you mean learning_rate?")
+
+
+def test_every_name_of_other_trainers_leads_to_a_key_that_is_there():
+    for name, (key, _) in _ELSEWHERE.items():
+        kind: object = Job
+        for part in key.split("."):
+            found = [k for k in _flat(kind) if isinstance(k, type) and issubclass(k, BaseModel)]
+            assert part in found[0].model_fields, name
+            kind = found[0].model_fields[part].annotation
+
+
+def test_a_short_window_with_a_stride_that_is_unset_says_which_to_set():
+    (found,) = problems(JOB.replace("[data]\n", "[data]\nmax_length = 128\n"))
+    assert "stride 128 (which is unset) must be smaller than max_length 128" in found
+    assert found.endswith("stride = 42")

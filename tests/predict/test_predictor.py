@@ -15,7 +15,8 @@ from runner.errors import AssetError, DataError, MachineError, UsageError
 from runner.job.inference import KEY, TunedOn, settings_of_job
 from runner.job.schema import Data, Model, Score
 from runner.model.load import ModelFiles, load_tokenizer
-from runner.predict.predictor import Predictor, Question, locate_model, open_model
+from runner.predict.locate import locate_model
+from runner.predict.predictor import Predictor, Question, open_model
 from tests.plain_transformers import by_hand
 
 CONTEXT = (

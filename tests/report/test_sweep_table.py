@@ -8,8 +8,10 @@ import statistics
 
 import pytest
 
+from runner.cli.command import main
 from runner.errors import DataError
-from runner.report.sweep_table import compare_trials
+from runner.report.sweep_table import compare_trials, ranked_trials
+from tests.sample_runs import make_run, predictions
 
 
 @pytest.fixture
@@ -104,3 +106,33 @@ def test_a_result_that_cannot_be_read_is_named(sweep, text):
     (folder / "trial-0" / "result.json").write_text(text)
     with pytest.raises(DataError, match=r"trial-0/result\.json: cannot be read"):
         compare_trials(folder)
+
+
+def test_the_best_trial_is_that_of_the_best_combination(sweep):
+    folder = sweep(
+        [
+            ({"train.learning_rate": 1e-5, "seed": 1}, 40.0),
+            ({"train.learning_rate": 1e-5, "seed": 2}, 66.0),
+            ({"train.learning_rate": 3e-5, "seed": 1}, 60.0),
+            ({"train.learning_rate": 3e-5, "seed": 2}, 61.0),
+            ({"train.learning_rate": 9e-5, "seed": 2}, None),
+        ]
+    )
+    assert [run.path.name for run in ranked_trials(folder)] == [
+        *("trial-3", "trial-2", "trial-1", "trial-0")
+    ]
+
+
+def test_a_sweep_marks_its_best_and_has_a_page(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    trials = []
+    for number, found in enumerate((predictions(), predictions())):
+        make_run(tmp_path / "s" / f"trial-{number}", found)
+        trials.append({"name": f"trial-{number}", "values": {"train.epochs": number}})
+    (tmp_path / "s" / "sweep.json").write_text(json.dumps({"name": "n", "trials": trials}))
+    assert main(["report", "--sweep", "s"]) == 0
+    said = capsys.readouterr().out
+    assert said.count("best ") == 1
+    assert "\nBest: s/trial-0\n" in said
+    assert "Written: s/comparison.html" in said
+    assert (tmp_path / "s" / "comparison.html").stat().st_size > 1000

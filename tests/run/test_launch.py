@@ -257,3 +257,16 @@ def test_without_a_word_gpus_are_counted_by_their_devices(monkeypatch):
     names = ["nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm", "null"]
     monkeypatch.setattr(os, "listdir", lambda _: names)
     assert visible_gpus() == 2
+
+
+def test_a_later_run_of_a_launcher_is_told_when_its_own_start_began(tmp_path):
+    script = tmp_path / "rank.py"
+    script.write_text(
+        "import os; open('told', 'a').write(os.environ.get('SPANTUNE_STARTED', '-') + ' ')"
+    )
+    code = (
+        "import sys; from pathlib import Path; from runner.run.launch import launch\n"
+        f"for since in (None, 17.5): launch([], 1, Path({str(script)!r}), since=since)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
+    assert (tmp_path / "told").read_text() == "- 17.5 "

@@ -79,7 +79,7 @@ def test_only_what_is_missing_runs_again():
 def test_the_command(monkeypatch, capsys):
     machine = Machine(seed2=65)
 
-    def launch(arguments, ranks):
+    def launch(arguments, ranks, **_):
         verb, job, option, folder, *rest = arguments
         assert (verb, option, rest, ranks) == ("rank", "--run-dir", ["--threads", "1"], 2)
         assert Path(job) == Path(folder) / "job.toml"
@@ -105,7 +105,7 @@ def test_the_command(monkeypatch, capsys):
 def test_an_interrupted_sweep_ends_with_75_whatever_failed_before(monkeypatch):
     machine = Machine(seed1=65, seed2=75)
     monkeypatch.setattr(
-        "runner.run.launch.launch", lambda arguments, _: machine(RunDir(arguments[3]))
+        "runner.run.launch.launch", lambda arguments, _, **__: machine(RunDir(arguments[3]))
     )
     assert cli.main(["run", "job.toml", "--run-dir", "s"]) == 75
     machine.codes = {"seed1": 65, "seed2": 70}
@@ -127,7 +127,7 @@ def test_a_rank_cannot_be_a_sweep():
 def test_a_killed_trial_is_told_and_the_next_one_runs(monkeypatch, capsys):
     machine = Machine()
 
-    def launch(arguments, _):
+    def launch(arguments, _, **__):
         run = RunDir(arguments[3])
         if load_job(run.job).seed == 1:
             raise MachineError("the run was killed by SIGKILL")

@@ -409,6 +409,32 @@ def test_a_refused_sweep_leaves_nothing(fake_slurm, tmp_path):
 # ---- the command
 
 
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["gpus_per_node=1", "cpus_per_task=8", "time=1:00:00"], []),
+        (["sbatch.gres=gpu:a100:1", "cpus_per_task=8", "time=1:00:00"], []),
+        (["gpus_per_node=1", "sbatch.exclusive=true", "time=90"], []),
+        (["gpus_per_node=1", "cpus_per_task=1", "time=90"], ["one CPU core"]),
+        (["gpus_per_node=1", "cpus_per_task=8"], ["no time limit"]),
+        (["gpus_per_node=0", "cpus_per_task=8", "time=90"], ["no GPU"]),
+        (["gpus_per_node=1", "cpus_per_task=8", "time=90", "mem=64"], ["64 MB to SLURM"]),
+    ],
+)
+def test_what_a_run_rarely_goes_without_is_missed(overrides, words):
+    notes = order("job.toml", *(f"slurm.{override}" for override in overrides)).notes()
+    notes = [note for note in notes if "in the cache of the hub" not in note]
+    assert len(notes) == len(words)
+    assert all(word in note for word, note in zip(words, notes, strict=True))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "jobs").glob("*.toml")), ids=lambda p: p.stem)
+def test_the_committed_jobs_ask_for_all_of_it(path, monkeypatch):
+    monkeypatch.setattr("runner.job.load.package_folder", lambda name: Path("/somewhere"))
+    notes = order(str(path)).notes()
+    assert not [note for note in notes if "in the cache of the hub" not in note]
+
+
 def test_what_is_said(fake_slurm, capsys):
     fake_slurm(**TAKES)
     assert main(["submit", "job.toml", "sweep.toml", "--set", "slurm.partition=gpu"]) == 0
@@ -422,7 +448,12 @@ def test_what_is_said(fake_slurm, capsys):
         f"  spantune logs {plain.parent} -f",
         f"  spantune cancel {plain.parent}",
     ]
-    assert "o/n is not in the cache of the hub" in lines[4]
+    assert lines[4:7] == [
+        "  no GPU is asked for: set slurm.gpus_per_node = 1",
+        "  each rank has one CPU core: set slurm.cpus_per_task = 8, say",
+        '  no time limit is asked for: set slurm.time = "4:00:00", say',
+    ]
+    assert "o/n is not in the cache of the hub" in lines[7]
     assert "n: job 17, an array of 4 trials, 1 node(s) with 1 CPU rank(s), partition gpu" in lines
 
 

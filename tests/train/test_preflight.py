@@ -12,6 +12,7 @@ from transformers import AutoConfig
 from runner.errors import AssetError, DataError, JobError
 from runner.job.schema import Job
 from runner.train.preflight import check_data
+from runner.utils.tables import markdown
 
 WORDS = "river folds battery before beech"  # each one token of the tiny vocabulary
 
@@ -49,7 +50,8 @@ def job(tiny, tmp_path, monkeypatch):
 
 
 def report(job, ranks=1):
-    return "\n".join(check_data(job, ranks))
+    parts = check_data(job, ranks)
+    return "\n".join(part if isinstance(part, str) else f"\n{markdown(part)}" for part in parts)
 
 
 def table(text, first):
@@ -92,6 +94,29 @@ def test_the_report_counts_questions_windows_padding_and_steps(job):
     assert f"({100 * (1 - 136 / (7 * 25)):.1f} % if every window were padded to 25)" in told
     steps = "4 an epoch, 12 in all; 2 windows each = 1 rank(s) x 2 x 1; learning rate at its peak"
     assert f"steps: {steps} from step 6" in told
+
+
+def test_three_windows_are_shown_as_the_model_will_see_them(job):
+    """Tokens of the tiny vocabulary; of the long context those around the answer."""
+    rows = [
+        row("first", 5, answer="folds battery", answer_start=6),
+        row("no", 5, answer="", answer_start=-1),
+        row("long", 60, answer=f"{text(1)}", answer_start=0),
+        row("last", 60, answer="beech", answer_start=len(text(30)) - 5),
+    ]
+    told = report(job(rows, data={"unanswerable": True, "max_length": 80})).splitlines()
+    at = next(n for n, line in enumerate(told) if line.startswith("as the model sees 3"))
+    assert told[at - 1] == (
+        "lengths: windows of train have 10 to 65 tokens, half of them at most 37, nine of ten at"
+        " most 65; 0 have all 80 (data.max_length)"
+    )
+    first, second, third = told[at + 1 : at + 4]
+    assert first == "  10 tokens: [CLS] how long [SEP] river >> folds battery << before beech [SEP]"
+    assert second == (
+        f"  65 tokens: [CLS] how long [SEP] >> river << {text(13).removeprefix('river ')} ... [SEP]"
+    )
+    around = "battery before beech river folds battery before beech river folds battery before"
+    assert third.startswith(f"  65 tokens: [CLS] how long [SEP] ... {around} >> beech << river")
 
 
 def test_ceilings_and_leaks_stand_first(job):

@@ -55,9 +55,9 @@ def run(tmp_path) -> RunDir:
 def test_the_table_of_epochs_tells_scores_with_their_intervals(run):
     first, second = epoch_rows(run)
     assert list(first.values()) == [
-        *(1, 3.9456, 3.146, 2.885, 12.9, "18.2 ±4.5", "29.8 ±4.8", 64, 15.9)
+        *(1, 3.9456, 3.146, 2.885, 12.9, " 18.2 ±4.5", " 29.8 ±4.8", 64, 15.9)
     ]
-    assert second[INTERVAL_COLUMNS[1]] == "59.7 ±4.8"
+    assert second[INTERVAL_COLUMNS[1]] == " 59.7 ±4.8"
 
 
 def test_the_table_of_epochs_fits_a_terminal_line_by_line(tmp_path):

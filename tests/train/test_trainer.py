@@ -88,7 +88,8 @@ def rows(path: Path) -> list[dict[str, str]]:
 
 def test_two_ranks_walk_a_whole_job(zygote, job_file, tmp_path, tiny, capsys):
     job = job_file(model_extra='freeze = ["embeddings", "encoder.layer.0"]')
-    done = deepspeed(job, "--run-dir", tmp_path / "run")
+    keep = ("--set", "train.keep_checkpoints=all")
+    done = deepspeed(job, "--run-dir", tmp_path / "run", *keep)
     assert done.returncode == 0, done.stderr[-3000:]
     run = RunDir(tmp_path / "run")
     for path in (

@@ -85,6 +85,7 @@ def test_a_batch_log_has_a_line_every_few_steps(capsys):
             follow(step, f"loss {step}" if step != 6 else "")
     lines = capsys.readouterr().out.splitlines()
     assert [re.sub(r"\d+ s left", "T", line) for line in lines] == [
+        "train 1/7  loss 1  T",
         "train 3/7  loss 3  T",
         "train 7/7  loss 7  T",
     ]
@@ -102,7 +103,7 @@ def test_a_terminal_has_a_bar_and_the_log_its_lines(tmp_path, capsys, monkeypatc
     assert "loss 1.5" in screen
     assert ("5/5" in screen) is (len(note) < 40)  # a long note leaves no room for the count
     lines = (tmp_path / "log.txt").read_text().splitlines()
-    assert [line[9:] for line in lines] == [f"train {n}/5  {note}" for n in (2, 4, 5)]
+    assert [line[9:] for line in lines] == [f"train {n}/5  {note}" for n in (1, 2, 4, 5)]
 
 
 def test_a_log_that_cannot_be_opened_is_named(tmp_path):

@@ -9,6 +9,7 @@ import psutil
 import pytest
 
 import runner.utils.timing
+from runner.utils.signals import STARTED
 from runner.utils.timing import PhaseTimer
 
 
@@ -138,3 +139,12 @@ def test_the_first_step_is_told_once_with_what_came_before(monkeypatch):
     assert seconds["total"] >= seconds["until_first_step"] >= seconds["start"] > 0
     waited = float(line.split()[3])
     assert waited == pytest.approx(5 + seconds["until_first_step"], abs=0.1)
+
+
+def test_what_the_launcher_did_before_is_no_start_up_of_this_run(monkeypatch):
+    monkeypatch.setenv(STARTED, repr(psutil.Process().create_time() - 2))
+    times = PhaseTimer()
+    assert times.step_done()
+    assert "launcher 2.0, start " in times.first_step()
+    monkeypatch.setenv(STARTED, repr(psutil.Process().create_time() + 100))  # a clock was set
+    assert "launcher 0.0" in PhaseTimer().first_step()
