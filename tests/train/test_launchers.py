@@ -37,7 +37,7 @@ log_every = 1
 """
 # Each of these takes a second of a start or more, and no job asks for it.
 SPARE = {
-    *("mlflow", "wandb", "tensorboard", "pandas", "datasets", "evaluate"),
+    *("mlflow.tracking", "wandb", "tensorboard", "pandas", "datasets", "evaluate"),
     *("transformers.pipelines.base", "torch._inductor.compile_fx"),
 }
 PYTHON = (sys.executable, "-m")
