@@ -171,7 +171,7 @@ def run_rank(arguments: argparse.Namespace) -> int:
                 return _report_finished(job, acquired, speaks=rank.is_main)
             lease = acquired
             check_assets(job)
-            with collector_paused():
+            with collector_paused(for_good=True):
                 from runner.distributed.process_group import stop_distributed
                 from runner.train.trainer import train
 

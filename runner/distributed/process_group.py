@@ -84,7 +84,7 @@ def _deepspeed() -> Any:
     if hides_mlflow:
         sys.modules["mlflow"] = None  # type: ignore[assignment]  (as if it were not installed)
     try:
-        with collector_paused():
+        with collector_paused(for_good=True):
             import deepspeed
             from deepspeed.runtime import compiler
 
