@@ -7,6 +7,7 @@ import importlib
 import os
 import sys
 import warnings
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -86,19 +87,24 @@ def _deepspeed() -> Any:
     try:
         with collector_paused(for_good=True):
             import deepspeed
-            from deepspeed.runtime import compiler
 
-            compiled = compiler.compile
-            compiler.compile = lambda: lambda kernel: kernel
-            try:
-                # Every ZeRO optimiser asks whether it has Muon inside.
-                importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
-            finally:
-                compiler.compile = compiled
+            with suppress(ImportError, AttributeError):  # another version may have neither
+                _import_muon_uncompiled()
     finally:
         if hides_mlflow:
             del sys.modules["mlflow"]
     return deepspeed
+
+
+def _import_muon_uncompiled() -> None:
+    from deepspeed.runtime import compiler
+
+    compiled, compiler.compile = compiler.compile, lambda: lambda kernel: kernel
+    try:
+        # Every ZeRO optimiser imports it, to ask whether it has Muon inside.
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    finally:
+        compiler.compile = compiled
 
 
 def _keep_freed_memory() -> None:
