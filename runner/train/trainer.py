@@ -42,7 +42,7 @@ from runner.eval.inference import Predictions, dry_run, predict_windows
 from runner.eval.predictions import LISTED
 from runner.eval.results import settings_of_run
 from runner.export.save import gathered_state, publish_model
-from runner.export.verify import own_logits
+from runner.export.verify import FreshProcess, own_logits
 from runner.job.schema import Job, missed_expectation
 from runner.run.folder import RunDir
 from runner.run.lease import Lease
@@ -161,6 +161,7 @@ class Trainer:
         self.preemption = StopSaveSync(self.rank, 60 * self.job.train.checkpoint_minutes)
         self.fence = lease.verify if lease else lambda: None
         self.best: BestEvaluation | None = None  # on rank 0, once there is one
+        self.fresh_process: FreshProcess | None = None  # on rank 0, once training is over
 
     # --- the loop
 
@@ -244,9 +245,11 @@ class Trainer:
         self.watchdog.progress_at(f"scoring after epoch {state.epoch}", bounded=False)
         scores = None if found is None else self.evaluate(found, tuned)
         decision = broadcast(None if scores is None else state.early_stopping.judge(scores))
+        is_last = state.epoch == self.job.train.epochs
+        if self.rank.is_main and (decision.stop or is_last):
+            self.fresh_process = FreshProcess()  # it imports while curves are drawn and we save
         if scores is not None:
             self.log.evaluation(state, scores)
-        is_last = state.epoch == self.job.train.epochs
         state.scored, state.finished = True, decision.stop or is_last
         best = self.export_best(scores) if decision.is_best else None
         self.save(best, required=decision.is_best or state.finished)
@@ -440,7 +443,8 @@ class Trainer:
         if self.best is None or peaks is None:
             raise AssertionError("the last epoch is always evaluated, on rank 0")
         exported = self.publish()
-        result = verified_result(self.session, self.best, exported, self.state, peaks)
+        fresh = self.fresh_process or FreshProcess()
+        result = verified_result(self.session, self.best, exported, fresh, self.state, peaks)
         finish(self.session, self.log, self.best, self.state, result, self.fence)
         return missed_expectation(self.job.expect, result["metrics"])
 
