@@ -157,5 +157,5 @@ def test_a_grouping_with_one_group_is_no_table():
         "exact_match": 1.0, "f1": 1.0,
     }  # fmt: skip
     other = record | {"question": "Who is it?"}
-    assert [table.title for table in error_tables([record, other], 0)] == ["By question word"]
+    assert [table.caption for table in error_tables([record, other], 0)] == ["By question word"]
     assert error_tables([record], 0) == []
