@@ -60,7 +60,7 @@ LOSS_CURVES = (
     Curve("train_loss_nats", "training, epoch mean", "blue"),
     Curve("validation_loss_nats", "validation", "orange"),
 )
-SCORE_STEPS = ("span_accuracy_percent", "training accuracy, by step")
+SCORE_STEPS = ("span_accuracy_percent", "accuracy, by step")
 SCORE_CURVES = (
     Curve("f1_percent", "validation F1", "blue", "////"),
     Curve("exact_match_percent", "validation exact match", "orange", "\\\\\\\\"),
