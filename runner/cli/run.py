@@ -32,6 +32,7 @@ from runner.run.sweep import open_trials
 from runner.utils import signals
 from runner.utils.console import print_error
 from runner.utils.files import storage_errors
+from runner.utils.processes import collector_paused
 from runner.utils.ranks import current_rank
 from runner.utils.tables import rich_table
 
@@ -205,8 +206,9 @@ def run_rank(arguments: argparse.Namespace) -> int:
                 return _report_finished(job, acquired, speaks=rank.is_main)
             lease = acquired
             check_assets(job)
-            from runner.distributed.process_group import stop_distributed
-            from runner.train.trainer import train
+            with collector_paused(for_good=True):
+                from runner.distributed.process_group import stop_distributed
+                from runner.train.trainer import train
 
             train(job, lease=lease, threads=arguments.threads, verbose=arguments.verbose)
             with suppress(RuntimeError):  # the run is finished, whatever becomes of other ranks

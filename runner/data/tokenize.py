@@ -44,8 +44,9 @@ def bare_backend(tokenizer: PreTrainedTokenizerBase) -> tuple[Tokenizer, Templat
     """The same without what it puts around a text, and that. One copy for all, which nobody
     changes: to read it takes longer than all else of a start that finds its windows in the
     cache."""
+    text = _plain_text(tokenizer)
     cls: Any = tokenizer.cls_token_id
-    return _bare(_plain_text(tokenizer), cls)
+    return _bare(text, cls)
 
 
 @lru_cache(maxsize=4)

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import ctypes
+import importlib
 import os
+import sys
 import warnings
+from contextlib import suppress
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from runner.distributed.collectives import RENDEZVOUS, open_control_group, wait_for_work
 from runner.distributed.rendezvous import ALONE, Ticket, meet
+from runner.utils.processes import collector_paused
 from runner.utils.ranks import Rank, rendezvous_address
 
 
@@ -44,8 +49,7 @@ def start_distributed(
         ("MASTER_PORT", port),
     ):
         os.environ.setdefault(name, str(value))
-    import deepspeed  # reads the variables above, and takes seconds
-
+    deepspeed = _deepspeed()  # reads the variables above, and takes seconds
     if not on_cuda:
         # A shared-memory reduction that is compiled at first use, for one to two minutes; a start
         # killed meanwhile leaves a lock on which later starts hang. gloo does without it.
@@ -92,6 +96,35 @@ def _share_cpu(rank: Rank, threads: int | None) -> torch.device:
         # Ranks of one machine share its cores; a thread for each core in each would fight.
         torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // rank.local_world))
     return torch.device("cpu")
+
+
+def _deepspeed() -> Any:
+    """Import DeepSpeed without what it imports for its autotuner (MLflow, all of it) and for Muon
+    (torch's compiler), neither of which a job can ask for: most of its seconds."""
+    hides_mlflow = "mlflow" not in sys.modules
+    if hides_mlflow:
+        sys.modules["mlflow"] = None  # type: ignore[assignment]  (as if it were not installed)
+    try:
+        with collector_paused(for_good=True):
+            import deepspeed
+
+            with suppress(ImportError, AttributeError):  # another version may have neither
+                _import_muon_uncompiled()
+    finally:
+        if hides_mlflow:
+            del sys.modules["mlflow"]
+    return deepspeed
+
+
+def _import_muon_uncompiled() -> None:
+    from deepspeed.runtime import compiler
+
+    compiled, compiler.compile = compiler.compile, lambda: lambda kernel: kernel
+    try:
+        # Every ZeRO optimiser imports it, to ask whether it has Muon inside.
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    finally:
+        compiler.compile = compiled
 
 
 def _keep_freed_memory() -> None:

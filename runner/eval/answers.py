@@ -7,14 +7,13 @@ answers of all questions, 2 a pair [start, end) or (offset, length). The search 
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from runner.eval.span_search import NEVER, BestSpans, Mode, join, search
+from runner.utils.processes import collector_paused
 
 __all__ = [
     "Answer",
@@ -100,19 +99,6 @@ def decide(answer: Answer, null_threshold: float, mode: Mode = "exact") -> Answe
     return replace(answer, text=text, score=score, start=start, end=end, window=window)
 
 
-@contextmanager
-def _collector_paused() -> Iterator[None]:
-    # Making 200,000 small objects starts several full collections, each over every object of
-    # torch: together more than all other work on 10,000 questions. No cycle is made here.
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
-
-
 @dataclass(frozen=True)
 class MergeSettings:
     """How spans become answers.
@@ -190,7 +176,7 @@ def merge_answers(
         )
 
 
-@_collector_paused()
+@collector_paused()
 def _merge_some(
     spans: BestSpans,
     question_N: np.ndarray,

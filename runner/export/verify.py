@@ -55,7 +55,48 @@ def own_logits(model: SpanModel, windows: Windows) -> list[np.ndarray]:
     return logits
 
 
+class FreshProcess:
+    """Runs fresh_logits.py, which imports transformers at once and opens a model when it is asked;
+    it ends with this process. It knows nothing of ours, so it runs as a script."""
+
+    def __init__(self) -> None:
+        environment = {
+            key: value for key, value in os.environ.items() if key not in _RANK_VARIABLES
+        }
+        environment |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+        script = Path(__file__).with_name("fresh_logits.py")
+        with children_ignore_signals():
+            self._process = subprocess.Popen(
+                [sys.executable, str(script)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                encoding="utf-8",
+                errors="backslashreplace",
+                env=environment,
+                cwd=script.parent,
+            )
+
+    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Its answer to the one request that it takes; fresh_logits.py has their keys.
+
+        Raises:
+            RunnerError: if it cannot open the model.
+        """
+        try:
+            answer, said = self._process.communicate(json.dumps(request), timeout=600)
+        finally:
+            self._process.kill()
+        if self._process.returncode != 0:
+            last = (said.strip().splitlines() or ["no message"])[-1]
+            raise RunnerError(
+                f"{request['model']}: a fresh process cannot open the exported model: {last}"
+            )
+        return json.loads(answer)
+
+
 def verify_export(
+    fresh_process: FreshProcess,
     folder: Path,
     examples: Sequence[Example],
     windows: Windows,
@@ -63,7 +104,7 @@ def verify_export(
     max_length: int,
     stride: int,
 ) -> float:
-    """Compare `logits` with those of a new process that knows only transformers and the exported
+    """Compare `logits` with those of a process that knows only transformers and the exported
     folder. They have to be as near to the exported weights' logits in float32 as that process's own
     are in the weights' precision: both round, and how much does not depend on who computes.
 
@@ -76,7 +117,7 @@ def verify_export(
     """
     questions = [int(q) for q in windows.questions_N[: len(logits)]]
     request = {
-        "model": str(folder),
+        "model": str(folder.absolute()),
         "pairs": [
             [examples[q].question.lstrip(), examples[q].context] for q in dict.fromkeys(questions)
         ],
@@ -86,7 +127,7 @@ def verify_export(
         "threads": torch.get_num_threads(),
         "device": "cuda" if torch.cuda.is_available() else "cpu",
     }
-    fresh = _ask_fresh_process(folder, request)
+    fresh = fresh_process.ask(request)
     if fresh["missing"]:
         raise RunnerError(f"{folder}: the export lacks weights: {', '.join(fresh['missing'])}")
     if [len(window) for window in fresh["logits"]] != [len(window) for window in logits]:
@@ -110,25 +151,3 @@ def verify_export(
             " that was scored"
         )
     return share
-
-
-def _ask_fresh_process(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
-    """The answer of fresh_logits.py; it knows nothing of ours, so it runs as a script."""
-    environment = {key: value for key, value in os.environ.items() if key not in _RANK_VARIABLES}
-    environment |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-    with children_ignore_signals():
-        done = subprocess.run(
-            [sys.executable, str(Path(__file__).with_name("fresh_logits.py"))],
-            input=json.dumps(request),
-            capture_output=True,
-            encoding="utf-8",
-            errors="backslashreplace",
-            env=environment,
-            cwd=folder,
-            timeout=600,
-            check=False,
-        )
-    if done.returncode != 0:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise RunnerError(f"{folder}: a fresh process cannot open the exported model: {last}")
-    return json.loads(done.stdout)

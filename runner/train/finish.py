@@ -17,7 +17,7 @@ from runner.errors import DataError, StorageError
 from runner.eval.evaluation import Evaluation
 from runner.eval.results import reported, result_scores
 from runner.export.model_card import model_card
-from runner.export.verify import verify_export
+from runner.export.verify import FreshProcess, verify_export
 from runner.job.inference import InferenceSettings
 from runner.job.load import dump_job
 from runner.job.schema import Track
@@ -36,6 +36,7 @@ def verified_result(
     session: Session,
     best: BestEvaluation,
     exported: Path,
+    fresh_process: FreshProcess,
     state: TrainState,
     peaks: Sequence[dict[str, int]],
 ) -> dict[str, Any]:
@@ -48,6 +49,7 @@ def verified_result(
     job, model, validation = session.job, session.run.model, session.splits.validation
     with state.timer("verification"):
         difference = verify_export(
+            fresh_process,
             model,
             validation.dataset.examples,
             validation.windows,

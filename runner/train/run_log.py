@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from pathlib import Path
 from typing import Any
 
-from runner.errors import StorageError
+from runner.errors import RunnerError, StorageError
 from runner.eval.evaluation import Evaluation
 from runner.eval.inference import Predictions
 from runner.eval.results import headline
@@ -180,6 +180,8 @@ class RunLog:
             draw_curves(self._run, self._job.name, self._fence)
         except StorageError as error:
             self.line(f"no curves: {error}")
+        except RunnerError:  # the folder is no longer ours
+            raise
         # The user's fonts, caches, settings of matplotlib: an epoch is worth more than a picture.
         except Exception as error:
             self.line(f"no curves: {type(error).__name__}: {first_line(error)}")

@@ -71,6 +71,10 @@ class Splits:
         """Of each of these."""
         return [split.windows for split in self.named().values()]
 
+    def longest(self) -> int:
+        """Tokens of the longest of these."""
+        return max(int(windows.lengths_N.max()) for windows in self.windows())
+
 
 @dataclass(frozen=True)
 class Session:
@@ -204,7 +208,7 @@ def _plan(
         model,
         device,
         precision,
-        longest=max(int(part.lengths_N.max()) for part in splits.windows()),
+        longest=splits.longest(),
         tokens=len(splits.training.windows.tokens_T) * job.train.epochs,
         dropout=DropoutMasks(job.seed, rank.index),
     )

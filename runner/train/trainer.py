@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from span_kernels import warm_up
 from torch import Tensor
 
 from runner.checkpoint.best import MODEL, BestEvaluation, save_best
@@ -41,7 +42,7 @@ from runner.eval.inference import Predictions, dry_run, predict_windows
 from runner.eval.predictions import LISTED
 from runner.eval.results import settings_of_run
 from runner.export.save import gathered_state, publish_model
-from runner.export.verify import own_logits
+from runner.export.verify import FreshProcess, own_logits
 from runner.job.schema import Job, missed_expectation
 from runner.run.folder import RunDir
 from runner.run.lease import Lease
@@ -160,6 +161,7 @@ class Trainer:
         self.preemption = StopSaveSync(self.rank, 60 * self.job.train.checkpoint_minutes)
         self.fence = lease.verify if lease else lambda: None
         self.best: BestEvaluation | None = None  # on rank 0, once there is one
+        self.fresh_process: FreshProcess | None = None  # on rank 0, once training is over
 
     # --- the loop
 
@@ -168,6 +170,7 @@ class Trainer:
         self.log.begin(self.session)
         if not self.load_checkpoint():
             self.answer_probes(0)
+        self.compile_kernels()
         self.dry_run_scoring()
         while not self.state.finished:
             if self.state.scored:
@@ -242,9 +245,11 @@ class Trainer:
         self.watchdog.progress_at(f"scoring after epoch {state.epoch}", bounded=False)
         scores = None if found is None else self.evaluate(found, tuned)
         decision = broadcast(None if scores is None else state.early_stopping.judge(scores))
+        is_last = state.epoch == self.job.train.epochs
+        if self.rank.is_main and (decision.stop or is_last):
+            self.fresh_process = FreshProcess()  # it imports while curves are drawn and we save
         if scores is not None:
             self.log.evaluation(state, scores)
-        is_last = state.epoch == self.job.train.epochs
         state.scored, state.finished = True, decision.stop or is_last
         best = self.export_best(scores) if decision.is_best else None
         self.save(best, required=decision.is_best or state.finished)
@@ -312,6 +317,18 @@ class Trainer:
             self.log.line(f"{error}; whether anything differs from the beginning is not known")
             return
         write_json(path, record, self.fence)
+
+    def compile_kernels(self) -> None:
+        """Let Triton compile what the steps will launch on a GPU, before one waits for it."""
+        self.watchdog.progress_at("compiling the kernels", bounded=False)
+        head = self.session.span_loss.head
+        warm_up(
+            self.session.device,
+            next(self.engine.module.parameters()).dtype,
+            rows=self.sampler.layout.micro_batch_size,
+            longest=self.session.splits.longest(),
+            width=None if head is None else head.in_features,
+        )
 
     def dry_run_scoring(self) -> None:
         """Read the longest batch of the scoring, for nothing: what does not fit fails now."""
@@ -426,7 +443,8 @@ class Trainer:
         if self.best is None or peaks is None:
             raise AssertionError("the last epoch is always evaluated, on rank 0")
         exported = self.publish()
-        result = verified_result(self.session, self.best, exported, self.state, peaks)
+        fresh = self.fresh_process or FreshProcess()
+        result = verified_result(self.session, self.best, exported, fresh, self.state, peaks)
         finish(self.session, self.log, self.best, self.state, result, self.fence)
         return missed_expectation(self.job.expect, result["metrics"])
 

@@ -5,7 +5,7 @@
 - `console`: what the terminal shows
 - `tables`: CSV files and terminal tables
 - `signals`: requests to stop
-- `processes`: whether the process that a record names lives
+- `processes`: whether the process that a record names lives; a pause of the garbage collector
 - `ranks`: which rank this process is
 - `timing`: seconds by phase
 - `text`: small spellings

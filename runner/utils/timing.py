@@ -95,6 +95,6 @@ def _launches(process: psutil.Process) -> bool:
     script = words[0].rpartition("/")[2] if words else ""
     return (
         script in ("deepspeed", "spantune", "ds")
-        or words[:2] == ["-m", "runner"]
+        or words[:2] in (["-m", "runner"], ["-m", "spantune"])
         or "deepspeed.launcher" in " ".join(words)
     )

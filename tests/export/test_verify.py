@@ -5,10 +5,11 @@ answers. What rounding explains passes, whoever multiplied; what a broken export
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,8 @@ from runner.data.windows import build_windows
 from runner.errors import RunnerError
 from runner.export import verify
 from tests.conftest import SENTENCES
-from tests.workers.fresh_models import ask
+from tests.workers.fresh_models import processes
+from tests.workers.zygote import lives
 
 pytestmark = pytest.mark.xdist_group("verified")  # one process opens all models
 
@@ -99,11 +101,11 @@ class Export:
 @pytest.fixture
 def check(zygote, monkeypatch):
     """verify_export, by a process that has opened models before."""
-    run = partial(ask, zygote.verifier())
-    monkeypatch.setattr(verify, "subprocess", SimpleNamespace(run=run))
+    monkeypatch.setattr(verify, "subprocess", processes(zygote.verifier()))
 
     def checked(export: Export, logits: list[np.ndarray]) -> float:
-        return verify.verify_export(export.folder, ASKED, export.windows, logits, 48, 16)
+        fresh = verify.FreshProcess()
+        return verify.verify_export(fresh, export.folder, ASKED, export.windows, logits, 48, 16)
 
     return checked
 
@@ -180,3 +182,32 @@ def test_a_broken_export_is_refused(export, check, what):
     message = what if what == "lacks weights" else "not the model that was scored"
     with pytest.raises(RunnerError, match=message):
         check(export, logits)
+
+
+@pytest.mark.slow  # it imports transformers
+def test_the_fresh_process_waits_for_a_model_that_is_not_there_yet(tmp_path, tiny):
+    fresh = verify.FreshProcess()
+    export = Export(tmp_path / "model", tiny("bert"), torch.float32)
+    asked = export.folder, ASKED, export.windows, export.logits(), 48, 16
+    assert verify.verify_export(fresh, *asked) < verify.FLOAT32_TOLERANCE
+
+
+STARTS_AND_DIES = """
+import os
+from runner.export.verify import FreshProcess
+print(FreshProcess()._process.pid, flush=True)
+os._exit(9)
+"""
+
+
+@pytest.mark.slow
+def test_a_fresh_process_that_nobody_will_ask_ends():
+    """Its rank was killed, stopped or failed meanwhile."""
+    done = subprocess.run(
+        [sys.executable, "-c", STARTS_AND_DIES], capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 9
+    deadline = time.monotonic() + 100
+    while lives(int(done.stdout)):
+        assert time.monotonic() < deadline, "it is left over"
+        time.sleep(0.05)

@@ -39,8 +39,8 @@ def read_windows(*arguments, **options):
     if "step" not in options:
         print("SPY probes", repr(float(arguments[3].null_threshold)))
     return read(*arguments, **options)
-def draw_curves(run, *others):
-    draw(run, *others)
+def draw_curves(run, *rest):
+    draw(run, *rest)
     digest = hashlib.sha256(run.curves_svg.read_bytes()).hexdigest()
     print("SPY curves", read_rows(run.train_table)[-1]["epoch"], digest)
 def tell(self, table, row):

@@ -249,6 +249,27 @@ def test_ranks_and_zero_stages_take_the_same_steps(steps, ranks, stage, override
         assert found.grad_norms == pytest.approx(normed.grad_norms, rel=2e-6)
 
 
+WARM_UP = """
+import runner.train.trainer
+def warm_up(device, dtype, **shape):
+    print("kernels:", device, dtype, shape)
+runner.train.trainer.warm_up = warm_up
+"""
+
+
+def test_kernels_are_compiled_before_the_first_step(zygote, job_file, tmp_path):
+    job = job_file(model_extra='span_loss = "fused"\nprecision = "bf16"')
+    options = sets("train.epochs=1", "train.micro_batch_size=4")
+    codes, text = zygote.run(job, "--run-dir", tmp_path / "run", *options, code=WARM_UP)
+    assert codes == [0], text
+    told = re.search(
+        r"kernels: cpu torch.bfloat16 {'rows': 4, 'longest': (\d+), 'width': 32}", text
+    )
+    assert told
+    assert 32 < int(told[1]) <= 128
+    assert told.start() < text.index("first step after")
+
+
 def test_kept_outputs_of_frozen_layers_train_and_score_the_same(zygote, job_file, tmp_path):
     """Without dropout there is nothing that keeping them changes; two ranks share one copy."""
     job = job_file(model_extra=STILL + '\nfreeze = ["embeddings", "encoder.layer.0"]')

@@ -1,8 +1,8 @@
 """Opens exported models in a process that knows only transformers, one request after another: as
 `runner/export/fresh_logits.py` does for one, which takes longer to import than a tiny run to train.
 
-As a program it prints the port at which it answers, until its stdin ends. `ask` stands for
-`subprocess.run` in `runner.export.verify`.
+As a program it prints the port at which it answers, until its stdin ends. `processes` stands for
+the module `subprocess` in `runner.export.verify`.
 """
 
 from __future__ import annotations
@@ -18,19 +18,31 @@ import sys
 import traceback
 from contextlib import redirect_stdout, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 FRESH = Path(__file__).resolve().parents[2] / "runner" / "export" / "fresh_logits.py"
 
 
-def ask(port: int, command: list[str], *, input: str, **_: Any) -> subprocess.CompletedProcess[str]:
-    """What `subprocess.run` of fresh_logits.py would return for this input."""
-    assert command[1:] == [str(FRESH)]
-    with socket.create_connection(("127.0.0.1", port)) as asking:
-        asking.sendall(input.encode())
-        asking.shutdown(socket.SHUT_WR)
-        answer = json.loads(asking.makefile("rb").read())
-    return subprocess.CompletedProcess(command, **answer)
+def processes(port: int) -> SimpleNamespace:
+    """A `subprocess` whose `Popen` of fresh_logits.py asks this program."""
+
+    class Popen:
+        def __init__(self, command: list[str], **_: Any) -> None:
+            assert command[1:] == [str(FRESH)]
+
+        def communicate(self, request: str, timeout: float) -> tuple[str, str]:
+            with socket.create_connection(("127.0.0.1", port)) as asking:
+                asking.sendall(request.encode())
+                asking.shutdown(socket.SHUT_WR)
+                answer = json.loads(asking.makefile("rb").read())
+            self.returncode = answer["returncode"]
+            return answer["stdout"], answer["stderr"]
+
+        def kill(self) -> None:
+            pass
+
+    return SimpleNamespace(Popen=Popen, PIPE=subprocess.PIPE)
 
 
 def serve() -> None:

@@ -24,15 +24,16 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 FRESH = Path(__file__).with_name("fresh_models.py")
 # Left out where a test is about neither: together they take longer than all else of a tiny run.
 WITHOUT = """
-import runner.train.finish, runner.train.run_log
+import runner.train.finish, runner.train.run_log, runner.train.trainer
+runner.train.trainer.FreshProcess = lambda: None
 runner.train.finish.verify_export = lambda *_: 0.0
 runner.train.run_log.draw_curves = lambda *_: None
 """
 # The exported model is opened by a process that has opened others before.
 VERIFIED = """
-import functools, types, runner.export.verify
-from tests.workers.fresh_models import ask
-runner.export.verify.subprocess = types.SimpleNamespace(run=functools.partial(ask, {port}))
+import runner.export.verify
+from tests.workers.fresh_models import processes
+runner.export.verify.subprocess = processes({port})
 """
 
 
