@@ -8,8 +8,8 @@
 
 It gives the old pipeline's numbers: a score is the product of a start and an end probability within
 one window, and answers of equal text are added up. (Only a word that a window cuts in two is given
-whole, where the old one gave a part.) `predict` compares logits over all windows and knows the null
-threshold that was stored with the model: new code should use that.
+whole.) `predict` compares logits over all windows and knows the null threshold that was stored with
+the model: new code should use that.
 
 Legend: N windows, B windows of a batch, K candidates, C context tokens, 2 (start, end).
 """
@@ -33,8 +33,7 @@ from runner.job.inference import default_settings
 from runner.job.schema import Model
 from runner.model.forward import SpanLogits
 from runner.model.load import ModelFiles, load_tokenizer
-from runner.predict.locate import locate_model
-from runner.predict.predictor import Predictor
+from runner.predict.predictor import Predictor, locate_model
 from runner.predict.questions import GROUP
 
 Result = dict[str, Any]

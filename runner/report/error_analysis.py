@@ -57,7 +57,8 @@ def bucket(number: int, buckets: Sequence[tuple[int | None, str]]) -> str:
 
 
 def error_tables(records: Sequence[MissRecord], seed: int) -> list[Table]:
-    """Exact match and F1 of each group of questions, with intervals.
+    """Exact match and F1 of each group of questions, with intervals; where all questions are of one
+    group, no table.
 
     Args:
         records: lines of predictions.jsonl, at least one.
@@ -90,6 +91,7 @@ def error_tables(records: Sequence[MissRecord], seed: int) -> list[Table]:
             [_row(name, label, groups[label], seed) for label in labels if label in groups],
         )
         for name, groups, labels in groupings
+        if len(groups) > 1  # else it is the score of all
     ]
 
 

@@ -13,7 +13,14 @@ from runner.utils.tables import read_rows
 
 # Okabe and Ito's colours differ for every kind of colour blindness; markers and dashes differ in
 # black and white.
-BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#8A8A8A"
+GREY = "#8A8A8A"
+# (colour, marker, dash); pages draw the same marks and dashes (line_chart).
+STYLES: dict[str, tuple[str, str, Any]] = {
+    "blue": ("#0072B2", "o", "-"),
+    "orange": ("#D55E00", "s", (0, (7, 4))),
+    "green": ("#009E73", "^", (0, (2, 4))),
+    "purple": ("#CC79A7", "D", (0, (9, 3, 2, 3))),
+}
 PLOT_STYLE: dict[Any, Any] = {
     "font.size": 9,
     "axes.spines.right": False,
@@ -32,33 +39,33 @@ PLOT_STYLE: dict[Any, Any] = {
 
 
 class Curve(NamedTuple):
-    """A column of eval.csv and how it is drawn.
+    """A column of eval.csv and how it is drawn, in the picture and on the page.
 
     Attributes:
-        name: of the column, without its unit.
+        name: of the column.
         label: in the legend.
-        marker, dash: what tells it from the others without colours.
-        colour: of its line and band.
-        hatch: of the band of its interval; None where it has no interval.
+        style: of its line and band.
+        hatch: of the band of its interval in the picture; None where it has no interval.
     """
 
     name: str
     label: str
-    marker: str
-    dash: str
-    colour: str
+    style: str
     hatch: str | None = None
 
 
+# Of each table, the line by step and the lines by epoch.
+LOSS_STEPS = ("loss_nats", "training, by step")
 LOSS_CURVES = (
-    Curve("train_loss_nats", "training, epoch mean", "o", "--", BLUE),
-    Curve("validation_loss_nats", "validation", "s", "-", ORANGE),
+    Curve("train_loss_nats", "training, epoch mean", "blue"),
+    Curve("validation_loss_nats", "validation", "orange"),
 )
+SCORE_STEPS = ("span_accuracy_percent", "accuracy, by step")
 SCORE_CURVES = (
-    Curve("f1_percent", "validation F1", "o", "-", BLUE, "////"),
-    Curve("exact_match_percent", "validation exact match", "s", "--", ORANGE, "\\\\\\\\"),
-    Curve("span_accuracy_percent", "validation span accuracy", "^", "-.", GREEN),
-    Curve("train_span_accuracy_percent", "training span accuracy", "D", ":", PURPLE),
+    Curve("f1_percent", "validation F1", "blue", "////"),
+    Curve("exact_match_percent", "validation exact match", "orange", "\\\\\\\\"),
+    Curve("span_accuracy_percent", "validation accuracy", "green"),
+    Curve("train_span_accuracy_percent", "training accuracy", "purple"),
 )
 Rows = Sequence[Mapping[str, str]]
 
@@ -83,20 +90,12 @@ def draw_curves(run: RunDir, title: str, fence: Fence = lambda: None) -> None:
     with plt.style.context(PLOT_STYLE, after_reset=True):
         figure, (left, right) = plt.subplots(1, 2, figsize=(8.4, 4.4), layout="constrained")
         places = _column(steps, "epoch")
-        left.plot(
-            places, _column(steps, "loss_nats"), color=GREY, lw=0.8, label="training, by step"
-        )
-        for axes, curves in ((left, LOSS_CURVES), (right, SCORE_CURVES)):
+        drawn = ((left, LOSS_STEPS, LOSS_CURVES), (right, SCORE_STEPS, SCORE_CURVES))
+        for axes, (column, label), curves in drawn:
+            by_step = _column(steps, column)
+            axes.plot(places, by_step, color=GREY, lw=0.8, zorder=0.5, label=label)
             for curve in curves:
                 _draw_curve(axes, epochs, evals, curve)
-        right.plot(
-            places,
-            _column(steps, "span_accuracy_percent"),
-            color=(PURPLE, 0.4),
-            lw=0.8,
-            zorder=0.5,  # behind the bands
-            label="the same, by step",
-        )
         left.set(ylabel="loss (nats)", ylim=(0, None))
         right.set(ylabel="score (%)", ylim=(0, 100))
         end = places[-1]
@@ -128,33 +127,28 @@ def draw_curves(run: RunDir, title: str, fence: Fence = lambda: None) -> None:
 def _draw_curve(axes: Any, epochs: Sequence[float], evals: Rows, curve: Curve) -> None:
     """Draw a column of eval.csv and, where it has one, its interval: a band from epoch to epoch, a
     bar where there is one epoch."""
-    axes.plot(
-        epochs,
-        _column(evals, curve.name),
-        linestyle=curve.dash,
-        marker=curve.marker,
-        color=curve.colour,
-        label=curve.label,
-    )
+    colour, marker, dash = STYLES[curve.style]
+    values = _column(evals, curve.name)
+    axes.plot(epochs, values, linestyle=dash, marker=marker, color=colour, label=curve.label)
     ends = [curve.name.replace("_percent", f"_{end}_percent") for end in ("low", "high")]
     # A table of an earlier version has no intervals.
     if curve.hatch is None or not evals or any(end not in evals[0] for end in ends):
         return
     low, high = (_column(evals, end) for end in ends)
     if len(epochs) == 1:
-        middle = _column(evals, curve.name)[0]
+        middle = values[0]
         reach = [[middle - low[0]], [high[0] - middle]]
-        axes.errorbar(epochs, [middle], yerr=reach, fmt="none", ecolor=curve.colour, capsize=4)
+        axes.errorbar(epochs, [middle], yerr=reach, fmt="none", ecolor=colour, capsize=4)
         return
     axes.fill_between(
         epochs,
         low,
         high,
-        facecolor=(curve.colour, 0.13),
-        edgecolor=(curve.colour, 0.5),
+        facecolor=(colour, 0.13),
+        edgecolor=(colour, 0.5),
         hatch=curve.hatch,
         linewidth=0.6,
-        linestyle=curve.dash,
+        linestyle=dash,
     )
 
 

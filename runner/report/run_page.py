@@ -22,6 +22,7 @@ from runner.report.page import (
     Series,
     Table,
 )
+from runner.report.plots import LOSS_CURVES, LOSS_STEPS, SCORE_CURVES, SCORE_STEPS, Curve
 from runner.report.read import Rows, RunRecord
 from runner.utils.text import duration
 
@@ -224,39 +225,49 @@ def _threshold_row(
 
 
 def _curves(run: RunRecord) -> Iterator[Block]:
-    epochs, steps = run.epochs, run.steps
-    loss = Chart(
-        title="Loss",
-        x_label="epoch",
-        y_label="loss (nats)",
-        series=[
-            Series("training, per step", "grey", thinned(_points(steps, "loss_nats"))),
-            Series("training, epoch mean", "blue", _points(epochs, "train_loss_nats")),
-            Series("validation", "orange", _points(epochs, "validation_loss_nats")),
-        ],
+    charts = [
+        Chart(
+            title=title,
+            x_label="epoch",
+            y_label=label,
+            series=[
+                Series(by_step[1], "grey", thinned(_points(run.steps, by_step[0]))),
+                *(_series(run.epochs, curve) for curve in curves),
+            ],
+            top=top,
+        )
+        for title, label, by_step, curves, top in (
+            ("Loss", "loss (nats)", LOSS_STEPS, LOSS_CURVES, None),
+            ("Scores", "score (%)", SCORE_STEPS, SCORE_CURVES, 100.0),
+        )
+    ]
+    yield Charts(charts, "curves.svg")
+    if len(run.epochs) > 1:
+        yield Paragraph(_best_epochs(run.epochs))
+
+
+def _series(epochs: Rows, curve: Curve) -> Series:
+    band = [] if curve.hatch is None else _band(epochs, curve.name.removesuffix("_percent"))
+    return Series(curve.label, curve.style, _points(epochs, curve.name), band)
+
+
+def _best_epochs(epochs: Rows) -> str:
+    """After which epoch the loss was lowest and the scores were highest: often not the same."""
+    lowest = min(epochs, key=lambda row: float(row["validation_loss_nats"]))["epoch"]
+    f1, exact = (
+        max(epochs, key=lambda row, key=key: float(row[key]))["epoch"]
+        for key in ("f1_percent", "exact_match_percent")
     )
-    scores = Chart(
-        title="Scores",
-        x_label="epoch",
-        y_label="score (%)",
-        series=[
-            Series("validation F1", "blue", _points(epochs, "f1_percent"), _band(epochs, "f1")),
-            Series(
-                "validation exact match",
-                "orange",
-                _points(epochs, "exact_match_percent"),
-                _band(epochs, "exact_match"),
-            ),
-            Series("validation accuracy", "green", _points(epochs, "span_accuracy_percent")),
-            Series("training accuracy", "purple", _points(epochs, "train_span_accuracy_percent")),
-        ],
-        top=100.0,
+    scores = (
+        f"F1 and exact match were highest after epoch {f1}"
+        if f1 == exact
+        else f"F1 was highest after epoch {f1}, exact match after epoch {exact}"
     )
-    yield Charts([loss, scores], "curves.svg")
+    return f"Validation loss was lowest after epoch {lowest}; {scores}."
 
 
 def _points(rows: Rows, key: str) -> list[tuple[float, float]]:
-    return [(float(row["epoch"]), float(row[key])) for row in rows if row[key]]
+    return [(float(row["epoch"]), float(row[key])) for row in rows if row.get(key)]
 
 
 def _band(rows: Rows, name: str) -> list[tuple[float, float, float]]:

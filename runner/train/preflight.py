@@ -13,7 +13,7 @@ from runner.data.splits import Split, load_splits
 from runner.data.windows import Windows
 from runner.distributed.engine import learning_rate_factor
 from runner.eval.caveats import caveats
-from runner.job.schema import Job, batch_layout
+from runner.job.schema import BatchLayout, Job, batch_layout
 from runner.model.config import empty_model
 from runner.model.freeze import freeze, parameter_table
 from runner.model.load import ModelFiles, load_tokenizer
@@ -59,13 +59,26 @@ def check_data(job: Job, ranks: int) -> Iterator[str | Rows]:
     yield _lengths(lengths_N, job.data.max_length)
     yield f"as the model sees {SHOWN} of them, the answer between >> and <<:"
     yield from _examples(training.windows, tokenizer)
+    yield ""
+    yield from _epochs(job, lengths_N, layout)
+    rows = parameter_table(model)
+    yield [dict(row) for row in rows]
+    total, trained = int(str(rows[-1]["parameters"])), int(str(rows[-1]["trained"]))
+    yield (
+        "memory for weights, gradients and AdamW's state:"
+        f" {_states(total, trained, job.zero.stage, ranks) / 2**30:.2f} GiB a rank in fp32 with"
+        f" ZeRO-{job.zero.stage}; activations come on top"
+    )
+
+
+def _epochs(job: Job, lengths_N: np.ndarray, layout: BatchLayout) -> Iterator[str]:
+    """Padding and steps."""
     batches = epoch_batches(
         lengths_N, job.train.batch_size, job.seed, 0, buckets=job.train.length_buckets
     )
     padded = sum(int(lengths_N[rows].max()) * len(rows) for rows in batches)
     whole = job.data.max_length * len(lengths_N)
     tokens = int(lengths_N.sum())
-    yield ""
     yield (
         f"padding: {100 * (1 - tokens / padded):.1f} % of the tokens computed "
         f"({100 * (1 - tokens / whole):.1f} % if every window were padded to {job.data.max_length})"
@@ -75,16 +88,8 @@ def check_data(job: Job, ranks: int) -> Iterator[str | Rows]:
     peak = next((step for step in range(steps) if factor(step) >= 1), 0)
     yield (
         f"steps: {len(batches)} an epoch, {steps} in all; {job.train.batch_size} windows each ="
-        f" {ranks} rank(s) x {layout.micro_batch_size} x {layout.micro_batches}; learning rate at"
-        f" its peak from step {peak}"
-    )
-    rows = parameter_table(model)
-    yield [dict(row) for row in rows]
-    total, trained = int(str(rows[-1]["parameters"])), int(str(rows[-1]["trained"]))
-    yield (
-        "memory for weights, gradients and AdamW's state:"
-        f" {_states(total, trained, job.zero.stage, ranks) / 2**30:.2f} GiB a rank in fp32 with"
-        f" ZeRO-{job.zero.stage}; activations come on top"
+        f" {layout.world} rank(s) x {layout.micro_batch_size} x {layout.micro_batches};"
+        f" learning rate at its peak from step {peak}"
     )
 
 

@@ -12,11 +12,17 @@ import torch
 from runner.errors import DataError, MachineError, StorageError
 from runner.job.schema import Columns
 from runner.predict.predictor import Predictor, open_model
-from runner.predict.questions import QuestionRow
+from runner.predict.questions import QuestionRow, Questions
 from runner.predict.stream import lines_to, predict_lines, predict_questions
 from tests.forked import talking
 
 CONTEXT = "The lantern folds flat; its battery lasts nine hours on the bright setting."
+
+
+def predict_all(load, source, columns, *, on_bad_row, **options):
+    """As the command does: the questions are looked for before the model is opened."""
+    questions = Questions.find(source, columns, on_bad_row)
+    return predict_questions(load, questions, on_bad_row=on_bad_row, **options)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +88,7 @@ def test_full_memory_is_a_sentence(opening, monkeypatch):
 
     monkeypatch.setattr("runner.predict.predictor.predict_windows", full)
     with pytest.raises(MachineError, match=r"out of memory: CUDA .*; lower --batch-size"):
-        predict_questions(
+        predict_all(
             opening, ("Who?", CONTEXT), Columns(), on_bad_row="fail", output=None,
             say=print,
         )  # fmt: skip
@@ -93,7 +99,7 @@ def test_a_file_is_looked_through_before_the_model_is_opened(tmp_path):
     path = tmp_path / "q.jsonl"
     path.write_text(rows("Who?", "", "Where?", " "))
     with pytest.raises(DataError, match=r"2 questions cannot be asked(.|\n)*q\.jsonl:2"):
-        predict_questions(opening, str(path), Columns(), on_bad_row="fail", output=None, say=print)
+        predict_all(opening, str(path), Columns(), on_bad_row="fail", output=None, say=print)
 
 
 def test_an_output_file_is_whole_or_not_there(tmp_path, opening):
@@ -101,12 +107,10 @@ def test_an_output_file_is_whole_or_not_there(tmp_path, opening):
     path.write_text(rows("Who?", "", "Where?"))
     output.write_text("before")
     with pytest.raises(DataError):
-        predict_questions(
-            opening, str(path), Columns(), on_bad_row="fail", output=output, say=print
-        )
+        predict_all(opening, str(path), Columns(), on_bad_row="fail", output=output, say=print)
     assert output.read_text() == "before"
     said = []
-    counts = predict_questions(
+    counts = predict_all(
         opening, str(path), Columns(), on_bad_row="drop", output=output, say=said.append
     )
     assert (counts.answered, len(counts.bad), said) == (2, 1, [])
@@ -135,7 +139,7 @@ def test_a_failure_while_writing_leaves_what_was_there(tmp_path):
 
 def test_one_question(opening):
     said = []
-    predict_questions(
+    predict_all(
         partial(opening, listed=2), ("How long?", CONTEXT), Columns(), on_bad_row="fail",
         output=None, say=said.append,
     )  # fmt: skip

@@ -149,3 +149,13 @@ def test_what_is_cut_off_is_shown_as_cut_off():
     assert spans("The lantern", ["nine hours"], place + 4, len(CONTEXT))[1] == Span(
         " hours", "right"
     )
+
+
+def test_a_grouping_with_one_group_is_no_table():
+    record = {
+        "question": "What is it?", "answers": ["it"], "context_tokens": 10, "windows": 1,
+        "exact_match": 1.0, "f1": 1.0,
+    }  # fmt: skip
+    other = record | {"question": "Who is it?"}
+    assert [table.caption for table in error_tables([record, other], 0)] == ["By question word"]
+    assert error_tables([record], 0) == []

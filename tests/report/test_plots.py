@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from runner.errors import StorageError
-from runner.report.plots import GREY, LOSS_CURVES, SCORE_CURVES, draw_curves
+from runner.report.line_chart import DASHES
+from runner.report.plots import GREY, LOSS_CURVES, SCORE_CURVES, STYLES, draw_curves
 from runner.run.folder import RunDir
 from runner.utils.tables import append_row
 
@@ -53,7 +54,7 @@ def test_the_curves_name_their_axes_with_units_over_epochs_and_steps(tmp_path):
     for label in ("a_job", "loss (nats)", "score (%)", "validation F1", "validation exact match"):
         assert label in text
     assert text.count("epoch") == text.count("optimiser step") == 2
-    assert "training span accuracy" in text
+    assert "training accuracy" in text
     assert "95 % interval" in text
     assert {"0", "1", "2", "3", "10"} <= set(text)  # 12 steps are 3 epochs
     assert not [*run.path.glob(".*")]
@@ -99,15 +100,21 @@ def test_intervals_are_bands_and_of_one_epoch_a_bar(tmp_path):
 
 @pytest.mark.parametrize("curves", [LOSS_CURVES, SCORE_CURVES])
 def test_curves_differ_without_any_colour(curves):
-    assert len({curve.marker for curve in curves}) == len(curves)
-    assert len({curve.dash for curve in curves}) == len(curves)
+    styles = [STYLES[curve.style] for curve in curves]
+    assert len({marker for _, marker, _ in styles}) == len(curves)
+    assert len({dash for _, _, dash in styles}) == len(curves)
     bands = [curve.hatch for curve in curves if curve.hatch]
     assert len(set(bands)) == len(bands)
 
 
-@pytest.mark.parametrize(
-    "colour", [GREY, *(curve.colour for curve in (*LOSS_CURVES, *SCORE_CURVES))]
-)
+@pytest.mark.parametrize("style", STYLES)
+def test_pages_draw_the_same_dashes(style):
+    """Solid, or lengths of dashes and gaps."""
+    dash = STYLES[style][2]
+    assert DASHES[style] == ("" if dash == "-" else " ".join(map(str, dash[1])))
+
+
+@pytest.mark.parametrize("colour", [GREY, *(colour for colour, _, _ in STYLES.values())])
 def test_every_curve_stands_out_from_white_paper(colour):
     """By WCAG's ratio for what is drawn, 3 to 1; a printer without colours keeps the luminance."""
     red, green, blue = linear(colour)
@@ -144,7 +151,7 @@ BLIND = {
 def test_colours_differ_for_the_colour_blind(kind):
     """In CIE Lab, where a distance of 2.3 is just seen."""
     for curves in (LOSS_CURVES, SCORE_CURVES):
-        seen = [lab(BLIND[kind] @ linear(curve.colour)) for curve in curves]
+        seen = [lab(BLIND[kind] @ linear(STYLES[curve.style][0])) for curve in curves]
         for one, other in itertools.combinations(seen, 2):
             assert np.linalg.norm(one - other) > 10
 

@@ -14,7 +14,7 @@ from runner.errors import DataError, RunDirError, StorageError
 from runner.report.comparison_page import short_names
 from runner.report.read import read_run
 from runner.report.render import write_comparison, write_report
-from runner.report.run_page import thinned
+from runner.report.run_page import _best_epochs, thinned
 from runner.run.folder import RunDir
 from tests.sample_runs import make_evaluation, make_run, predictions
 
@@ -240,3 +240,23 @@ def test_reporting_stays_light(tmp_path):
     )
     heavy = {"torch", "transformers", "datasets", "deepspeed", "evaluate", "matplotlib"}
     assert not heavy & set(done.stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("losses", "f1", "exact", "words"),
+    [
+        ([3, 1, 2], [1, 2, 3], [5, 6, 7], "2; F1 and exact match were highest after epoch 3."),
+        ([3, 2, 1], [1, 3, 2], [5, 6, 7], "3; F1 was highest after epoch 2, exact match after"),
+    ],
+)
+def test_after_which_epoch_it_was_best_is_said(losses, f1, exact, words):
+    rows = [
+        {
+            "epoch": str(epoch),
+            "validation_loss_nats": str(found[0]),
+            "f1_percent": str(found[1]),
+            "exact_match_percent": str(found[2]),
+        }
+        for epoch, found in enumerate(zip(losses, f1, exact, strict=True), 1)
+    ]
+    assert _best_epochs(rows).startswith(f"Validation loss was lowest after epoch {words}")
