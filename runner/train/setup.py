@@ -166,7 +166,7 @@ def build_session(
         )
     stop_if_asked(run)
     watchdog.progress_at("computing the frozen layers", bounded=False)
-    with timer("frozen"):
+    with timer("model" if plan.frozen is None else "frozen"):
         windows, size = splits.windows(), job.score.batch_size
         span_model = SpanModel.of(engine, tokenizer, device, plan.packing, windows)
         span_model, notes = cache_frozen_layers(
