@@ -14,7 +14,7 @@ from runner.run.folder import RunDir, checkpoint_place
 from runner.run.lease import Lease
 from runner.run.ownership import check_ours
 from runner.run.provenance import read_record
-from runner.utils.files import Fence, below_here, is_there, storage_errors
+from runner.utils.files import Fence, below_here, file_sha256, is_there, storage_errors
 from runner.utils.text import megabytes
 
 Kept = Literal["none", "best", "all"]  # train.keep_checkpoints
@@ -87,7 +87,8 @@ def prune(run: RunDir, keep: Kept, *, dry: bool = False) -> Superfluous:
     """Remove what a finished run that nobody runs has no more use for; with `dry`, only look.
 
     Raises:
-        DataError: if the folder is none of ours, or as `find_superfluous`.
+        DataError: if the folder is none of ours, `model/` has other weights than the result names,
+            or as `find_superfluous`.
         RunDirError: if the run is not finished, or somebody is running it.
         StorageError: if something cannot be read or removed.
     """
@@ -99,6 +100,7 @@ def prune(run: RunDir, keep: Kept, *, dry: bool = False) -> Superfluous:
     lease = Lease.acquire(run)
     try:
         _check_finished(run)  # another start may have begun anew, and be over
+        _check_model(run)
         found = find_superfluous(run, keep)
         remove_superfluous(run, found, lease.verify)
     finally:
@@ -111,6 +113,18 @@ def _check_finished(run: RunDir) -> None:
         raise RunDirError(
             f"{below_here(run.path)}: has no {run.result.name}, so it is not finished and goes on"
             " from its checkpoints; none was removed"
+        )
+
+
+def _check_model(run: RunDir) -> None:
+    """Make sure that `model/` has the weights: the checkpoints may be all that is left of them."""
+    weights, named = run.weights, read_record(run.result).get("weights_sha256")
+    with storage_errors(weights):
+        whole = is_there(weights) and file_sha256(weights) == named
+    if not whole:
+        raise DataError(
+            f"{weights}: does not hold the weights that {run.result.name} names, so the checkpoints"
+            " may be all that is left of them; none was removed"
         )
 
 

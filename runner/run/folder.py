@@ -34,6 +34,7 @@ class RunDir:
         self.attempts = self.path / "attempts"
         self.prepared = self.path / ".prepared.json"
         self.model = self.path / "model"
+        self.weights = self.model / "model.safetensors"
         self.log = self.path / "log.txt"
         self.trackers = self.path / "trackers"
         self.result = self.path / "result.json"

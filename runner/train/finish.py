@@ -29,8 +29,6 @@ from runner.train.state import TrainState
 from runner.train.summary import closing_lines, data_hashes, probe_changes, write_predictions
 from runner.utils.files import Fence, file_sha256, storage_errors, write_json
 
-WEIGHTS = "model.safetensors"
-
 
 def verified_result(
     session: Session,
@@ -62,7 +60,7 @@ def verified_result(
         "epoch": best.epoch,
         "step": best.step,
         "caveats": list(session.caveats),
-        "weights_sha256": file_sha256(exported / WEIGHTS),
+        "weights_sha256": file_sha256(exported / session.run.weights.name),
         "export_difference": difference,
         "seconds": state.timer.seconds(),
         "peak_memory_bytes": list(peaks),
@@ -89,7 +87,7 @@ def finish(
     write_predictions(run, best.scores, session.splits.validation, fence, unanswerable=unanswerable)
     write_report(run.path, result, fence=fence)
     with storage_errors(run.model):
-        published = file_sha256(run.model / WEIGHTS)
+        published = file_sha256(run.weights)
     if published != result["weights_sha256"]:
         raise StorageError(
             f"{run.model}: holds other weights than were proved: somebody else writes there; start"

@@ -227,3 +227,16 @@ def test_the_finished_trials_of_a_sweep_are_pruned(run, tmp_path, capsys):
     assert main(["prune", str(sweep)]) == 0
     assert not (sweep / "one" / "checkpoints").exists()
     assert not (sweep / "never-ran").exists()
+
+
+@pytest.mark.parametrize("how", ["lost", "other"])
+def test_checkpoints_that_may_be_all_that_is_left_of_the_weights_stay(run, capsys, how):
+    weights = run.model / "model.safetensors"
+    content = weights.read_bytes()
+    weights.unlink()
+    if how == "other":
+        weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    before = sorted(run.checkpoints.rglob("*"))
+    assert main(["prune", str(run.path)]) == 65
+    assert "may be all that is left of them; none was removed" in capsys.readouterr().err
+    assert sorted(run.checkpoints.rglob("*")) == before

@@ -28,6 +28,7 @@ NAMES = {
         "trackers",
         "report.html",
         "evaluations",
+        "model/model.safetensors",
     ),
 }
 
