@@ -56,7 +56,7 @@ def run(script: str, *options: object) -> list[str]:
 
 
 def test_the_readme_lists_every_file():
-    text = (BENCH / "README.md").read_text(encoding="utf-8")
+    text = (BENCH / "README.md").read_text(encoding="utf-8").partition("\n## ")[0]
     listed = {line.split("`")[1] for line in text.splitlines() if line.startswith("| `")}
     assert {path.name for path in BENCH.iterdir() if path.is_file()} - {"README.md"} == listed
 

@@ -28,7 +28,7 @@ class Rows:
         self.steps_written: list[int] = []
         self._follow = follow
 
-    def line(self, text: str, indent: str = "  ") -> None:
+    def line(self, text: str, indent: str = "  ", *, detail: bool = False) -> None:
         """Nothing is told."""
 
     @contextmanager

@@ -348,7 +348,7 @@ def test_check_on_the_login_node_brings_all_that_the_run_needs(
         check=False,
     )
     assert checked.returncode == 0, checked.stderr[-3000:]
-    assert re.search(r"train +\| +16 \|", checked.stdout)
+    assert re.search(r"train +16 ", checked.stdout)
     hub.close()
     codes, said = zygote.run(job, "--run-dir", tmp_path / "run")
     assert codes == [0], said
