@@ -36,6 +36,7 @@ from runner.utils.tables import CellValue, append_row, append_rows, rich_table
 from runner.utils.text import first_line
 
 _ROWS_PAUSE_S = 1.0  # between two times that rows of train.csv are written
+_PROMPT_ROWS = 10  # of a start, which are written at once: that is when somebody looks
 # Phases of a run's timer that a person waits for, by their names.
 PHASES = {
     "data": "reading the data",
@@ -69,6 +70,7 @@ class RunLog:
         self.line(f"{job.name}: {below_here(str(run.path))}", indent="")
         self._step_rows: list[dict[str, CellValue]] = []
         self._steps_written = -math.inf
+        self._prompt_rows = _PROMPT_ROWS
         self._trackers = Trackers((), 0, self.line)
         if rank.is_main:
             config = job.model_dump(mode="json", exclude_none=True, exclude={"probe", "track"})
@@ -131,11 +133,12 @@ class RunLog:
             self.write_steps()
 
     def step(self, state: TrainState, totals: Totals, engine: Any) -> None:
-        """A row of train.csv, which is written once a second at most: the device has nothing to do
-        while a file server is waited for."""
+        """A row of train.csv: the first ones are written at once, later ones once a second at most,
+        because the device has nothing to do while a file server is waited for."""
         if self._rank.is_main:
             self._step_rows.append(train_row(state, totals, engine))
-            if time.monotonic() - self._steps_written >= _ROWS_PAUSE_S:
+            self._prompt_rows -= 1
+            if self._prompt_rows >= 0 or time.monotonic() - self._steps_written >= _ROWS_PAUSE_S:
                 self.write_steps()
 
     def write_steps(self) -> None:

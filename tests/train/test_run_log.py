@@ -43,18 +43,20 @@ def log_of_steps(tmp_path, monkeypatch, clock) -> tuple[Any, RunDir, Any]:
     return RunLog(job, run, Rank(0, 1, 0, 1), None), run, synced
 
 
-def test_rows_of_steps_are_written_once_a_second_and_waited_for_by_nobody(tmp_path, monkeypatch):
+def test_rows_of_steps_are_written_once_a_second_after_the_first_and_waited_for_by_nobody(
+    tmp_path, monkeypatch
+):
     clock = [100.0]
     log, run, synced = log_of_steps(tmp_path, monkeypatch, clock)
     seen = []
-    for number in range(10):
+    for number in range(20):
         log.step(number, None, None)
         seen.append(len(read_rows(run.train_table)))
         clock[0] += 0.25
-    assert seen == [1, 1, 1, 1, 5, 5, 5, 5, 9, 9]
+    assert seen == [*range(1, 11), 10, 10, 10, 14, 14, 14, 14, 18, 18, 18]
     log.write_steps()
     log.write_steps()
-    assert [row["step"] for row in read_rows(run.train_table)] == [str(n) for n in range(10)]
+    assert [row["step"] for row in read_rows(run.train_table)] == [str(n) for n in range(20)]
     assert synced == []
 
 
