@@ -252,7 +252,7 @@ def test_ranks_and_zero_stages_take_the_same_steps(steps, ranks, stage, override
 WARM_UP = """
 import runner.train.trainer
 def warm_up(device, dtype, **shape):
-    print("kernels:", device, dtype, shape)
+    print("kernels:", device, dtype, shape, flush=True)
 runner.train.trainer.warm_up = warm_up
 """
 
