@@ -13,6 +13,17 @@ from runner.utils.tables import read_rows
 
 DATA = Path(__file__).resolve().parents[1] / "jobs" / "data"
 CONTEXT = "The lantern folds flat; its battery lasts nine hours on the bright setting."
+# Six questions, for what comes below it.
+SIX = """
+name = "tiny"
+[data]
+train = "{data}/product_qa_train.json[:6]"
+validation = "{data}/product_qa_validation.json[:6]"
+max_length = 128
+stride = 32
+[model]
+name = "{model}"
+"""
 _HEAD = """
 name = "tiny"
 [data]

@@ -14,22 +14,17 @@ from runner.cli.command import main
 from runner.run.folder import RunDir, checkpoint_place
 from runner.run.lease import Lease
 from runner.utils.files import file_sha256
+from tests.interruptions import DATA, SIX
 
-DATA = Path(__file__).resolve().parents[2] / "jobs" / "data"
-JOB = """
-name = "kept"
-[data]
-train = "{data}/product_qa_train.json[:6]"
-validation = "{data}/product_qa_validation.json[:6]"
-max_length = 128
-stride = 32
-[model]
-name = "{model}"
+JOB = (
+    SIX
+    + """\
 [train]
 epochs = 3
 batch_size = 8
 learning_rate = 1e-2
 """
+)
 # Ends this process as a power cut does, at the file operation that `{at}` names.
 KILL = """
 import os

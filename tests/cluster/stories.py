@@ -329,6 +329,13 @@ def sweep(cluster: Cluster, job_file: Path, folder: Path) -> Iterator[tuple[str,
 # ---- disturbed again and again
 
 
+def preempt(cluster: Cluster, ranks: list[int], number: int) -> None:
+    """Let a job of a higher tier take both nodes, which the ranks hear of by this signal."""
+    urgent = cluster.step("sleep 1", partition="urgent3", nodes=2, ntasks_per_node=32)
+    let_hear(ranks, number)
+    cluster.wait(urgent, "COMPLETED")
+
+
 def disturbed(run: Run) -> Iterator[tuple[str, Seen]]:
     """On two nodes; what SLURM and people do to running jobs, and still the same bits."""
     cluster, options = run.cluster, (*DISTURBED, *TWO_NODES)
@@ -348,9 +355,7 @@ def disturbed(run: Run) -> Iterator[tuple[str, Seen]]:
     ends = len(run.ends())
     run.submit(*TWO_NODES, "--set", "slurm.partition=cancel3")
     ranks = run.hold()
-    urgent = cluster.step("sleep 1", partition="urgent3", nodes=2, ntasks_per_node=32)
-    let_hear(ranks, signal.SIGTERM)
-    cluster.wait(urgent, "COMPLETED")
+    preempt(cluster, ranks, signal.SIGTERM)
     run.goes_on(1, ends)
     yield "preempted by CANCEL", run.seen(ends=ends)
 
@@ -371,9 +376,7 @@ def disturbed(run: Run) -> Iterator[tuple[str, Seen]]:
 
     ends = len(run.ends())
     ranks = run.hold()
-    urgent = cluster.step("sleep 1", partition="urgent3", nodes=2, ntasks_per_node=32)
-    let_hear(ranks, signal.SIGUSR2)
-    cluster.wait(urgent, "COMPLETED")
+    preempt(cluster, ranks, signal.SIGUSR2)
     run.goes_on(2, ends)
     yield "preempted", run.seen(ends=ends)
 

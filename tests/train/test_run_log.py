@@ -21,6 +21,7 @@ from runner.run.folder import RunDir
 from runner.train.run_log import RunLog
 from runner.utils.ranks import Rank
 from runner.utils.tables import append_row, read_rows
+from tests.interruptions import DATA, SIX
 
 
 def test_a_picture_that_cannot_be_drawn_costs_a_line(tmp_path, capsys):
@@ -72,21 +73,15 @@ def test_an_epoch_leaves_no_row_of_its_steps_unwritten(tmp_path, monkeypatch, er
     assert len(read_rows(run.train_table)) == 2
 
 
-DATA = Path(__file__).resolve().parents[2] / "jobs" / "data"
-JOB = """
-name = "told"
-[data]
-train = "{data}/product_qa_train.json[:6]"
-validation = "{data}/product_qa_validation.json[:6]"
-max_length = 128
-stride = 32
-[model]
-name = "{model}"
+JOB = (
+    SIX
+    + """\
 [train]
 epochs = 3
 batch_size = 2
 learning_rate = 1e-3
 """
+)
 JARGON = ("span loss:", "batches:", "step: flat", "compile:", "dropout:", "exchange:", "first step")
 
 

@@ -20,22 +20,15 @@ import pytest
 from runner.cli.command import main
 from runner.run.folder import RunDir
 from runner.utils.ranks import free_port
-from tests.interruptions import outcome, sets
+from tests.interruptions import DATA, SIX, outcome, sets
 
 CHECKOUT = Path(__file__).resolve().parents[2]
-DATA = CHECKOUT / "jobs" / "data"
 FAMILIES = ("bert", "distilbert", "roberta", "electra", "albert")
 CONTEXT = "The lantern folds flat; its battery lasts nine hours on the bright setting."
 
-JOB = """
-name = "tiny"
-[data]
-train = "{data}/product_qa_train.json[:6]"
-validation = "{data}/product_qa_validation.json[:6]"
-max_length = 128
-stride = 32
-[model]
-name = "{model}"
+JOB = (
+    SIX
+    + """\
 {model_extra}
 [train]
 epochs = 2
@@ -50,6 +43,7 @@ context = "{context}"
 answer = "nine hours"
 {extra}
 """
+)
 
 
 @pytest.fixture
