@@ -40,7 +40,7 @@ import os, time
 from runner import errors
 from runner.distributed import rendezvous as module
 module._YIELD_S, module._ASK_S = {wait}, {ask}
-time.sleep({late} * (rank == 0))
+time.sleep({late} * (rank == 0) + {behind} * rank)
 try:
     ticket = module.Ticket({run!r}, {run!r}, "gpu1", "here", {launcher})
     store, index, _ = module.meet(ticket, {patience})
@@ -58,6 +58,7 @@ def ranks_of(zygote, run: str, port: int, **changed):
         "launcher": None,
         "wait": 0,
         "late": 0,
+        "behind": 0,
         "patience": 60,
         "stay": 0,
         "ask": 3,
@@ -84,18 +85,18 @@ REFUSED = (
 
 
 @pytest.mark.parametrize(
-    ("late", "wait", "speaker"),
+    ("late", "wait", "speaker", "behind"),
     [
-        (0.3, 10, 0),  # the second's rank 0 finds its port taken, and says so for all
-        (3, 0.1, 1),  # before that another rank has met the first run's rank 0
+        (0.3, 10, 0, 0),  # the second's rank 0 finds its port taken, and says so for all
+        (3, 0.1, 1, 1),  # before that another rank has met the first run's rank 0
     ],
 )
-def test_two_runs_at_one_port_do_not_mix(zygote, late, wait, speaker):
+def test_two_runs_at_one_port_do_not_mix(zygote, late, wait, speaker, behind):
     """The second names the first, once; the first does not notice, even where a rank of the second
     has come to its rank 0 before its own."""
     port = free_port()
     other = ranks_of(zygote, "electra", port, late=late, wait=wait)
-    own = ranks_of(zygote, "bert", port, stay=4)
+    own = ranks_of(zygote, "bert", port, stay=4, behind=behind)
     codes = other.wait(60)
     assert codes[speaker] == 71, other.text() + own.text()
     assert codes[1 - speaker] in (71, -signal.SIGTERM)  # by its launcher

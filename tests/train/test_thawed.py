@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from runner.run.folder import RunDir
-from tests.interruptions import DATA, FAULT_JOB, at_step
+from tests.interruptions import DATA, FAULT_JOB, at_step, sets
 from tests.workers.zygote import Running, Zygote
 
 FREEZE = """
@@ -51,6 +51,7 @@ PLACES = [
             ("runner.checkpoint.store:CheckpointStore.begin", "new"),
             ("runner.checkpoint.store:CheckpointStore.commit", "new"),
             ("runner.export.save:shutil.copytree", "new"),
+            ("runner.export.save:shutil.copytree", "new, all kept"),
             ("runner.utils.tables:_cell", "resumed"),
             ("runner.train.run_log:write_json", "resumed"),
             ("runner.train.run_log:append_row", "new"),
@@ -100,8 +101,11 @@ def test_a_start_that_thaws_changes_nothing_of_its_heirs_run(
     zygote: Zygote, job_file: Path, tmp_path: Path, place: str, start: str
 ) -> None:
     run = RunDir(tmp_path / "run")
-    arguments = [job_file, "--run-dir", run.path, "--set", "train.epochs=2"]
-    if start != "new":
+    # Where all is kept, what the first start was about to copy is there still.
+    keep = "all" if start.endswith("all kept") else "none"
+    options = ("train.epochs=2", f"train.keep_checkpoints={keep}")
+    arguments = [job_file, "--run-dir", run.path, *sets(*options)]
+    if not start.startswith("new"):
         stop = "import runner.utils.signals; runner.utils.signals.request_stop('SIGUSR2')"
         codes, text = zygote.run(*arguments, code=at_step(2, 0, stop))
         assert codes == [75], text
