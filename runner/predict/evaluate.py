@@ -29,6 +29,7 @@ from runner.predict.predictor import ALONE, Predictor
 from runner.report.render import write_report
 from runner.run import provenance
 from runner.run.folder import RunDir
+from runner.run.ownership import check_evaluation
 from runner.utils.console import progress
 from runner.utils.files import (
     below_here,
@@ -65,12 +66,14 @@ def evaluate_model(
 
     Raises:
         UsageError: if `output` holds a run, whose own files it would replace.
-        DataError: if the model's null threshold was tuned on these questions; for questions that
-            its windows do not take.
+        DataError: if it holds what is not ours; if the model's null threshold was tuned on these
+            questions; for questions that its windows do not take.
         RunnerError, UsageError: as `load` and `write_evaluation`.
     """
     if output is not None and RunDir(output).job.is_file():
         raise UsageError(f"--output {output}: holds a run; give a folder of its own")
+    if output is not None:
+        check_evaluation(RunDir(output))
     predictor = load()
     refuse_tuned(predictor.answering, dataset)
     v2 = v2 or predictor.answering.unanswerable
@@ -233,16 +236,25 @@ def write_evaluation(
     scores: Evaluation,
     result: Mapping[str, Any],
 ) -> None:
-    """Write predictions.jsonl, provenance.json, the report and, last, result.json.
+    """Write provenance.json, by which the folder is known for ours, predictions.jsonl, the report
+    and, last, result.json.
 
     Raises:
-        StorageError: if the folder cannot be written.
+        DataError: if the folder holds what is not ours.
+        StorageError: if it cannot be written.
     """
     run = RunDir(folder)
+    check_evaluation(run)
     with storage_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         # Until the new one is there, the old one would speak for files that are not its own.
         run.result.unlink(missing_ok=True)
+    device = predictor.model.loader.device
+    name = (
+        torch.cuda.get_device_name(device) if device.type == "cuda" else provenance.processor_name()
+    )
+    seed = result["bootstrap"]["seed"]
+    write_json(run.provenance, provenance.collect(seed, 1, torch.get_num_threads(), [name]))
     records = prediction_records(
         scores.predictions.answers,
         dataset.examples,
@@ -252,11 +264,5 @@ def write_evaluation(
         unanswerable=scores.null_threshold is not None,
     )
     write_atomic(run.predictions, as_lines(records))
-    device = predictor.model.loader.device
-    name = (
-        torch.cuda.get_device_name(device) if device.type == "cuda" else provenance.processor_name()
-    )
-    seed = result["bootstrap"]["seed"]
-    write_json(run.provenance, provenance.collect(seed, 1, torch.get_num_threads(), [name]))
     write_report(folder, result)
     write_json(run.result, result)

@@ -22,7 +22,8 @@ from runner.report.page import (
 from runner.report.read import read_run
 from runner.report.run_page import run_page, scores_of
 from runner.run.folder import RunDir
-from runner.utils.files import Fence, storage_errors, write_atomic
+from runner.run.ownership import check_evaluation, check_ours
+from runner.utils.files import Fence, is_there, storage_errors, write_atomic
 from runner.utils.tables import CellValue, format_value
 from runner.utils.templates import template_environment
 
@@ -118,6 +119,9 @@ def write_report(
     run = read_run(path, result)
     source = RunDir(path)
     target = RunDir(folder) if folder is not None else source
+    if target is source and any(map(is_there, (source.report, source.report_page))):
+        check = check_evaluation if run.job is None else check_ours
+        check(source)  # else a report is a person's own
     _write(run_page(run), target.report, target.report_page, fence)
     if target.path != source.path and source.curves_svg.is_file():
         with storage_errors(source.curves_svg):

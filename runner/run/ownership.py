@@ -16,7 +16,10 @@ from runner.run.attempts import attempt_numbers, entry_file, read_attempt
 from runner.run.folder import RunDir
 from runner.utils.files import is_there, read_json, storage_errors, write_atomic, write_json
 
+# Keys of what we leave in folders of ours.
 _PREPARED = {"host", "prepared"}
+_SUBMITTED = {"job_id", "output", "submitted"}
+_PROVENANCE = {"command", "git", "versions", "machine"}
 
 
 def prepare(run: RunDir, job: Job) -> None:
@@ -45,6 +48,16 @@ def check_ours(run: RunDir) -> None:
     if not names or _has_entry(run) or _is_prepared(run):
         return
     raise _not_empty(run.path, names, "a run", "its attempts/ (an older spantune left none)")
+
+
+def check_evaluation(run: RunDir) -> None:
+    """The same for the folder of an evaluation, which begins with its provenance.
+
+    Raises:
+        DataError, StorageError: as `check_ours`.
+    """
+    if not _is_note(run.provenance, _PROVENANCE):
+        check_empty(run.path, "an evaluation", f"its {run.provenance.name}")
 
 
 def check_empty(folder: Path, what: str, sign: str) -> None:
@@ -89,10 +102,12 @@ def _has_entry(run: RunDir) -> bool:
 def _is_prepared(run: RunDir) -> bool:
     """Whether `submit` or a sweep has made the folder: it left a note; before it did, the job that
     the folder is for."""
-    notes = ((run.prepared, _PREPARED), (run.slurm, {"job_id", "output", "submitted"}))
-    for path, keys in notes:
-        if is_there(path):
-            with storage_errors(path), suppress(ValueError):
-                if keys <= read_json(path, dict[str, Any]).keys():
-                    return True
+    return _is_note(run.prepared, _PREPARED) or _is_note(run.slurm, _SUBMITTED)
+
+
+def _is_note(path: Path, keys: set[str]) -> bool:
+    """Whether a file is one of ours: a table that has these keys."""
+    if is_there(path):
+        with storage_errors(path), suppress(ValueError):
+            return keys <= read_json(path, dict[str, Any]).keys()
     return False

@@ -215,6 +215,21 @@ def test_a_runs_own_folder_is_no_output(run, mixed):
         evaluate_model(opening(folder), mixed, v2=False, seed=1, output=folder)
 
 
+def test_a_folder_that_we_did_not_make_is_no_output(run, mixed, tmp_path):
+    """Whatever its files are called."""
+    folder, theirs, ours = run(), tmp_path / "theirs", tmp_path / "ours"
+    theirs.mkdir()
+    for name in ("predictions.jsonl", "result.json"):
+        (theirs / name).write_text('{"mine": 1}')
+    with pytest.raises(DataError, match=r"predictions\.jsonl, result\.json and is not an evaluat"):
+        evaluate_model(opening(folder), mixed, v2=False, seed=1, output=theirs)
+    assert {path.read_text() for path in theirs.iterdir()} == {'{"mine": 1}'}
+    # One of ours may be written again, also where it was cut short.
+    for _ in range(2):
+        evaluate_model(opening(folder), mixed, v2=False, seed=1, output=ours)
+        (ours / "result.json").unlink()
+
+
 def test_questions_too_long_for_the_windows_are_refused_or_left_out(run, mixed):
     folder = run()
     long = replace(mixed.examples[0], id="long", question="How long? " * 60)

@@ -16,6 +16,7 @@ from runner.report.read import read_run
 from runner.report.render import write_comparison, write_report
 from runner.report.run_page import _best_epochs, thinned
 from runner.run.folder import RunDir
+from runner.run.lease import Lease
 from tests.sample_runs import make_evaluation, make_run, predictions
 
 ROOT = Path(__file__).parents[2]
@@ -207,6 +208,19 @@ def test_every_key_that_a_page_uses_is_checked(tmp_path, key, value):
     run = make_run(tmp_path / "run", rows)
     with pytest.raises(DataError, match=rf"predictions\.jsonl:1: not a line .*\({key}: absent"):
         write_report(run)
+
+
+def test_a_report_that_a_person_wrote_beside_a_job_stays(tmp_path):
+    run = RunDir(make_run(tmp_path / "run", predictions()))
+    run.report.write_text("mine")
+    with pytest.raises(DataError, match="is not a run that spantune made"):
+        write_report(run.path)
+    assert run.report.read_text() == "mine"
+    write_report(run.path, folder=tmp_path / "elsewhere")
+    # Ours is renewed.
+    Lease.acquire(run).release(0)
+    write_report(run.path)
+    assert run.report.read_text() != "mine"
 
 
 @pytest.mark.parametrize("ends", [False, True])
