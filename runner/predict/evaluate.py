@@ -24,7 +24,7 @@ from runner.eval.predictions import LISTED, as_lines, prediction_records
 from runner.eval.results import result_scores, score_line, threshold_lines
 from runner.job.inference import InferenceSettings
 from runner.job.sources import parse_data, public_name
-from runner.model.load import hash_weights
+from runner.model.load.weights import hash_weights
 from runner.predict.predictor import ALONE, Predictor
 from runner.report.render import write_report
 from runner.run import provenance
