@@ -483,7 +483,6 @@ BART |= {"encoder_ffn_dim": 64}
         ("xlm-roberta", {}, 46),
         ("deberta-v2", {"relative_attention": True, "position_biased_input": False}, None),
         ("t5", {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 1, "num_heads": 2}, None),
-        ("xlnet", {"d_model": 32, "n_layer": 1, "n_head": 2, "d_inner": 64}, None),
     ],
 )
 def test_every_kind_of_position_table_tells_the_longest_window(family, extra, longest):
@@ -509,11 +508,12 @@ def test_every_kind_of_position_table_tells_the_longest_window(family, extra, lo
         (
             "qwen2",
             {
+                "num_key_value_heads": 2,
                 "rope_parameters": {
                     "rope_type": "yarn",
                     "factor": 4.0,
                     "original_max_position_embeddings": 32,
-                }
+                },
             },
             128,
         ),

@@ -90,12 +90,15 @@ ANSWERS = (
 def expected_label(tokenizer, question, answer):
     """First and last token that overlap the answer, by the tokenizer's own offsets."""
     encoded = tokenizer(question, CONTEXT, return_offsets_mapping=True)
+    spaces = {tokenizer.convert_tokens_to_ids(mark) for mark in "▁Ġ"} - {tokenizer.unk_token_id}
     start = CONTEXT.index(answer)
     inside = []
     for place, (low, high) in enumerate(encoded["offset_mapping"]):
         text = CONTEXT[low:high]
         low, high = low + len(text) - len(text.lstrip()), high - len(text) + len(text.rstrip())
         overlaps = low < high and low < start + len(answer) and high > start
+        # A lone space in front of a word says that it is the word's first character.
+        overlaps &= encoded["input_ids"][place] not in spaces
         if encoded.sequence_ids(0)[place] == 1 and overlaps:
             inside.append(place)
     return encoded["input_ids"], inside[0], inside[-1]

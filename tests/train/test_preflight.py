@@ -14,8 +14,10 @@ from transformers import AutoConfig
 
 from runner.errors import AssetError, DataError, JobError
 from runner.job.schema import Job
+from runner.model.config import empty_model
 from runner.train.preflight import check_data
 from runner.utils.tables import markdown
+from tests.hollow import save_hollow
 
 WORDS = "river folds battery before beech"  # each one token of the tiny vocabulary
 
@@ -175,7 +177,10 @@ def test_parameters_and_memory_of_bert_base(
 ):
     folder = tmp_path / "model"
     shutil.copytree(tiny("bert"), folder)
-    AutoConfig.for_model("bert").save_pretrained(folder)
+    config = AutoConfig.for_model("bert")
+    config.save_pretrained(folder)
+    shapes = {name: [*t.shape] for name, t in empty_model(config, "bert").state_dict().items()}
+    save_hollow(folder / "model.safetensors", shapes)
     model = {"name": str(folder), "freeze": ["embeddings", "encoder.layer.0-2"]}
     told = report(job([row("a", 5)], model=model, zero={"stage": stage}), ranks)
     total, embeddings, layer = 108_893_186, 23_837_184, 7_087_872
@@ -220,7 +225,7 @@ def test_weights_that_the_run_would_refuse_are_refused(job, tiny, tmp_path):
     torch.save(weights, folder / "pytorch_model.bin")
     with pytest.raises(DataError, match=r"1 tensors are .* such as bert.embeddings.LayerNorm.bias"):
         report(job([row("a", 5)], model={"name": str(folder)}))
-    (folder / "pytorch_model.bin").write_bytes(b"cut")
+    (folder / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(DataError, match="bin: cannot be read as pickled weights"):
         report(job([row("a", 5)], model={"name": str(folder)}))
 
