@@ -8,11 +8,11 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from runner.cli.output import count, write_data, write_line
 from runner.errors import StorageError, UsageError
-from runner.job.schema import Columns
+from runner.job.schema import Columns, Language
 
 # Arguments of `evaluate` that only a model has a use for, and only a file of predictions.
 FOR_A_MODEL = ("output", "null_threshold", "max_answer_length", "batch_size", "device", "threads")
@@ -113,6 +113,13 @@ def add_evaluate(verbs: Any) -> None:
     )
     _add_bad_rows(parser, "refuse data with wrong rows, or leave these out (fail)")
     parser.add_argument(
+        "--language",
+        choices=get_args(Language),
+        metavar="CODE",
+        help="whose words are compared: en as in SQuAD's script, de, zh ... after MLQA's rules (as"
+        " stored with the model; en)",
+    )
+    parser.add_argument(
         "--seed", type=int, default=42, metavar="N", help="of the intervals' bootstrap (42)"
     )
     parser.add_argument(
@@ -157,6 +164,7 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
             v2=v2,
             no_answer=arguments.no_answer,
             threshold=arguments.no_answer_threshold,
+            language=arguments.language or "en",
             seed=arguments.seed,
         )
         lines = file_lines(result)
@@ -168,6 +176,7 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
             dataset,
             on_bad_row=arguments.on_bad_row,
             v2=v2,
+            language=arguments.language,
             seed=arguments.seed,
             output=arguments.output,
         )

@@ -32,6 +32,14 @@ WindowTokens = Annotated[int, Field(ge=16, le=8192)]
 
 Stride = Annotated[int, Field(ge=0)]
 
+# Languages whose answers are compared by rules of their own (metrics/normalise).
+Language = Literal[
+    "ar", "bg", "bn", "ca", "cs", "da", "de", "el", "en", "es", "et", "eu", "fa", "fi", "fr", "he",
+    "hi", "hr", "hu", "id", "is", "it", "ja", "ka", "km", "ko", "lo", "lt", "lv", "mr", "ms", "my",
+    "nl", "no", "pl", "pt", "ro", "ru", "sk", "sl", "sr", "sv", "sw", "ta", "te", "th", "tr", "uk",
+    "ur", "vi", "zh",
+]  # fmt: skip
+
 METRICS = ("f1", "exact_match", "span_accuracy", "start_accuracy", "end_accuracy", "loss")
 
 
@@ -352,6 +360,13 @@ class Score(Section):
     )
     batch_size: Count = Field(
         default=32, description="windows per forward pass on one rank during evaluation"
+    )
+    language: Language = Field(
+        default="en",
+        description=(
+            "whose articles, punctuation and words decide whether an answer is right; en: as in"
+            " SQuAD's script, else after MLQA's rules"
+        ),
     )
 
 

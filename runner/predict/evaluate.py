@@ -23,7 +23,9 @@ from runner.eval.inference import batch_count, predict_windows
 from runner.eval.predictions import LISTED, as_lines, prediction_records
 from runner.eval.results import result_scores, score_line, threshold_lines
 from runner.job.inference import InferenceSettings
+from runner.job.schema import Language
 from runner.job.sources import parse_data, public_name
+from runner.metrics.normalise import rules
 from runner.model.load import hash_weights
 from runner.predict.predictor import ALONE, Predictor
 from runner.report.render import write_report
@@ -48,6 +50,7 @@ def evaluate_model(
     *,
     on_bad_row: Literal["fail", "drop"] = "fail",
     v2: bool,
+    language: Language | None = None,
     seed: int,
     output: Path | None,
 ) -> tuple[dict[str, Any], Path | None]:
@@ -58,6 +61,7 @@ def evaluate_model(
         dataset: questions with right answers.
         on_bad_row: what to do with questions that the model's windows do not take.
         v2: by SQuAD v2.0; so is a model that may answer nothing.
+        language: whose words are compared; None: as the model was scored.
         seed: of the bootstrap.
         output: folder for what is found; None takes one in the run folder, where it is one.
 
@@ -75,6 +79,7 @@ def evaluate_model(
     if output is not None:
         check_evaluation(RunDir(output))
     predictor = load()
+    predictor.answering = predictor.answering.with_score(language=language)
     refuse_tuned(predictor.answering, dataset)
     v2 = v2 or predictor.answering.unanswerable
     with explaining_inference_oom():
@@ -113,7 +118,8 @@ def refuse_tuned(answering: InferenceSettings, dataset: Dataset) -> None:
 
 def evaluation_lines(source: str, result: Mapping[str, Any]) -> list[str]:
     """What an evaluation found, for a terminal."""
-    official = "SQuAD v2.0" if "best_f1" in result["metrics"] else "SQuAD v1.1"
+    language = result["answering"]["score"]["language"]
+    official = rules(language, v2="best_f1" in result["metrics"])
     dropped = result["data"]["dropped"]
     left = f", {dropped} bad rows left out" if dropped else ""
     lines = [f"{below_here(source)}: {result['questions']:,} questions, {official}{left}"]
@@ -178,7 +184,6 @@ def result_of(
     predictor: Predictor, dataset: Dataset, windows: Windows, scores: Evaluation, seed: int
 ) -> dict[str, Any]:
     """result.json of an evaluation: as a run's, with the data set and the model."""
-    longest = predictor.answering.score.max_answer_length
     parts = {"data": Split(dataset, windows, cached=False)}
     return {
         **result_scores(scores, predictor.default_threshold, seed),
@@ -191,10 +196,14 @@ def result_of(
             "name": public_name(predictor.name.rstrip("/")),
             "weights_sha256": hash_weights(Path(predictor.location)),
         },
-        "caveats": caveats(parts, longest, key="--max-answer-length"),
+        "caveats": caveats(parts, predictor.answering.score, option=_option),
         "answering": predictor.answering.model_dump(mode="json"),
         "seconds": {"total": round(scores.predictions.seconds, 3)},
     }
+
+
+def _option(key: str) -> str:
+    return f"--{key.replace('_', '-')}"
 
 
 def folder_name(source: str) -> str:

@@ -43,7 +43,7 @@ def check_data(job: Job, ranks: int) -> Iterator[str | Rows]:
     parts = {"train": training, "validation": validation}
     parts |= {} if tuning is None else {"tuning": tuning}
     yield f"{job.name}: {job.model.name} on {job.data.train}"
-    yield from [*dict.fromkeys(warnings), *caveats(parts, job.score.max_answer_length)]
+    yield from [*dict.fromkeys(warnings), *caveats(parts, job.score)]
     yield [_data_row(name, part) for name, part in parts.items()]
     for name, part in parts.items():
         contradictions, dropped = part.dataset.contradictions, part.dataset.dropped

@@ -12,6 +12,7 @@ from runner.eval.predictions import as_lines, prediction_records
 from runner.eval.results import score_line, threshold_lines
 from runner.job.schema import Job, Probe
 from runner.job.sources import describe_sample
+from runner.metrics.normalise import rules
 from runner.model.load import emulation_warning
 from runner.run.folder import RunDir
 from runner.train.setup import Session, Splits
@@ -197,6 +198,7 @@ def closing_lines(job: Job, run: RunDir, result: Mapping[str, Any]) -> list[str]
             f"{score_line(result, '')} on"
             f" {below_here(job.data.validation)}{describe_sample(job.data.validation_sample)}"
         ),
+        *_language_lines(job),
         *threshold_lines(result),
         f"In brackets: 95 % intervals over the {result['questions']:,} questions",
         (
@@ -216,6 +218,12 @@ def closing_lines(job: Job, run: RunDir, result: Mapping[str, Any]) -> list[str]
     ):
         lines.append(f"  {name:24}{what}")
     return lines
+
+
+def _language_lines(job: Job) -> list[str]:
+    """By whose rules, where not as anyone expects."""
+    language = job.score.language
+    return [] if language == "en" else [f"by {rules(language, v2=job.data.unanswerable)}"]
 
 
 def probe_changes(rows: Sequence[Mapping[str, CellValue]]) -> list[dict[str, CellValue]]:
