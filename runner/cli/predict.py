@@ -111,7 +111,13 @@ def add_evaluate(verbs: Any) -> None:
         action="store_true",
         help="score by SQuAD v2.0, as is done anyway where a question has no answer",
     )
-    _add_bad_rows(parser, "refuse data with wrong rows, or leave these out (fail)")
+    ways = "refuse data with wrong rows, leave these out, or mend their answers (fail)"
+    _add_bad_rows(parser, ways, "repair")
+    parser.add_argument(
+        "--no-answer-text",
+        metavar="TEXT",
+        help="an answer in the data that means that there is none, such as ANSWERNOTFOUND",
+    )
     parser.add_argument(
         "--language",
         choices=get_args(Language),
@@ -152,7 +158,11 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
     from runner.data.dataset import load_dataset
 
     dataset = load_dataset(
-        arguments.data, columns=columns, unanswerable=True, on_bad_row=arguments.on_bad_row
+        arguments.data,
+        columns=columns,
+        unanswerable=True,
+        on_bad_row=arguments.on_bad_row,
+        no_answer=arguments.no_answer_text,
     )
     v2 = arguments.v2 or any(not example.answers for example in dataset.examples)
     if is_file:
@@ -242,8 +252,9 @@ def _add_model(parser: argparse.ArgumentParser, more: str = "") -> None:
     )
 
 
-def _add_bad_rows(parser: argparse.ArgumentParser, help_text: str) -> None:
-    parser.add_argument("--on-bad-row", choices=("fail", "drop"), default="fail", help=help_text)
+def _add_bad_rows(parser: argparse.ArgumentParser, help_text: str, *more: str) -> None:
+    ways = ("fail", "drop", *more)
+    parser.add_argument("--on-bad-row", choices=ways, default="fail", help=help_text)
 
 
 def _add_inference(parser: argparse.ArgumentParser) -> None:

@@ -6,9 +6,9 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -23,7 +23,7 @@ from runner.eval.inference import batch_count, predict_windows
 from runner.eval.predictions import LISTED, as_lines, prediction_records
 from runner.eval.results import result_scores, score_line, threshold_lines
 from runner.job.inference import InferenceSettings
-from runner.job.schema import Language
+from runner.job.schema import Language, OnBadRow
 from runner.job.sources import parse_data, public_name
 from runner.metrics.normalise import rules
 from runner.model.load import hash_weights
@@ -48,7 +48,7 @@ def evaluate_model(
     load: Callable[[], Predictor],
     dataset: Dataset,
     *,
-    on_bad_row: Literal["fail", "drop"] = "fail",
+    on_bad_row: OnBadRow = "fail",
     v2: bool,
     language: Language | None = None,
     seed: int,
@@ -122,6 +122,8 @@ def evaluation_lines(source: str, result: Mapping[str, Any]) -> list[str]:
     official = rules(language, v2="best_f1" in result["metrics"])
     dropped = result["data"]["dropped"]
     left = f", {dropped} bad rows left out" if dropped else ""
+    repaired = result["data"]["repaired"]
+    left += f", {repaired} answers mended (repairs.jsonl)" if repaired else ""
     lines = [f"{below_here(source)}: {result['questions']:,} questions, {official}{left}"]
     lines += [score_line(result, ""), *threshold_lines(result)]
     for key, name in (
@@ -191,6 +193,7 @@ def result_of(
             "source": dataset.source,
             "sha256": dataset.sha256,
             "dropped": len(dataset.dropped),
+            "repaired": len(dataset.repairs),
         },
         "model": {
             "name": public_name(predictor.name.rstrip("/")),
@@ -273,5 +276,7 @@ def write_evaluation(
         unanswerable=scores.null_threshold is not None,
     )
     write_atomic(run.predictions, as_lines(records))
+    if dataset.repairs:
+        write_atomic(run.repairs, as_lines(map(asdict, dataset.repairs)))
     write_report(folder, result)
     write_json(run.result, result)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from runner.data.splits import Split
@@ -112,6 +113,17 @@ def probe_table(
     ]
 
 
+def write_repairs(run: RunDir, splits: Splits, fence: Fence) -> None:
+    """Write repairs.jsonl, an answer that was mended a line; nothing where none was."""
+    records = [
+        {"set": name, **asdict(repair)}
+        for name, split in splits.named().items()
+        for repair in split.dataset.repairs
+    ]
+    if records:
+        write_atomic(run.repairs, as_lines(records), fence)
+
+
 def write_predictions(
     run: RunDir, scores: Evaluation, validation: Split, fence: Fence, *, unanswerable: bool
 ) -> None:
@@ -142,6 +154,11 @@ def opening_lines(session: Session) -> list[str]:
             lines.append(
                 f"{name}: {len(split.dataset.dropped)} bad rows dropped, first:"
                 f" {split.dataset.dropped[0]}"
+            )
+        if split.dataset.repairs:
+            lines.append(
+                f"{name}: {len(split.dataset.repairs)} answers mended, listed in repairs.jsonl,"
+                f" first: {split.dataset.repairs[0]}"
             )
     lines += session.caveats
     everything = session.parameters[-1]

@@ -8,6 +8,7 @@ the first one that recognises the table takes it. A new format is a file here an
 - `json_text`, `csv_text`, `parquet_file`: bytes as a table
 - `squad`, `flat`: layouts of a table
 - `diagnosis`: what is seen where they do not fit
+- `repair`: what of it can be mended
 - `hub_split`: a split of a hub repository
 """
 
