@@ -123,7 +123,7 @@ def evaluation_lines(source: str, result: Mapping[str, Any]) -> list[str]:
     dropped = result["data"]["dropped"]
     left = f", {dropped} bad rows left out" if dropped else ""
     repaired = result["data"]["repaired"]
-    left += f", {repaired} answers mended (repairs.jsonl)" if repaired else ""
+    left += f", {repaired} mended (repairs.jsonl)" if repaired else ""
     lines = [f"{below_here(source)}: {result['questions']:,} questions, {official}{left}"]
     lines += [score_line(result, ""), *threshold_lines(result)]
     for key, name in (

@@ -155,10 +155,9 @@ def opening_lines(session: Session) -> list[str]:
                 f"{name}: {len(split.dataset.dropped)} bad rows dropped, first:"
                 f" {split.dataset.dropped[0]}"
             )
-        if split.dataset.repairs:
+        if repairs := split.dataset.repairs:
             lines.append(
-                f"{name}: {len(split.dataset.repairs)} answers mended, listed in repairs.jsonl,"
-                f" first: {split.dataset.repairs[0]}"
+                f"{name}: answers mended (repairs.jsonl): {len(repairs)}, first: {repairs[0]}"
             )
     lines += session.caveats
     everything = session.parameters[-1]

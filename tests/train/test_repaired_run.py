@@ -68,14 +68,14 @@ def test_what_is_mended_is_listed_and_told(folder, zygote, capsys):
         "why": "stands 1 character earlier",
     }
     log = run.log.read_text()
-    assert "train: 1 answers mended, listed in repairs.jsonl, first: data.jsonl:4" in log
+    assert "train: answers mended (repairs.jsonl): 1, first: data.jsonl:4" in log
     assert "by SQuAD v1.1 with MLQA's rules for de" in log
     assert "MLQA" in run.report.read_text() or "words of de" in run.report.read_text()
     # Another evaluation scores as the run did, unless it is told otherwise.
     arguments = ["--data", str(folder / "data.jsonl"), "--on-bad-row", "repair"]
     assert main(["evaluate", str(run.path), *arguments]) == 0
     told = capsys.readouterr().out
-    assert "MLQA's rules for de, 1 answers mended (repairs.jsonl)" in told
+    assert "MLQA's rules for de, 1 mended (repairs.jsonl)" in told
     assert main(["evaluate", str(run.path), *arguments, "--language", "en", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["answering"]["score"]["language"] == "en"
