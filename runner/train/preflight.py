@@ -132,7 +132,7 @@ def _data_row(name: str, part: Split) -> dict[str, CellValue]:
         "slice": name,
         "questions": len(part.dataset.examples),
         "dropped": len(part.dataset.dropped),
-        "mended": len(part.dataset.repairs),
+        **({"mended": len(part.dataset.repairs)} if part.dataset.repairs else {}),
         "windows": len(windows),
         "mean tokens": float(windows.lengths_N.mean()),
         "longest": int(windows.lengths_N.max()),
