@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from itertools import groupby
 
 import pytest
@@ -180,6 +181,14 @@ def test_a_damaged_model_is_named(published, tmp_path, content):
     with pytest.raises(DataError, match=r"damaged: spm\.model is no sentencepiece model: ") as told:
         opened(folder)
     assert "\n" not in str(told.value)
+
+
+def test_a_package_that_is_not_here_is_named(published, monkeypatch):
+    folder = published("deberta-v2")
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    told = r"spm\.model is read with a package that is not here: .*sentencepiece.*; run: pip"
+    with pytest.raises(DataError, match=told):
+        opened(folder)
 
 
 def test_every_family_with_pieces_is_held_against_them():

@@ -86,12 +86,17 @@ def refuse_damaged(folder: Path, name: str) -> None:
     """Say which sentencepiece model is none: transformers takes it for a file of tiktoken's then.
 
     Raises:
-        DataError: naming the file.
+        DataError: naming the file, or the package that reads it.
     """
     file = _model_file(folder)
     if file is not None:
         try:
             _proto(file)
+        except ImportError as error:
+            raise DataError(
+                f"{name}: {file.name} is read with a package that is not here: {error}; run: pip"
+                " install sentencepiece protobuf"
+            ) from None
         except Exception as error:
             raise DataError(
                 f"{name}: {file.name} is no sentencepiece model: {first_line(error)}"
