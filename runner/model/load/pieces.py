@@ -20,6 +20,9 @@ from runner.errors import DataError
 from runner.model.config import reading
 from runner.utils.text import first_line
 
+# The general class, to be saved by the name that transformers 4 knows too.
+_General: Any = type("PreTrainedTokenizerFast", (PreTrainedTokenizerFast,), {})
+
 # Texts that every vocabulary of a language in Latin letters cuts into pieces, and rarer ones.
 PLAIN = (
     "Who wrote the old guide, and when was it printed?",
@@ -165,7 +168,7 @@ def _with_table(tokenizer: Any, table: bytes) -> PreTrainedTokenizerBase:
     rest = [] if backend.normalizer is None else [backend.normalizer]
     backend.normalizer = normalizers.Sequence([normalizers.Precompiled(table), *rest])  # type: ignore[assignment]
     kept = ("model_input_names", "model_max_length", "padding_side", "truncation_side")
-    return PreTrainedTokenizerFast(
+    return _General(
         tokenizer_object=backend,
         **tokenizer.special_tokens_map,
         **{name: getattr(tokenizer, name) for name in kept},
