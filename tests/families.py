@@ -209,7 +209,7 @@ FAMILIES: dict[str, Family] = {
     "mpnet": Family(
         word_pieces(**{"[PAD]": "<pad>", "[CLS]": "<s>", "[SEP]": "</s>", "[MASK]": "<mask>"})
     ),
-    "big_bird": Family(pieces("spiece.model", **_BIG_BIRD), {"block_size": 16}),
+    "big_bird": Family(pieces("spiece.model", **_BIG_BIRD), {"block_size": 4}),
     "longformer": Family(roberta_bytes, ROBERTA | {"attention_window": [16, 16]}),
     "rembert": Family(pieces("sentencepiece.model", **_REMBERT), {"input_embedding_size": 16}),
     "squeezebert": Family(word_pieces(), {"embedding_size": 32}),

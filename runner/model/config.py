@@ -76,6 +76,21 @@ def read_config(section: Model, folder: Path) -> PreTrainedConfig:
     return config
 
 
+def settle_attention(config: Any) -> list[str]:
+    """Let a model whose attention changes for good with the first window that is short (BigBird)
+    begin as it ends, or its logits would depend on what it has read before.
+
+    Returns:
+        A line for the log, if it is one.
+    """
+    if getattr(config, "attention_type", None) != "block_sparse":
+        return []
+    config.attention_type = "original_full"
+    return [
+        f"attention: full; {config.model_type} would leave its sparse one at the first short window"
+    ]
+
+
 def empty_model(config: PreTrainedConfig, name: str) -> PreTrainedModel:
     """The architecture without weights, on the meta device.
 

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -211,3 +212,21 @@ def test_a_fresh_process_that_nobody_will_ask_ends():
     while lives(int(done.stdout)):
         assert time.monotonic() < deadline, "it is left over"
         time.sleep(0.05)
+
+
+def test_logits_that_rule_a_token_out_set_no_scale():
+    """BigBird's are a million lower for the question's tokens: beside them nothing would differ."""
+    windows = SimpleNamespace(questions_N=np.array([0]))
+    exact = np.array([[1.0, 2.0], [-1e6, -1e6 + 1], [0.5, -3.0]])
+    answer = {"missing": [], "logits": [exact.tolist()], "exact": [exact.tolist()]}
+    fresh: Any = SimpleNamespace(ask=lambda _: answer)
+    rounded = exact + np.array([[0.0, 0.0], [0.05, 0.05], [0.0, 1e-6]])
+
+    def verified(logits: np.ndarray) -> float:
+        return verify.verify_export(fresh, Path("x"), ASKED, windows, [logits], 48, 16)  # type: ignore[arg-type]
+
+    assert verified(rounded) < 1e-6
+    with pytest.raises(RunnerError, match="is not the model that was scored"):
+        verified(exact + np.array([[0.0, 0.5], [0.0, 0.0], [0.0, 0.0]]))
+    with pytest.raises(RunnerError, match="is not the model that was scored"):
+        verified(np.where(exact < -10, 0.0, exact))  # which rules nothing out

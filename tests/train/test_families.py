@@ -171,6 +171,27 @@ def test_padded_logits_are_those_of_each_window_alone(folder_of, family):
         )
 
 
+def test_what_a_model_has_read_before_changes_no_logit(folder_of):
+    """BigBird's attention stays full once a window was too short for its blocks: here it is so from
+    the start, in every process."""
+    files = ModelFiles.locate(Model(name=str(folder_of("big_bird"))))
+    assert files.notes == [
+        "attention: full; big_bird would leave its sparse one at the first short window"
+    ]
+    ids = torch.arange(10, 106)[None]
+    short = ids[:, :20]
+    plain = AutoModelForQuestionAnswering.from_pretrained(folder_of("big_bird")).eval()
+    ours = load_pretrained(files, 0).eval()
+    with torch.no_grad():
+        found = [model(input_ids=ids).start_logits for model in (plain, ours)]
+        for model in (plain, ours):
+            model(input_ids=short)
+        after = [model(input_ids=ids).start_logits for model in (plain, ours)]
+    assert not torch.allclose(found[0], after[0], atol=1e-2)
+    assert torch.equal(found[1], after[1])
+    assert torch.equal(found[1], after[0])
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_check_sees_of_every_family_what_the_run_does(folder_of, family):
     files = ModelFiles.locate(Model(name=str(folder_of(family))))

@@ -27,7 +27,7 @@ from runner.data.hub import snapshot
 from runner.errors import AssetError, DataError, JobError
 from runner.job.schema import Model
 from runner.job.sources import is_hub_model, package_folder
-from runner.model.config import read_config, reading
+from runner.model.config import read_config, reading, settle_attention
 from runner.model.load.tokenizer import open_tokenizer
 from runner.model.load.weights import (
     Weights,
@@ -73,7 +73,8 @@ class ModelFiles:
         """
         folder, commit = _find(section)
         quiet_libraries()
-        return cls(section, folder, commit, read_config(section, folder))
+        config = read_config(section, folder)
+        return cls(section, folder, commit, config, settle_attention(config))
 
     @cached_property
     def weights_sha256(self) -> str | None:
