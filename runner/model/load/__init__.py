@@ -135,18 +135,19 @@ def load_pretrained(files: ModelFiles, seed: int) -> PreTrainedModel:
 
 
 def load_outline(files: ModelFiles) -> PreTrainedModel:
-    """The model as `load_pretrained` gives it, of whose weights the shapes alone are read: all
-    numbers of a tensor are one and the same in memory, so that any model fits.
+    """The model as `load_pretrained` gives it, of whose weights the shapes alone are read: all rows
+    of a tensor are one in memory, so that any model fits.
 
     Raises:
         DataError: as `load_pretrained`.
     """
     files.check_weights()
     kind: Any = MODEL_FOR_QUESTION_ANSWERING_MAPPING[type(files.config)]
-    number = torch.zeros(())
     folder = files.weights.folder
     with reading(f"model.name: {files.section.name}"):
-        state = {key: number.expand(shape) for key, shape in shapes(folder).items()}
+        state = {
+            key: torch.zeros(shape[-1:]).expand(shape) for key, shape in shapes(folder).items()
+        }
         model, found = kind.from_pretrained(
             None,
             config=files.config,
