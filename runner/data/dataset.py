@@ -59,6 +59,7 @@ class Dataset:
         dropped: one line for each row left out by `on_bad_row = "drop"`.
         revision: the hub's commit, whatever the job calls it; None for a file.
         contradictions: a sentence for each kind of row that says "no answer" and also not.
+        read_as: the format that the file was taken for, and how many questions it holds in all.
     """
 
     source: str
@@ -67,6 +68,7 @@ class Dataset:
     dropped: tuple[str, ...]
     revision: str | None = None
     contradictions: tuple[str, ...] = ()
+    read_as: str = ""
 
 
 def load_dataset(
@@ -100,9 +102,10 @@ def load_dataset(
     if problem := unread_here(source, Path.cwd()):
         raise DataError(problem)
     if source.kind == "hub":
-        rows, commit = hub_rows(source, columns)
+        (understood, rows), commit = hub_rows(source, columns)
     else:
-        rows, commit = file_rows(Path(source.location), columns), None
+        (understood, rows), commit = file_rows(Path(source.location), columns), None
+    read_as = f"{understood}, {len(rows):,} question{'' if len(rows) == 1 else 's'}"
     if not rows:
         raise DataError(f"{name}: holds no questions")
     if source.slice is not None:
@@ -126,6 +129,7 @@ def load_dataset(
         tuple(f"{p}: {why}" for p, why in bad),
         commit,
         contradictions,
+        read_as,
     )
 
 

@@ -1,0 +1,89 @@
+"""What tools that mark spans of texts have in common: fields of any names, of which one is the text
+and one the question."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from runner.data.formats.columns import guess_columns
+from runner.data.formats.rows import (
+    NO_ROW,
+    RawTable,
+    Reading,
+    Row,
+    given,
+    is_blank,
+    kind,
+    marked,
+    printable_id,
+    row_id,
+)
+from runner.errors import DataError
+from runner.job.schema import Columns
+
+_ANSWER = "\0answer"  # no field is called so
+
+
+class Marked(NamedTuple):
+    """A text that was annotated: its id, its fields, (start, end, text) of each span that was
+    marked in one of them; `problem` is a sentence where nobody has annotated it."""
+
+    id: Any
+    fields: dict[str, Any]
+    spans: list[tuple[Any, Any, Any]]
+    problem: str | None
+
+
+def marked_rows(
+    file: str,
+    table: RawTable,
+    columns: Columns,
+    tool: str,
+    read: Callable[[dict[str, Any]], Marked],
+) -> Reading:
+    """Rows of a tool's export: several annotations of a question are answers of one row.
+
+    Raises:
+        DataError: if no field is the text or the question.
+    """
+    texts = [read(row) if isinstance(row, dict) else None for row in table.rows]
+    question, context = _fields(file, tool, [text for text in texts if text], columns)
+    rows: dict[Any, Row] = {}
+    for n, (place, text) in enumerate(zip(table.places(file), texts, strict=True), 1):
+        if text is None:
+            rows[n] = Row(place, *NO_ROW, f"a row is {kind(table.rows[n - 1])}")
+            continue
+        asked, told = (given(text.fields.get(name)) for name in (question, context))
+        identity = row_id(text.id, n)
+        own = "" if is_blank(text.id) else f": {printable_id(identity)}"
+        row = Row(f"{place}{own}", identity, asked, told, text.problem or [])
+        if text.problem is None:
+            row = replace(row, answers=[marked(told, *span) for span in text.spans])
+        key = f"{row.id}", f"{asked}", f"{told}"
+        same = rows.setdefault(key, row)
+        if same is not row and isinstance(same.answers, list) and isinstance(row.answers, list):
+            more = [pair for pair in row.answers if pair not in same.answers]
+            rows[key] = replace(same, answers=[*same.answers, *more])
+    return Reading(f"{tool}, question in {question!r}, text in {context!r}", list(rows.values()))
+
+
+def _fields(file: str, tool: str, texts: Sequence[Marked], columns: Columns) -> tuple[str, str]:
+    """The names of the question's field and of the text's, which holds what was marked."""
+    tables = [
+        {**text.fields, _ANSWER: next((words for *_, words in text.spans), None)} for text in texts
+    ]
+    names = list(dict.fromkeys(name for table in tables for name in table))
+    named = columns.model_copy(update={"answer": _ANSWER})
+    found = guess_columns(tables, names, named)
+    for key in ("question", "context"):
+        if key in columns.model_fields_set and getattr(columns, key) not in names:
+            found.pop(key, None)
+        if key not in found:
+            shown = ", ".join(repr(name) for name in names if name != _ANSWER) or "none"
+            raise DataError(
+                f"{file}: looks like {tool}, but none of its fields ({shown}) is the {key}; import"
+                f" it as a field of each text, and name it in [data.columns]: {key} = ..."
+            )
+    return found["question"], found["context"]
