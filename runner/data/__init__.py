@@ -2,7 +2,8 @@
 
 - `hub`: snapshots of the Hugging Face hub
 - `formats`: rows of files of every format (a folder: one file a format)
-- `dataset`: rows, checked, as examples
+- `examples`: rows, judged, as examples
+- `dataset`: the examples of a declared slice
 - `splits`: a run's data sets: training, validation, tuning
 - `tokenize`: texts as token ids and offsets
 - `windows`: examples as windows with labels (`answer_tokens`)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from runner.data.dataset import row_problem
+from runner.data.examples import row_problem
 from runner.data.formats import file_rows, is_flat
 from runner.data.formats.json_text import parse_json
 from runner.data.formats.layouts.flat import flat_rows

@@ -609,6 +609,8 @@ BAD_ROWS = {
         "no answer (answer_start is -1 beside an answer; ",
     ),
     "start three": ({"answer_start": "[0, 3, 3]"}, "answer_start is a list, not a whole number"),
+    "start three numbers": ({"answer_start": "(0, 3, 5)"}, "answer_start is text, not a whole"),
+    "start of a pair": ({"answer_start": "(1, 4)"}, "not at answer_start: counted from 1 ("),
     "start past the end": ({"answer_start": 18}, "outside the context (18, of 18 characters)"),
     "start far past the end": ({"answer_start": 10**30}, f"outside the context ({10**30}, of"),
     "answer over the end": ({"answer": "Bo..", "answer_start": 15}, "not at answer_start"),

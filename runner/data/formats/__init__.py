@@ -12,6 +12,7 @@ here, its line in PARSERS and its suffix in `runner.job.sources.FILE_SUFFIXES`.
 - `layouts`: rows of a table (a folder: one file a format)
 - `columns`: which column is what, where nobody says
 - `diagnosis`: what is seen where they do not fit
+- `repair`: what of it can be mended
 - `hub_split`: a split of a hub repository
 """
 

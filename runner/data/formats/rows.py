@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from runner.data.formats.written import unwritten, written_as_text
 
-_PAIR = re.compile(r"\s*\(\s*([0-9]{1,15})\s*,\s*[0-9]+\s*\)\s*")
 NO_ROW = (None, None, None)  # id, question and context of a row that is none
 
 
@@ -59,6 +58,19 @@ class Reading(NamedTuple):
 
     format: str
     rows: list[Row]
+
+
+def without_marker(row: Row, marker: str) -> Row:
+    """A row whose answers are none where they are a text that means so, and whose context does not
+    end in it, as where annotators could choose it there."""
+    answers, context = row.answers, row.context
+    if isinstance(answers, list):
+        marked = [isinstance(text, str) and text.strip() == marker for text, _ in answers]
+        pairs = zip(answers, marked, strict=True)
+        answers = [(None, None) if is_marker else answer for answer, is_marker in pairs]
+    if isinstance(context, str) and context.rstrip().endswith(marker):
+        context = context.rstrip().removesuffix(marker).rstrip()
+    return replace(row, answers=answers, context=context)
 
 
 def paired_answers(value: Any) -> list[tuple[Any, Any]] | str:
@@ -115,16 +127,16 @@ def is_blank(value: Any) -> bool:
 
 
 def number(value: Any) -> Any:
-    """A number that is written as text, as in CSV, where it looks like one; of a start and an end
-    the start."""
+    """A number that is written as text, as in CSV, where it looks like one; of a start and an end,
+    (12, 20), the start."""
     value = unwritten(value)
-    if isinstance(value, list | tuple) and len(value) == 2 and {*map(type, value)} == {int}:
-        return value[0]
+    if isinstance(value, list | tuple) and len(value) == 2:
+        return number(value[0])
     if not isinstance(value, str):
         return given(value)
-    if pair := _PAIR.fullmatch(value):
-        return int(pair[1])
     text = value.strip()  # of more than float() strips
+    if pair := re.fullmatch(r"[\[(]\s*([0-9]{1,15})\s*,\s*[0-9]{1,15}\s*[\])]", text):
+        return int(pair[1])
     if text.lower() in ("", "nan"):
         return None
     return int(float(text)) if re.fullmatch(r"-?[0-9]{1,15}(\.0*)?", text) else value
