@@ -31,7 +31,18 @@ PROBLEMS = [
     "job.toml:1: name: expected a string in quotes, found 5",
     "job.toml:4: train.epoch: unknown key; did you mean epochs?",
 ]
-VERBS = ("check", "run", "predict", "evaluate", "report", "reproduce", "prune", "submit", "status")
+VERBS = (
+    "init",
+    "check",
+    "run",
+    "predict",
+    "evaluate",
+    "report",
+    "reproduce",
+    "prune",
+    "submit",
+    "status",
+)
 VERBS += ("logs", "cancel", "schema")
 CODES = {
     "JobError": 64,

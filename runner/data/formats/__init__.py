@@ -22,6 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from runner.data.formats.columns import guess_columns, to_declare
 from runner.data.formats.csv_text import csv_table
 from runner.data.formats.json_text import json_table
 from runner.data.formats.layouts import LAYOUTS
@@ -68,6 +69,20 @@ def table_rows(file: str, table: RawTable, columns: Columns, *, answers: bool = 
     """
     found = (layout(file, table, columns, answers=answers) for layout in LAYOUTS)
     return next(reading for reading in found if reading is not None)
+
+
+def guessed_rows(file: str, table: RawTable, columns: Columns) -> tuple[Reading, Columns]:
+    """Rows of a table of which nobody has said what its columns are, but for those that `columns`
+    names, and the columns that a job must name to get the same.
+
+    Raises:
+        DataError: as `table_rows`.
+    """
+    if not table.rows or is_flat(table.rows[0]):
+        names = [name for name in table.columns() if isinstance(name, str) and name.strip()]
+        guessed = to_declare(guess_columns(table.rows, names, columns), names)
+        columns = Columns(**{**guessed, **columns.model_dump(exclude_unset=True)})
+    return table_rows(file, table, columns), columns
 
 
 def is_flat(row: Any) -> bool:
