@@ -18,7 +18,7 @@ _WORDS = {
     " kontext absatz contexte contexto contesto",
     "answer": "answer answers ans span spans gold antwort reponse respuesta risposta resposta a",
     "answer_start": "start starts begin offset offsets index indices position pos at",
-    "id": "id ids qid uid uuid guid",
+    "id": "id ids qid uid uuid guid nr",
 }
 _WORDS_OF = {role: frozenset(words.split()) for role, words in _WORDS.items()}
 _ASKS = ("?", "\uff1f", "\u061f", '?"', "?'")  # also Chinese and Arabic
