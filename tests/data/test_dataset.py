@@ -620,7 +620,7 @@ BAD_ROWS = {
     "start of 5,000 digits": ({"answer_start": "1" * 5000}, "answer_start is text, not a whole"),
     "start a half": ({"answer_start": 0.5}, "answer_start is a number, not a whole number"),
     "start true": ({"answer_start": True}, "answer_start is true or false, not a whole number"),
-    "start a list": ({"answer_start": ["a"]}, "answer_start is a list, not a whole number"),
+    "start a list": ({"answer_start": [0, 1, 2]}, "answer_start is a list, not a whole number"),
     "text absent": ({"answer": "Cy"}, 'answer is not in the context ("Cy")'),
     "text twice, no start": ({"answer": "Bo"}, "occurs more than once and has no answer_start"),
     "other case": ({"answer": "ann"}, 'answer is not in the context ("ann")'),

@@ -72,7 +72,8 @@ def to_declare(found: Mapping[str, str], names: Sequence[str]) -> dict[str, str]
     """Those of a table's columns that a job must name, for they are not called as is usual."""
     usual = {"question": "question", "context": "context", "answer_start": "answer_start"}
     usual |= {"id": "id", "answer": "answers" if "answers" in names else "answer"}
-    return {key: name for key, name in found.items() if name != usual[key]}
+    keys = [key for key in Columns.model_fields if key in found and found[key] != usual[key]]
+    return {key: found[key] for key in keys}
 
 
 def _fits(found: Mapping[str, str], key: str, name: str, free: Sequence[str]) -> bool:

@@ -130,7 +130,7 @@ def number(value: Any) -> Any:
     """A number that is written as text, as in CSV, where it looks like one; of a start and an end,
     (12, 20), the start."""
     value = unwritten(value)
-    if isinstance(value, list | tuple) and len(value) == 2:
+    if isinstance(value, list | tuple) and 1 <= len(value) <= 2:
         return number(value[0])
     if not isinstance(value, str):
         return given(value)

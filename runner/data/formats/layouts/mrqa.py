@@ -23,7 +23,7 @@ def mrqa_rows(file: str, table: RawTable, columns: Columns, *, answers: bool) ->
         return None
     rows: list[Row] = []
     for place, line in zip(table.places(file), table.rows, strict=True):
-        if isinstance(line, dict) and line.get("header") and line.get("context") is None:
+        if isinstance(line, dict) and line.get("header") is not None and line.get("qas") is None:
             continue
         if isinstance(line, dict) and "question" in line:
             line = {"context": line.get("context"), "qas": [line]}

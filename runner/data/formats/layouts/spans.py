@@ -58,14 +58,16 @@ def marked_rows(
         asked, told = (given(text.fields.get(name)) for name in (question, context))
         identity = row_id(text.id, n)
         own = "" if is_blank(text.id) else f": {printable_id(identity)}"
-        row = Row(f"{place}{own}", identity, asked, told, text.problem or [])
-        if text.problem is None:
-            row = replace(row, answers=[marked(told, *span) for span in text.spans])
-        key = f"{row.id}", f"{asked}", f"{told}"
-        same = rows.setdefault(key, row)
-        if same is not row and isinstance(same.answers, list) and isinstance(row.answers, list):
-            more = [pair for pair in row.answers if pair not in same.answers]
-            rows[key] = replace(same, answers=[*same.answers, *more])
+        key = f"{identity}", f"{asked}", f"{told}"
+        row = rows.setdefault(key, Row(f"{place}{own}", identity, asked, told, []))
+        if text.problem is not None:
+            rows[key] = replace(row, answers=row.answers or text.problem)
+            continue
+        answers = list(row.answers) if isinstance(row.answers, list) else []
+        for span in text.spans:
+            answer = marked(told, *span)
+            answers += [answer] if answer not in answers else []
+        rows[key] = replace(row, answers=answers)
     return Reading(f"{tool}, question in {question!r}, text in {context!r}", list(rows.values()))
 
 
