@@ -16,10 +16,10 @@ from runner.data.examples import Example, check_rows
 from runner.data.formats import file_rows
 from runner.data.formats.hub_split import hub_rows
 from runner.data.formats.repair import Repair, Repairer
-from runner.data.formats.rows import Row, without_marker
+from runner.data.formats.rows import Reading, Row, without_marker
 from runner.errors import DataError
 from runner.job.schema import Columns, OnBadRow
-from runner.job.sources import parse_data, unread_here
+from runner.job.sources import DataSource, parse_data, unread_here
 
 
 @dataclass(frozen=True)
@@ -73,19 +73,8 @@ def load_dataset(
         DataError: naming the rows (file:line, row or id) and what is wrong with each kind.
         AssetError: if the data is neither here nor reachable.
     """
-    try:
-        source = parse_data(name)
-    except ValueError as error:
-        raise DataError(str(error)) from None
-    if problem := unread_here(source, Path.cwd()):
-        raise DataError(problem)
-    if source.kind == "hub":
-        (understood, rows), commit = hub_rows(source, columns)
-    else:
-        (understood, rows), commit = file_rows(Path(source.location), columns), None
-    read_as = f"{understood}, {len(rows):,} question{'' if len(rows) == 1 else 's'}"
-    if not rows:
-        raise DataError(f"{name}: holds no questions")
+    source, reading, commit = _read(name, columns)
+    rows = reading.rows
     told: list[str] = []
     if no_answer is not None:
         rows, told = _unmarked(rows, no_answer)
@@ -114,8 +103,25 @@ def load_dataset(
         commit,
         (*told, *checked.contradictions),
         tuple(checked.repairs),
-        read_as,
+        str(reading),
     )
+
+
+def _read(name: str, columns: Columns) -> tuple[DataSource, Reading, str | None]:
+    """What a name points to, all its rows, and the hub's commit."""
+    try:
+        source = parse_data(name)
+    except ValueError as error:
+        raise DataError(str(error)) from None
+    if problem := unread_here(source, Path.cwd()):
+        raise DataError(problem)
+    if source.kind == "hub":
+        reading, commit = hub_rows(source, columns)
+    else:
+        reading, commit = file_rows(Path(source.location), columns), None
+    if not reading.rows:
+        raise DataError(f"{name}: holds no questions")
+    return source, reading, commit
 
 
 def without_rows(dataset: Dataset, bad: Mapping[int, str], on_bad_row: OnBadRow) -> Dataset:

@@ -59,6 +59,9 @@ class Reading(NamedTuple):
     format: str
     rows: list[Row]
 
+    def __str__(self) -> str:
+        return f"{self.format}, {len(self.rows):,} question{'' if len(self.rows) == 1 else 's'}"
+
 
 def without_marker(row: Row, marker: str) -> Row:
     """A row whose answers are none where they are a text that means so, and whose context does not
