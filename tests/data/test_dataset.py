@@ -168,10 +168,10 @@ def spans(example):
 
 
 def mrqa(examples):
-    lines = []
+    lines, by_id = [], {e.id: e for e in examples}
     for paragraph in paragraphs(examples):
         for qa in paragraph["qas"]:
-            (example,) = [e for e in examples if e.id == qa["id"]]
+            example = by_id[qa["id"]]
             qa["qid"] = qa.pop("id")
             found = {}
             for text, (start, end) in zip(example.answers, spans(example), strict=True):
@@ -1134,6 +1134,20 @@ def test_real_data_sets_hold_no_bad_row(real_data, name, questions, unanswerable
         assert sum(not e.answers for e in data.examples) == 3168
         with pytest.raises(DataError, match="3168 of 6078 rows refused: 3168 x no answer;"):
             load(real_data / name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("MRQA.jsonl.gz", "MRQA on the hub.parquet", "Label Studio.json", "Label Studio.csv"),
+        *("doccano.jsonl", "doccano, relations.jsonl", "pandas.csv", "json in.csv"),
+        *("paragraphs.json", "haystack.json", "lists and starts.csv"),
+    ],
+)
+def test_real_questions_come_through_every_format(real_data, tmp_path, name):
+    examples = load(real_data / "xquad_en_v1.1.json").examples
+    (tmp_path / name).write_bytes(FORMATS[name][1](examples))
+    assert load(tmp_path / name).examples == examples
 
 
 def test_as_many_malformed_data_sets_as_promised():
