@@ -255,6 +255,32 @@ def test_fields_of_a_tool_may_be_named_and_are_asked_for(tmp_path):
         load(file, question="b", context="text")
 
 
+@pytest.mark.parametrize("tool", ["Label Studio", "Label Studio, JSON-MIN", "doccano"])
+def test_of_several_labels_the_one_of_answers_is_asked_for(tmp_path, tool):
+    """Never all spans silently: neither of several labels nor of several controls."""
+    shade, base = (
+        {"start": 15, "end": 20, "text": "shade"},
+        {"start": 53, "end": 58, "text": "beech"},
+    )
+    fields = {"text": LAMP, "question": ASKED}
+    if tool == "doccano":
+        line = {**fields, "label": [[15, 20, "Evidence"], [53, 58, "Answer"]]}
+        file = written(tmp_path / "x.jsonl", [line])
+    elif tool == "Label Studio":
+        values = [{**shade, "labels": ["Evidence"]}, {**base, "labels": ["Answer"]}]
+        file = written(tmp_path / "x.json", [{"data": fields, "annotations": annotated(*values)}])
+    else:
+        row = {**fields, "annotator": 1, "annotation_id": 2, "Answer": [base], "Evidence": [shade]}
+        file = written(tmp_path / "x.json", [row])
+    with pytest.raises(
+        DataError, match=r"several \w+ \('Answer', 'Evidence'\); name the one that ma"
+    ):
+        load(file)
+    assert load(file, answer="Answer").examples[0].answers == ("beech",)
+    (asked,) = [row for group in file_questions(str(file), Columns()) for row in group]
+    assert asked.question == ASKED
+
+
 def test_a_column_of_answers_that_is_named_is_read_as_rows(tmp_path):
     row = {"question": ASKED, "text": LAMP, "label": ["washable linen"], "entities": [[0, 3, "A"]]}
     file = written(tmp_path / "x.jsonl", [row])

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from runner.data.formats.layouts.spans import Marked, marked_rows
+from runner.data.formats.layouts.spans import Marked, Span, marked_rows
 from runner.data.formats.rows import RawTable, Reading, is_blank
 from runner.data.formats.written import unwritten
 from runner.job.schema import Columns
@@ -21,10 +21,11 @@ def doccano_rows(file: str, table: RawTable, columns: Columns, *, answers: bool)
     Raises:
         DataError: if there is no question.
     """
-    if columns.answer or not any(isinstance(row, dict) and _is_doccano(row) for row in table.rows):
+    rows = [row for row in table.rows if isinstance(row, dict)]
+    if any(columns.answer in row for row in rows) or not any(map(_is_doccano, rows)):
         return None
     labelled = columns.model_copy(update={"context": "text"})  # which is what labels are in
-    return marked_rows(file, table, labelled, "doccano's lines", _line)
+    return marked_rows(file, table, labelled, "doccano's lines", _line, answers=answers)
 
 
 def _is_doccano(row: dict[str, Any]) -> bool:
@@ -45,15 +46,16 @@ def _line(row: dict[str, Any]) -> Marked:
         comments = row.get(name)
         if isinstance(comments, list) and len(comments) == 1:
             fields.setdefault("comment", comments[0])
-    spans = [_span(item) or (None, None, item) for item in _labels(row)]
+    spans = [_span(item) or Span(None, None, item, "", "") for item in _labels(row)]
     labelled = any(isinstance(row.get(name), list) for name in _LABELS)
     return Marked(row.get("id"), fields, spans, None if labelled else "no labels")
 
 
-def _span(label: Any) -> tuple[Any, Any, Any] | None:
-    """Start, end and no text; None where a label marks nothing."""
+def _span(label: Any) -> Span | None:
+    """What a label marks; None where that is nothing."""
     if isinstance(label, list) and len(label) == 3 and not is_blank(label[2]):
-        return label[0], label[1], None
+        return Span(label[0], label[1], None, "", str(label[2]))
     if isinstance(label, dict) and label.keys() >= {"start_offset", "end_offset"}:
-        return label["start_offset"], label["end_offset"], None
+        places = label["start_offset"], label["end_offset"]
+        return Span(*places, None, "", str(label.get("label", "")))
     return None

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from runner.data.formats.layouts.spans import Marked, marked_rows
+from runner.data.formats.layouts.spans import Marked, Span, marked_rows
 from runner.data.formats.rows import RawTable, Reading, number
 from runner.data.formats.written import unwritten
 from runner.job.schema import Columns
@@ -26,11 +26,11 @@ def label_studio_rows(
     tasks = [row for row in table.rows if isinstance(row, dict)]
     if any(isinstance(_annotations(row), list) and "data" in row for row in tasks):
         read, name = _task, "Label Studio's JSON"
-    elif any(row.keys() >= {"annotation_id", "annotator"} for row in tasks):
+    elif any(row.keys() >= {"annotation_id", "annotator"} and _row(row).spans for row in tasks):
         read, name = _row, "Label Studio's JSON-MIN"
     else:
         return None
-    return marked_rows(file, table, columns, name, read)
+    return marked_rows(file, table, columns, name, read, answers=answers)
 
 
 def _annotations(task: dict[str, Any]) -> Any:
@@ -47,11 +47,15 @@ def _task(task: dict[str, Any]) -> Marked:
         if isinstance(a, dict) and not (a.get("was_cancelled") or a.get("skipped"))
     ]
     results = [r for a in done if isinstance(a.get("result"), list) for r in a["result"]]
-    values = [result.get("value") for result in results if isinstance(result, dict)]
     return Marked(
         task.get("id"),
         fields if isinstance(fields, dict) else {},
-        [span for value in values for span in _spans(value)],
+        [
+            span
+            for r in results
+            if isinstance(r, dict)
+            for span in _spans(r.get("value"), r.get("from_name"))
+        ],
         None if done else "no annotation that was not skipped",
     )
 
@@ -62,15 +66,18 @@ def _row(row: dict[str, Any]) -> Marked:
     spans = {
         name: found
         for name, value in values.items()
-        if isinstance(value, list) and (found := [s for v in value for s in _spans(v)])
+        if isinstance(value, list) and (found := [s for v in value for s in _spans(v, name)])
     }
     fields = {k: v for k, v in row.items() if k not in spans and k not in _OWN}
     return Marked(row.get("id"), fields, [span for found in spans.values() for span in found], None)
 
 
-def _spans(value: Any) -> Iterator[tuple[Any, Any, Any]]:
+def _spans(value: Any, control: Any) -> Iterator[Span]:
     """The span that a result's value marks, if it marks one; of HTML its place among the text."""
     if isinstance(value, dict) and value.keys() >= {"start", "end"}:
         place = value.get("globalOffsets")
         place = place if isinstance(place, dict) else value
-        yield number(place.get("start")), number(place.get("end")), value.get("text")
+        labels = value.get("labels", value.get("hypertextlabels"))
+        label = ", ".join(map(str, labels)) if isinstance(labels, list) else ""
+        ends = number(place.get("start")), number(place.get("end"))
+        yield Span(*ends, value.get("text"), str(control or ""), label)

@@ -19,6 +19,7 @@ from runner.data.formats.rows import (
     marked,
     printable_id,
     row_id,
+    short_value,
 )
 from runner.errors import DataError
 from runner.job.schema import Columns
@@ -26,13 +27,24 @@ from runner.job.schema import Columns
 _ANSWER = "\0answer"  # no field is called so
 
 
+class Span(NamedTuple):
+    """What was marked from `start` up to `end`, as the tool spells it, if it does: with which of
+    the interface's controls, if it has names for them, and with which label."""
+
+    start: Any
+    end: Any
+    text: Any
+    control: str
+    label: str
+
+
 class Marked(NamedTuple):
-    """A text that was annotated: its id, its fields, (start, end, text) of each span that was
-    marked in one of them; `problem` is a sentence where nobody has annotated it."""
+    """A text that was annotated: its id, its fields, the spans that were marked in one of them;
+    `problem` is a sentence where nobody has annotated it."""
 
     id: Any
     fields: dict[str, Any]
-    spans: list[tuple[Any, Any, Any]]
+    spans: list[Span]
     problem: str | None
 
 
@@ -42,13 +54,17 @@ def marked_rows(
     columns: Columns,
     tool: str,
     read: Callable[[dict[str, Any]], Marked],
+    *,
+    answers: bool,
 ) -> Reading:
-    """Rows of a tool's export: several annotations of a question are answers of one row.
+    """Rows of a tool's export: several annotations of a question are answers of one row. Where
+    spans have several labels, `columns.answer` names the one of answers.
 
     Raises:
-        DataError: if no field is the text or the question.
+        DataError: if no field is the text or the question; if nobody says which spans are answers.
     """
     texts = [read(row) if isinstance(row, dict) else None for row in table.rows]
+    is_answer = _answer_test(file, tool, texts, columns.answer) if answers else None
     question, context = _fields(file, tool, [text for text in texts if text], columns)
     rows: dict[Any, Row] = {}
     for n, (place, text) in enumerate(zip(table.places(file), texts, strict=True), 1):
@@ -63,18 +79,38 @@ def marked_rows(
         if text.problem is not None:
             rows[key] = replace(row, answers=row.answers or text.problem)
             continue
-        answers = list(row.answers) if isinstance(row.answers, list) else []
-        for span in text.spans:
-            answer = marked(told, *span)
-            answers += [answer] if answer not in answers else []
-        rows[key] = replace(row, answers=answers)
+        found = list(row.answers) if isinstance(row.answers, list) else []
+        for span in filter(is_answer, text.spans) if is_answer else ():
+            answer = marked(told, span.start, span.end, span.text)
+            found += [answer] if answer not in found else []
+        rows[key] = replace(row, answers=found)
     return Reading(f"{tool}, question in {question!r}, text in {context!r}", list(rows.values()))
+
+
+def _answer_test(
+    file: str, tool: str, texts: Sequence[Marked | None], wanted: str | None
+) -> Callable[[Span], bool]:
+    """Which spans are answers: all, where only one label, and one control, marks any."""
+    spans = [span for text in texts if text for span in text.spans]
+    for name in ("control", "label"):
+        found = sorted({getattr(span, name) for span in spans})
+        if wanted in found:
+            return lambda span: getattr(span, name) == wanted
+    for name in ("control", "label"):
+        found = sorted({getattr(span, name) for span in spans})
+        if len(found) > 1:
+            raise DataError(
+                f"{file}: looks like {tool}, whose spans have several {name}s"
+                f" ({', '.join(map(repr, found))}); name the one that marks answers in"
+                f" [data.columns]: answer = {short_value(found[0])}"
+            )
+    return lambda span: True
 
 
 def _fields(file: str, tool: str, texts: Sequence[Marked], columns: Columns) -> tuple[str, str]:
     """The names of the question's field and of the text's, which holds what was marked."""
     tables = [
-        {**text.fields, _ANSWER: next((words for *_, words in text.spans), None)} for text in texts
+        {**text.fields, _ANSWER: next((span.text for span in text.spans), None)} for text in texts
     ]
     names = list(dict.fromkeys(name for table in tables for name in table))
     named = columns.model_copy(update={"answer": _ANSWER})
