@@ -45,14 +45,11 @@ def guess_columns(
             found[key] = best
             free.remove(best)
 
-    pairs = [
-        (_held(some, answer, context) + _named(answer, "answer") + _named(context, "context"), pair)
-        for pair in ((a, c) for a in names for c in names if a != c)
-        for answer, context in [pair]
-        if _fits(found, "answer", answer, free) and _fits(found, "context", context, free)
-    ]
-    score, best = max(pairs, default=(0.0, ("", "")), key=lambda pair: pair[0])
-    if score >= _SHARE and _held(some, *best) >= _SHARE:
+    answers, contexts = ([found[k]] if k in found else free for k in ("answer", "context"))
+    held = {(a, c): _held(some, a, c) for a in answers for c in contexts if a != c}
+    named = {pair: _named(pair[0], "answer") + _named(pair[1], "context") for pair in held}
+    best = max(held, key=lambda pair: held[pair] + named[pair], default=None)
+    if best is not None and held[best] >= _SHARE:
         found |= dict(zip(("answer", "context"), best, strict=True))
         free = [name for name in free if name not in best]
     take("question", lambda name: _asking(some, name) + _named(name, "question"), _SHARE)
@@ -74,10 +71,6 @@ def to_declare(found: Mapping[str, str], names: Sequence[str]) -> dict[str, str]
     usual |= {"id": "id", "answer": "answers" if "answers" in names else "answer"}
     keys = [key for key in Columns.model_fields if key in found and found[key] != usual[key]]
     return {key: found[key] for key in keys}
-
-
-def _fits(found: Mapping[str, str], key: str, name: str, free: Sequence[str]) -> bool:
-    return found[key] == name if key in found else name in free
 
 
 def _named(name: str, role: str) -> float:
