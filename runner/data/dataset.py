@@ -17,7 +17,7 @@ from runner.data.formats import file_rows
 from runner.data.formats.hub_split import hub_rows
 from runner.data.formats.judge import meant, row_problem, spans
 from runner.data.formats.repair import Repair, Repairer
-from runner.data.formats.rows import Row, without_marker
+from runner.data.formats.rows import Reading, Row, without_marker
 from runner.errors import DataError
 from runner.job.schema import Columns, OnBadRow
 from runner.job.sources import DataSource, parse_data, unread_here
@@ -54,6 +54,7 @@ class Dataset:
         revision: the hub's commit, whatever the job calls it; None for a file.
         contradictions: a sentence for each kind of row that says "no answer" and also not.
         repairs: what `on_bad_row = "repair"` mended.
+        read_as: the format that the file was taken for, and how many questions it holds in all.
     """
 
     source: str
@@ -63,6 +64,7 @@ class Dataset:
     revision: str | None = None
     contradictions: tuple[str, ...] = ()
     repairs: tuple[Repair, ...] = ()
+    read_as: str = ""
 
 
 def load_dataset(
@@ -91,7 +93,8 @@ def load_dataset(
         DataError: naming the rows (file:line, row or id) and what is wrong with each kind.
         AssetError: if the data is neither here nor reachable.
     """
-    source, rows, commit = _read(name, columns)
+    source, reading, commit = _read(name, columns)
+    rows = reading.rows
     told: list[str] = []
     if no_answer is not None:
         rows, told = _unmarked(rows, no_answer)
@@ -120,11 +123,12 @@ def load_dataset(
         commit,
         (*told, *checked.contradictions),
         tuple(checked.repairs),
+        str(reading),
     )
 
 
-def _read(name: str, columns: Columns) -> tuple[DataSource, list[Row], str | None]:
-    """What a name means, all its rows, and the hub's commit."""
+def _read(name: str, columns: Columns) -> tuple[DataSource, Reading, str | None]:
+    """What a name points to, all its rows, and the hub's commit."""
     try:
         source = parse_data(name)
     except ValueError as error:
@@ -132,12 +136,12 @@ def _read(name: str, columns: Columns) -> tuple[DataSource, list[Row], str | Non
     if problem := unread_here(source, Path.cwd()):
         raise DataError(problem)
     if source.kind == "hub":
-        rows, commit = hub_rows(source, columns)
+        reading, commit = hub_rows(source, columns)
     else:
-        rows, commit = file_rows(Path(source.location), columns), None
-    if not rows:
+        reading, commit = file_rows(Path(source.location), columns), None
+    if not reading.rows:
         raise DataError(f"{name}: holds no questions")
-    return source, rows, commit
+    return source, reading, commit
 
 
 def without_rows(dataset: Dataset, bad: Mapping[int, str], on_bad_row: OnBadRow) -> Dataset:

@@ -14,13 +14,8 @@ from runner.data.splits import Split
 from runner.data.tokenize import overlapping_tokens
 from runner.data.windows import Windows
 from runner.job.schema import Score
+from runner.metrics.normalise import SCRIPTS, script_of
 
-# The language that a script is most often met in.
-_LANGUAGES = {
-    "CJK": "zh",
-    **{"HIRAGANA": "ja", "KATAKANA": "ja", "HANGUL": "ko", "CYRILLIC": "ru", "ARABIC": "ar"},
-    **{"DEVANAGARI": "hi", "THAI": "th", "GREEK": "el", "HEBREW": "he", "BENGALI": "bn"},
-}
 OFTEN = 0.05  # share of the questions above which one answer is told of
 
 
@@ -123,20 +118,16 @@ def _often(examples: Sequence[Example]) -> str | None:
 def _foreign(part: Split, key: str) -> str | None:
     """What to say where English rules are for answers that are none, as far as letters tell."""
     answers = [text for example in part.dataset.examples for text in example.answers]
-    scripts = [{_script(letter) for letter in text if letter.isalpha()} for text in answers]
+    scripts = [{script_of(letter) for letter in text if letter.isalpha()} for text in answers]
     foreign = [names for names in scripts if names and "LATIN" not in names]
     if 2 * len(foreign) <= len(answers):
         return None
     ((script, _),) = Counter(name for names in foreign for name in names).most_common(1)
-    likely = _LANGUAGES.get(script)
+    likely = SCRIPTS.get(script)
     return (
         f"{len(foreign):,} of {len(answers):,} right answers hold no Latin letter, and are scored"
         f" by the rules for English; set {key}{f', perhaps to {likely}' if likely else ''}"
     )
-
-
-def _script(letter: str) -> str:
-    return unicodedata.name(letter, "NONE").partition(" ")[0]
 
 
 def _shared(scored: Sequence[Example], trained: Sequence[Example], name: str) -> list[str]:

@@ -23,7 +23,10 @@ HUB_ANSWER_S = 5.0  # seconds for a connection; the libraries would try for minu
 # What is fetched of a repository, and what never (subfolders of a model: onnx/ and the like).
 WANTED = {
     "model": ("*.json", "*.txt", "*.model", "*.safetensors"),
-    "dataset": ("README.md", ".huggingface.yaml", "*.json", "*.jsonl", "*.csv", "*.parquet"),
+    "dataset": (
+        *("README.md", ".huggingface.yaml", "*.json", "*.jsonl", "*.csv", "*.tsv", "*.parquet"),
+        *("*.json.gz", "*.jsonl.gz", "*.csv.gz", "*.tsv.gz"),
+    ),
 }
 UNWANTED = {"model": ("*/*",), "dataset": ()}
 AssetKind = Literal["model", "dataset"]

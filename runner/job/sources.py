@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-FILE_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
+_TEXT_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv")
+FILE_SUFFIXES = (*_TEXT_SUFFIXES, ".parquet")
+_READABLE = f"{', '.join(_TEXT_SUFFIXES)}, each also as .gz, or .parquet"
 
 _SLICE = re.compile(r"\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\]\Z", re.ASCII)
 
@@ -75,6 +77,13 @@ class DataSource:
         return f"{location}{tail[0] if tail else ''}"
 
 
+def file_suffix(name: str) -> str | None:
+    """Which of FILE_SUFFIXES a file's name ends in, a .gz after it aside; None if in none."""
+    name = name.lower()
+    suffix = Path(name.removesuffix(".gz")).suffix
+    return suffix if suffix in (_TEXT_SUFFIXES if name.endswith(".gz") else FILE_SUFFIXES) else None
+
+
 def parse_data(text: str) -> DataSource:
     """Read a data name; raise ValueError with a sentence where it has no meaning."""
     name, part = text, None
@@ -88,13 +97,13 @@ def parse_data(text: str) -> DataSource:
         )
     if part and part.is_empty():
         raise ValueError(f"{text!r} ends in a slice that never holds a question")
-    if Path(name).suffix.lower() in FILE_SUFFIXES:
+    if file_suffix(name) is not None:
         return DataSource(text=text, kind="file", location=name, slice=part)
     hub = _HUB.fullmatch(name)
     if hub is None:
         raise ValueError(
-            f"{text!r} is neither a file of a kind that is read ({', '.join(FILE_SUFFIXES)}) nor a"
-            " hub name such as rajpurkar/squad:train[:1000]"
+            f"{text!r} is neither a file of a kind that is read ({_READABLE}) nor a hub"
+            " name such as rajpurkar/squad:train[:1000]"
         )
     return DataSource(
         text=text,
@@ -135,13 +144,12 @@ def unread_here(source: DataSource, beside: Path) -> str | None:
 
 
 def _unread(name: str, found: Path) -> str:
-    readable = ", ".join(FILE_SUFFIXES)
     if found.is_dir():
         hub = f"for the hub's data set of this name write {name}@main"
-        return f"{name!r} is a folder here; name a file in it ({readable}); {hub}"
+        return f"{name!r} is a folder here; name a file in it ({_READABLE}); {hub}"
     packed = found.suffix.lower() in (".gz", ".bz2", ".xz", ".zst", ".zip", ".tar")
     fix = "unpack it" if packed else "convert it, or rename it if it is one of them"
-    return f"{name!r} is a file here, and of none of the kinds that are read ({readable}); {fix}"
+    return f"{name!r} is a file here, and of none of the kinds that are read ({_READABLE}); {fix}"
 
 
 def is_hub_model(name: str) -> bool:

@@ -44,6 +44,7 @@ def check_data(job: Job, ranks: int) -> Iterator[str | Rows]:
     parts |= {} if tuning is None else {"tuning": tuning}
     yield f"{job.name}: {job.model.name} on {job.data.train}"
     yield from [*dict.fromkeys(warnings), *caveats(parts, job.score)]
+    yield from (f"{name}: read as {part.dataset.read_as}" for name, part in parts.items())
     yield [_data_row(name, part) for name, part in parts.items()]
     for name, part in parts.items():
         contradictions, dropped = part.dataset.contradictions, part.dataset.dropped

@@ -175,7 +175,9 @@ def opening_lines(session: Session) -> list[str]:
 
 def detail_lines(session: Session) -> list[str]:
     """How the run computes, for who wants to know."""
-    lines = [session.span_loss.described(), *session.plan.lines()]
+    splits = session.splits.named().items()
+    lines = [f"{name}: read as {split.dataset.read_as}" for name, split in splits]
+    lines += [session.span_loss.described(), *session.plan.lines()]
     if session.exchanges_by_memory:
         lines.append("exchange: shared memory (all ranks are on CPUs of one machine)")
     return lines

@@ -121,12 +121,15 @@ def test_three_windows_are_shown_as_the_model_will_see_them(job):
 
 def test_ceilings_and_leaks_stand_first(job):
     told = report(job([row("v", 5)])).splitlines()
-    assert told[1:3] == [
+    read = "read as rows of question, context, answer, answer_start, 1 question"
+    assert told[1:5] == [
         "validation: its 1 questions are those of train: their scores tell how well they were"
         " learnt by heart; take others",
+        f"train: {read}",
+        f"validation: {read}",
         "",
     ]
-    assert report(job([row("other", 6)])).splitlines()[1] == ""
+    assert report(job([row("other", 6)])).splitlines()[1] == f"train: {read}"
 
 
 def test_of_many_dropped_rows_the_first_five_are_named(job):
