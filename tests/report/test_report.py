@@ -14,7 +14,7 @@ from runner.errors import DataError, RunDirError, StorageError
 from runner.report.comparison_page import short_names
 from runner.report.read import read_run
 from runner.report.render import write_comparison, write_report
-from runner.report.run_page import _best_epochs, thinned
+from runner.report.training_section import _best_epochs, thinned
 from runner.run.folder import RunDir
 from runner.run.lease import Lease
 from tests.sample_runs import make_evaluation, make_run, predictions

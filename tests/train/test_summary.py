@@ -12,10 +12,9 @@ import pytest
 from rich.console import Console
 
 from runner.data.dataset import Dataset, Example
-from runner.data.splits import Split
+from runner.data.splits import LoadedSets, Split
 from runner.job.schema import Job
 from runner.run.folder import RunDir
-from runner.train.setup import Splits
 from runner.train.summary import (
     INTERVAL_COLUMNS,
     closing_lines,
@@ -124,8 +123,17 @@ def test_two_samples_of_one_slice_have_a_hash_each():
         SimpleNamespace(dataset=SimpleNamespace(source="o/n:dev", sha256=digest))
         for digest in ("a1", "b2")
     )
-    found = data_hashes(Splits(cast(Any, one), cast(Any, other), None, (), cast(Any, None)))
-    assert found == {"training": "a1", "validation": "b2"}
+    sets: Any = {"a": one}, {"b": other, "c": one}
+    assert data_hashes(LoadedSets(sets[0], {"b": sets[1]["b"]}, None)) == {
+        "training": "a1",
+        "validation": "b2",
+    }
+    assert data_hashes(LoadedSets(*sets, sets[0]["a"])) == {
+        "training": "a1",
+        "validation b": "b2",
+        "validation c": "a1",
+        "tuning": "a1",
+    }
 
 
 def test_the_first_lines_count_rows_that_contradict_themselves():
@@ -134,7 +142,7 @@ def test_the_first_lines_count_rows_that_contradict_themselves():
     dataset = Dataset("t", (Example("a", "q", "c", (), ()),), "f" * 64, (), None, (told,))
     split = Split(dataset, windows, cached=False)
     session = MagicMock(notes=(), caveats=[], parameters=[{"parameters": 1, "trained": 1}])
-    session.splits.named.return_value = {"train": split}
+    session.splits.sets.named.return_value = {"train": split}
     assert f"train: {told}" in opening_lines(session)
 
 
