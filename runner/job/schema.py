@@ -130,12 +130,12 @@ _Trained = Annotated[TrainSet, Tag("<table>")]
 _Scored = Annotated[QuestionSet, Tag("<table>")]
 _TrainedList = Annotated[
     tuple[Annotated[_Name | _Trained, Discriminator(_item_form)], ...],
-    Field(min_length=1, strict=False),
+    Field(strict=False),
     Tag("<list>"),
 ]
 _ScoredList = Annotated[
     tuple[Annotated[_Name | _Scored, Discriminator(_item_form)], ...],
-    Field(min_length=1, strict=False),
+    Field(strict=False),
     Tag("<list>"),
 ]
 
@@ -195,6 +195,8 @@ class Data(Section):
     @classmethod
     def _sets_differ(cls, value: Any, info: ValidationInfo) -> Any:
         sets = () if value is None else _as_sets(value, None, Columns(), QuestionSet)
+        if value == ():
+            raise ValueError("is empty; name a file or a hub data set")
         shares = [one for one in sets if parse_share(one.source) is not None]
         if shares and info.field_name != "validation":
             raise ValueError(f"{shares[0].source!r} names no data; a share is for validation")

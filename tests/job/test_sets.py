@@ -157,7 +157,7 @@ def test_what_the_hub_has_is_asked_of_it(load):
         ),
         (
             'train = []\nvalidation = "b.csv"',
-            "job.toml:3: data.train: expected at least one, found a list",
+            "job.toml:3: data.train: is empty; name a file or a hub data set",
         ),
         (
             'train = [["a.json"]]\nvalidation = "b.csv"',
@@ -200,8 +200,8 @@ def test_a_wrong_set_is_named_with_its_line(problems, data, line):
 def test_a_set_that_decides_must_be_there(problems, load):
     more = '[stop]\non = "other-def"\n[expect]\nf1 = 50.0\non = "zzz"'
     assert problems(SEVERAL, more) == [
-        'job.toml:15: stop.on: no validation set is called "other-def"; did you mean other-dev?',
-        'job.toml:18: expect.on: no validation set is called "zzz"; there is b or other-dev',
+        'job.toml:16: stop.on: no validation set is called "other-def"; did you mean other-dev?',
+        'job.toml:19: expect.on: no validation set is called "zzz"; there is b or other-dev',
     ]
     assert load(SEVERAL, '[stop]\non = "b"').stop.on == "b"
 
