@@ -163,8 +163,8 @@ class RunLog:
     def evaluation(self, state: TrainState, scores: Mapping[str, Evaluation]) -> None:
         """A row of eval.csv for each validation set, the curves, and a row of the table of epochs
         for each."""
-        first, *further = self._run.eval_table, *map(self._run.eval_table_of, [*scores][1:])
-        for table, found in zip((first, *further), scores.values(), strict=True):
+        tables = [self._run.eval_table, *map(self._run.eval_table_of, [*scores][1:])]
+        for table, found in zip(tables, scores.values(), strict=True):
             self._row(table, eval_row(state.epoch, state.step, state.totals, found))
         self.curves()
         self._scoring_s = sum(found.predictions.seconds for found in scores.values())

@@ -261,9 +261,10 @@ class Trainer:
         if best is not None and self.rank.is_main:
             self.publish()
         if decision.stop and self.job.stop is not None and not is_last:
+            stop = self.job.stop
             self.log.line(
-                f"{self.job.stop.metric} has stopped improving: training ends early, after epoch"
-                f" {state.epoch}",
+                f"{stop.metric}{f' on {stop.on}' if stop.on else ''} has stopped improving: training"
+                f" ends early, after epoch {state.epoch}",
                 indent="",
             )
 

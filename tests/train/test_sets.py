@@ -213,3 +213,45 @@ def test_a_share_is_held_out_by_whole_texts_and_recorded(zygote, tiny, tmp_path)
     assert f"on 25% of {DATA}" in said or "on 25% of jobs/data" in said
     assert "scored on 25% of product_qa_train.json\\[:40\\]." in run.report.read_text()
     assert "On 25% of `product_qa_train.json[:40]`:" in (run.model / "README.md").read_text()
+
+
+REAL = """
+name = "real-sets"
+seed = 1
+[data]
+train = [
+  {{ source = "{data}/squadshifts_new_wiki_v1.0.json", sample = 60, weight = 0.5 }},
+  {{ source = "{data}/squad_v2_dev_half.json[:3700]", name = "v2", sample = 20, weight = 2.0 }},
+]
+validation = [
+  {{ source = "{data}/xquad_en_v1.1.json", sample = 20 }},
+  {{ source = "{data}/squad_v2_dev_half.json[3708:]", name = "v2", sample = 20 }},
+]
+unanswerable = true
+[model]
+name = "{model}"
+[train]
+epochs = 2
+batch_size = 16
+learning_rate = 3e-4
+[stop]
+on = "v2"
+"""
+
+
+@pytest.mark.slow
+def test_real_weights_on_real_sets_go_on_to_the_same_bits(zygote, real_data, minilm, tmp_path):
+    (tmp_path / "job.toml").write_text(REAL.format(data=real_data, model=minilm))
+    start = (tmp_path / "job.toml", "--run-dir")
+    codes, said = zygote.run(*start, tmp_path / "full", ranks=2)
+    assert codes == [0, 0], said
+    expected = outcome(tmp_path / "full")
+    assert expected["sets"]["v2"]["metrics"].keys() >= {"has_answer_f1", "no_answer_exact_match"}
+    steps = int(expected["train.csv"][-1]["step"]) // 2
+    code = at_step(steps + 2, 1, "os.kill(os.getpid(), signal.SIGKILL)")
+    codes, said = zygote.run(*start, tmp_path / "cut", ranks=2, code=code)
+    assert -signal.SIGKILL in codes, said
+    codes, said = zygote.run(*start, tmp_path / "cut", ranks=2)
+    assert codes == [0, 0], said
+    assert f"goes on after step {steps} " in said
+    assert outcome(tmp_path / "cut") == expected
