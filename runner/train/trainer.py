@@ -261,10 +261,10 @@ class Trainer:
         if best is not None and self.rank.is_main:
             self.publish()
         if decision.stop and self.job.stop is not None and not is_last:
-            stop = self.job.stop
+            where = f" on {self.job.stop.on}" if self.job.stop.on else ""
             self.log.line(
-                f"{stop.metric}{f' on {stop.on}' if stop.on else ''} has stopped improving: training"
-                f" ends early, after epoch {state.epoch}",
+                f"{self.job.stop.metric}{where} has stopped improving: training ends early, after"
+                f" epoch {state.epoch}",
                 indent="",
             )
 
