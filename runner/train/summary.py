@@ -22,7 +22,7 @@ from runner.utils.text import duration, shorten
 
 THRESHOLD = "null_threshold_logits"  # column of eval.csv
 
-SET_WIDTH = 20  # characters of a validation set's name in the table of epochs
+SET_WIDTH = 12  # characters of a validation set's name in the table of epochs
 
 INTERVAL_COLUMNS = ("EM %\n±95 % CI", "F1 %\n±95 % CI")  # of the table of epochs
 
@@ -222,9 +222,10 @@ def closing_lines(job: Job, run: RunDir, result: Mapping[str, Any]) -> list[str]
     if further:
         sets = zip(result["sets"].values(), further, strict=True)
         lines += [f"{score_line(scores, '')} on {name}" for scores, name in sets]
+    over = "each set's" if further else f"the {result['questions']:,}"
     lines += [
         *threshold_lines(result),
-        f"In brackets: 95 % intervals over the {result['questions']:,} questions",
+        f"In brackets: 95 % intervals over {over} questions",
         (
             f"Done in {duration(result['seconds']['total'])}. Written to"
             f" {below_here(str(run.path))}:"

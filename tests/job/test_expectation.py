@@ -34,7 +34,7 @@ def test_what_is_missed_is_said(expect, missed):
 def test_another_set_may_be_meant():
     result = {"metrics": METRICS, "sets": {"second": {"metrics": METRICS | {"f1": 20.0}}}}
     assert missed_expectation(Expect(f1=20.0, on="second"), result) is None
-    assert missed_expectation(Expect(f1=20.0, on="the first"), result)
+    assert missed_expectation(Expect(f1=20.0, on="first"), result)
     assert missed_expectation(Expect(f1=20.0), result)
 
 
