@@ -127,7 +127,7 @@ def test_each_training_set_is_seen_as_often_as_its_weight_says(run):
 
 def test_what_a_run_says_has_a_row_for_each_set(run):
     said = (run.path.parent / "said.txt").read_text().splitlines()
-    rows = [line.split()[:2] for line in said if re.match(r" +[123] (product|second)", line)]
+    rows = [line.split()[:2] for line in said if re.match(r" +[123] +(product|second)", line)]
     names = ["product-q...", "second"]
     each = [[str(epoch), name] for epoch in (1, 2, 3) for name in names]
     assert rows[-6:] == each
