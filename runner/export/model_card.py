@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from types import MappingProxyType
 
 from huggingface_hub import EvalResult, ModelCardData
 
@@ -22,6 +23,7 @@ def model_card(
     *,
     intervals: Mapping[str, tuple[float, float]],
     settings: InferenceSettings,
+    further: Mapping[str, Mapping[str, float]] = MappingProxyType({}),
 ) -> str:
     """Write the card in the hub's format: YAML front matter, then Markdown. Folders of this machine
     are left out: a card is made to be published.
@@ -33,6 +35,7 @@ def model_card(
             those questions' content.
         job_text: the resolved job file.
         intervals: metric name to its 95 % interval, for those that have one.
+        further: scores on each further validation set, by its name.
         settings: of inference, which the card names for those who use the model.
     """
     for path in (*job.data.names, job.model.name):
@@ -43,6 +46,7 @@ def model_card(
         front_matter=_front_matter(job, scores),
         job=job,
         scores=scores,
+        further=further,
         intervals=intervals,
         data=data,
         slices=_slices(job.data),

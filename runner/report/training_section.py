@@ -127,13 +127,14 @@ def _curves_by_set(run: RunRecord) -> Iterator[Charts]:
                 x_label="epoch",
                 y_label=label,
                 series=[
-                    Series(name, style, _points(one.epochs, key)) for (name, one), style in shown
+                    Series(name, style, _points(one.epochs, key), _band(one.epochs, interval))
+                    for (name, one), style in shown
                 ],
                 top=top,
             )
-            for title, label, key, top in (
-                ("Validation loss by set", "loss (nats)", "validation_loss_nats", None),
-                ("Validation F1 by set", "F1 (%)", "f1_percent", 100.0),
+            for title, label, key, interval, top in (
+                ("Validation loss by set", "loss (nats)", "validation_loss_nats", "", None),
+                ("Validation F1 by set", "F1 (%)", "f1_percent", "f1", 100.0),
             )
         ]
         yield Charts(charts, None)

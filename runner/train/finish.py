@@ -133,17 +133,18 @@ def remove_checkpoints(session: Session, log: RunLog, fence: Fence) -> None:
         log.line(f"checkpoints stay: {error}", indent="")
 
 
-def card_text(session: Session, scores: Evaluation, settings: InferenceSettings) -> str:
+def card_text(session: Session, best: BestEvaluation, settings: InferenceSettings) -> str:
     """The model card of an evaluation's weights."""
     # A card is made to be published: whose cluster and trackers it ran on is not for it.
     public = session.job.model_copy(update={"slurm": None, "track": Track()})
     return model_card(
         session.job,
-        reported(scores),
+        reported(best.scores),
         data_hashes(session.splits.sets),
         dump_job(public),
-        intervals=scores.intervals,
+        intervals=best.scores.intervals,
         settings=settings,
+        further={name: reported(scores) for name, scores in best.further.items()},
     )
 
 

@@ -132,7 +132,7 @@ def _data_row(name: str, part: Split, seen: Mapping[str, int]) -> dict[str, Cell
         "questions": len(part.dataset.examples),
         "dropped": len(part.dataset.dropped),
         "windows": len(windows),
-        **({"an epoch": seen.get(name)} if seen else {}),
+        **({"seen": seen.get(name)} if seen else {}),
         "mean tokens": float(windows.lengths_N.mean()),
         "longest": int(windows.lengths_N.max()),
         "answers in no window": _cut_answers(part, windows),

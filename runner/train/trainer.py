@@ -425,7 +425,7 @@ class Trainer:
         if self.best is None:
             raise AssertionError("rank 0 has scored the model")
         settings = settings_of_run(self.job, self.best.scores)
-        card = card_text(self.session, self.best.scores, settings)
+        card = card_text(self.session, self.best, settings)
         folder, tokenizer = stage.folder / BEST, self.session.tokenizer
         save_best(folder, self.best, self.engine.module, weights, tokenizer, card, settings)
 

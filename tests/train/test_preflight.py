@@ -105,7 +105,7 @@ def test_each_set_has_a_row_and_says_what_an_epoch_sees_of_it(job, tmp_path):
     scored = [str(tmp_path / "validation.json"), {"source": str(tmp_path / "more.json")}]
     told = report(job(TRAIN[:4], data={"train": sets, "validation": scored}))
     rows = {found["slice"]: found for found in table(told, "slice")}
-    assert [(name, found["windows"], found["an epoch"]) for name, found in rows.items()] == [
+    assert [(name, found["windows"], found["seen"]) for name, found in rows.items()] == [
         ("train train", "7", "4"),  # 3.5, to the even one
         ("train more", "4", "8"),
         ("validation validation", "1", "-"),

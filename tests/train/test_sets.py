@@ -154,6 +154,9 @@ def test_all_sets_stand_in_the_record_and_on_the_page(run):
     card = (run.model / "README.md").read_text()
     assert "`product_qa_train.json[:4]` (1.5 times an epoch) + `product_qa_train.json" in card
     assert "| validation second | `product_qa_validation.json[4:10]` |" in card
+    second = json.loads(run.result.read_text())["sets"]["second"]["metrics"]
+    scores = f"exact match {second['exact_match']:.2f}, F1 {second['f1']:.2f}."
+    assert f"\nOn `product_qa_validation.json[4:10]`: {scores}\n" in card
     assert str(DATA) not in card
 
 
