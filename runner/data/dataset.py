@@ -106,10 +106,10 @@ def load_dataset(
         rows = rows[start:stop]
     if sample is not None:
         rows = [rows[place] for place in sample_places(len(rows), sample, seed, name)]
-    checked = _check(rows, unanswerable, repairer if on_bad_row == "repair" else None)
+    checked = check_rows(rows, unanswerable, repairer if on_bad_row == "repair" else None)
     examples, bad = checked.examples, checked.bad
     if bad and repairer is not None:
-        left = bad if on_bad_row == "repair" else _check(rows, unanswerable, repairer).bad
+        left = bad if on_bad_row == "repair" else check_rows(rows, unanswerable, repairer).bad
         raise DataError(_report(name, bad, len(rows), mendable=len(bad) - len(left)))
     if not examples:
         raise DataError(
@@ -192,7 +192,7 @@ def content_sha256(examples: Iterable[Example]) -> str:
 
 
 @dataclass(frozen=True)
-class _Checked:
+class Checked:
     """Examples of the good rows; (place, problem) of the others; what good ones contradict; what
     was mended in them."""
 
@@ -202,9 +202,9 @@ class _Checked:
     repairs: list[Repair] = field(default_factory=list)
 
 
-def _check(rows: Sequence[Row], unanswerable: bool, repairer: Repairer | None) -> _Checked:
+def check_rows(rows: Sequence[Row], unanswerable: bool, repairer: Repairer | None) -> Checked:
     """Judge rows, mending their answers if there is somebody who can."""
-    checked = _Checked()
+    checked = Checked()
     seen: dict[str, str] = {}
     contradictions: dict[tuple[str, str], list[str]] = {}
     # A context is shared by several questions: check its encoding once.
