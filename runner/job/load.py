@@ -36,7 +36,7 @@ MAY_DIFFER: frozenset[KeyPath] = frozenset(
     {
         *(("slurm",), ("sweep",), ("track",), ("expect",)),
         *(("train", "checkpoint_minutes"), ("train", "timeout_minutes")),
-        ("train", "keep_checkpoints"),
+        *(("train", "keep_checkpoints"), ("train", "gradient_checkpointing")),
     }
 )
 MAX_BYTES = 200_000  # a job is a page of text; anything larger is another kind of file
@@ -113,13 +113,17 @@ def check_table(
         return None, problems + schema_problems(error)
     problems += tracker_problems(job.track)
     problems += _deepspeed_problems(job)
-    if job.zero.stage == 3 and job.model.compile == "on":
-        sentence = (
-            '"on" is not possible with zero.stage = 3, which gathers weights between operations'
-        )
-        problems.append(
-            (("model", "compile"), f'{sentence}; use "auto" or "off", or stage 0, 1 or 2')
-        )
+    twice, stage = job.train.gradient_checkpointing, job.zero.stage
+    hindrances = {
+        "zero.stage = 3, which gathers weights between operations": stage == 3,
+        "train.gradient_checkpointing = true, which computes layers twice": twice,
+    }
+    if job.model.compile == "on":
+        problems += [
+            (("model", "compile"), f'"on" is not possible with {what}; use "auto" or "off"')
+            for what, there in hindrances.items()
+            if there
+        ]
     parts = {name: getattr(job, name).model_copy(update=part) for name, part in located.items()}
     return job.model_copy(update=parts), problems
 
