@@ -264,17 +264,19 @@ def choose_packing(
     kind, reason = model.config.model_type, "each window's attention by itself"
     if device.type == "cuda":
         reason = "flash attention over each window's own tokens"
-    other = None
+    own = model.config._attn_implementation
+    other = None if attend_packed(model) else f"{kind} takes no attention but its own"
+    model.set_attn_implementation(own)
     if before:
         reason = "as the run began"
-    elif not _is_known(model.config):  # all ranks ask together, whatever each has for a device
+    elif other is None and not _is_known(model.config):
+        # All ranks ask together, whatever each has for a device.
         other = "nothing compares it" if compare is None else compare()
         other = other and f"{kind} is not among {', '.join(FAMILIES)}; {other}"
         reason += f"; {kind} was compared with its windows one by one"
     obstacle = _obstacle(model, device, precision) or other
-    if obstacle is None and not attend_packed(model):
-        obstacle = f"{kind} takes no attention but its own"
     if obstacle is None:
+        attend_packed(model)
         return packing_of(model, device, longest), reason
     if wanted == "on":
         raise JobError([f'model.packing: "on" is not possible: {obstacle}'])

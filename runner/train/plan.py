@@ -145,17 +145,9 @@ def choose_plan(
         section.compile, model, device, tokens, zero.stage, recompute=recompute
     )
     choices["compile"] = ("whole encoder" if compiled else "off", reason)
-    frozen = FrozenLayers.of(model)
-    if section.cache_frozen:
-        frozen = check_cacheable(frozen, zero.stage)
-        reason = "as the job says; dropout in them is off"
-        choices["frozen"] = (f"embeddings and {frozen.depth} layers once", reason)
-    elif frozen is not None:
-        choices["frozen"] = (
-            f"embeddings and {frozen.depth} layers forward only",
-            "nothing to train",
-        )
-        frozen = None
+    frozen, described = _choose_frozen(model, zero.stage, keep=section.cache_frozen)
+    if described is not None:
+        choices["frozen"] = described
     if device.type == "cpu":
         install_dropout(model, dropout)
         choices["dropout"] = ("16 bits an element", "torch's own takes a fifth of a step on a CPU")
@@ -163,6 +155,20 @@ def choose_plan(
     if compiled:
         compile_encoder(model)
     return ExecutionPlan(packing, dropout, optimiser, frozen, choices, recomputed)
+
+
+def _choose_frozen(
+    model: Any, zero_stage: int, *, keep: bool
+) -> tuple[FrozenLayers | None, tuple[str, str] | None]:
+    """The frozen layers whose outputs are kept; and what is said of those that there are."""
+    frozen = FrozenLayers.of(model)
+    if keep:
+        frozen = check_cacheable(frozen, zero_stage)
+        reason = "as the job says; dropout in them is off"
+        return frozen, (f"embeddings and {frozen.depth} layers once", reason)
+    if frozen is None:
+        return None, None
+    return None, (f"embeddings and {frozen.depth} layers forward only", "nothing to train")
 
 
 def recompute_activations(model: Any, dropout: DropoutMasks) -> int:
@@ -271,8 +277,7 @@ def compare_packing(
         exact = [read(batch)[0] for batch in alone]
         probe.to(_PRECISIONS[precision])
         fresh = [read(batch)[0] for batch in alone]
-        if not attend_packed(probe):
-            return "it takes no attention but its own"
+        attend_packed(probe)
         packing = packing_of(model, device, int(windows.lengths_N.max()))
         lone = [pack(collate(windows, rows[n : n + 1]), pad_id, packing) for n in range(len(rows))]
         row = pack(collate(windows, rows), pad_id, packing)

@@ -173,7 +173,7 @@ def test_a_packed_model_refuses_a_batch_that_is_not():
 @pytest.mark.parametrize(
     ("family", "device", "precision", "words"),
     [
-        ("rembert", "cpu", "fp32", "rembert is not among"),
+        ("data2vec-text", "cpu", "fp32", "data2vec-text is not among"),
         ("bert", "cuda", "fp32", "bf16 or fp16, not fp32"),
         ("bert", "meta", "fp32", "no packed attention on meta"),
     ],
