@@ -124,15 +124,8 @@ def choose_plan(
         JobError: if the job asks for what cannot be.
     """
     choices: dict[str, tuple[str, str]] = {}
-    packing, reason = choose_packing(
-        section.packing,
-        model,
-        device,
-        precision,
-        longest,
-        compare=compare,
-        before=packed_before,
-    )
+    where = (model, device, precision, longest)
+    packing, reason = choose_packing(section.packing, *where, compare=compare, before=packed_before)
     choices["batches"] = ("padded" if packing is None else "packed", reason)
     fused, reason = choose_projections(
         section.fused_qkv, model, device, packed=packing is not None, zero_stage=zero.stage
