@@ -17,6 +17,7 @@ from runner.job.schema import Job, batch_layout
 from runner.model.config import empty_model
 from runner.model.freeze import freeze, parameter_table
 from runner.model.load import ModelFiles, load_tokenizer
+from runner.model.structure import recomputable_layers
 from runner.utils.tables import CellValue
 
 Rows = list[dict[str, CellValue]]
@@ -37,6 +38,8 @@ def check_data(job: Job, ranks: int) -> Iterator[str | Rows]:
     files.check_weights()
     model = empty_model(files.config, job.model.name)
     freeze(model, job.model.freeze)
+    if job.train.gradient_checkpointing:
+        recomputable_layers(model)
     tokenizer = load_tokenizer(files)
     warnings: list[str] = []
     sets = load_splits(job.data, job.seed, tokenizer, warn=warnings.append)
