@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
@@ -70,6 +70,12 @@ def load_splits(
                 ]
             )
     return parts[0], parts[1], parts[2] if len(parts) > 2 else None
+
+
+def read_as_lines(parts: Mapping[str, Split]) -> list[str]:
+    """The format that each file was taken for; nothing of a set that is a share of another."""
+    found = ((name, part.dataset.read_as) for name, part in parts.items())
+    return [f"{name}: read as {words}" for name, words in found if words]
 
 
 def _split(

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from runner.data.sampler import epoch_batches
-from runner.data.splits import Split, load_splits
+from runner.data.splits import Split, load_splits, read_as_lines
 from runner.data.windows import Windows
 from runner.distributed.engine import learning_rate_factor
 from runner.eval.caveats import caveats
@@ -44,7 +44,7 @@ def check_data(job: Job, ranks: int) -> Iterator[str | Rows]:
     parts |= {} if tuning is None else {"tuning": tuning}
     yield f"{job.name}: {job.model.name} on {job.data.train}"
     yield from [*dict.fromkeys(warnings), *caveats(parts, job.score)]
-    yield from (f"{name}: read as {part.dataset.read_as}" for name, part in parts.items())
+    yield from read_as_lines(parts)
     yield [_data_row(name, part) for name, part in parts.items()]
     for name, part in parts.items():
         contradictions, dropped = part.dataset.contradictions, part.dataset.dropped
