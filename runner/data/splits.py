@@ -227,6 +227,12 @@ def joined(parts: Sequence[Split]) -> Split:
     return Split(dataset, windows, cached=all(part.cached for part in parts))
 
 
+def read_as_lines(parts: Mapping[str, Split]) -> list[str]:
+    """The format that each file was taken for; nothing of a set that is a share of another."""
+    found = ((name, part.dataset.read_as) for name, part in parts.items())
+    return [f"{name}: read as {words}" for name, words in found if words]
+
+
 def _split(
     dataset: Dataset,
     section: Data,

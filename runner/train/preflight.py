@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from runner.data.sampler import TrainSampler
-from runner.data.splits import Split, joined, load_splits, weighted_sets
+from runner.data.splits import Split, joined, load_splits, read_as_lines, weighted_sets
 from runner.data.windows import Windows
 from runner.distributed.engine import learning_rate_factor
 from runner.eval.caveats import caveats
@@ -46,7 +46,7 @@ def check_data(job: Job, ranks: int) -> Iterator[str | Rows]:
     parts = sets.named()
     yield f"{job.name}: {job.model.name} on {job.data.described(job.data.trained)}"
     yield from [*dict.fromkeys(warnings), *caveats(parts, job.score, trained=sets.trained())]
-    yield from (f"{name}: read as {part.dataset.read_as}" for name, part in parts.items())
+    yield from read_as_lines(parts)
     weighted = weighted_sets(job.data, sets)
     seen = dict(zip(sets.trained(), (one.count for one in weighted), strict=False))
     yield [_data_row(name, part, seen) for name, part in parts.items()]

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from runner.data.splits import LoadedSets, Split
+from runner.data.splits import LoadedSets, Split, read_as_lines
 from runner.eval.evaluation import Evaluation
 from runner.eval.inference import Predictions
 from runner.eval.predictions import as_lines, prediction_records
@@ -177,9 +177,11 @@ def opening_lines(session: Session) -> list[str]:
 
 def detail_lines(session: Session) -> list[str]:
     """How the run computes, for who wants to know."""
-    splits = session.splits.sets.named().items()
-    lines = [f"{name}: read as {split.dataset.read_as}" for name, split in splits]
-    lines += [session.span_loss.described(), *session.plan.lines()]
+    lines = [
+        *read_as_lines(session.splits.sets.named()),
+        session.span_loss.described(),
+        *session.plan.lines(),
+    ]
     if session.exchanges_by_memory:
         lines.append("exchange: shared memory (all ranks are on CPUs of one machine)")
     return lines

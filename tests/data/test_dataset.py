@@ -1056,6 +1056,15 @@ def test_a_hub_data_set_is_read_like_a_file(hub):
     assert both.sha256 == content_sha256(EXAMPLES)
 
 
+@pytest.mark.parametrize("name", ["MRQA.jsonl.gz", "v1.json", "paragraphs.jsonl", "tabs.tsv"])
+def test_a_hub_data_set_of_any_format(hub, name):
+    """As datasets reads such files: all lines with all columns, None where a line has none."""
+    examples, write, columns = FORMATS[name]
+    examples = [e for e in examples if e.answers]
+    hub(**{f"train.{name.partition('.')[2]}": write(examples)})
+    assert load("owner/repo", **columns).examples == tuple(examples)
+
+
 def test_a_hub_data_set_with_other_columns(hub):
     hub(train_parquet=parquet(one_answer(FIRSTS)))
     assert load("owner/repo:train", unanswerable=True, **STARTS).examples == FIRSTS

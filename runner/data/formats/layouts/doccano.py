@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from runner.data.formats.layouts.spans import Marked, Span, marked_rows
+from runner.data.formats.layouts.spans import Marked, MarkedSpan, marked_rows
 from runner.data.formats.rows import RawTable, Reading, is_blank
 from runner.data.formats.written import unwritten
 from runner.job.schema import Columns
@@ -46,16 +46,16 @@ def _line(row: dict[str, Any]) -> Marked:
         comments = row.get(name)
         if isinstance(comments, list) and len(comments) == 1:
             fields.setdefault("comment", comments[0])
-    spans = [_span(item) or Span(None, None, item, "", "") for item in _labels(row)]
+    spans = [_span(item) or MarkedSpan(None, None, item, "", "") for item in _labels(row)]
     labelled = any(isinstance(row.get(name), list) for name in _LABELS)
     return Marked(row.get("id"), fields, spans, None if labelled else "no labels")
 
 
-def _span(label: Any) -> Span | None:
+def _span(label: Any) -> MarkedSpan | None:
     """What a label marks; None where that is nothing."""
     if isinstance(label, list) and len(label) == 3 and not is_blank(label[2]):
-        return Span(label[0], label[1], None, "", str(label[2]))
+        return MarkedSpan(label[0], label[1], None, "", str(label[2]))
     if isinstance(label, dict) and label.keys() >= {"start_offset", "end_offset"}:
         places = label["start_offset"], label["end_offset"]
-        return Span(*places, None, "", str(label.get("label", "")))
+        return MarkedSpan(*places, None, "", str(label.get("label", "")))
     return None

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from runner.data.formats.layouts.spans import Marked, Span, marked_rows
+from runner.data.formats.layouts.spans import Marked, MarkedSpan, marked_rows
 from runner.data.formats.rows import RawTable, Reading, number
 from runner.data.formats.written import unwritten
 from runner.job.schema import Columns
@@ -72,7 +72,7 @@ def _row(row: dict[str, Any]) -> Marked:
     return Marked(row.get("id"), fields, [span for found in spans.values() for span in found], None)
 
 
-def _spans(value: Any, control: Any) -> Iterator[Span]:
+def _spans(value: Any, control: Any) -> Iterator[MarkedSpan]:
     """The span that a result's value marks, if it marks one; of HTML its place among the text."""
     if isinstance(value, dict) and value.keys() >= {"start", "end"}:
         place = value.get("globalOffsets")
@@ -80,4 +80,4 @@ def _spans(value: Any, control: Any) -> Iterator[Span]:
         labels = value.get("labels", value.get("hypertextlabels"))
         label = ", ".join(map(str, labels)) if isinstance(labels, list) else ""
         ends = number(place.get("start")), number(place.get("end"))
-        yield Span(*ends, value.get("text"), str(control or ""), label)
+        yield MarkedSpan(*ends, value.get("text"), str(control or ""), label)

@@ -27,7 +27,7 @@ from runner.job.schema import Columns
 _ANSWER = "\0answer"  # no field is called so
 
 
-class Span(NamedTuple):
+class MarkedSpan(NamedTuple):
     """What was marked from `start` up to `end`, as the tool spells it, if it does: with which of
     the interface's controls, if it has names for them, and with which label."""
 
@@ -44,7 +44,7 @@ class Marked(NamedTuple):
 
     id: Any
     fields: dict[str, Any]
-    spans: list[Span]
+    spans: list[MarkedSpan]
     problem: str | None
 
 
@@ -89,7 +89,7 @@ def marked_rows(
 
 def _answer_test(
     file: str, tool: str, texts: Sequence[Marked | None], wanted: str | None
-) -> Callable[[Span], bool]:
+) -> Callable[[MarkedSpan], bool]:
     """Which spans are answers: all, where only one label, and one control, marks any."""
     spans = [span for text in texts if text for span in text.spans]
     for name in ("control", "label"):

@@ -30,8 +30,9 @@ def squad_rows(file: str, table: RawTable, columns: Columns, *, answers: bool) -
     Raises:
         DataError: if an article or a paragraph is not what SQuAD's are.
     """
-    if any(isinstance(article, dict) and "paragraphs" in article for article in table.rows):
-        return Reading("SQuAD's articles", list(_rows(file, table.rows)))
+    articles = [article for row in table.rows for article in _articles(row)]
+    if any(isinstance(article, dict) and "paragraphs" in article for article in articles):
+        return Reading("SQuAD's articles", list(_rows(file, articles)))
     return None
 
 
@@ -64,6 +65,12 @@ def questions(
 
 def squad_answers(qa: dict[str, Any], context: Any) -> Answers:
     return paired_answers(qa["answers"]) if "answers" in qa else "no answers"
+
+
+def _articles(row: Any) -> list[Any]:
+    """An article, or all of a whole file, which is one row where datasets has read it."""
+    whole = row.get("data") if isinstance(row, dict) else None
+    return whole if isinstance(whole, list) else [row]
 
 
 def _rows(file: str, articles: Sequence[Any]) -> Iterator[Row]:
