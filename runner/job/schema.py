@@ -331,7 +331,7 @@ class Model(Section):
     sha256: str | None = Field(
         default=None,
         pattern=r"^[0-9a-f]{64}$",
-        description="expected sha256 of the weights file; another one is refused",
+        description="expected sha256 of the one file of weights, as published; others are refused",
     )
     freeze: tuple[Text, ...] = Field(
         default=(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -55,7 +56,7 @@ def first_position(model: Any) -> int:
 
 def longest_input(model: Any) -> int | None:
     """Tokens of the longest window that the model has positions for; None where none is too
-    long."""
+    long: positions relative to each other, as those of DeBERTa-v2, T5 and XLNet, are clipped."""
     sizes = [
         len(module.weight) - _before(module)
         for name, module in model.named_modules()
@@ -66,7 +67,26 @@ def longest_input(model: Any) -> int | None:
     declared = getattr(model.config, "max_position_embeddings", None)
     if sizes and isinstance(declared, int):
         sizes.append(declared)
-    return min(sizes, default=None)
+    return min(sizes, default=_rotary_positions(model))
+
+
+def _rotary_positions(model: Any) -> int | None:
+    """Tokens up to which a model that turns queries and keys by their positions (ModernBERT, and
+    decoders) was trained or stretched; None for others. Beyond them it computes, and answers
+    badly."""
+    declared = getattr(model.config, "max_position_embeddings", None)
+    if not isinstance(declared, int) or not any("rotary" in n for n, _ in model.named_modules()):
+        return None
+    found = getattr(model.config, "rope_parameters", None)
+    table = found if isinstance(found, Mapping) else {}
+    # One for all layers, or one for each kind of layer.
+    parts = [table, *(part for part in table.values() if isinstance(part, Mapping))]
+    stretched = [
+        int(part["factor"] * (part.get("original_max_position_embeddings") or declared))
+        for part in parts
+        if isinstance(part.get("factor"), int | float)
+    ]
+    return max([declared, *stretched])
 
 
 def token_rows(model: Any) -> int | None:

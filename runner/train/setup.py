@@ -44,6 +44,7 @@ from runner.model.load import (
     choose_precision,
     load_pretrained,
     load_tokenizer,
+    padding_notes,
 )
 from runner.model.loss import SpanLoss, choose_span_loss
 from runner.run.folder import RunDir
@@ -101,7 +102,8 @@ class Session:
         span_loss: which implementation of the loss.
         engine: DeepSpeed's, around the model.
         model: the engine and how it is fed.
-        notes: lines for the log: on windows that could not be kept, on frozen layers' outputs.
+        notes: lines for the log: on converted weights, on windows that could not be kept, on frozen
+            layers' outputs.
         caveats: what keeps the scores from meaning what they seem to, on rank 0.
     """
 
@@ -158,6 +160,7 @@ def build_session(
         sampler = TrainSampler(lengths_N, job.train, layout, job.seed, rank.index, weighted)
         model = main_first(rank, lambda: load_pretrained(files, job.seed))
         check_forward(model, tokenizer, job.model.name, training=True)
+        files.notes.extend(padding_notes(model, tokenizer))
         freeze(model, job.model.freeze)
         parameters = parameter_table(model)
         precision = choose_precision(job.model.precision, device)
@@ -182,7 +185,8 @@ def build_session(
         )
     return Session(
         job, run, rank, device, splits, sampler, tokenizer, files, parameters, precision, config,
-        plan, span_loss, engine, span_model, [*dict.fromkeys(warnings), *notes], doubts,
+        plan, span_loss, engine, span_model,
+        [*dict.fromkeys([*files.notes, *warnings]), *notes], doubts,
     )  # fmt: skip
 
 
