@@ -908,6 +908,14 @@ BAD_FILES = {
         b'[{"ask": "q", "text": "c", "answers": []}]',
         r"'ask', 'text', 'answers' \(a list\); name them in \[data.columns\]: question = \"ask",
     ),
+    "papers by their ids.json": (
+        json_bytes({f"paper {n}": {"full_text": []} for n in range(999)}),
+        r"the columns are 'paper 0' \(a table\), .* 979 more; a row has a question",
+    ),
+    "exports/qasper.jsonl": (
+        b'{"full_text": {}, "qas": {}, "title": "t"}',
+        "looks like QASPER, not",
+    ),
     "too few names.json": (
         b'[{"ask": "q", "text": {}, "answers": []}]',
         r"'ask', 'text' \(a table\), 'answers' \(a list\); a row has a question, a context and ans",

@@ -452,6 +452,10 @@ TABLES = {
         [{"q": "Where?", "passage": LAMP, "title": "lamps"}],
         {"question": "q", "context": "passage"},
     ),
+    "no text at all": (
+        [{"questionText": "Does it fit?", "answerText": "Yes", "snippets": ["It fits well."]}],
+        {"question": "questionText", "context": None, "answer": None},
+    ),
     "nothing": ([{"x": 1, "y": 2}], {}),
 }
 

@@ -46,6 +46,8 @@ _EXPORTS = (
     ("Natural Questions", {"question_text", "annotations"}),
     ("HotpotQA", {"context", "supporting_facts"}),
     ("TriviaQA", {"Data", "Domain"}),
+    ("QASPER", {"full_text", "qas"}),
+    ("NewsQA", {"text", "questions"}),
     ("a chat", {"messages"}),
 )
 
