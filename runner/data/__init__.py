@@ -2,8 +2,7 @@
 
 - `hub`: snapshots of the Hugging Face hub
 - `formats`: rows of files of every format (a folder; `formats/layouts`: one file a format)
-- `examples`: rows, judged, as examples
-- `dataset`: the examples of a declared slice
+- `dataset`: rows, checked, as examples
 - `splits`: a run's data sets: training, validation, tuning
 - `tokenize`: texts as token ids and offsets
 - `windows`: examples as windows with labels (`answer_tokens`)

@@ -55,7 +55,7 @@ def score_file(
     v2: bool,
     no_answer: Path | None,
     threshold: float | None,
-    language: Language,
+    language: Language = "en",
     seed: int,
 ) -> dict[str, Any]:
     """Score a file of predictions; no-answer probabilities in a file of their own mean SQuAD v2.0.

@@ -54,9 +54,8 @@ def hub_assets(job: Job) -> list[Asset]:
     wanted: list[tuple[AssetKind, str, str | None]] = []
     if not job.model.name.startswith(("/", "package:")):  # a folder's name has been made absolute
         wanted.append(("model", job.model.name, job.model.revision))
-    for text in (job.data.train, job.data.validation, job.data.tuning):
-        source = None if text is None else parse_data(text)
-        if source is not None and source.kind == "hub":
+    for source in map(parse_data, job.data.names):
+        if source.kind == "hub":
             wanted.append(("dataset", source.location, source.revision))
     return [
         Asset(kind, name, fetch_command(kind, name, revision))

@@ -4,11 +4,14 @@ installed package."""
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+from runner.utils.text import shorten
 
 _TEXT_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv")
 FILE_SUFFIXES = (*_TEXT_SUFFIXES, ".parquet")
@@ -21,6 +24,8 @@ _HUB = re.compile(
     r"(?::(?P<split>[\w.+-]+))?",
     re.ASCII,
 )
+
+_SHARE = re.compile(r"(\d{1,2}(?:\.\d+)?) ?%", re.ASCII)
 
 _HUB_MODEL = re.compile(r"(?:[A-Za-z0-9][\w.-]{0,95}/)?[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 
@@ -116,6 +121,24 @@ def parse_data(text: str) -> DataSource:
     )
 
 
+def parse_share(text: str) -> float | None:
+    """The share of the training questions that `10%` stands for, more than 0 and less than 1; None
+    for the name of a data set."""
+    found = _SHARE.fullmatch(text)
+    return float(found[1]) / 100 if found and float(found[1]) > 0 else None
+
+
+def set_name(text: str) -> str:
+    """What a set of questions is called unless the job says it: as its file, or as its repository
+    and split."""
+    if parse_share(text) is not None:
+        return "held-out"
+    source = parse_data(text)
+    last = source.location.rpartition("/")[2]
+    words = Path(last).stem if source.kind == "file" else f"{last}-{source.split}"
+    return re.sub(r"[^A-Za-z0-9]+", "-", words).strip("-")[:40].rstrip("-") or "data"
+
+
 def find_file(location: str, beside: Path) -> Path | None:
     """Find a relative path beside the job file first, then in the current folder; None if it is in
     neither."""
@@ -127,6 +150,23 @@ def find_file(location: str, beside: Path) -> Path | None:
         if os.path.exists(folder / path):
             return (folder / path).resolve()
     return None
+
+
+def located_data(name: str, beside: Path) -> tuple[str, str | None]:
+    """A data name, absolute where it is that of a file; what to say where the file is not there.
+    What the schema refuses is passed over."""
+    try:
+        source = parse_data(name)
+    except ValueError:
+        return name, None
+    if source.kind == "hub":
+        return name, unread_here(source, beside)
+    found, shown = find_file(source.location, beside), json.dumps(shorten(source.location))
+    if found is None:
+        return name, f"no file {shown} beside the job file or in the current folder"
+    if found.is_dir():
+        return name, f"{shown} is a folder; name a file in it"
+    return source.relocated(found), None
 
 
 def unread_here(source: DataSource, beside: Path) -> str | None:

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from runner.data.examples import row_problem
 from runner.data.formats import file_rows, is_flat
 from runner.data.formats.json_text import parse_json
+from runner.data.formats.judge import row_problem
 from runner.data.formats.layouts.flat import flat_rows
 from runner.data.formats.packed import MAGIC
 from runner.data.formats.rows import RawTable, Row

@@ -169,7 +169,7 @@ def differing_results(one: RunDir, other: RunDir) -> list[str]:
     differing cell of each table. Seconds and speeds are no results."""
     found = []
     first, second = read_record(one.result), read_record(other.result)
-    for key in ("metrics", "epoch", "step", "weights_sha256"):
+    for key in ("metrics", "sets", "epoch", "step", "weights_sha256"):
         pairs = (dict(_fields({key: record.get(key)})) for record in (first, second))
         then, now = pairs
         for name in dict.fromkeys([*then, *now]):
@@ -177,8 +177,9 @@ def differing_results(one: RunDir, other: RunDir) -> list[str]:
                 found.append(
                     f"result.json: {name} is {_spell(then, name)}, now {_spell(now, name)}"
                 )
-    if one.predictions.read_bytes() != other.predictions.read_bytes():
-        found.append(f"{one.predictions.name}: {_first_line(one.predictions, other.predictions)}")
+    for then_file, now_file in zip(one.answer_files, other.answer_files, strict=True):
+        if then_file.read_bytes() != now_file.read_bytes():
+            found.append(f"{then_file.name}: {_first_line(then_file, now_file)}")
     for then_table, now_table in zip(one.tables, other.tables, strict=True):
         difference = _first_cell(then_table, now_table)
         if difference:

@@ -1,4 +1,4 @@
-"""Rows of questions from files and hub repositories, not judged yet.
+"""Rows of questions from files and hub repositories, and what is to be said of them.
 
 The suffix of a file decides how its bytes become a table (gzip around them is known by its first
 bytes); of the layouts that rows may have there, the first one that recognises the table takes it.
@@ -11,6 +11,7 @@ here, its line in PARSERS and its suffix in `runner.job.sources.FILE_SUFFIXES`.
 - `written`: tables and lists that stand in a file as text
 - `layouts`: rows of a table (a folder: one file a format)
 - `columns`: which column is what, where nobody says
+- `judge`: what a row says, and whether it can be true
 - `diagnosis`: what is seen where they do not fit
 - `repair`: what of it can be mended
 - `hub_split`: a split of a hub repository
