@@ -11,7 +11,7 @@ here, its line in PARSERS and its suffix in `runner.job.sources.FILE_SUFFIXES`.
 - `written`: tables and lists that stand in a file as text
 - `layouts`: rows of a table (a folder: one file a format)
 - `columns`: which column is what, where nobody says
-- `judge`: what a row says, and whether it can be true
+- `judge`: what a row says, whether it can be true, and the examples of the good ones
 - `diagnosis`: what is seen where they do not fit
 - `repair`: what of it can be mended
 - `hub_split`: a split of a hub repository
