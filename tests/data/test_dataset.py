@@ -19,9 +19,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from runner.data import formats
 from runner.data.dataset import Example, content_sha256, load_dataset
-from runner.data.formats import file_rows, hub_split
+from runner.data.formats import file_rows, files, hub_split
 from runner.data.formats.rows import number
 from runner.data.hub import Snapshot
 from runner.errors import AssetError, DataError
@@ -317,7 +316,7 @@ FORMATS = {
 
 
 def test_each_suffix_that_a_job_may_name_has_its_format():
-    assert set(formats.PARSERS) == set(FILE_SUFFIXES)
+    assert set(files.PARSERS) == set(FILE_SUFFIXES)
 
 
 @pytest.mark.parametrize("name", FORMATS)
