@@ -174,7 +174,7 @@ def _tokenizer(family: str, variant: str):
     letters = sorted(set("".join(words)))
     some = sorted(set(words[::2]) - set(letters))
     if family == "roberta":
-        vocabulary, merges = _byte_pairs()
+        vocabulary, merges = byte_pairs()
         return RobertaTokenizer(
             vocab=vocabulary,
             merges=merges,
@@ -195,7 +195,7 @@ def _tokenizer(family: str, variant: str):
     )
 
 
-def _byte_pairs() -> tuple[dict[str, int], list[tuple[str, str]]]:
+def byte_pairs() -> tuple[dict[str, int], list[tuple[str, str]]]:
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     raw = Tokenizer(models.BPE())

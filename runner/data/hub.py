@@ -12,6 +12,7 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi, get_cached_repo_tree, snapshot_download
 from huggingface_hub.constants import HF_HUB_CACHE
@@ -26,7 +27,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import disable_progress_bars, httpx
 
 from runner.errors import AssetError, StorageError
-from runner.job.assets import UNWANTED, WANTED, AssetKind, fetch_command
+from runner.job.assets import UNWANTED, AssetKind, fetch_command, wanted_files
 from runner.utils.disk import full_disk, no_room
 from runner.utils.text import first_line
 
@@ -46,26 +47,31 @@ class Snapshot:
 
 @functools.cache  # a run sees one commit, even if somebody pushes meanwhile
 def snapshot(kind: AssetKind, name: str, revision: str | None) -> Snapshot:
-    """Get a model's configuration, tokenizer and safetensors, or a data set's card and data files.
+    """Get a model's configuration, tokenizer and weights (safetensors; where it has none, pickles),
+    or a data set's card and data files.
 
     Raises:
         AssetError: saying why they are not to be had, and how to fetch them.
         StorageError: if the cache has no room for them.
     """
-    cached, missing = _cached(kind, name, revision)
+    names = _cached_names(kind, name, revision)
+    cached, missing = _cached(kind, name, revision, names)
     if cached and missing == "" and _COMMIT.fullmatch(revision or ""):
         return cached
     if not sys.stderr.isatty():
         disable_progress_bars()
     try:
         # Asked first because it takes a time limit; snapshot_download does not.
-        HfApi().repo_info(name, repo_type=kind, revision=revision, timeout=HUB_TIMEOUT_S)
+        about: Any = HfApi().repo_info(
+            name, repo_type=kind, revision=revision, timeout=HUB_TIMEOUT_S
+        )
+        names = [file.rfilename for file in about.siblings or ()]
         return _at(
             snapshot_download(
                 name,
                 repo_type=kind,
                 revision=revision,
-                allow_patterns=list(WANTED[kind]),
+                allow_patterns=wanted_files(kind, names),
                 ignore_patterns=list(UNWANTED[kind]),
             )
         )
@@ -84,18 +90,29 @@ def snapshot(kind: AssetKind, name: str, revision: str | None) -> Snapshot:
             ) from None
         raise AssetError(
             f"{name}: {missing or 'not in the local cache'}, and {_reason(error)}; on a machine"
-            f" with network run: {fetch_command(kind, name, revision)}"
+            f" with network run: {fetch_command(kind, name, revision, names or ())}"
         ) from None
 
 
-def _cached(kind: AssetKind, name: str, revision: str | None) -> tuple[Snapshot | None, str | None]:
-    """What the cache holds of a revision, and what it lacks: "" for nothing, None if unknown."""
+def _cached_names(kind: AssetKind, name: str, revision: str | None) -> list[str] | None:
+    """The files of a revision, as the cache remembers them; None where it does not."""
+    try:
+        return [f.path for f in get_cached_repo_tree(name, repo_type=kind, revision=revision)]
+    except CachedRepoTreeNotFoundError:
+        return None
+
+
+def _cached(
+    kind: AssetKind, name: str, revision: str | None, names: list[str] | None
+) -> tuple[Snapshot | None, str | None]:
+    """What the cache holds of a revision, and what it lacks: "" for nothing, None if unknown,
+    because another program fetched single files."""
     try:
         folder = snapshot_download(
             name,
             repo_type=kind,
             revision=revision,
-            allow_patterns=list(WANTED[kind]),
+            allow_patterns=wanted_files(kind, names or ()),
             ignore_patterns=list(UNWANTED[kind]),
             local_files_only=True,
         )
@@ -104,11 +121,7 @@ def _cached(kind: AssetKind, name: str, revision: str | None) -> tuple[Snapshot 
         return None, f"{found[0] if found else 'files are missing'} from the local cache"
     except LocalEntryNotFoundError:
         return None, None
-    try:
-        get_cached_repo_tree(name, repo_type=kind, revision=revision)
-    except CachedRepoTreeNotFoundError:  # another program fetched single files
-        return _at(folder), None
-    return _at(folder), ""
+    return _at(folder), None if names is None else ""
 
 
 def _at(folder: str) -> Snapshot:

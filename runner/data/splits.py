@@ -114,7 +114,8 @@ def load_splits(
             raise JobError(
                 [
                     f"data.max_length: {section.max_length} gives windows of {longest} tokens"
-                    f" ({part.dataset.source}); this model takes {tokenizer.model_max_length}"
+                    f" ({part.dataset.source}); this model takes {tokenizer.model_max_length}, by"
+                    " max_position_embeddings in its config.json"
                 ]
             )
     return found

@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import shutil
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -28,7 +27,7 @@ from runner.data.windows import (
     window_blocks,
 )
 from runner.errors import StorageError
-from runner.utils.files import file_sha256, storage_errors
+from runner.utils.files import file_sha256, folder_aside, storage_errors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -149,20 +148,10 @@ def cache_root() -> Path:
 
 
 def _store(blocks: Iterable[Windows], folder: Path) -> None:
-    # Not named after the process: two machines that share the cache may have the same number.
-    aside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
-    try:
-        with storage_errors(folder):  # also what is only found out when a file is closed
-            aside.mkdir(parents=True)
-            _write(blocks, aside)
-            (aside / _SUMS).write_text(_sums(aside), encoding="utf-8")
-            try:
-                aside.rename(folder)
-            except OSError:
-                if not folder.is_dir():
-                    raise  # somebody else stored the same windows first: theirs will do
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    # Also what is only found out when a file is closed.
+    with storage_errors(folder), folder_aside(folder) as aside:
+        _write(blocks, aside)
+        (aside / _SUMS).write_text(_sums(aside), encoding="utf-8")
 
 
 def _write(blocks: Iterable[Windows], folder: Path) -> None:

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import errno
 import os
-import re
 import secrets
 import shutil
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from runner.job.inference import KEY, InferenceSettings
-from runner.utils.files import Fence, is_there, storage_errors
+from runner.utils.files import Fence, is_there, rust_errors, storage_errors
 
 
 def gathered_state(engine: Any, stage: int) -> dict[str, Tensor]:
@@ -64,17 +61,9 @@ def export_model(
         OSError: if they cannot be written.
     """
     setattr(model.config, KEY, settings.model_dump(mode="json"))
-    try:
+    with rust_errors(folder):
         model.save_pretrained(folder, state_dict=state)
         tokenizer.save_pretrained(folder)
-    except Exception as error:
-        # Rust gives the number only in the text, "... (os error 28)", and the tokenizers raise a
-        # bare Exception.
-        found = re.search(r"os error (\d+)", str(error))
-        if found is None and not isinstance(error, SafetensorError):
-            raise
-        number = int(found[1]) if found else errno.EIO
-        raise OSError(number, os.strerror(number), str(folder)) from error
     card_file = folder / "README.md"
     card_file.write_text(card, encoding="utf-8")
     mode = card_file.stat().st_mode & 0o777  # as the umask has it

@@ -9,8 +9,9 @@ import socket
 import threading
 import urllib.parse
 import urllib.request
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Literal
 
@@ -22,12 +23,15 @@ from runner.utils.text import one_of
 HUB_ANSWER_S = 5.0  # seconds for a connection; the libraries would try for minutes
 # What is fetched of a repository, and what never (subfolders of a model: onnx/ and the like).
 WANTED = {
-    "model": ("*.json", "*.txt", "*.model", "*.safetensors"),
+    "model": ("*.json", "*.txt", "*.model"),
     "dataset": (
         *("README.md", ".huggingface.yaml", "*.json", "*.jsonl", "*.csv", "*.tsv", "*.parquet"),
         *("*.json.gz", "*.jsonl.gz", "*.csv.gz", "*.tsv.gz"),
     ),
 }
+# Weights, besides: pickles where a repository has nothing else, never both.
+SAFE_WEIGHTS = ("*.safetensors",)
+PICKLED_WEIGHTS = ("pytorch_model.bin", "pytorch_model-*.bin")
 UNWANTED = {"model": ("*/*",), "dataset": ()}
 AssetKind = Literal["model", "dataset"]
 _OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
@@ -41,12 +45,19 @@ class Asset:
     Attributes:
         kind: "model" or "dataset".
         name: its id, owner/name.
-        fetch: a command that fills the cache with it, on a machine with a network.
+        revision: which one is asked for; None is the newest.
+        files: names of its files, as far as they are known.
     """
 
     kind: AssetKind
     name: str
-    fetch: str
+    revision: str | None
+    files: tuple[str, ...] = ()
+
+    @property
+    def fetch(self) -> str:
+        """A command that fills the cache with it, on a machine with a network."""
+        return fetch_command(self.kind, self.name, self.revision, self.files)
 
 
 def hub_assets(job: Job) -> list[Asset]:
@@ -57,26 +68,44 @@ def hub_assets(job: Job) -> list[Asset]:
     for source in map(parse_data, job.data.names):
         if source.kind == "hub":
             wanted.append(("dataset", source.location, source.revision))
-    return [
-        Asset(kind, name, fetch_command(kind, name, revision))
-        for kind, name, revision in dict.fromkeys(wanted)
-    ]
+    return [Asset(*found) for found in dict.fromkeys(wanted)]
 
 
-def fetch_command(kind: AssetKind, name: str, revision: str | None) -> str:
-    """The command that brings a repository into the cache of a machine with network."""
+def wanted_files(kind: AssetKind, names: Iterable[str] = ()) -> list[str]:
+    """Patterns of the files that are fetched of a repository.
+
+    Args:
+        kind: "model" or "dataset".
+        names: its files, as far as they are known.
+    """
+    if kind == "dataset":
+        return list(WANTED[kind])
+    top = [name for name in names if "/" not in name]
+    pickled = bool(top) and not _some(top, SAFE_WEIGHTS)
+    return [*WANTED[kind], *(PICKLED_WEIGHTS if pickled else SAFE_WEIGHTS)]
+
+
+def _some(names: Iterable[str], patterns: Iterable[str]) -> bool:
+    return any(fnmatch(name, pattern) for name in names for pattern in patterns)
+
+
+def fetch_command(
+    kind: AssetKind, name: str, revision: str | None, names: Iterable[str] = ()
+) -> str:
+    """The command that brings a repository, whose files may be known, into the cache of a machine
+    with network."""
     words = ["hf", "download", name]
     words += ["--repo-type", "dataset"] if kind == "dataset" else []
     words += ["--revision", revision] if revision else []
     # All files of a data set; of a model not the weights of four frameworks.
-    wanted = WANTED[kind] if kind == "model" else ()
-    words += [word for pattern in wanted for word in ("--include", pattern)]
+    patterns = wanted_files(kind, names) if kind == "model" else ()
+    words += [word for pattern in patterns for word in ("--include", pattern)]
     words += [word for pattern in UNWANTED[kind] for word in ("--exclude", pattern)]
     return shlex.join(words)
 
 
 def not_cached(job: Job, environment: Mapping[str, str]) -> list[Asset]:
-    """Those of a job's repositories that the hub's cache has nothing of.
+    """Those of a job's repositories that the hub's cache has nothing of, or of a model no weights.
 
     Args:
         job: the job.
@@ -91,11 +120,17 @@ def not_cached(job: Job, environment: Mapping[str, str]) -> list[Asset]:
     home = first("HF_HOME") or f"{base}/huggingface"
     hub = Path(first("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE") or f"{home}/hub")
 
-    def is_cached(asset: Asset) -> bool:
+    lacking = []
+    for asset in hub_assets(job):
         folder = hub / f"{asset.kind}s--{asset.name.replace('/', '--')}"
-        return any(folder.glob("snapshots/*"))
-
-    return [asset for asset in hub_assets(job) if not is_cached(asset)]
+        files = tuple(path.name for path in folder.glob("snapshots/*/*"))
+        there = (
+            _some(files, SAFE_WEIGHTS + PICKLED_WEIGHTS)
+            if asset.kind == "model"
+            else any(folder.glob("snapshots/*"))
+        )
+        lacking += [] if there else [replace(asset, files=files)]
+    return lacking
 
 
 def check_assets(job: Job) -> None:

@@ -37,7 +37,7 @@ MAY_DIFFER: frozenset[KeyPath] = frozenset(
     {
         *(("slurm",), ("sweep",), ("track",), ("expect",)),
         *(("train", "checkpoint_minutes"), ("train", "timeout_minutes")),
-        ("train", "keep_checkpoints"),
+        *(("train", "keep_checkpoints"), ("train", "gradient_checkpointing")),
     }
 )
 _SETS = (("data", "train"), ("data", "validation"))  # which may be lists and tables too
@@ -115,13 +115,16 @@ def check_table(
         return None, problems + schema_problems(error)
     problems += [*set_problems(job), *tracker_problems(job.track)]
     problems += _deepspeed_problems(job)
-    if job.zero.stage == 3 and job.model.compile == "on":
-        sentence = (
-            '"on" is not possible with zero.stage = 3, which gathers weights between operations'
-        )
-        problems.append(
-            (("model", "compile"), f'{sentence}; use "auto" or "off", or stage 0, 1 or 2')
-        )
+    hindrances = {
+        "zero.stage = 3, which gathers weights between operations": job.zero.stage == 3,
+        "train.gradient_checkpointing, which computes layers twice": (
+            job.train.gradient_checkpointing
+        ),
+    }
+    for what in [what for what, there in hindrances.items() if there]:
+        if job.model.compile == "on":
+            sentence = f'"on" is not possible with {what}; use "auto" or "off"'
+            problems.append((("model", "compile"), sentence))
     return job, problems
 
 

@@ -331,7 +331,7 @@ class Model(Section):
     sha256: str | None = Field(
         default=None,
         pattern=r"^[0-9a-f]{64}$",
-        description="expected sha256 of the weights file; another one is refused",
+        description="expected sha256 of the one file of weights, as published; others are refused",
     )
     freeze: tuple[Text, ...] = Field(
         default=(),
@@ -441,6 +441,13 @@ class Train(Section):
     )
     length_buckets: bool = Field(
         default=True, description="windows of similar length share a batch; false: plain shuffling"
+    )
+    gradient_checkpointing: bool = Field(
+        default=False,
+        description=(
+            "keep only each layer's input while training and compute the rest again in the backward"
+            " pass: less memory, about a third more time, the same numbers"
+        ),
     )
     deterministic: bool = Field(
         default=False,

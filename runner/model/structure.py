@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from runner.errors import JobError
 
 # As families call their tables of learned or fixed positions. What is relative between two tokens
 # has no end, and is called otherwise.
@@ -25,16 +29,34 @@ def encoder_layers(model: Any) -> list[nn.Module]:
     return [] if stack is None else list(stack.layer)
 
 
+def recomputable_layers(model: Any) -> list[Any]:
+    """The layers whose activations can be computed again in the backward pass.
+
+    Raises:
+        JobError: if the model has none.
+    """
+    found = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    if not found:
+        raise JobError(
+            [
+                f"train.gradient_checkpointing: not possible: {model.config.model_type} has no"
+                " layers that transformers can compute again; set it to false, or take smaller"
+                " train.micro_batch_size or data.max_length"
+            ]
+        )
+    return found
+
+
 def first_position(model: Any) -> int:
-    """Position of a window's first token: RoBERTa and its kin count from behind the padding's.
-    For a model with a table called position_embeddings."""
+    """Position of a window's first token: RoBERTa and its kin count from behind the padding's; 0
+    where no table is called position_embeddings."""
     tables = [m for name, m in model.named_modules() if name.endswith(_POSITIONS[0])]
-    return _before(tables[0])
+    return _before(tables[0]) if tables else 0
 
 
 def longest_input(model: Any) -> int | None:
     """Tokens of the longest window that the model has positions for; None where none is too
-    long."""
+    long: positions relative to each other, as those of DeBERTa-v2, T5 and XLNet, are clipped."""
     sizes = [
         len(module.weight) - _before(module)
         for name, module in model.named_modules()
@@ -45,7 +67,26 @@ def longest_input(model: Any) -> int | None:
     declared = getattr(model.config, "max_position_embeddings", None)
     if sizes and isinstance(declared, int):
         sizes.append(declared)
-    return min(sizes, default=None)
+    return min(sizes, default=_rotary_positions(model))
+
+
+def _rotary_positions(model: Any) -> int | None:
+    """Tokens up to which a model that turns queries and keys by their positions (ModernBERT, and
+    decoders) was trained or stretched; None for others. Beyond them it computes, and answers
+    badly."""
+    declared = getattr(model.config, "max_position_embeddings", None)
+    if not isinstance(declared, int) or not any("rotary" in n for n, _ in model.named_modules()):
+        return None
+    found = getattr(model.config, "rope_parameters", None)
+    table = found if isinstance(found, Mapping) else {}
+    # One for all layers, or one for each kind of layer.
+    parts = [table, *(part for part in table.values() if isinstance(part, Mapping))]
+    stretched = [
+        int(part["factor"] * (part.get("original_max_position_embeddings") or declared))
+        for part in parts
+        if isinstance(part.get("factor"), int | float)
+    ]
+    return max([declared, *stretched])
 
 
 def token_rows(model: Any) -> int | None:

@@ -178,6 +178,7 @@ def provenance_record(session: Session) -> dict[str, Any]:
             "location": str(session.files.folder),
             "revision": session.files.commit,
             "sha256": session.files.weights_sha256,
+            "converted_from": dict(session.files.weights.converted_from),
         },
         "zero_stage": job.zero.stage,
         "precision": session.precision,

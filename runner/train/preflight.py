@@ -14,9 +14,9 @@ from runner.data.windows import Windows
 from runner.distributed.engine import learning_rate_factor
 from runner.eval.caveats import caveats
 from runner.job.schema import Job, batch_layout
-from runner.model.config import empty_model
 from runner.model.freeze import freeze, parameter_table
-from runner.model.load import ModelFiles, load_tokenizer
+from runner.model.load import ModelFiles, check_forward, load_outline, load_tokenizer
+from runner.model.structure import recomputable_layers
 from runner.utils.tables import CellValue
 
 Rows = list[dict[str, CellValue]]
@@ -26,23 +26,27 @@ AROUND = 12  # tokens of the context shown before and after the answer
 
 
 def check_data(job: Job, ranks: int) -> Iterator[str | Rows]:
-    """Yield the report, its lines and the rows of its tables; no weights are loaded and nothing is
-    trained.
+    """Yield the report, its lines and the rows of its tables; of the weights only names and shapes
+    are read, and nothing is trained.
 
     Raises:
         RunnerError: of the kind that the run itself would end with.
     """
     layout = batch_layout(job.train, ranks)
     files = ModelFiles.locate(job.model)
-    files.check_weights()
-    model = empty_model(files.config, job.model.name)
+    model, tokenizer = load_outline(files), load_tokenizer(files)
+    check_forward(model, tokenizer, job.model.name, training=True)
     freeze(model, job.model.freeze)
-    tokenizer = load_tokenizer(files)
+    if job.train.gradient_checkpointing:
+        recomputable_layers(model)
     warnings: list[str] = []
     sets = load_splits(job.data, job.seed, tokenizer, warn=warnings.append)
     parts = sets.named()
     yield f"{job.name}: {job.model.name} on {job.data.described(job.data.trained)}"
-    yield from [*dict.fromkeys(warnings), *caveats(parts, job.score, trained=sets.trained())]
+    yield from [
+        *dict.fromkeys([*files.notes, *warnings]),
+        *caveats(parts, job.score, trained=sets.trained()),
+    ]
     yield from read_as_lines(parts)
     weighted = weighted_sets(job.data, sets)
     seen = dict(zip(sets.trained(), (one.count for one in weighted), strict=False))

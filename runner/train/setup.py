@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from runner.checkpoint.store import CheckpointStore, DamagedError
 from runner.data.dataset import Example
 from runner.data.sampler import TrainSampler, score_batches
 from runner.data.splits import (
@@ -34,7 +35,7 @@ from runner.errors import StorageError
 from runner.eval.caveats import caveats
 from runner.job.schema import Job, Model, batch_layout
 from runner.model.dropout import DropoutMasks
-from runner.model.forward import SpanModel, fill_cache
+from runner.model.forward import SpanModel, fill_cache, pad_token, takes_segment_ids
 from runner.model.freeze import freeze, optimiser_groups, parameter_table
 from runner.model.frozen import FrozenLayers, allocate
 from runner.model.load import (
@@ -43,10 +44,11 @@ from runner.model.load import (
     choose_precision,
     load_pretrained,
     load_tokenizer,
+    padding_notes,
 )
 from runner.model.loss import SpanLoss, choose_span_loss
 from runner.run.folder import RunDir
-from runner.train.plan import ExecutionPlan, choose_plan
+from runner.train.plan import ExecutionPlan, choose_plan, compare_packing, was_packed
 from runner.train.state import seed_everything
 from runner.utils.ranks import Rank
 from runner.utils.tables import CellValue
@@ -100,7 +102,8 @@ class Session:
         span_loss: which implementation of the loss.
         engine: DeepSpeed's, around the model.
         model: the engine and how it is fed.
-        notes: lines for the log: on windows that could not be kept, on frozen layers' outputs.
+        notes: lines for the log: on converted weights, on windows that could not be kept, on frozen
+            layers' outputs.
         caveats: what keeps the scores from meaning what they seem to, on rank 0.
     """
 
@@ -157,6 +160,7 @@ def build_session(
         sampler = TrainSampler(lengths_N, job.train, layout, job.seed, rank.index, weighted)
         model = main_first(rank, lambda: load_pretrained(files, job.seed))
         check_forward(model, tokenizer, job.model.name, training=True)
+        files.notes.extend(padding_notes(model, tokenizer))
         freeze(model, job.model.freeze)
         parameters = parameter_table(model)
         precision = choose_precision(job.model.precision, device)
@@ -164,7 +168,7 @@ def build_session(
         config = deepspeed_config(job.zero, job.train, layout, precision, trained)
         # From here on each rank draws its own dropout.
         seed_everything(job.seed * 1_000_003 + rank.index)
-        plan = _plan(job, model, splits, sampler, device, precision)
+        plan = _plan(job, run, model, tokenizer, splits, sampler, rank, device, precision)
         span_loss = choose_span_loss(job.model.span_loss, model, device, job.zero.stage)
         groups = optimiser_groups(model, job.train.weight_decay)
         steps = sampler.steps * job.train.epochs
@@ -181,7 +185,8 @@ def build_session(
         )
     return Session(
         job, run, rank, device, splits, sampler, tokenizer, files, parameters, precision, config,
-        plan, span_loss, engine, span_model, [*dict.fromkeys(warnings), *notes], doubts,
+        plan, span_loss, engine, span_model,
+        [*dict.fromkeys([*files.notes, *warnings]), *notes], doubts,
     )  # fmt: skip
 
 
@@ -206,13 +211,29 @@ def _load_data(
 
 def _plan(
     job: Job,
+    run: RunDir,
     model: Any,
+    tokenizer: PreTrainedTokenizerBase,
     splits: Splits,
     sampler: TrainSampler,
+    rank: Rank,
     device: torch.device,
     precision: str,
 ) -> ExecutionPlan:
-    windows = splits.training.windows
+    def on_main(work: Callable[[], Any]) -> Any:
+        """Do it on rank 0, for all: what it finds may hang on the machine or the library."""
+        return broadcast(main_first(rank, lambda: work() if rank.is_main else None))
+
+    training = splits.training.windows
+    compare = partial(
+        compare_packing,
+        model,
+        training,
+        device,
+        precision,
+        pad_id=pad_token(tokenizer),
+        segment_ids=takes_segment_ids(tokenizer),
+    )
     return choose_plan(
         job.model,
         job.zero,
@@ -220,9 +241,24 @@ def _plan(
         device,
         precision,
         longest=splits.longest(),
-        tokens=len(windows.tokens_T) * sampler.windows // len(windows) * job.train.epochs,
-        dropout=DropoutMasks(job.seed, sampler.rank),
+        tokens=len(training.tokens_T) * sampler.windows // len(training) * job.train.epochs,
+        dropout=DropoutMasks(job.seed, rank.index),
+        recompute=job.train.gradient_checkpointing,
+        compare=partial(on_main, compare),
+        packed_before=on_main(partial(_packed_before, run)),
     )
+
+
+def _packed_before(run: RunDir) -> bool | None:
+    """How earlier starts of a run have decided, by its newest checkpoint whose manifest is whole;
+    None where there is none."""
+    store = CheckpointStore(run.checkpoints, 0)
+    for name in store.names(1, ()):
+        try:
+            return was_packed(store.manifest(name).facts["identity"]["computing"])
+        except DamagedError:  # whoever loads it says so
+            continue
+    return None
 
 
 def _files_and_tokenizer(section: Model) -> tuple[ModelFiles, PreTrainedTokenizerBase]:

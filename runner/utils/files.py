@@ -7,8 +7,10 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import stat
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import is_dataclass
@@ -69,6 +71,28 @@ def write_atomic(path: Path, text: str, fence: Fence | None = None) -> None:
             aside.replace(path)
         finally:
             aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def folder_aside(folder: Path) -> Iterator[Path]:
+    """Yield a new folder beside `folder`, to be filled. It takes that name in the end, unless
+    somebody else has stored there first: theirs will do. After an exception nothing is left.
+
+    Raises:
+        OSError: if it cannot be made or renamed.
+    """
+    # Not named after the process: two machines that share the place may have the same number.
+    aside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
+    try:
+        aside.mkdir(parents=True)
+        yield aside
+        try:
+            aside.rename(folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def write_json(path: Path, value: Any, fence: Fence | None = None) -> None:
@@ -149,6 +173,22 @@ def storage_errors(path: Path | None = None) -> Iterator[None]:
         if is_full(error):
             raise StorageError(no_room(error, name)) from error
         raise StorageError(f"{name or 'a file'}: {error.strerror or error}") from error
+
+
+@contextmanager
+def rust_errors(path: Path) -> Iterator[None]:
+    """Turn what safetensors and tokenizers raise where they cannot write into an OSError: the
+    system's number stands only in their text, "... (os error 28)"."""
+    try:
+        yield
+    except Exception as error:
+        from safetensors import SafetensorError
+
+        found = re.search(r"os error (\d+)", str(error))
+        if isinstance(error, OSError) or not (found or isinstance(error, SafetensorError)):
+            raise
+        number = int(found[1]) if found else errno.EIO
+        raise OSError(number, os.strerror(number), str(path)) from error
 
 
 def is_there(path: Path) -> bool:

@@ -15,6 +15,7 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import unquote, urlsplit
 
 import pytest
@@ -311,6 +312,37 @@ def test_what_the_hub_does_not_have(hub, environment, model_files):
     assert name.endswith("run: hf auth login")
 
 
+def test_pickled_weights_are_fetched_where_there_are_no_others(
+    hub, environment, model_files, tmp_path
+):
+    """Never both, which would be twice the download; nor what is called alike."""
+    pickles = {
+        "pytorch_model.bin": b"weights",
+        "pytorch_model.generator.bin": b"of another model",
+        "training_args.bin": b"settings",
+    }
+    both = hub.push("model", MODEL, model_files | pickles)
+    safe = {n: b for n, b in model_files.items() if n != "model.safetensors"}
+    alone = hub.push("model", MODEL, safe | pickles | {"onnx/model.safetensors": b"?"})
+    shards = {f"pytorch_model-0000{n}-of-00002.bin": b"weights" for n in (1, 2)}
+    index = {"pytorch_model.bin.index.json": b"{}"}
+    cut = hub.push("model", MODEL, safe | shards | index)
+    found = [text.split() for text in ask(environment, model(both), model(alone), model(cut))]
+    weights = [{n for n in names if n.endswith((".bin", ".safetensors"))} for names in found]
+    assert weights == [{"model.safetensors"}, {"pytorch_model.bin"}, {*shards}]
+    assert "pytorch_model.bin.index.json" in found[2]
+    # What is cached needs no hub; what is missing of it is named, with the command that brings it.
+    hub.requests.clear()
+    assert [text.split() for text in ask(environment, model(alone), model(cut))] == found[1:]
+    assert hub.requests == []
+    for file in (tmp_path / "huggingface").rglob("pytorch_model*.bin"):
+        file.unlink()
+    (told,) = ask(environment, model(alone), HF_HUB_OFFLINE="1")
+    assert "1 file(s) are missing (pytorch_model.bin) from the local cache" in told
+    assert "--include pytorch_model.bin --include 'pytorch_model-*.bin' --exclude" in told
+    assert "safetensors" not in told
+
+
 def test_a_download_that_was_cut_short_is_no_snapshot(hub, environment, model_files, tmp_path):
     commit = hub.push("model", MODEL, model_files)
     ask(environment, model(commit))
@@ -411,7 +443,8 @@ def test_a_full_cache_is_no_silent_hub(monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(hub, "_cached", lambda *_: (None, None))
-    monkeypatch.setattr(hub.HfApi, "repo_info", lambda *_, **__: None)
+    about = SimpleNamespace(siblings=())
+    monkeypatch.setattr(hub.HfApi, "repo_info", lambda *_, **__: about)
     monkeypatch.setattr(hub, "snapshot_download", full)
     with pytest.raises(StorageError, match=rf"^{re.escape(hub.HF_HUB_CACHE)}: No space left on"):
         hub.snapshot.__wrapped__("model", MODEL, None)

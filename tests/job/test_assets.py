@@ -57,12 +57,30 @@ def test_what_is_needed():
 def test_what_is_cached(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     assert [asset.name for asset in not_cached(job(), {})] == ["o/m", "o/d"]
-    (tmp_path / "hub/models--o--m/snapshots/abc").mkdir(parents=True)
+    folder = tmp_path / "hub/models--o--m/snapshots/abc"
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").touch()
     (tmp_path / "hub/datasets--o--d/snapshots").mkdir(parents=True)
     assert [asset.name for asset in not_cached(job(), {})] == ["o/d"]
     # The run's own settings count, not those of the machine that submits.
     assert len(not_cached(job(), {"HF_HOME": "/nowhere"})) == 2
     assert len(not_cached(job(), {"HF_HUB_CACHE": str(tmp_path / "hub")})) == 1
+
+
+@pytest.mark.parametrize("weights", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin"])
+def test_a_model_is_cached_with_its_weights(tmp_path, monkeypatch, weights):
+    """A repository that turned out to have no safetensors is fetched with what it has."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    folder = tmp_path / "hub/models--o--m/snapshots/abc"
+    folder.mkdir(parents=True)
+    (folder / "config.json").touch()
+    (folder / "pytorch_model.generator.bin").touch()
+    [model, _] = not_cached(job(), {})
+    pickles = "--include pytorch_model.bin --include 'pytorch_model-*.bin'"
+    wanted = SAFETENSORS.replace("--include '*.safetensors'", pickles)
+    assert model.fetch == f"hf download o/m {wanted}"
+    (folder / weights).touch()
+    assert [asset.name for asset in not_cached(job(), {})] == ["o/d"]
 
 
 @pytest.fixture
@@ -99,8 +117,9 @@ def test_all_that_is_missing_is_named(no_hub):
 
 
 def test_what_is_cached_is_used_without_asking_again(no_hub):
-    (no_hub / "hub/models--o--m/snapshots/abc").mkdir(parents=True)
-    (no_hub / "hub/datasets--o--d/snapshots/abc").mkdir(parents=True)
+    for name in ("models--o--m/snapshots/abc", "datasets--o--d/snapshots/abc"):
+        (no_hub / "hub" / name).mkdir(parents=True)
+    (no_hub / "hub/models--o--m/snapshots/abc/model.safetensors").touch()
     check_assets(job())
     assert os.environ["HF_HUB_OFFLINE"] == "1"
 

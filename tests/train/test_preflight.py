@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from transformers import AutoConfig
 
 from runner.errors import AssetError, DataError, JobError
 from runner.job.schema import Job
+from runner.model.config import empty_model
 from runner.train.preflight import check_data
 from runner.utils.tables import markdown
+from tests.hollow import save_hollow
 
 WORDS = "river folds battery before beech"  # each one token of the tiny vocabulary
 
@@ -195,7 +200,10 @@ def test_parameters_and_memory_of_bert_base(
 ):
     folder = tmp_path / "model"
     shutil.copytree(tiny("bert"), folder)
-    AutoConfig.for_model("bert").save_pretrained(folder)
+    config = AutoConfig.for_model("bert")
+    config.save_pretrained(folder)
+    shapes = {name: [*t.shape] for name, t in empty_model(config, "bert").state_dict().items()}
+    save_hollow(folder / "model.safetensors", shapes)
     model = {"name": str(folder), "freeze": ["embeddings", "encoder.layer.0-2"]}
     told = report(job([row("a", 5)], model=model, zero={"stage": stage}), ranks)
     total, embeddings, layer = 108_893_186, 23_837_184, 7_087_872
@@ -215,13 +223,43 @@ def test_parameters_and_memory_of_bert_base(
     assert f" {states / 2**30:.2f} GiB a rank in fp32 with ZeRO-{stage};" in told
 
 
-def test_no_weights_are_read(job, tiny, tmp_path):
+def test_of_the_weights_the_header_alone_is_read(job, tiny, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(tiny("bert"), folder)
-    (folder / "model.safetensors").write_bytes(b"not read")
-    assert "memory" in report(job([row("a", 5)], model={"name": str(folder)}))
-    sha256 = hashlib.sha256(b"not read").hexdigest()
-    assert report(job([row("a", 5)], model={"name": str(folder), "sha256": sha256}))
+    section = {"name": str(folder)}
+    weights = folder / "model.safetensors"
+    size = weights.stat().st_size
+    told = report(job([row("a", 5)], model=section))
+    content = weights.read_bytes()
+    header = 8 + int.from_bytes(content[:8], "little")
+    weights.write_bytes(content[:header])
+    os.truncate(weights, size)  # no number of it is there
+    assert report(job([row("a", 5)], model=section)) == told
+    sha256 = hashlib.sha256(weights.read_bytes()).hexdigest()
+    assert report(job([row("a", 5)], model=section | {"sha256": sha256}))
+
+
+def test_weights_that_the_run_would_refuse_are_refused(job, tiny, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny("bert"), folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["bert.embeddings.LayerNorm.bias"] = torch.zeros(5)
+    (folder / "model.safetensors").unlink()
+    torch.save(weights, folder / "pytorch_model.bin")
+    with pytest.raises(DataError, match=r"1 tensors are .* such as bert.embeddings.LayerNorm.bias"):
+        report(job([row("a", 5)], model={"name": str(folder)}))
+    (folder / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(DataError, match="bin: cannot be read as pickled weights"):
+        report(job([row("a", 5)], model={"name": str(folder)}))
+
+
+def test_pickled_weights_are_told(job, tiny, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny("bert"), folder)
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    told = report(job([row("a", 5)], model={"name": str(folder)}))
+    assert "weights: pytorch_model.bin converted into safetensors, kept in " in told
 
 
 @pytest.mark.parametrize(

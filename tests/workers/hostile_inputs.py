@@ -138,12 +138,59 @@ def evil_module(folder: Path) -> None:
     (folder / "evil.py").write_text(f"{CODE}\nclass Evil:\n    pass\n")
 
 
-@case("model: pickled weights alone")
-def _(folder: Path) -> object:
-    path = model_folder(folder)
-    (path / "model.safetensors").unlink()
-    torch.save({"x": Bomb()}, path / "pytorch_model.bin")
-    return read_model(path)
+def storage_of(numbers: int) -> bytes:
+    """A pickle of a tensor whose memory has so many numbers, as torch writes one."""
+    tensor = (
+        b"ctorch._utils\n_rebuild_tensor_v2\n((S'storage'\nctorch\nFloatStorage\nS'0'\nS'cpu'\n"
+        b"I%d\ntQI0\n(I%d\nt(I1\ntI00\nccollections\nOrderedDict\n(tRtR" % (numbers, numbers)
+    )
+    return b"(dS'x'\n" + tensor + b"s."
+
+
+def put_zip(path: Path, pickled: bytes, **options: object) -> None:
+    with zipfile.ZipFile(path / "pytorch_model.bin", "w", **options) as file:  # type: ignore[arg-type]
+        file.writestr("a/data.pkl", pickled)
+        file.writestr("a/byteorder", "little")
+        file.writestr("a/data/0", b"\0" * 64)
+        file.writestr("a/version", "3\n")
+
+
+PICKLES: dict[str, Callable[[Path], object]] = {
+    "alone": lambda path: torch.save({"x": Bomb()}, path / "pytorch_model.bin"),
+    "before torch 1.6": lambda path: torch.save(
+        {"x": Bomb()}, path / "pytorch_model.bin", _use_new_zipfile_serialization=False
+    ),
+    "no file of torch": lambda path: (path / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb())),
+    "of protocol 0": lambda path: put_zip(path, pickle.dumps(Bomb(), protocol=0)),
+    "a terabyte": lambda path: put_zip(path, storage_of(2**38)),
+    "a terabyte before torch 1.6": lambda path: (path / "pytorch_model.bin").write_bytes(
+        pickle.dumps(0x1950A86A20F9469CFC6C, 2)
+        + pickle.dumps(1001, 2)
+        + pickle.dumps({"little_endian": True}, 2)
+        + storage_of(2**38)
+    ),
+    "a bomb": lambda path: put_zip(path, b"\x80\x02" + b"N0" * 2**25, compression=8),
+    "deep": lambda path: put_zip(path, b"(" * 2**22 + b"t" * 2**22 + b"."),
+    "a name that steers": lambda path: torch.save({"\x1b[2J\n": 3}, path / "pytorch_model.bin"),
+    "an index that leads out": lambda path: put_json(
+        path / "pytorch_model.bin.index.json", weight_map={"a": str(VICTIM)}
+    ),
+    "an index that is deep": lambda path: (path / "pytorch_model.bin.index.json").write_text(
+        '{"weight_map":' + "[" * 100_000
+    ),
+    "a pipe": lambda path: os.mkfifo(path / "pytorch_model.bin"),
+    "a link to an endless device": lambda path: (path / "pytorch_model.bin").symlink_to(
+        "/dev/zero"
+    ),
+}
+for title, put in PICKLES.items():
+
+    @case(f"model: pickled weights: {title}")
+    def _(folder: Path, put: Callable[[Path], object] = put) -> object:
+        path = model_folder(folder)
+        (path / "model.safetensors").unlink()
+        put(path)
+        return read_model(path)
 
 
 for name, map_name in (("config", "AutoConfig"), ("model", "AutoModelForQuestionAnswering")):

@@ -1,10 +1,14 @@
-"""Finds a model's files, once, and loads configuration, tokenizer and weights from them."""
+"""Finds a model's files, once, and loads configuration, tokenizer and weights from them.
+
+- `weights`: files of weights, and pickled ones as safetensors
+- `tokenizer`: the fast tokenizer, made to say what the model takes
+- `pieces`: tokenizers made of sentencepiece models
+"""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,21 +18,26 @@ import transformers
 from transformers import (
     MODEL_FOR_QUESTION_ANSWERING_MAPPING,
     AutoModelForQuestionAnswering,
-    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from runner.data.hub import snapshot
 from runner.errors import AssetError, DataError, JobError
 from runner.job.schema import Model
 from runner.job.sources import is_hub_model, package_folder
-from runner.model.config import empty_model, read_config, reading
-from runner.model.structure import longest_input, token_rows
+from runner.model.config import read_config, reading
+from runner.model.load.tokenizer import open_tokenizer
+from runner.model.load.weights import (
+    Weights,
+    hash_weights,
+    readable_weights,
+    shapes,
+    weight_files,
+    what_is_there,
+)
 from runner.run.provenance import cpu_features
-from runner.utils.files import file_sha256
 from runner.utils.text import first_line
 
 # Instruction sets of x86-64 and of ARM that multiply in bfloat16.
@@ -44,12 +53,14 @@ class ModelFiles:
         folder: where the files are.
         commit: the hub's, whatever the job calls its revision; None for a folder.
         config: the configuration, the job's dropout laid over it.
+        notes: lines for the log, on what is read otherwise than it was published.
     """
 
     section: Model
     folder: Path
     commit: str | None
     config: PreTrainedConfig
+    notes: list[str] = field(default_factory=list)
 
     @classmethod
     def locate(cls, section: Model) -> ModelFiles:
@@ -66,26 +77,34 @@ class ModelFiles:
 
     @cached_property
     def weights_sha256(self) -> str | None:
-        """Hash of the weights; None where they are in several files."""
+        """Hash of the weights as published; None where they are in several files."""
         return hash_weights(self.folder)
+
+    @cached_property
+    def weights(self) -> Weights:
+        """Where transformers reads the weights: here, or where `readable_weights` puts them."""
+        found = readable_weights(self.folder)
+        self.notes.extend(found.notes())
+        return found
 
     def check_weights(self) -> None:
         """Refuse weights that are never read, and others than the job declares.
 
         Raises:
-            DataError: naming the files that there are instead of *.safetensors, and how to convert
-                them; both hashes; or that there is no one file to hash.
+            DataError: naming the files that there are instead; both hashes; or that there is no
+                one file to hash.
         """
-        files = _weight_files(self.folder)
+        files = weight_files(self.folder)
         if not files:
-            raise DataError(f"{self.section.name}: {_no_weights(self.folder)}")
-        declared, found = self.section.sha256, self.weights_sha256
-        if declared is None or found == declared:
+            raise DataError(f"{self.section.name}: {what_is_there(self.folder)}")
+        declared = self.section.sha256
+        found = None if declared is None else self.weights_sha256
+        if found == declared:
             return
         if found is None:
             raise DataError(
                 f"{self.section.name}: model.sha256 is declared, but there are {len(files)} files"
-                " *.safetensors to hash, not one"
+                f" *{files[0].suffix} to hash, not one"
             )
         raise DataError(
             f"{files[0]}: sha256 is {found}, the job declares {declared}; another or a damaged"
@@ -94,37 +113,9 @@ class ModelFiles:
 
 
 def load_tokenizer(files: ModelFiles) -> PreTrainedTokenizerBase:
-    """Load the fast tokenizer.
-
-    Its `model_input_names` and `model_max_length` are made to say what this model takes: what
-    tokenizers say themselves is often another family's, or nothing.
-
-    Raises:
-        DataError: if it cannot be read, has no vocabulary, or tokens that the model has no
-            embeddings for; if no model can be built of the configuration.
-    """
-    name = files.section.name
-    with reading(f"model.name: {name}"):
-        tokenizer = AutoTokenizer.from_pretrained(str(files.folder), trust_remote_code=False)
-    if len(tokenizer) <= len(tokenizer.all_special_ids):
-        raise DataError(f"{name}: has no vocabulary; are tokenizer files missing?")
-    names = list(tokenizer.model_input_names)
-    segment_ids = _takes_segment_ids(files.config)
-    if segment_ids is True and "token_type_ids" not in names:
-        names.insert(1, "token_type_ids")
-    elif segment_ids is False and "token_type_ids" in names:
-        names.remove("token_type_ids")
-    tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = names
-    model = empty_model(files.config, name)
-    # The longest window, in tokens.
-    tokenizer.model_max_length = longest_input(model) or VERY_LARGE_INTEGER
-    rows, largest = token_rows(model), max(tokenizer.get_vocab().values())
-    if rows is not None and largest >= rows:
-        raise DataError(
-            f"{name}: the tokenizer has tokens up to id {largest}, the model {rows} rows of"
-            f" embeddings, for ids up to {rows - 1}; were tokens added to it? call"
-            f" model.resize_token_embeddings({largest + 1}) and save the model again"
-        )
+    """Load the fast tokenizer, as `open_tokenizer`."""
+    tokenizer, notes = open_tokenizer(files.section.name, files.folder, files.config)
+    files.notes.extend(notes)
     return tokenizer
 
 
@@ -136,10 +127,41 @@ def load_pretrained(files: ModelFiles, seed: int) -> PreTrainedModel:
         DataError: if they do not have the declared sha256, are not this model's, or cannot be read.
     """
     files.check_weights()
-    name = files.section.name
     torch.manual_seed(seed)
-    model, found = _load_weights(files, torch.float32, f"model.name: {name}")
-    # transformers would draw them at random and say so in a warning only.
+    model, found = _load_weights(files, torch.float32, f"model.name: {files.section.name}")
+    _refuse_others(files, model, found)
+    return model
+
+
+def load_outline(files: ModelFiles) -> PreTrainedModel:
+    """The model as `load_pretrained` gives it, of whose weights the shapes alone are read: all
+    numbers of a tensor are one and the same in memory, so that any model fits.
+
+    Raises:
+        DataError: as `load_pretrained`.
+    """
+    files.check_weights()
+    kind: Any = MODEL_FOR_QUESTION_ANSWERING_MAPPING[type(files.config)]
+    number = torch.zeros(())
+    folder = files.weights.folder
+    with reading(f"model.name: {files.section.name}"):
+        state = {key: number.expand(shape) for key, shape in shapes(folder).items()}
+        model, found = kind.from_pretrained(
+            None,
+            config=files.config,
+            state_dict=state,
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    _refuse_others(files, model, found)
+    return model
+
+
+def _refuse_others(files: ModelFiles, model: PreTrainedModel, found: Mapping[str, Any]) -> None:
+    """Refuse weights that are not those of the model; transformers would draw at random what is
+    absent, and say so in a warning only."""
+    name = files.section.name
     body = f"{model.base_model_prefix}."
     strange = [key for key in found["missing_keys"] if key.startswith(body)]
     strange += [key for key, *_ in found["mismatched_keys"]]
@@ -157,7 +179,6 @@ def load_pretrained(files: ModelFiles, seed: int) -> PreTrainedModel:
             f"{name}: the weights are not those of its config.json: {len(strange)} tensors are"
             f" absent or of another shape, such as {min(strange)}"
         )
-    return model
 
 
 def _other_prefix(absent: Sequence[str], body: str, there: Iterable[str]) -> str | None:
@@ -196,9 +217,10 @@ def _load_weights(
     files: ModelFiles, dtype: torch.dtype | str, name: str
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The model, and which of its tensors were absent or of another shape."""
+    folder = files.weights.folder
     with reading(name):
         return AutoModelForQuestionAnswering.from_pretrained(
-            str(files.folder),
+            str(folder),
             config=files.config,
             dtype=dtype,
             trust_remote_code=False,
@@ -242,6 +264,30 @@ def check_forward(
         ) from error
     if set(found) != {encoded["input_ids"].shape}:
         raise DataError(f"{name}: the model gives no start and end logit for each token")
+
+
+@torch.no_grad()
+def padding_notes(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """A line for the log where padding changes the logits of a model that is on the CPU, as in
+    those that convolve over neighbouring tokens."""
+    encoded = tokenizer("a", "a b", return_tensors="pt")
+    alone = {key: encoded[key] for key in tokenizer.model_input_names if key in encoded}
+    fill = {"input_ids": tokenizer.pad_token_id or 0, "attention_mask": 0, "token_type_ids": 0}
+    padded = {
+        key: torch.nn.functional.pad(ids, (0, 8), value=fill[key])
+        for key, ids in {"attention_mask": torch.ones_like(encoded["input_ids"]), **alone}.items()
+    }
+    was_training = model.training
+    model.eval()
+    length = encoded["input_ids"].shape[1]
+    own, beside = (model(**inputs).start_logits[0, :length] for inputs in (alone, padded))
+    model.train(was_training)
+    if (own - beside).abs().max() <= 1e-4 * own.abs().max():
+        return []
+    return [
+        f"padding: {model.config.model_type} sees it, so that logits near a window's end depend on"
+        " the batch; train.micro_batch_size = 1 and score.batch_size = 1 need none"
+    ]
 
 
 def choose_precision(wanted: str, device: torch.device) -> str:
@@ -301,42 +347,3 @@ def _find(section: Model) -> tuple[Path, str | None]:
     except AssetError as error:
         raise AssetError(f"model.name: {error}") from None
     return found.folder, found.commit
-
-
-def hash_weights(folder: Path) -> str | None:
-    """sha256 of the weights in a model's folder; None where they are not in one file."""
-    files = _weight_files(folder)
-    return file_sha256(files[0]) if len(files) == 1 else None
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.safetensors"))
-
-
-def _no_weights(folder: Path) -> str:
-    """What is wrong with a folder without safetensors."""
-    others = sorted(
-        path.name
-        for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.gguf", "*.onnx")
-        for path in folder.glob(pattern)
-    )
-    if not others:
-        return "has no weights, which are files *.safetensors"
-    sentence = f"has its weights as {others[0]} only; files *.safetensors are read, nothing else"
-    if not others[0].startswith("pytorch_model"):
-        return sentence
-    return (
-        f"{sentence}, since a pickle can run code; convert it in its folder: python -c"
-        ' "import glob, torch, safetensors.torch as s; s.save_file({k: v.clone() for f in'
-        " glob.glob('pytorch_model*.bin') for k, v in torch.load(f, weights_only=True).items()},"
-        " 'model.safetensors', {'format': 'pt'})\""
-    )
-
-
-def _takes_segment_ids(config: PreTrainedConfig) -> bool | None:
-    """Whether the architecture takes token_type_ids; None where only the tokenizer can know."""
-    head: Any = MODEL_FOR_QUESTION_ANSWERING_MAPPING[type(config)]
-    if "token_type_ids" not in inspect.signature(head.forward).parameters:
-        return False
-    kinds = getattr(config, "type_vocab_size", None)
-    return None if kinds is None else kinds >= 2
