@@ -142,8 +142,9 @@ def survey(path: Path, columns: Columns) -> Survey:
     Raises:
         AssetError, DataError: if it cannot be read, or holds no question that can be trained on.
     """
-    from runner.data.dataset import check_rows
-    from runner.data.formats import file_table, guessed_rows
+    from runner.data.formats import guessed_rows
+    from runner.data.formats.files import file_table
+    from runner.data.formats.judge import check_rows
     from runner.data.formats.repair import Repairer
     from runner.data.formats.rows import without_marker
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from runner.data.dataset import Dataset
-from runner.data.formats import read_file
-from runner.data.formats.json_text import read_json
+from runner.data.formats.files import read_file
+from runner.data.formats.files.json_text import read_json
 from runner.data.formats.rows import RawTable, row_id, short_value
 from runner.errors import DataError, UsageError
 from runner.job.schema import Language

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Literal
 
 from runner.data.formats import file_rows, is_flat
-from runner.data.formats.json_text import parse_json
+from runner.data.formats.files.json_text import parse_json
+from runner.data.formats.files.packed import MAGIC
 from runner.data.formats.judge import row_problem
 from runner.data.formats.layouts.flat import flat_rows
-from runner.data.formats.packed import MAGIC
 from runner.data.formats.rows import RawTable, Row
 from runner.errors import AssetError, DataError, StorageError
 from runner.job.schema import Columns

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import csv
+import functools
 import gzip
 import io
 import json
 import math
+import operator
 import os
 import socket
 import time
@@ -19,10 +22,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from runner.data import formats
 from runner.data.dataset import Example, content_sha256, load_dataset
-from runner.data.formats import file_rows, hub_split
-from runner.data.formats.rows import number
+from runner.data.formats import file_rows, files, hub_split, table_rows
+from runner.data.formats.judge import check_rows
+from runner.data.formats.rows import RawTable, number
 from runner.data.hub import Snapshot
 from runner.errors import AssetError, DataError
 from runner.job.schema import Columns
@@ -317,7 +320,7 @@ FORMATS = {
 
 
 def test_each_suffix_that_a_job_may_name_has_its_format():
-    assert set(formats.PARSERS) == set(FILE_SUFFIXES)
+    assert set(files.PARSERS) == set(FILE_SUFFIXES)
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -908,6 +911,14 @@ BAD_FILES = {
         b'[{"ask": "q", "text": "c", "answers": []}]',
         r"'ask', 'text', 'answers' \(a list\); name them in \[data.columns\]: question = \"ask",
     ),
+    "papers by their ids.json": (
+        json_bytes({f"paper {n}": {"full_text": []} for n in range(999)}),
+        r"the columns are 'paper 0' \(a table\), .* 979 more; a row has a question",
+    ),
+    "exports/qasper.jsonl": (
+        b'{"full_text": {}, "qas": {}, "title": "t"}',
+        "looks like QASPER, not",
+    ),
     "too few names.json": (
         b'[{"ask": "q", "text": {}, "answers": []}]',
         r"'ask', 'text' \(a table\), 'answers' \(a list\); a row has a question, a context and ans",
@@ -1023,6 +1034,46 @@ def test_a_damaged_file_is_read_or_refused_never_a_crash(tmp_path, name, data):
     for on_bad_row in ("fail", "drop"):
         with contextlib.suppress(DataError):
             load(tmp_path / name, unanswerable=True, on_bad_row=on_bad_row, **columns)
+
+
+def places(value, at=()):
+    """Paths to all that is in a value."""
+    lists = dict(enumerate(value)) if isinstance(value, list) else {}
+    for key, part in (value if isinstance(value, dict) else lists).items():
+        yield (*at, key)
+        yield from places(part, (*at, key))
+
+
+TABLES = {
+    "articles": lambda e: nested(e)["data"],
+    "paragraphs": paragraphs,
+    "MRQA": lambda e: [MRQA_HEADER, *mrqa(e)],
+    "MRQA, flat": mrqa_flat,
+    "Label Studio": label_studio,
+    "Label Studio, JSON-MIN": label_studio_min,
+    "doccano": lambda e: doccano(e, "label"),
+    "doccano, relations": lambda e: doccano(e, "entities", "meta"),
+    "rows": flat,
+}
+JUNK = [None, 5, -1, 1.5, math.nan, "x", "['x']", [], {}, True, [1, 2], ["a"], [[0, 1]], "\ud800"]
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_whatever_stands_in_a_place_it_is_read_or_refused(name):
+    """Each value of a file in turn, replaced by each piece of junk: no crash, no answer that does
+    not stand where it says."""
+    whole = TABLES[name]([EXAMPLES[0], EXAMPLES[2]])
+    for path in places(whole):
+        for junk in JUNK:
+            table = copy.deepcopy(whole)
+            part = functools.reduce(operator.getitem, path[:-1], table)
+            part[path[-1]] = junk
+            for answers in (True, False):
+                with contextlib.suppress(DataError):
+                    rows = table_rows("x", RawTable(table), Columns(), answers=answers).rows
+                    for example in check_rows(rows, True, None).examples:
+                        pairs = zip(example.answers, example.answer_starts, strict=True)
+                        assert all(example.context.startswith(*pair) for pair in pairs)
 
 
 # ---- the hub (how a repository gets here: test_hub.py)

@@ -15,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runner.data.dataset import load_dataset
-from runner.data.formats import file_rows, packed, table_rows
+from runner.data.formats import file_rows, table_rows
 from runner.data.formats.columns import guess_columns, to_declare
+from runner.data.formats.files import packed
 from runner.data.formats.rows import RawTable, Reading
 from runner.data.formats.written import unwritten
 from runner.errors import DataError
@@ -451,6 +452,10 @@ TABLES = {
     "no answers": (
         [{"q": "Where?", "passage": LAMP, "title": "lamps"}],
         {"question": "q", "context": "passage"},
+    ),
+    "no text at all": (
+        [{"questionText": "Does it fit?", "answerText": "Yes", "snippets": ["It fits well."]}],
+        {"question": "questionText", "context": None, "answer": None},
     ),
     "nothing": ([{"x": 1, "y": 2}], {}),
 }

@@ -1,17 +1,14 @@
 """Rows of questions from files and hub repositories, and what is to be said of them.
 
-The suffix of a file decides how its bytes become a table (gzip around them is known by its first
-bytes); of the layouts that rows may have there, the first one that recognises the table takes it.
-A new format is a file in `layouts` and its name in LAYOUTS there; a new kind of file is a file
-here, its line in PARSERS and its suffix in `runner.job.sources.FILE_SUFFIXES`.
+A file becomes a table; of the layouts that rows may have there, the first one that recognises the
+table takes it. A new format is a file in `layouts` and its name in LAYOUTS there.
 
-- `rows`: a table, a row, and values as messages name them
-- `json_text`, `csv_text`, `parquet_file`: bytes as a table
-- `packed`: what gzip has packed
-- `written`: tables and lists that stand in a file as text
+- `files`: files as tables (a folder: one file a kind)
 - `layouts`: rows of a table (a folder: one file a format)
+- `rows`: a table, a row, and values as messages name them
+- `written`: tables and lists that stand in a file as text
 - `columns`: which column is what, where nobody says
-- `judge`: what a row says, and whether it can be true
+- `judge`: what a row says, whether it can be true, and the examples of the good ones
 - `diagnosis`: what is seen where they do not fit
 - `repair`: what of it can be mended
 - `hub_split`: a split of a hub repository
@@ -19,28 +16,15 @@ here, its line in PARSERS and its suffix in `runner.job.sources.FILE_SUFFIXES`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from runner.data.formats.columns import guess_columns, to_declare
-from runner.data.formats.csv_text import csv_table
-from runner.data.formats.json_text import json_table
+from runner.data.formats.files import file_table
 from runner.data.formats.layouts import LAYOUTS
-from runner.data.formats.packed import unpacked
-from runner.data.formats.parquet_file import parquet_table
 from runner.data.formats.rows import RawTable, Reading
-from runner.errors import AssetError, DataError
+from runner.errors import DataError
 from runner.job.schema import Columns
-from runner.job.sources import file_suffix
-
-PARSERS: dict[str | None, Callable[[Path, bytes], RawTable]] = {
-    ".json": json_table,
-    ".jsonl": json_table,
-    ".csv": csv_table,
-    ".tsv": csv_table,
-    ".parquet": parquet_table,
-}
 
 
 def file_rows(path: Path, columns: Columns, *, answers: bool = True) -> Reading:
@@ -51,15 +35,6 @@ def file_rows(path: Path, columns: Columns, *, answers: bool = True) -> Reading:
         DataError: if it cannot be read as a whole.
     """
     return table_rows(path.name, file_table(path), columns, answers=answers)
-
-
-def file_table(path: Path) -> RawTable:
-    """What a file of a known suffix holds.
-
-    Raises:
-        AssetError, DataError: as `read_file`; the latter also if it is no file of its kind.
-    """
-    return PARSERS[file_suffix(path.name)](path, read_file(path))
 
 
 def table_rows(file: str, table: RawTable, columns: Columns, *, answers: bool = True) -> Reading:
@@ -94,21 +69,3 @@ def is_flat(row: Any) -> bool:
         return all(layout("", table, Columns(), answers=False) is None for layout in LAYOUTS[:-1])
     except DataError:
         return False
-
-
-def read_file(path: Path) -> bytes:
-    """All bytes of a file, without gzip around them.
-
-    Raises:
-        AssetError: if there is no such file.
-        DataError: if it cannot be read.
-    """
-    try:
-        if path.exists() and not path.is_file():
-            raise DataError(f"{path}: is not a file")
-        return unpacked(path, path.read_bytes())
-    except FileNotFoundError:
-        raise AssetError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise DataError(f"{path}: cannot be read: {reason}") from None

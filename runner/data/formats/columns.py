@@ -74,10 +74,12 @@ def to_declare(found: Mapping[str, str], names: Sequence[str]) -> dict[str, str]
 
 
 def _named(name: str, role: str) -> float:
-    """How well a name says the role: 1 if it says nothing else, 0.5 if among other words."""
+    """How well a name says the role: 1 if it says nothing else, 0.5 if among other words; a text of
+    a question or an answer is no context."""
     words = re.findall(r"[^\W_]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).casefold())
     known = [word in _WORDS_OF[role] for word in words]
-    if role != "id" and _WORDS_OF["id"] & set(words):
+    others = {"id": (), "context": ("id", "question", "answer")}.get(role, ("id",))
+    if any(_WORDS_OF[other] & set(words) for other in others):
         return 0.0
     return 1.0 if known and all(known) else 0.5 * any(known)
 

@@ -34,13 +34,9 @@ _FORMS: dict[str, Callable[[str], str]] = {
 }
 _OCCURRENCES = 20  # places of a text that are looked at, the nearest ones
 
-# Columns by which an export is known; one of its columns, at least, holds tables or lists.
+# Columns by which an export that is not read is known; one, at least, holds tables or lists.
 _EXPORTS = (
-    ("Label Studio's JSON", {"annotations", "data"}),
-    ("Label Studio's JSON", {"completions", "data"}),
     ("Label Studio's JSON-MIN", {"annotation_id", "annotator"}),
-    ("MRQA's lines", {"header", "context", "qas"}),
-    ("SQuAD's paragraphs without articles (simpletransformers)", {"context", "qas"}),
     ("doccano's lines", {"text", "label"}),
     ("doccano's lines", {"text", "labels"}),
     ("doccano's lines", {"text", "entities"}),
@@ -50,6 +46,8 @@ _EXPORTS = (
     ("Natural Questions", {"question_text", "annotations"}),
     ("HotpotQA", {"context", "supporting_facts"}),
     ("TriviaQA", {"Data", "Domain"}),
+    ("QASPER", {"full_text", "qas"}),
+    ("NewsQA", {"text", "questions"}),
     ("a chat", {"messages"}),
 )
 

@@ -26,6 +26,7 @@ from runner.errors import DataError
 from runner.job.schema import Columns
 
 _IMPOSSIBLE = "is_impossible"
+_SHOWN = 20  # columns that a message names
 
 
 def flat_rows(
@@ -94,14 +95,15 @@ def _no_columns(
     tool = known_export(names) if nested else None
     if tool is not None:
         return f"looks like {tool}, not read; convert it to SQuAD's JSON, or rows with {needed}"
-    spelled = (f"{name!r} ({nested[name]})" if name in nested else repr(name) for name in names)
+    shown = [f"{n!r} ({nested[n]})" if n in nested else repr(n) for n in names[:_SHOWN]]
+    shown += [f"{len(names) - _SHOWN:,} more"] if len(names) > _SHOWN else []
     helps = len([name for name in free if name not in nested]) >= len(missing)
     fix = "name them in [data.columns]" if helps else f"a row has {needed}"
     guessed = to_declare(guess_columns(rows, names, columns), names) if helps else {}
     keys = [key for key in guessed if answers or not key.startswith("answer")]
     if keys:
         fix += f": {', '.join(f'{key} = {short_value(guessed[key])}' for key in keys)}"
-    return f"no column {missing[0]!r}; the columns are {', '.join(spelled)}; {fix}"
+    return f"no column {missing[0]!r}; the columns are {', '.join(shown)}; {fix}"
 
 
 def _answers(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from runner.data.formats.packed import expansion_limit, too_large
+from runner.data.formats.files.packed import expansion_limit, too_large
 from runner.data.formats.rows import RawTable
 from runner.errors import DataError
 from runner.utils.text import first_line

@@ -6,7 +6,7 @@ import csv
 import io
 from pathlib import Path
 
-from runner.data.formats.json_text import decode
+from runner.data.formats.files.json_text import decode
 from runner.data.formats.rows import RawTable
 from runner.errors import DataError
 from runner.job.sources import file_suffix
