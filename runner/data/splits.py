@@ -86,6 +86,7 @@ def load_splits(
             columns=one.columns or section.columns,
             unanswerable=section.unanswerable,
             on_bad_row=section.on_bad_row,
+            no_answer=section.no_answer,
             sample=one.sample,
             seed=seed,
         )

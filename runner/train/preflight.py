@@ -40,20 +40,25 @@ def check_data(job: Job, ranks: int) -> Iterator[str | Rows]:
     tokenizer = load_tokenizer(files)
     warnings: list[str] = []
     sets = load_splits(job.data, job.seed, tokenizer, warn=warnings.append)
-    parts, longest = sets.named(), job.score.max_answer_length
+    parts = sets.named()
     yield f"{job.name}: {job.model.name} on {job.data.described(job.data.trained)}"
-    yield from [*dict.fromkeys(warnings), *caveats(parts, longest, trained=sets.trained())]
+    yield from [*dict.fromkeys(warnings), *caveats(parts, job.score, trained=sets.trained())]
     weighted = weighted_sets(job.data, sets)
     seen = dict(zip(sets.trained(), (one.count for one in weighted), strict=False))
-    yield [_data_row(name, part, seen) for name, part in parts.items()]
+    mended = any(part.dataset.repairs for part in parts.values())
+    yield [_data_row(name, part, seen, mended=mended) for name, part in parts.items()]
     for name, part in parts.items():
         contradictions, dropped = part.dataset.contradictions, part.dataset.dropped
-        if contradictions or dropped:
+        repairs = part.dataset.repairs
+        if contradictions or dropped or repairs:
             yield ""
         yield from (f"{name}: {sentence}" for sentence in contradictions)
         yield from (f"dropped: {line}" for line in dropped[:5])
         if len(dropped) > 5:
             yield f"dropped: and {len(dropped) - 5} more"
+        yield from (f"mended: {repair}" for repair in repairs[:5])
+        if len(repairs) > 5:
+            yield f"mended: and {len(repairs) - 5} more"
 
     training = joined([*sets.training.values()])
     lengths_N = training.windows.lengths_N
@@ -124,13 +129,17 @@ def _examples(windows: Windows, tokenizer: Any) -> Iterator[str]:
         yield f"  {len(tokens)} tokens: {' '.join([*before, *answer, *after])}"
 
 
-def _data_row(name: str, part: Split, seen: Mapping[str, int]) -> dict[str, CellValue]:
-    """What there is of a set; where sets have weights, how many windows an epoch sees of each."""
+def _data_row(
+    name: str, part: Split, seen: Mapping[str, int], *, mended: bool
+) -> dict[str, CellValue]:
+    """What there is of a set; where sets have weights, how many windows an epoch sees of each;
+    where any answer was mended, how many were in each."""
     windows = part.windows
     return {
         "slice": name,
         "questions": len(part.dataset.examples),
         "dropped": len(part.dataset.dropped),
+        **({"mended": len(part.dataset.repairs)} if mended else {}),
         "windows": len(windows),
         **({"seen": seen.get(name)} if seen else {}),
         "mean tokens": float(windows.lengths_N.mean()),

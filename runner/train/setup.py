@@ -147,8 +147,8 @@ def build_session(
     with timer("data"):
         files, tokenizer = main_first(rank, lambda: _files_and_tokenizer(job.model))
         splits = _load_data(job, tokenizer, rank, on_block, warnings.append)
-        sets, longest = splits.sets, job.score.max_answer_length
-        doubts = caveats(sets.named(), longest, trained=sets.trained()) if rank.is_main else []
+        sets = splits.sets
+        doubts = caveats(sets.named(), job.score, trained=sets.trained()) if rank.is_main else []
     stop_if_asked(run)
     watchdog.progress_at("loading the model", bounded=False)
     with timer("model"):

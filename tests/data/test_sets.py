@@ -24,7 +24,7 @@ from runner.data.splits import (
 from runner.data.windows import Windows, build_windows
 from runner.errors import DataError
 from runner.eval.caveats import caveats
-from runner.job.schema import BatchLayout, Data, Model, Train
+from runner.job.schema import BatchLayout, Data, Model, Score, Train
 from runner.model.load import ModelFiles, load_tokenizer
 
 WORDS = "river folds battery before beech "
@@ -227,7 +227,7 @@ def test_sets_are_loaded_named_and_compared_pair_by_pair(files, tokenizer):
     assert [e.id for e in sets.validation["too"].dataset.examples] == ["q3", "q4", "q5"]
     first, second = weighted_sets(section, sets)
     assert (first.first, first.weight, second.first, second.weight) == (0, 1.0, 3, 2.0)
-    told = caveats(sets.named(), 30, trained=sets.trained())
+    told = caveats(sets.named(), Score(), trained=sets.trained())
     shared = [line for line in told if "trained" not in line and " in train " in line]
     assert shared == [
         "validation c: 1 of 2 questions are also in train a, such as q6: their scores tell how well"
