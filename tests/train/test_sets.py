@@ -82,6 +82,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(zygote, job, run, tmp_path):
     codes, text = zygote.run(job, "--run-dir", tmp_path, ranks=2)
     assert codes == [0, 0], text
     assert f"goes on after step {steps} " in text
+    assert [row["epoch"] for row in read_rows(table)] == ["1", "2", "3"]
     assert outcome(tmp_path) == expected
 
 
@@ -89,6 +90,15 @@ def test_a_run_that_is_stopped_while_it_scores_goes_on_to_the_same_bits(zygote, 
     codes, text = zygote.run(job, "--run-dir", tmp_path, ranks=2, code=STOP_SCORING)
     assert codes == [75, 75], text
     assert not RunDir(tmp_path).eval_table_of("second").exists()
+    # Weights belong to a checkpoint, also where the record of the job says that it was never other.
+    record, other = RunDir(tmp_path).job, tmp_path / "other.toml"
+    was = record.read_text()
+    for path in (record, other):
+        path.write_text(was.replace("weight = 1.5", "weight = 2.5"))
+    codes, text = zygote.run(other, "--run-dir", tmp_path, ranks=2)
+    assert codes == [65, 65], text
+    assert "the content of data.train has changed, or a weight" in text
+    record.write_text(was)
     codes, text = zygote.run(job, "--run-dir", tmp_path, ranks=2)
     assert codes == [0, 0], text
     assert outcome(tmp_path) == outcome(run.path)
