@@ -42,6 +42,11 @@ WindowTokens = Annotated[int, Field(ge=16, le=8192)]
 
 Stride = Annotated[int, Field(ge=0)]
 
+SetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9-]{0,39}$")]
+
+# Where the schema takes a name, a table or a list, pydantic puts these into the path of an error.
+FORMS = ("<name>", "<table>", "<list>")
+
 # Languages whose answers are compared by rules of their own (metrics/normalise).
 Language = Literal[
     "ar", "bg", "bn", "ca", "cs", "da", "de", "el", "en", "es", "et", "eu", "fa", "fi", "fr", "he",
@@ -51,11 +56,6 @@ Language = Literal[
 ]  # fmt: skip
 
 OnBadRow = Literal["fail", "drop", "repair"]
-
-SetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9-]{0,39}$")]
-
-# Where the schema takes a name, a table or a list, pydantic puts these into the path of an error.
-FORMS = ("<name>", "<table>", "<list>")
 
 METRICS = ("f1", "exact_match", "span_accuracy", "start_accuracy", "end_accuracy", "loss")
 

@@ -120,8 +120,8 @@ class RunDir:
     def written(self) -> tuple[Path, ...]:
         """All that a run writes; what stands beside it (submit.sh, a user's notes) is not its."""
         return (
-            *(self.job, self.provenance, self.deepspeed, *self.tables, self.repairs),
-            *self.answer_files,
+            *(self.job, self.provenance, self.deepspeed, *self.tables, *self.answer_files),
+            self.repairs,
             *(self.curves_svg, self.curves_png, self.report, self.report_page, self.evaluations),
             *(self.checkpoints, self.attempts, self.model, self.log, self.result),
         )

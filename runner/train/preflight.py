@@ -50,7 +50,8 @@ def check_data(job: Job, ranks: int) -> Iterator[str | Rows]:
     yield from read_as_lines(parts)
     weighted = weighted_sets(job.data, sets)
     seen = dict(zip(sets.trained(), (one.count for one in weighted), strict=False))
-    yield [_data_row(name, part, seen) for name, part in parts.items()]
+    mended = any(part.dataset.repairs for part in parts.values())
+    yield [_data_row(name, part, seen, mended=mended) for name, part in parts.items()]
     for name, part in parts.items():
         contradictions, dropped = part.dataset.contradictions, part.dataset.dropped
         repairs = part.dataset.repairs
@@ -133,14 +134,17 @@ def _examples(windows: Windows, tokenizer: Any) -> Iterator[str]:
         yield f"  {len(tokens)} tokens: {' '.join([*before, *answer, *after])}"
 
 
-def _data_row(name: str, part: Split, seen: Mapping[str, int]) -> dict[str, CellValue]:
-    """What there is of a set; where sets have weights, how many windows an epoch sees of each."""
+def _data_row(
+    name: str, part: Split, seen: Mapping[str, int], *, mended: bool
+) -> dict[str, CellValue]:
+    """What there is of a set; where sets have weights, how many windows an epoch sees of each;
+    where any answer was mended, how many were in each."""
     windows = part.windows
     return {
         "slice": name,
         "questions": len(part.dataset.examples),
         "dropped": len(part.dataset.dropped),
-        **({"mended": len(part.dataset.repairs)} if part.dataset.repairs else {}),
+        **({"mended": len(part.dataset.repairs)} if mended else {}),
         "windows": len(windows),
         **({"seen": seen.get(name)} if seen else {}),
         "mean tokens": float(windows.lengths_N.mean()),

@@ -94,6 +94,8 @@ def test_each_validation_set_has_its_part_of_the_page(tmp_path):
     write_comparison([run, other], tmp_path / "out")
     compared = (tmp_path / "out" / "comparison.md").read_text(encoding="utf-8")
     assert "Scored on dev.json; each" in compared
+    assert "| data.validation.2.source | second.json | - |" in compared
+    assert "/somewhere" not in compared
     # A run that is not finished has no scores of it yet.
     RunDir(run).result.unlink()
     RunDir(run).predictions_of("second").unlink()

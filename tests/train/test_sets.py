@@ -34,6 +34,8 @@ stride = 24
 [model]
 name = "{model}"
 precision = "fp32"
+freeze = ["embeddings", "encoder.layer.0"]
+cache_frozen = true
 [train]
 epochs = 3
 batch_size = 8
@@ -51,6 +53,19 @@ on = "second"
 """
 
 
+# What a tracker would be told.
+TOLD = """
+import json, runner.train.run_log
+class Told:
+    def log(self, table, row):
+        with open({file!r}, "a") as file:
+            file.write(json.dumps([table, row]) + chr(10))
+    def resume(self, rows): pass
+    def close(self): pass
+runner.train.run_log.start_trackers = lambda *_: Told()
+"""
+
+
 @pytest.fixture(scope="module")
 def job(tiny, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("job") / "job.toml"
@@ -62,7 +77,8 @@ def job(tiny, tmp_path_factory) -> Path:
 def run(zygote, job, tmp_path_factory) -> RunDir:
     """What nobody has disturbed, on two ranks."""
     folder = tmp_path_factory.mktemp("two")
-    codes, said = zygote.run(job, "--run-dir", folder / "run", ranks=2, whole=True)
+    told = TOLD.format(file=str(folder / "told"))
+    codes, said = zygote.run(job, "--run-dir", folder / "run", ranks=2, whole=True, code=told)
     assert codes == [0, 0], said
     (folder / "said.txt").write_text(said)
     return RunDir(folder / "run")
@@ -82,6 +98,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(zygote, job, run, tmp_path):
     codes, text = zygote.run(job, "--run-dir", tmp_path, ranks=2)
     assert codes == [0, 0], text
     assert f"goes on after step {steps} " in text
+    assert [row["epoch"] for row in read_rows(table)] == ["1", "2", "3"]
     assert outcome(tmp_path) == expected
 
 
@@ -89,6 +106,15 @@ def test_a_run_that_is_stopped_while_it_scores_goes_on_to_the_same_bits(zygote, 
     codes, text = zygote.run(job, "--run-dir", tmp_path, ranks=2, code=STOP_SCORING)
     assert codes == [75, 75], text
     assert not RunDir(tmp_path).eval_table_of("second").exists()
+    # Weights belong to a checkpoint, also where the record of the job says that it was never other.
+    record, other = RunDir(tmp_path).job, tmp_path / "other.toml"
+    was = record.read_text()
+    for path in (record, other):
+        path.write_text(was.replace("weight = 1.5", "weight = 2.5"))
+    codes, text = zygote.run(other, "--run-dir", tmp_path, ranks=2)
+    assert codes == [65, 65], text
+    assert "the content of data.train has changed, or a weight" in text
+    record.write_text(was)
     codes, text = zygote.run(job, "--run-dir", tmp_path, ranks=2)
     assert codes == [0, 0], text
     assert outcome(tmp_path) == outcome(run.path)
@@ -111,6 +137,17 @@ def test_each_set_has_its_table_its_answers_and_its_scores(run):
     others = run.predictions_of("second").read_text().splitlines()
     assert (len(asked), len(others)) == (4, 6)
     assert not {json.loads(line)["id"] for line in others} & {*asked}
+
+
+def test_trackers_are_told_of_each_set(run):
+    lines = (run.path.parent / "told").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    found = [row for table, row in rows if table == "eval-second"]
+    table = read_rows(run.eval_table_of("second"))
+    assert [row["f1_percent"] for row in found] == [float(row["f1_percent"]) for row in table]
+    ((name, last),) = rows[-1:]
+    metrics = json.loads(run.result.read_text())["sets"]["second"]["metrics"]
+    assert (name, last["second/loss"]) == ("result", metrics["loss"])
 
 
 def test_each_training_set_is_seen_as_often_as_its_weight_says(run):
