@@ -8,11 +8,11 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from runner.cli.output import count, write_data, write_line
 from runner.errors import StorageError, UsageError
-from runner.job.schema import Columns
+from runner.job.schema import Columns, Language
 
 # Arguments of `evaluate` that only a model has a use for, and only a file of predictions.
 FOR_A_MODEL = ("output", "null_threshold", "max_answer_length", "batch_size", "device", "threads")
@@ -111,7 +111,20 @@ def add_evaluate(verbs: Any) -> None:
         action="store_true",
         help="score by SQuAD v2.0, as is done anyway where a question has no answer",
     )
-    _add_bad_rows(parser, "refuse data with wrong rows, or leave these out (fail)")
+    ways = "refuse data with wrong rows, leave these out, or mend their answers (fail)"
+    _add_bad_rows(parser, ways, "repair")
+    parser.add_argument(
+        "--no-answer-text",
+        metavar="TEXT",
+        help="an answer in the data that means that there is none, such as ANSWERNOTFOUND",
+    )
+    parser.add_argument(
+        "--language",
+        choices=get_args(Language),
+        metavar="CODE",
+        help="whose words are compared: en as in SQuAD's script, de, zh ... after MLQA's rules (as"
+        " stored with the model; en)",
+    )
     parser.add_argument(
         "--seed", type=int, default=42, metavar="N", help="of the intervals' bootstrap (42)"
     )
@@ -145,7 +158,11 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
     from runner.data.dataset import load_dataset
 
     dataset = load_dataset(
-        arguments.data, columns=columns, unanswerable=True, on_bad_row=arguments.on_bad_row
+        arguments.data,
+        columns=columns,
+        unanswerable=True,
+        on_bad_row=arguments.on_bad_row,
+        no_answer=arguments.no_answer_text,
     )
     v2 = arguments.v2 or any(not example.answers for example in dataset.examples)
     if is_file:
@@ -157,6 +174,7 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
             v2=v2,
             no_answer=arguments.no_answer,
             threshold=arguments.no_answer_threshold,
+            language=arguments.language or "en",
             seed=arguments.seed,
         )
         lines = file_lines(result)
@@ -168,6 +186,7 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
             dataset,
             on_bad_row=arguments.on_bad_row,
             v2=v2,
+            language=arguments.language,
             seed=arguments.seed,
             output=arguments.output,
         )
@@ -233,8 +252,9 @@ def _add_model(parser: argparse.ArgumentParser, more: str = "") -> None:
     )
 
 
-def _add_bad_rows(parser: argparse.ArgumentParser, help_text: str) -> None:
-    parser.add_argument("--on-bad-row", choices=("fail", "drop"), default="fail", help=help_text)
+def _add_bad_rows(parser: argparse.ArgumentParser, help_text: str, *more: str) -> None:
+    ways = ("fail", "drop", *more)
+    parser.add_argument("--on-bad-row", choices=ways, default="fail", help=help_text)
 
 
 def _add_inference(parser: argparse.ArgumentParser) -> None:

@@ -7,26 +7,20 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from runner.data.formats import file_rows
-from runner.data.formats.diagnosis import absent, misplaced, no_start, no_text
 from runner.data.formats.hub_split import hub_rows
-from runner.data.formats.rows import Row, is_blank, kind, short_value
+from runner.data.formats.judge import meant, row_problem, spans
+from runner.data.formats.repair import Repair, Repairer
+from runner.data.formats.rows import Row, without_marker
 from runner.errors import DataError
-from runner.job.schema import Columns
-from runner.job.sources import parse_data, unread_here
-
-# is_impossible as JSON, CSV and pandas spell it, in small letters; None is none.
-_IMPOSSIBLE = {
-    **dict.fromkeys(("true", "1", "1.0"), True),
-    **dict.fromkeys(("false", "0", "0.0"), False),
-    **dict.fromkeys(("", "none", "nan", "null"), None),
-}
+from runner.job.schema import Columns, OnBadRow
+from runner.job.sources import DataSource, parse_data, unread_here
 
 
 @dataclass(frozen=True)
@@ -59,6 +53,7 @@ class Dataset:
         dropped: one line for each row left out by `on_bad_row = "drop"`.
         revision: the hub's commit, whatever the job calls it; None for a file.
         contradictions: a sentence for each kind of row that says "no answer" and also not.
+        repairs: what `on_bad_row = "repair"` mended.
     """
 
     source: str
@@ -67,6 +62,7 @@ class Dataset:
     dropped: tuple[str, ...]
     revision: str | None = None
     contradictions: tuple[str, ...] = ()
+    repairs: tuple[Repair, ...] = ()
 
 
 def load_dataset(
@@ -74,7 +70,8 @@ def load_dataset(
     *,
     columns: Columns,
     unanswerable: bool,
-    on_bad_row: Literal["fail", "drop"],
+    on_bad_row: OnBadRow,
+    no_answer: str | None = None,
     sample: int | None = None,
     seed: int = 0,
 ) -> Dataset:
@@ -85,7 +82,8 @@ def load_dataset(
         name: data name as in a job file, file paths absolute or relative to the current folder.
         columns: column names of flat files.
         unanswerable: whether a question may have no answer.
-        on_bad_row: refuse the data set, or leave the row out.
+        on_bad_row: refuse the data set, leave the row out, or mend its answers.
+        no_answer: a text that means that there is none.
         sample: number of questions drawn without replacement, kept in file order.
         seed: decides the draw.
 
@@ -93,6 +91,40 @@ def load_dataset(
         DataError: naming the rows (file:line, row or id) and what is wrong with each kind.
         AssetError: if the data is neither here nor reachable.
     """
+    source, rows, commit = _read(name, columns)
+    told: list[str] = []
+    if no_answer is not None:
+        rows, told = _unmarked(rows, no_answer)
+    repairer = None if on_bad_row == "drop" else Repairer(rows)
+    if source.slice is not None:
+        start, stop = source.slice.bounds(len(rows))
+        if start == stop:
+            raise DataError(f"{name}: the slice is empty; the data has {len(rows)} questions")
+        rows = rows[start:stop]
+    if sample is not None:
+        rows = [rows[place] for place in sample_places(len(rows), sample, seed, name)]
+    checked = _check(rows, unanswerable, repairer if on_bad_row == "repair" else None)
+    examples, bad = checked.examples, checked.bad
+    if bad and repairer is not None:
+        left = bad if on_bad_row == "repair" else _check(rows, unanswerable, repairer).bad
+        raise DataError(_report(name, bad, len(rows), mendable=len(bad) - len(left)))
+    if not examples:
+        raise DataError(
+            f"{name}: no row is left after dropping bad ones\n{_report(name, bad, len(rows))}"
+        )
+    return Dataset(
+        name,
+        tuple(examples),
+        content_sha256(examples),
+        tuple(f"{p}: {why}" for p, why in bad),
+        commit,
+        (*told, *checked.contradictions),
+        tuple(checked.repairs),
+    )
+
+
+def _read(name: str, columns: Columns) -> tuple[DataSource, list[Row], str | None]:
+    """What a name means, all its rows, and the hub's commit."""
     try:
         source = parse_data(name)
     except ValueError as error:
@@ -105,33 +137,10 @@ def load_dataset(
         rows, commit = file_rows(Path(source.location), columns), None
     if not rows:
         raise DataError(f"{name}: holds no questions")
-    if source.slice is not None:
-        start, stop = source.slice.bounds(len(rows))
-        if start == stop:
-            raise DataError(f"{name}: the slice is empty; the data has {len(rows)} questions")
-        rows = rows[start:stop]
-    if sample is not None:
-        rows = [rows[place] for place in sample_places(len(rows), sample, seed, name)]
-    examples, bad, contradictions = _check(rows, unanswerable)
-    if bad and on_bad_row == "fail":
-        raise DataError(_report(name, bad, len(rows)))
-    if not examples:
-        raise DataError(
-            f"{name}: no row is left after dropping bad ones\n{_report(name, bad, len(rows))}"
-        )
-    return Dataset(
-        name,
-        tuple(examples),
-        content_sha256(examples),
-        tuple(f"{p}: {why}" for p, why in bad),
-        commit,
-        contradictions,
-    )
+    return source, rows, commit
 
 
-def without_rows(
-    dataset: Dataset, bad: Mapping[int, str], on_bad_row: Literal["fail", "drop"]
-) -> Dataset:
+def without_rows(dataset: Dataset, bad: Mapping[int, str], on_bad_row: OnBadRow) -> Dataset:
     """Leave out examples that have turned out bad, or refuse them: `bad` holds their places, one at
     least, and what is wrong with each.
 
@@ -140,7 +149,7 @@ def without_rows(
     """
     told = [(f"question {dataset.examples[place].id}", why) for place, why in bad.items()]
     report = _report(dataset.source, told, len(dataset.examples))
-    if on_bad_row == "fail":
+    if on_bad_row != "drop":
         raise DataError(report)
     examples = tuple(e for place, e in enumerate(dataset.examples) if place not in bad)
     if not examples:
@@ -175,129 +184,99 @@ def content_sha256(examples: Iterable[Example]) -> str:
     return digest.hexdigest()
 
 
-# --- checking ----------------------------------------------------------------------------------
+# --- checking ---------------------------------------------------------------------------------
 
 
-def _check(
-    rows: Sequence[Row], unanswerable: bool
-) -> tuple[list[Example], list[tuple[str, str]], tuple[str, ...]]:
-    """Examples of the good rows; (place, problem) of the others; what good ones contradict."""
-    examples: list[Example] = []
-    bad: list[tuple[str, str]] = []
+@dataclass(frozen=True)
+class _Checked:
+    """Examples of the good rows; (place, problem) of the others; what good ones contradict; what
+    was mended in them."""
+
+    examples: list[Example] = field(default_factory=list)
+    bad: list[tuple[str, str]] = field(default_factory=list)
+    contradictions: list[str] = field(default_factory=list)
+    repairs: list[Repair] = field(default_factory=list)
+
+
+def _check(rows: Sequence[Row], unanswerable: bool, repairer: Repairer | None) -> _Checked:
+    """Judge rows, mending their answers if there is somebody who can."""
+    checked = _Checked()
     seen: dict[str, str] = {}
     contradictions: dict[tuple[str, str], list[str]] = {}
     # A context is shared by several questions: check its encoding once.
     texts: dict[str, str | None] = {}
     for row in rows:
-        answers, why, contradiction = _meant(row)
+        answers, why, contradiction = meant(row)
         why = why or row_problem(row, texts)
         if why is None and not answers and not unanswerable:
             reason = f"{contradiction}; " if contradiction else ""
             why = f"no answer ({reason}set data.unanswerable = true for SQuAD v2 data)"
         if why is None and row.id in seen:
             why = f"id repeated (first at {seen[row.id]})"
-        spans: list[tuple[str, int]] = []
+        found: list[tuple[str, int]] = []
+        repairs: list[Repair] = []
         if why is None:
-            spans, why = _spans(answers, row.context)
+            answers = [_mended(pair, row, repairer, repairs) for pair in answers]
+            found, why = spans(answers, row.context)
         if why is not None:
-            bad.append((row.place, why))
+            checked.bad.append((row.place, why))
             continue
+        checked.repairs.extend(repairs)
         seen[row.id] = row.place
         if contradiction:
-            taken = "answered" if spans else "without an answer"
+            taken = "answered" if found else "without an answer"
             contradictions.setdefault((contradiction, taken), []).append(row.place)
-        examples.append(
+        checked.examples.append(
             Example(
                 row.id,
                 row.question,
                 row.context,
-                tuple(t for t, _ in spans),
-                tuple(s for _, s in spans),
+                tuple(t for t, _ in found),
+                tuple(s for _, s in found),
             )
         )
-    told = (
+    checked.contradictions.extend(
         f"{len(places)} question{'' if len(places) == 1 else 's'} taken as {taken} where"
         f" {contradiction}, first: {places[0]}"
         for (contradiction, taken), places in contradictions.items()
     )
-    return examples, bad, tuple(told)
+    return checked
 
 
-def _meant(row: Row) -> tuple[list[tuple[Any, Any]], str | None, str | None]:
-    """The answers that a row means, none where it says in any spelling that there is none; why that
-    cannot be told; what contradicts it."""
-    spelled = str(row.impossible).strip().lower()
-    if spelled not in _IMPOSSIBLE:
-        return [], f"is_impossible is {kind(row.impossible)}, not true or false", None
-    impossible = _IMPOSSIBLE[spelled]
-    listed = row.answers if isinstance(row.answers, list) else []
-    # str.find() and many tools say -1 for "not there".
-    answers = [(text, start) for text, start in listed if not is_blank(text) and start != -1]
-    if impossible:
-        return [], None, "is_impossible is true beside an answer" if answers else None
-    if isinstance(row.answers, str):
-        return [], row.answers, None
-    if answers:
-        fewer = len(answers) < len(listed)
-        return answers, None, "an answer is empty or at -1 beside others" if fewer else None
-    if any(not is_blank(text) for text, _ in listed):
-        return [], None, "answer_start is -1 beside an answer"
-    return [], None, "is_impossible is false without an answer" if impossible is False else None
+def _mended(
+    answer: tuple[Any, Any], row: Row, repairer: Repairer | None, repairs: list[Repair]
+) -> tuple[Any, Any]:
+    """An answer as it is, or as it must have been meant, which `repairs` then holds."""
+    text, start = answer
+    if repairer is None or not isinstance(text, str):
+        return answer
+    found = repairer.mend(text, start, row.context)
+    if found is None or found[:2] == answer:
+        return answer
+    repairs.append(Repair(row.place, row.id, text, start, *found))
+    return found[:2]
 
 
-def row_problem(row: Row, texts: dict[str, str | None]) -> str | None:
-    for name, value in (("id", row.id), ("question", row.question), ("context", row.context)):
-        if value is None:
-            return f"no {name}"
-        if not isinstance(value, str):
-            return f"{name} is {kind(value)}, not text"
-        if value not in texts:
-            texts[value] = _text_problem(value)
-        if texts[value] is not None:
-            return f"{name} {texts[value]}"
-    return None
+def _unmarked(rows: Sequence[Row], marker: str) -> tuple[list[Row], list[str]]:
+    """Rows without the text that means that there is no answer, and a sentence on what it did."""
+    found = [without_marker(row, marker) for row in rows]
+    pairs = list(zip(rows, found, strict=True))
+    marked = sum(new.answers != old.answers for old, new in pairs)
+    cut = len({old.context for old, new in pairs if new.context != old.context})
+    told = [
+        f"{marked:,} of {len(rows):,} questions are answered {marker}: taken as without an answer"
+    ]
+    if cut:
+        told.append(f"{cut:,} context(s) end in {marker}, which is cut off")
+    return found, told
 
 
-def _text_problem(text: str) -> str | None:
-    if not text.strip():
-        return "is empty"
-    if "\0" in text:
-        return "holds a NUL character"
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return "holds a lone surrogate (broken encoding)"
-    return None
-
-
-def _spans(
-    answers: Sequence[tuple[Any, Any]], context: str
-) -> tuple[list[tuple[str, int]], str | None]:
-    spans = []
-    for text, start in answers:
-        if not isinstance(text, str):
-            return [], no_text(text)
-        if start is None:
-            start = context.find(text)
-            if start < 0:
-                return [], absent(text, context)
-            if context.find(text, start + 1) >= 0:
-                why = "answer occurs more than once and has no answer_start"
-                return [], f"{why} ({short_value(text)})"
-        if isinstance(start, float) and start.is_integer():
-            start = int(start)
-        if not isinstance(start, int) or isinstance(start, bool):
-            return [], no_start(start)
-        if start < 0 or not context.startswith(text, start):
-            return [], misplaced(text, start, context)
-        spans.append((text, start))
-    return spans, None
-
-
-def _report(name: str, bad: Sequence[tuple[str, str]], total: int) -> str:
+def _report(name: str, bad: Sequence[tuple[str, str]], total: int, *, mendable: int = 0) -> str:
     classes = Counter(why.split(" (")[0] if " (" in why else why for _, why in bad)
     common = "; ".join(f"{count} x {why}" for why, count in classes.most_common(5))
     fix = '; set data.on_bad_row = "drop" to leave them out' if len(bad) < total else ""
+    if mendable:
+        fix = f'; data.on_bad_row = "repair" would mend {mendable} of them, "drop" leaves out all'
     lines = [f"{name}: {len(bad)} of {total} rows refused: {common}{fix}"]
     lines += [f"  {place}: {why}" for place, why in bad[:5]]
     if len(bad) > 5:

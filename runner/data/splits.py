@@ -51,6 +51,7 @@ def load_splits(
             columns=section.columns,
             unanswerable=section.unanswerable,
             on_bad_row=section.on_bad_row,
+            no_answer=section.no_answer,
             sample=sample,
             seed=seed,
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 
@@ -13,15 +13,22 @@ from runner.data.formats.rows import printable_id, short_value
 from runner.data.splits import Split
 from runner.data.tokenize import overlapping_tokens
 from runner.data.windows import Windows
+from runner.job.schema import Score
 
+# The language that a script is most often met in.
+_LANGUAGES = {
+    "CJK": "zh",
+    **{"HIRAGANA": "ja", "KATAKANA": "ja", "HANGUL": "ko", "CYRILLIC": "ru", "ARABIC": "ar"},
+    **{"DEVANAGARI": "hi", "THAI": "th", "GREEK": "el", "HEBREW": "he", "BENGALI": "bn"},
+}
 OFTEN = 0.05  # share of the questions above which one answer is told of
 
 
 def caveats(
     parts: Mapping[str, Split],
-    max_answer_length: int,
+    score: Score,
     *,
-    key: str = "score.max_answer_length",
+    option: Callable[[str], str] = "score.{}".format,
     trained: Collection[str] = ("train",),
 ) -> list[str]:
     """Look through data sets for answers that cannot be given, one that is given often, and
@@ -29,18 +36,25 @@ def caveats(
 
     Args:
         parts: the data sets by what they are for.
-        max_answer_length: in tokens.
-        key: how the user sets it.
+        score: the job's section.
+        option: how the user sets a key of it.
         trained: those of `parts` that are trained on: their labels are the first answers.
     """
     lines: list[str] = []
     for name, part in parts.items():
         found = (
-            _too_long(part, max_answer_length, key, is_trained=name in trained),
+            _too_long(
+                part,
+                score.max_answer_length,
+                option("max_answer_length"),
+                is_trained=name in trained,
+            ),
             _often(part.dataset.examples),
         )
         lines += [f"{name}: {line}" for line in found if line]
     for name in [name for name in parts if name not in trained]:
+        if score.language == "en" and (line := _foreign(parts[name], option("language"))):
+            lines.append(f"{name}: {line}")
         for other in trained:
             if other in parts:
                 shared = _shared(parts[name].dataset.examples, parts[other].dataset.examples, other)
@@ -104,6 +118,25 @@ def _often(examples: Sequence[Example]) -> str | None:
         f"{short_value(text)} is a right answer of {count:,} of {len(examples):,} questions"
         f" ({100 * count / len(examples):.1f} %): always to give it is right as often"
     )
+
+
+def _foreign(part: Split, key: str) -> str | None:
+    """What to say where English rules are for answers that are none, as far as letters tell."""
+    answers = [text for example in part.dataset.examples for text in example.answers]
+    scripts = [{_script(letter) for letter in text if letter.isalpha()} for text in answers]
+    foreign = [names for names in scripts if names and "LATIN" not in names]
+    if 2 * len(foreign) <= len(answers):
+        return None
+    ((script, _),) = Counter(name for names in foreign for name in names).most_common(1)
+    likely = _LANGUAGES.get(script)
+    return (
+        f"{len(foreign):,} of {len(answers):,} right answers hold no Latin letter, and are scored"
+        f" by the rules for English; set {key}{f', perhaps to {likely}' if likely else ''}"
+    )
+
+
+def _script(letter: str) -> str:
+    return unicodedata.name(letter, "NONE").partition(" ")[0]
 
 
 def _shared(scored: Sequence[Example], trained: Sequence[Example], name: str) -> list[str]:

@@ -98,6 +98,7 @@ def tune(predictions: Predictions, dataset: Dataset, score: Score) -> TunedThres
         _right_answers(dataset.examples),
         {a.id: a.null_difference for a in predictions.answers},
         score.tune_for,
+        score.language,
     )
     return TunedThreshold(
         best.threshold,
@@ -122,7 +123,7 @@ def evaluate(
     tuned: TunedThreshold | None = None,
 ) -> Evaluation:
     """Hold answers against the right ones by the official evaluation of SQuAD v1.1, or of v2.0
-    where there may be none.
+    where there may be none, in the words of `score.language`.
 
     Args:
         predictions: answers to the examples, at the threshold of `score`.
@@ -133,12 +134,15 @@ def evaluate(
         tuned: a threshold to be used instead of the one of `score`.
     """
     if not unanswerable:
-        return _evaluate_v1(predictions, examples, seed)
+        return _evaluate_v1(predictions, examples, score, seed)
     return _evaluate_v2(predictions, examples, score, seed, tuned)
 
 
-def _evaluate_v1(predictions: Predictions, examples: Sequence[Example], seed: int) -> Evaluation:
-    scores = squad_scores({a.id: a.text for a in predictions.answers}, _right_answers(examples))
+def _evaluate_v1(
+    predictions: Predictions, examples: Sequence[Example], score: Score, seed: int
+) -> Evaluation:
+    texts = {a.id: a.text for a in predictions.answers}
+    scores = squad_scores(texts, _right_answers(examples), score.language)
     return Evaluation(
         predictions=predictions,
         exact_match=scores.exact_match,
@@ -161,13 +165,13 @@ def _evaluate_v2(
 ) -> Evaluation:
     references = _right_answers(examples)
     details: dict[str, float] = {}
-    scores = by_default = _scores_v2(predictions, references)
+    scores = by_default = _scores_v2(predictions, references, score)
     threshold, ends = score.null_threshold, intervals(by_default, seed)
     if tuned is not None:
         threshold = tuned.threshold
         decided = tuple(decide(answer, threshold, score.mode) for answer in predictions.answers)
         predictions = replace(predictions, answers=decided)
-        scores = _scores_v2(predictions, references)
+        scores = _scores_v2(predictions, references, score)
         details |= {"default_exact_match": by_default.exact_match, "default_f1": by_default.f1}
         ends = intervals(scores, seed) | {
             f"default_{key}": ends[key] for key in ("exact_match", "f1")
@@ -177,7 +181,7 @@ def _evaluate_v2(
         details["has_answer_f1"] = scores.has_answer.f1
     if scores.no_answer is not None:
         details["no_answer_exact_match"] = scores.no_answer.exact_match
-    best = _best(predictions, references)
+    best = _best(predictions, references, score)
     details |= {"best_exact_match": best.exact_match, "best_f1": best.f1}
     return Evaluation(
         predictions=predictions,
@@ -196,18 +200,22 @@ def _right_answers(examples: Sequence[Example]) -> dict[str, Sequence[str]]:
     return {example.id: example.answers for example in examples}
 
 
-def _scores_v2(predictions: Predictions, references: Mapping[str, Sequence[str]]) -> ScoresV2:
+def _scores_v2(
+    predictions: Predictions, references: Mapping[str, Sequence[str]], score: Score
+) -> ScoresV2:
     """Scores of the answers as they are: the threshold has decided already."""
-    return squad_v2_scores({a.id: a.text for a in predictions.answers}, references)
+    texts = {a.id: a.text for a in predictions.answers}
+    return squad_v2_scores(texts, references, language=score.language)
 
 
-def _best(predictions: Predictions, references: Mapping[str, Sequence[str]]) -> Best:
+def _best(predictions: Predictions, references: Mapping[str, Sequence[str]], score: Score) -> Best:
     """What the official search for a threshold finds; it is given each question's best span and how
     much better "no answer" scored."""
     scores = squad_v2_scores(
         _best_spans(predictions),
         references,
         {a.id: a.null_difference for a in predictions.answers},
+        language=score.language,
     )
     if scores.best is None:
         raise AssertionError("a search that is given no-answer scores finds a threshold")

@@ -12,6 +12,7 @@ from typing import Any
 import datasets
 import evaluate
 
+from runner.job.schema import Language
 from runner.metrics.squad import Scores, ScoresV2, squad_scores, squad_v2_scores
 
 _HOMEPAGE = "https://rajpurkar.github.io/SQuAD-explorer/"
@@ -36,10 +37,14 @@ class _InMemory(evaluate.Metric):
     """An `evaluate.Metric` of one process that never makes a cache file, a lock or a folder.
 
     `scores` holds what the last `compute` found for each question, in the references' order.
+
+    Args:
+        language: whose words are compared, as `score.language` of a job.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, language: Language = "en") -> None:
         super().__init__(keep_in_memory=True)
+        self.language: Language = language
 
     def _build_data_dir(self) -> str:
         # The base makes this folder under HF_HOME although it keeps everything in memory.
@@ -83,7 +88,7 @@ class Squad(_InMemory):
         # By position, since the hub's metric counts a question as often as it is listed.
         found = {str(n): text[r["id"]] for n, r in enumerate(references) if r["id"] in text}
         wanted = {str(n): reference["answers"]["text"] for n, reference in enumerate(references)}
-        self.scores = squad_scores(found, wanted)
+        self.scores = squad_scores(found, wanted, self.language)
         return self.scores.official()
 
 
@@ -106,5 +111,6 @@ class SquadV2(_InMemory):
             {reference["id"]: reference["answers"]["text"] for reference in references},
             {prediction["id"]: prediction["no_answer_probability"] for prediction in predictions},
             no_answer_threshold,
+            self.language,
         )
         return self.scores.official()

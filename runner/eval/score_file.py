@@ -13,6 +13,7 @@ from runner.data.formats import read_file
 from runner.data.formats.json_text import read_json
 from runner.data.formats.rows import RawTable, row_id, short_value
 from runner.errors import DataError, UsageError
+from runner.job.schema import Language
 from runner.metrics.squad import Scores, ScoresV2, squad_scores, squad_v2_scores
 from runner.metrics.statistics import LEVEL, RESAMPLES, intervals
 
@@ -54,6 +55,7 @@ def score_file(
     v2: bool,
     no_answer: Path | None,
     threshold: float | None,
+    language: Language = "en",
     seed: int,
 ) -> dict[str, Any]:
     """Score a file of predictions; no-answer probabilities in a file of their own mean SQuAD v2.0.
@@ -70,8 +72,9 @@ def score_file(
             f"--no-answer-threshold is for no-answer probabilities; {path} has none, and there is"
             " no --no-answer"
         )
+    threshold = 1.0 if threshold is None else threshold
     return score_predictions(
-        predictions, dataset, v2=v2, threshold=1.0 if threshold is None else threshold, seed=seed
+        predictions, dataset, v2=v2, threshold=threshold, language=language, seed=seed
     )
 
 
@@ -138,7 +141,13 @@ def read_no_answer(path: Path) -> dict[str, float]:
 
 
 def score_predictions(
-    predictions: SubmittedAnswers, dataset: Dataset, *, v2: bool, threshold: float, seed: int
+    predictions: SubmittedAnswers,
+    dataset: Dataset,
+    *,
+    v2: bool,
+    threshold: float,
+    language: Language = "en",
+    seed: int,
 ) -> dict[str, Any]:
     """The official table, intervals beside it.
 
@@ -148,6 +157,7 @@ def score_predictions(
         dataset: the right answers.
         v2: score by SQuAD v2.0, else by v1.1.
         threshold: "" is the prediction where the no-answer probability is above it.
+        language: whose words are compared.
         seed: of the bootstrap.
 
     Raises:
@@ -166,14 +176,18 @@ def score_predictions(
         )
     scores: Scores | ScoresV2
     if v2:
-        scores = squad_v2_scores(predictions.texts, references, predictions.no_answer, threshold)
+        scores = squad_v2_scores(
+            predictions.texts, references, predictions.no_answer, threshold, language
+        )
         if predictions.no_answer is None and predictions.spans is not None:
             spans = predictions.spans
-            searched = squad_v2_scores(spans.texts, references, spans.differences)
+            searched = squad_v2_scores(
+                spans.texts, references, spans.differences, language=language
+            )
             scores = replace(scores, best=searched.best)
         missing = 0
     else:
-        scores = squad_scores(predictions.texts, references)
+        scores = squad_scores(predictions.texts, references, language)
         missing = scores.missing
     return {
         "metrics": scores.official(),

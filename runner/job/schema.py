@@ -32,6 +32,16 @@ WindowTokens = Annotated[int, Field(ge=16, le=8192)]
 
 Stride = Annotated[int, Field(ge=0)]
 
+# Languages whose answers are compared by rules of their own (metrics/normalise).
+Language = Literal[
+    "ar", "bg", "bn", "ca", "cs", "da", "de", "el", "en", "es", "et", "eu", "fa", "fi", "fr", "he",
+    "hi", "hr", "hu", "id", "is", "it", "ja", "ka", "km", "ko", "lo", "lt", "lv", "mr", "ms", "my",
+    "nl", "no", "pl", "pt", "ro", "ru", "sk", "sl", "sr", "sv", "sw", "ta", "te", "th", "tr", "uk",
+    "ur", "vi", "zh",
+]  # fmt: skip
+
+OnBadRow = Literal["fail", "drop", "repair"]
+
 METRICS = ("f1", "exact_match", "span_accuracy", "start_accuracy", "end_accuracy", "loss")
 
 
@@ -96,11 +106,20 @@ class Data(Section):
             " an empty text, answer_start -1 say so"
         ),
     )
-    on_bad_row: Literal["fail", "drop"] = Field(
+    no_answer: Text | None = Field(
+        default=None,
+        description=(
+            "SQuAD v2: an answer text that means that there is none, such as ANSWERNOTFOUND; one"
+            " that ends a context is cut off"
+        ),
+    )
+    on_bad_row: OnBadRow = Field(
         default="fail",
         description=(
             "what to do with rows whose answer is not in the text, empty texts, repeated ids,"
-            " questions too long for a window"
+            " questions too long for a window; repair: answers a few characters off, counted in"
+            " bytes, or in other case or blanks are mended and listed in repairs.jsonl, other rows"
+            " refused"
         ),
     )
     columns: Columns = Field(default_factory=Columns, description="column names of flat files")
@@ -118,6 +137,15 @@ class Data(Section):
             raise ValueError(
                 "tuning is for SQuAD v2; set unanswerable = true, or remove it: without it every"
                 " question is answered and there is no null threshold"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _no_answer_has_a_use(self) -> Data:
+        if self.no_answer is not None and not self.unanswerable:
+            raise ValueError(
+                f"no_answer {self.no_answer!r} marks questions without an answer, which are"
+                " refused unless unanswerable = true"
             )
         return self
 
@@ -359,6 +387,13 @@ class Score(Section):
     )
     batch_size: Count = Field(
         default=32, description="windows per forward pass on one rank during evaluation"
+    )
+    language: Language = Field(
+        default="en",
+        description=(
+            "whose articles, punctuation and words decide whether an answer is right; en: as in"
+            " SQuAD's script, else after MLQA's rules"
+        ),
     )
 
 

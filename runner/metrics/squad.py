@@ -1,4 +1,5 @@
-"""Scores by the official evaluations of SQuAD v1.1 and v2.0, to the last digit, and their margins.
+"""Scores by the official evaluations of SQuAD v1.1 and v2.0, to the last digit, in any language's
+words.
 
 The sums run in the questions' order and in the scripts' own ways of adding, because another order
 rounds differently. Imports neither torch nor evaluate; `eval.hf_metrics` offers the same scores as
@@ -8,20 +9,19 @@ questions of equal null difference; U different values.
 
 from __future__ import annotations
 
-import re
-import string
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
 from runner.errors import DataError
+from runner.job.schema import Language
+from runner.metrics.normalise import normaliser
 
-_ARTICLES = re.compile(r"\b(a|an|the)\b")
-
-_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)  # ASCII only, as in the scripts
+Normalise = Callable[[str], str]
+ENGLISH = normaliser("en")
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +102,11 @@ class ScoresV2:
         return table
 
 
-def squad_scores(predictions: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> Scores:
+def squad_scores(
+    predictions: Mapping[str, str],
+    references: Mapping[str, Sequence[str]],
+    language: Language = "en",
+) -> Scores:
     """Score by SQuAD v1.1. Predictions of unknown questions do not count, missing ones score 0.
 
     Raises:
@@ -115,11 +119,12 @@ def squad_scores(predictions: Mapping[str, str], references: Mapping[str, Sequen
             f"{_some(bare)}: no right answer. SQuAD v1.1 scores need one for every question; data "
             "with unanswerable questions are scored by SQuAD v2.0 (squad_v2_scores)."
         )
+    normalise = normaliser(language)
     exact, overlap = [], []
     for id, golds in references.items():
         prediction = predictions.get(id)
-        exact.append(False if prediction is None else exact_match(prediction, golds))
-        overlap.append(0 if prediction is None else f1(prediction, golds))
+        exact.append(False if prediction is None else exact_match(prediction, golds, normalise))
+        overlap.append(0 if prediction is None else f1(prediction, golds, normalise))
     total_f1 = 0.0
     for value in overlap:  # one by one, as the script adds; sum() compensates from Python 3.12 on
         total_f1 += value
@@ -139,6 +144,7 @@ def squad_v2_scores(
     references: Mapping[str, Sequence[str]],
     no_answer_scores: Mapping[str, float] | None = None,
     threshold: float = 1.0,
+    language: Language = "en",
 ) -> ScoresV2:
     """Score by SQuAD v2.0; a question without right answers wants the prediction "".
 
@@ -148,6 +154,7 @@ def squad_v2_scores(
         no_answer_scores: probability, or any score that grows with it (null_difference), that the
             question has no answer. Ties in the best-threshold search go by the order given here.
         threshold: "" is taken as the prediction where the no-answer score is greater.
+        language: whose words are compared.
 
     Raises:
         DataError: there are no questions, or one lacks its prediction or no-answer score. (The
@@ -157,10 +164,11 @@ def squad_v2_scores(
     _check_complete(predictions, references, "prediction")
     if no_answer_scores is not None:
         _check_complete(no_answer_scores, references, "no-answer score")
+    normalise = normaliser(language)
     exact: dict[str, float] = {}
     overlap: dict[str, float] = {}
     for id, golds in references.items():
-        exact[id], overlap[id] = match_v2(predictions[id], golds)
+        exact[id], overlap[id] = match_v2(predictions[id], golds, normalise)
     has_answer = {id: bool(golds) for id, golds in references.items()}
     best = None
     if no_answer_scores is not None:
@@ -204,6 +212,7 @@ def tune_null_threshold(
     references: Mapping[str, Sequence[str]],
     null_differences: Mapping[str, float],
     metric: Literal["f1", "exact_match"] = "f1",
+    language: Language = "en",
 ) -> NullThreshold:
     """Find the threshold of the best SQuAD v2.0 score, on data that will not be reported.
 
@@ -222,7 +231,8 @@ def tune_null_threshold(
     _check_questions(references)
     _check_complete(predictions, references, "prediction")
     _check_complete(null_differences, references, "null difference")
-    matches = [match_v2(predictions[id], golds) for id, golds in references.items()]
+    normalise = normaliser(language)
+    matches = [match_v2(predictions[id], golds, normalise) for id, golds in references.items()]
     answered_N = np.array(matches, dtype=np.float64)[:, 1 if metric == "f1" else 0]
     empty_N = np.array([not golds for golds in references.values()], dtype=np.float64)
     difference_N = np.array([null_differences[id] for id in references], dtype=np.float64)
@@ -292,18 +302,13 @@ def _some(ids: Sequence[str]) -> str:
     return f"question {shown}" if len(ids) <= 3 else f"questions {shown} and {len(ids) - 3} more"
 
 
-def normalise(text: str) -> str:
-    """Lower the text, drop ASCII punctuation and the articles a, an, the, leave single spaces."""
-    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_NO_PUNCTUATION)).split())
-
-
-def exact_match(prediction: str, golds: Sequence[str]) -> bool:
+def exact_match(prediction: str, golds: Sequence[str], normalise: Normalise = ENGLISH) -> bool:
     """Whether the prediction equals one of the right answers (at least one) once normalised."""
     prediction = normalise(prediction)
     return any(prediction == normalise(gold) for gold in golds)
 
 
-def f1(prediction: str, golds: Sequence[str]) -> float:
+def f1(prediction: str, golds: Sequence[str], normalise: Normalise = ENGLISH) -> float:
     """The best word overlap F1, 0 to 1, with one of the right answers (at least one), as in v1.1.
 
     Where neither has a word left after normalising it is 0; version 2.0 says 1.
@@ -312,7 +317,9 @@ def f1(prediction: str, golds: Sequence[str]) -> float:
     return max(_overlap(words, normalise(gold).split()) for gold in golds)
 
 
-def match_v2(prediction: str, golds: Sequence[str]) -> tuple[int, float]:
+def match_v2(
+    prediction: str, golds: Sequence[str], normalise: Normalise = ENGLISH
+) -> tuple[int, float]:
     """Exact match and F1, 0 to 1, as in v2.0: without right answers, only "" is right.
 
     Right answers of which normalising leaves nothing do not count. Whole numbers are int, as in the

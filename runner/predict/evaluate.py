@@ -6,9 +6,9 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -23,7 +23,9 @@ from runner.eval.inference import batch_count, predict_windows
 from runner.eval.predictions import LISTED, as_lines, prediction_records
 from runner.eval.results import result_scores, score_line, threshold_lines
 from runner.job.inference import InferenceSettings
+from runner.job.schema import Language, OnBadRow
 from runner.job.sources import parse_data, public_name
+from runner.metrics.normalise import rules
 from runner.model.load import hash_weights
 from runner.predict.predictor import ALONE, Predictor
 from runner.report.render import write_report
@@ -46,8 +48,9 @@ def evaluate_model(
     load: Callable[[], Predictor],
     dataset: Dataset,
     *,
-    on_bad_row: Literal["fail", "drop"] = "fail",
+    on_bad_row: OnBadRow = "fail",
     v2: bool,
+    language: Language | None = None,
     seed: int,
     output: Path | None,
 ) -> tuple[dict[str, Any], Path | None]:
@@ -58,6 +61,7 @@ def evaluate_model(
         dataset: questions with right answers.
         on_bad_row: what to do with questions that the model's windows do not take.
         v2: by SQuAD v2.0; so is a model that may answer nothing.
+        language: whose words are compared; None: as the model was scored.
         seed: of the bootstrap.
         output: folder for what is found; None takes one in the run folder, where it is one.
 
@@ -75,6 +79,7 @@ def evaluate_model(
     if output is not None:
         check_evaluation(RunDir(output))
     predictor = load()
+    predictor.answering = predictor.answering.with_score(language=language)
     refuse_tuned(predictor.answering, dataset)
     v2 = v2 or predictor.answering.unanswerable
     with explaining_inference_oom():
@@ -113,9 +118,12 @@ def refuse_tuned(answering: InferenceSettings, dataset: Dataset) -> None:
 
 def evaluation_lines(source: str, result: Mapping[str, Any]) -> list[str]:
     """What an evaluation found, for a terminal."""
-    official = "SQuAD v2.0" if "best_f1" in result["metrics"] else "SQuAD v1.1"
+    language = result["answering"]["score"]["language"]
+    official = rules(language, v2="best_f1" in result["metrics"])
     dropped = result["data"]["dropped"]
     left = f", {dropped} bad rows left out" if dropped else ""
+    repaired = result["data"]["repaired"]
+    left += f", {repaired} mended (repairs.jsonl)" if repaired else ""
     lines = [f"{below_here(source)}: {result['questions']:,} questions, {official}{left}"]
     lines += [score_line(result, ""), *threshold_lines(result)]
     for key, name in (
@@ -178,7 +186,6 @@ def result_of(
     predictor: Predictor, dataset: Dataset, windows: Windows, scores: Evaluation, seed: int
 ) -> dict[str, Any]:
     """result.json of an evaluation: as a run's, with the data set and the model."""
-    longest = predictor.answering.score.max_answer_length
     parts = {"data": Split(dataset, windows, cached=False)}
     return {
         **result_scores(scores, predictor.default_threshold, seed),
@@ -186,15 +193,20 @@ def result_of(
             "source": dataset.source,
             "sha256": dataset.sha256,
             "dropped": len(dataset.dropped),
+            "repaired": len(dataset.repairs),
         },
         "model": {
             "name": public_name(predictor.name.rstrip("/")),
             "weights_sha256": hash_weights(Path(predictor.location)),
         },
-        "caveats": caveats(parts, longest, key="--max-answer-length"),
+        "caveats": caveats(parts, predictor.answering.score, option=_option),
         "answering": predictor.answering.model_dump(mode="json"),
         "seconds": {"total": round(scores.predictions.seconds, 3)},
     }
+
+
+def _option(key: str) -> str:
+    return f"--{key.replace('_', '-')}"
 
 
 def folder_name(source: str) -> str:
@@ -264,5 +276,7 @@ def write_evaluation(
         unanswerable=scores.null_threshold is not None,
     )
     write_atomic(run.predictions, as_lines(records))
+    if dataset.repairs:
+        write_atomic(run.repairs, as_lines(map(asdict, dataset.repairs)))
     write_report(folder, result)
     write_json(run.result, result)

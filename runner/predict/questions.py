@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from runner.data.dataset import row_problem
 from runner.data.formats import file_rows
 from runner.data.formats.flat import flat_rows
 from runner.data.formats.json_text import parse_json
+from runner.data.formats.judge import row_problem
 from runner.data.formats.rows import RawTable, Row
 from runner.errors import AssetError, DataError, StorageError
 from runner.job.schema import Columns

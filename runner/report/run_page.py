@@ -99,6 +99,9 @@ def _facts(run: RunRecord) -> dict[str, str]:
     facts: dict[str, str] = {}
     if run.predictions:
         facts["questions"] = f"{len(run.predictions):,}"
+    language = (run.job or {}).get("score", {}).get("language", "en")
+    if language != "en":
+        facts["answers compared"] = f"in the words of {language}"
     result = run.result
     if result is not None and "epoch" in result:
         facts["weights of"] = f"epoch {result['epoch']}, step {result['step']:,}"

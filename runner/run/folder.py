@@ -24,6 +24,7 @@ class RunDir:
         self.train_table = self.path / "train.csv"
         self.eval_table = self.path / "eval.csv"
         self.probe_table = self.path / "probes.csv"
+        self.repairs = self.path / "repairs.jsonl"
         self.predictions = self.path / "predictions.jsonl"
         self.curves_svg = self.path / "curves.svg"
         self.curves_png = self.path / "curves.png"
@@ -86,7 +87,8 @@ class RunDir:
     def written(self) -> tuple[Path, ...]:
         """All that a run writes; what stands beside it (submit.sh, a user's notes) is not its."""
         return (
-            *(self.job, self.provenance, self.deepspeed, *self.tables, self.predictions),
+            *(self.job, self.provenance, self.deepspeed, *self.tables, self.repairs),
+            self.predictions,
             *(self.curves_svg, self.curves_png, self.report, self.report_page, self.evaluations),
             *(self.checkpoints, self.attempts, self.model, self.log, self.result),
         )

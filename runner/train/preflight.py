@@ -46,16 +46,20 @@ def check_data(job: Job, ranks: int) -> Iterator[str | Rows]:
     parts = {"train": training, "validation": validation}
     parts |= {} if tuning is None else {"tuning": tuning}
     yield f"{job.name}: {job.model.name} on {job.data.train}"
-    yield from [*dict.fromkeys(warnings), *caveats(parts, job.score.max_answer_length)]
+    yield from [*dict.fromkeys(warnings), *caveats(parts, job.score)]
     yield [_data_row(name, part) for name, part in parts.items()]
     for name, part in parts.items():
         contradictions, dropped = part.dataset.contradictions, part.dataset.dropped
-        if contradictions or dropped:
+        repairs = part.dataset.repairs
+        if contradictions or dropped or repairs:
             yield ""
         yield from (f"{name}: {sentence}" for sentence in contradictions)
         yield from (f"dropped: {line}" for line in dropped[:5])
         if len(dropped) > 5:
             yield f"dropped: and {len(dropped) - 5} more"
+        yield from (f"mended: {repair}" for repair in repairs[:5])
+        if len(repairs) > 5:
+            yield f"mended: and {len(repairs) - 5} more"
 
     lengths_N = training.windows.lengths_N
     yield ""
@@ -131,6 +135,7 @@ def _data_row(name: str, part: Split) -> dict[str, CellValue]:
         "slice": name,
         "questions": len(part.dataset.examples),
         "dropped": len(part.dataset.dropped),
+        **({"mended": len(part.dataset.repairs)} if part.dataset.repairs else {}),
         "windows": len(windows),
         "mean tokens": float(windows.lengths_N.mean()),
         "longest": int(windows.lengths_N.max()),

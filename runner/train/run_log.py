@@ -28,6 +28,7 @@ from runner.train.summary import (
     opening_lines,
     probe_table,
     train_row,
+    write_repairs,
 )
 from runner.utils.console import Reporter, Step
 from runner.utils.files import below_here, write_json
@@ -95,6 +96,7 @@ class RunLog:
         if not self._rank.is_main:
             return
         write_json(self._run.deepspeed, session.config, self._fence)
+        write_repairs(self._run, session.splits, self._fence)
         for text in opening_lines(session):
             self.line(text)
         for text in detail_lines(session):

@@ -141,8 +141,7 @@ def build_session(
     with timer("data"):
         files, tokenizer = main_first(rank, lambda: _files_and_tokenizer(job.model))
         splits = _load_data(job, tokenizer, rank, on_block, warnings.append)
-        named, longest = splits.named(), job.score.max_answer_length
-        doubts = caveats(named, longest) if rank.is_main else []
+        doubts = caveats(splits.named(), job.score) if rank.is_main else []
     stop_if_asked(run)
     watchdog.progress_at("loading the model", bounded=False)
     with timer("model"):

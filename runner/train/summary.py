@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from runner.data.splits import Split
@@ -12,6 +13,7 @@ from runner.eval.predictions import as_lines, prediction_records
 from runner.eval.results import score_line, threshold_lines
 from runner.job.schema import Job, Probe
 from runner.job.sources import describe_sample
+from runner.metrics.normalise import rules
 from runner.model.load import emulation_warning
 from runner.run.folder import RunDir
 from runner.train.setup import Session, Splits
@@ -111,6 +113,17 @@ def probe_table(
     ]
 
 
+def write_repairs(run: RunDir, splits: Splits, fence: Fence) -> None:
+    """Write repairs.jsonl, an answer that was mended a line; nothing where none was."""
+    records = [
+        {"set": name, **asdict(repair)}
+        for name, split in splits.named().items()
+        for repair in split.dataset.repairs
+    ]
+    if records:
+        write_atomic(run.repairs, as_lines(records), fence)
+
+
 def write_predictions(
     run: RunDir, scores: Evaluation, validation: Split, fence: Fence, *, unanswerable: bool
 ) -> None:
@@ -141,6 +154,10 @@ def opening_lines(session: Session) -> list[str]:
             lines.append(
                 f"{name}: {len(split.dataset.dropped)} bad rows dropped, first:"
                 f" {split.dataset.dropped[0]}"
+            )
+        if repairs := split.dataset.repairs:
+            lines.append(
+                f"{name}: answers mended (repairs.jsonl): {len(repairs)}, first: {repairs[0]}"
             )
     lines += session.caveats
     everything = session.parameters[-1]
@@ -197,6 +214,7 @@ def closing_lines(job: Job, run: RunDir, result: Mapping[str, Any]) -> list[str]
             f"{score_line(result, '')} on"
             f" {below_here(job.data.validation)}{describe_sample(job.data.validation_sample)}"
         ),
+        *_language_lines(job),
         *threshold_lines(result),
         f"In brackets: 95 % intervals over the {result['questions']:,} questions",
         (
@@ -216,6 +234,12 @@ def closing_lines(job: Job, run: RunDir, result: Mapping[str, Any]) -> list[str]
     ):
         lines.append(f"  {name:24}{what}")
     return lines
+
+
+def _language_lines(job: Job) -> list[str]:
+    """By whose rules, where not as anyone expects."""
+    language = job.score.language
+    return [] if language == "en" else [f"by {rules(language, v2=job.data.unanswerable)}"]
 
 
 def probe_changes(rows: Sequence[Mapping[str, CellValue]]) -> list[dict[str, CellValue]]:

@@ -10,6 +10,7 @@ from runner.data.dataset import Dataset, Example
 from runner.data.splits import Split
 from runner.data.windows import build_windows
 from runner.eval.caveats import answer_lengths, caveats
+from runner.job.schema import Score
 
 WORDS = ["river", "folds", "battery", "before", "beech"]  # each one token of the tiny vocabulary
 
@@ -42,8 +43,14 @@ def clean(*names: str) -> list[Example]:
 
 
 def test_clean_data_has_no_line(split):
-    assert caveats({"train": split(*clean(*"abc")), "validation": split(*clean(*"def"))}, 30) == []
-    assert caveats({"data": split(Example("a", "who?", "nobody", (), ()))}, 30) == []
+    assert (
+        caveats(
+            {"train": split(*clean(*"abc")), "validation": split(*clean(*"def"))},
+            Score(),
+        )
+        == []
+    )
+    assert caveats({"data": split(Example("a", "who?", "nobody", (), ()))}, Score()) == []
 
 
 @pytest.mark.parametrize("max_length", [64, 24])  # in one window, in several
@@ -61,8 +68,8 @@ def test_answers_that_are_too_long_to_be_given(split):
     labels = [ask("a", [(1, 12)]), ask("b", [(4, 6), (1, 13)]), *clean(*"cd")]
     scored = [ask("e", [(1, 12), (4, 6)]), ask("f", [(2, 15), (2, 13)]), *clean(*"gh")]
     parts = {"train": split(*labels), "validation": split(*scored)}
-    assert caveats(parts, 11) == []
-    assert caveats(parts, 10) == [
+    assert caveats(parts, Score(max_answer_length=11)) == []
+    assert caveats(parts, Score(max_answer_length=10)) == [
         "train: 1 of 4 questions (25.0 %) are trained on an answer longer than"
         " score.max_answer_length, 10 tokens (up to 11), which is never given; raise it",
         "validation: 1 of 4 questions (25.0 %) have only right answers longer than"
@@ -79,12 +86,12 @@ def test_one_text_that_is_often_the_answer(split):
     alone = [e for e in many if e.answers[0] != "river folds"]
     counts = np.unique([e.answers[0] for e in alone], return_counts=True)[1]
     assert counts.max() <= 3
-    (line,) = caveats({"data": split(*alone[:50], *texts[:2], *same[:1])}, 30)
+    (line,) = caveats({"data": split(*alone[:50], *texts[:2], *same[:1])}, Score())
     assert line == (
         'data: "river folds" is a right answer of 3 of 53 questions (5.7 %): always to give it is'
         " right as often"
     )
-    assert caveats({"data": split(*alone[:57], *texts[:1], *same[:1])}, 30) == []
+    assert caveats({"data": split(*alone[:57], *texts[:1], *same[:1])}, Score()) == []
 
 
 def test_questions_and_contexts_that_are_trained_on_and_scored(split):
@@ -93,14 +100,14 @@ def test_questions_and_contexts_that_are_trained_on_and_scored(split):
     other = Example("y", "who?", train[1].context, (), ())
     again = Example("x", "when?", train[1].context, (), ())
     parts = {"train": split(*train), "validation": split(*clean("e"), respelt, other, again)}
-    assert caveats(parts, 30) == [
+    assert caveats(parts, Score()) == [
         "validation: 1 of 4 questions are also in train, such as z: their scores tell how well they"
         " were learnt by heart; take others",
         "validation: 2 of 4 questions are about 1 context(s) of which train asks others: scores"
         " on contexts that are new may be lower",
     ]
     parts = {"train": split(*train), "validation": split(*clean("e")), "tuning": split(*train)}
-    assert caveats(parts, 30) == [
+    assert caveats(parts, Score()) == [
         "tuning: its 3 questions are those of train: their scores tell how well they were learnt by"
         " heart; take others"
     ]

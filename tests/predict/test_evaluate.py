@@ -116,7 +116,7 @@ def test_the_stored_threshold_is_used_and_the_default_shown_beside_it(run, mixed
     # That is known of a run's own questions alone.
     assert "none of them is scored here" not in report
     assert (where / "report.html").is_file()
-    two = result | {"data": {"dropped": 2}}
+    two = result | {"data": {"dropped": 2, "repaired": 0}}
     lines = evaluation_lines("x/mixed.json", two)
     assert lines[0] == "x/mixed.json: 4 questions, SQuAD v2.0, 2 bad rows left out"
     assert lines[1].startswith("Exact match 50.0 % [")

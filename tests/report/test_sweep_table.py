@@ -70,17 +70,14 @@ def test_many_seeds_come_near_the_normal_quantile(sweep):
 
 
 def test_one_seed_has_an_interval_over_questions(sweep):
-    right = {"answer": "nine hours", "answers": ["nine hours", "9 hours"]}
-    half = {"answer": "nine", "answers": ["nine hours"]}
-    wrong = {"answer": "beech", "answers": ["nine hours"]}
-    nothing = {"answer": "", "answers": []}
-    [row] = compare_trials(sweep([({"train.epochs": 2}, 40.0)], [right, half, wrong, nothing]))
+    right, half, wrong = ({"exact_match": f1 == 1, "f1": f1} for f1 in (1.0, 2 / 3, 0.0))
+    [row] = compare_trials(sweep([({"train.epochs": 2}, 40.0)], [right, half, wrong, right]))
     f1 = [100, 100 * 2 / 3, 0, 100]
     assert row["± F1"] == pytest.approx(1.959964 * statistics.stdev(f1) / 2)
     assert row["± EM"] == pytest.approx(1.959964 * statistics.stdev([100, 0, 0, 100]) / 2)
 
 
-@pytest.mark.parametrize("questions", [[], [{"answer": "a"}], [{"answer": "a", "answers": ["a"]}]])
+@pytest.mark.parametrize("questions", [[], [{"answer": "a"}], [{"exact_match": True, "f1": 1.0}]])
 def test_without_enough_questions_there_is_none(sweep, questions):
     [row] = compare_trials(sweep([({"train.epochs": 2}, 40.0)], questions))
     assert (row["F1 %"], row["± F1"]) == (40.0, None)

@@ -1,4 +1,4 @@
-"""Rows of questions from files and hub repositories, not judged yet.
+"""Rows of questions from files and hub repositories, and what is to be said of them.
 
 The suffix of a file decides how its bytes become a table; of the layouts that rows may have there,
 the first one that recognises the table takes it. A new format is a file here and a line in FORMATS
@@ -7,7 +7,9 @@ the first one that recognises the table takes it. A new format is a file here an
 - `rows`: a table, a row, and values as messages name them
 - `json_text`, `csv_text`, `parquet_file`: bytes as a table
 - `squad`, `flat`: layouts of a table
+- `judge`: what a row says, and whether it can be true
 - `diagnosis`: what is seen where they do not fit
+- `repair`: what of it can be mended
 - `hub_split`: a split of a hub repository
 """
 

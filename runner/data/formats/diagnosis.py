@@ -16,7 +16,7 @@ from runner.utils.text import one_of
 _NFC, _NFD = (partial(unicodedata.normalize, form) for form in ("NFC", "NFD"))
 
 # How else a tool may count the characters before an answer.
-_COUNTS: dict[str, Callable[[str], int]] = {
+COUNTS: dict[str, Callable[[str], int]] = {
     "from 1": lambda before: len(before) + 1,
     "without \\r": lambda before: len(before) - before.count("\r"),
     "with \\r\\n line ends": lambda before: len(before) + len(re.findall(r"(?<!\r)\n", before)),
@@ -66,7 +66,7 @@ def misplaced(text: str, start: int, context: str) -> str:
     found = "" if outside else f", where {short_value(context[start : start + len(text)])} is"
     declared = f"{short_value(text)} declared at {start}{found}"
     for at in places:
-        counts = tuple(name for name, count in _COUNTS.items() if count(context[:at]) == start)
+        counts = tuple(name for name, count in COUNTS.items() if count(context[:at]) == start)
         if counts:
             seen = f"counted {one_of(counts)}"
             return f"answer text not at answer_start: {seen} ({declared}; stands at {at})"
@@ -89,9 +89,7 @@ def absent(text: str, context: str) -> str:
 def no_start(start: Any) -> str:
     """What is wrong with a start that is no whole number."""
     if isinstance(start, str):
-        pair = re.fullmatch(r"\s*[\[(]\s*\d+\s*,\s*\d+\s*[\])]\s*", start)
-        seen = "a start and an end" if pair else "text"
-        return f"answer_start is {seen}, not a whole number ({short_value(start)})"
+        return f"answer_start is text, not a whole number ({short_value(start)})"
     return f"answer_start is {kind(start)}, not a whole number"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 NO_ROW = (None, None, None)  # id, question and context of a row that is none
@@ -45,6 +45,19 @@ class Row:
     impossible: Any = None
 
 
+def without_marker(row: Row, marker: str) -> Row:
+    """A row whose answers are none where they are a text that means so, and whose context does not
+    end in it, as where annotators could choose it there."""
+    answers, context = row.answers, row.context
+    if isinstance(answers, list):
+        marked = [isinstance(text, str) and text.strip() == marker for text, _ in answers]
+        pairs = zip(answers, marked, strict=True)
+        answers = [(None, None) if is_marker else answer for answer, is_marker in pairs]
+    if isinstance(context, str) and context.rstrip().endswith(marker):
+        context = context.rstrip().removesuffix(marker).rstrip()
+    return replace(row, answers=answers, context=context)
+
+
 def paired_answers(value: Any) -> list[tuple[Any, Any]] | str:
     """Accept SQuAD's two spellings: a list of {text, answer_start}, or {text: [...], answer_start:
     [...]}; texts that are all empty need no starts. A sentence says why it is neither."""
@@ -79,10 +92,15 @@ def is_blank(value: Any) -> bool:
 
 
 def number(value: Any) -> Any:
-    """A number that is written as text, as in CSV, where it looks like one."""
+    """A number that is written as text, as in CSV, where it looks like one; of a start and an end,
+    (12, 20), the start."""
+    if isinstance(value, list | tuple) and len(value) == 2:
+        return number(value[0])
     if not isinstance(value, str):
         return given(value)
     text = value.strip()  # of more than float() strips
+    if pair := re.fullmatch(r"[\[(]\s*([0-9]{1,15})\s*,\s*[0-9]{1,15}\s*[\])]", text):
+        return int(pair[1])
     if text.lower() in ("", "nan"):
         return None
     return int(float(text)) if re.fullmatch(r"-?[0-9]{1,15}(\.0*)?", text) else value

@@ -1,0 +1,98 @@
+"""What of an answer is compared, by language: as in SQuAD's script for English, by MLQA's rules for
+its other six languages, in the same way for further ones.
+
+MLQA (Lewis et al., arXiv:1910.07475, mlqa_evaluation_v1.py): lower case, Unicode's punctuation and
+the language's articles go; Chinese is compared by characters. Articles of the languages behind it:
+those that MKQA lists (Longpre et al., arXiv:2007.15207), as whole words.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+import sys
+import unicodedata
+from collections.abc import Callable
+from functools import cache
+
+from runner.job.schema import Language
+
+OF_MLQA = ("ar", "de", "es", "hi", "vi", "zh")
+
+_ARTICLES = {
+    "ar": r"\sال^|ال",  # noqa: RUF001 (as in the script)
+    "da": r"\b(en|et)\b",
+    "de": r"\b(ein|eine|einen|einem|eines|einer|der|die|das|den|dem|des)\b",
+    "en": r"\b(a|an|the)\b",
+    "es": r"\b(un|una|unos|unas|el|la|los|las)\b",
+    "fr": r"\b(le|la|les|du|de|des|un|une)\b",
+    "hu": r"\b(a|az|egy)\b",
+    "it": r"\b(il|lo|la|i|gli|le|un|uno|una|del|dello|della|dei|degli|delle)\b",
+    "nl": r"\b(de|het|een|des|der|den)\b",
+    "no": r"\b(en|et|ei)\b",
+    "pt": r"\b(o|a|os|as|um|uma|uns|umas)\b",
+    "sv": r"\b(en|ett)\b",
+    "vi": r"\b(của|là|cái|chiếc|những)\b",
+}
+# Articles that lose a vowel: with their apostrophe, before punctuation goes.
+_ELIDED = {"fr": r"\b[ld]['’]", "it": r"\b(?:l|un|dell|degl)['’]"}  # noqa: RUF001
+
+# Characters that are compared one by one, since no blank parts their words.
+_HAN_OF_MLQA = "\u4e00-\u9fa5"
+_UNPARTED = {
+    "ja": "\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff",
+    "km": "\u1780-\u17ff",
+    "lo": "\u0e80-\u0eff",
+    "my": "\u1000-\u109f",
+    "th": "\u0e00-\u0e7f",
+    "zh": _HAN_OF_MLQA,
+}
+_THE = re.compile(_ARTICLES["en"])
+_ASCII_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def normaliser(language: Language) -> Callable[[str], str]:
+    """The function that makes of an answer the words that are compared, single blanks between."""
+    return _english if language == "en" else _by_mlqa(language)
+
+
+def rules(language: Language, *, v2: bool) -> str:
+    """Whose evaluation it is, for people."""
+    official = f"SQuAD {'v2.0' if v2 else 'v1.1'}"
+    if language == "en":
+        return official
+    whose = "MLQA's rules" if language in OF_MLQA else "rules after MLQA's"
+    return f"{official} with {whose} for {language}"
+
+
+def _english(text: str) -> str:
+    # ASCII's punctuation alone, as in SQuAD's scripts; MLQA's English takes all of Unicode's.
+    return " ".join(_THE.sub(" ", text.lower().translate(_ASCII_PUNCTUATION)).split())
+
+
+@cache
+def _by_mlqa(language: str) -> Callable[[str], str]:
+    articles, elided = (
+        re.compile(table[language]) if language in table else None for table in (_ARTICLES, _ELIDED)
+    )
+    unparted = re.compile(f"([{_UNPARTED[language]}])") if language in _UNPARTED else None
+
+    def normalise(text: str) -> str:
+        text = text.lower()
+        if elided is not None:
+            text = elided.sub(" ", text)
+        text = text.translate(_unicode_punctuation())
+        if articles is not None:
+            text = articles.sub(" ", text)
+        if unparted is not None:
+            text = unparted.sub(r" \1 ", text)
+        return " ".join(text.split())
+
+    return normalise
+
+
+@cache
+def _unicode_punctuation() -> dict[int, None]:
+    """Of Unicode's punctuation all characters, and ASCII's signs such as + and $."""
+    codes = (n for n in range(sys.maxunicode) if unicodedata.category(chr(n)).startswith("P"))
+    return dict.fromkeys([*codes, *map(ord, string.punctuation)])
