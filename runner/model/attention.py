@@ -267,10 +267,10 @@ def choose_packing(
     own = model.config._attn_implementation
     other = None if attend_packed(model) else f"{kind} takes no attention but its own"
     model.set_attn_implementation(own)
-    if before:
+    known = _is_known(model.config)
+    if before and not known:
         reason = "as the run began"
-    elif other is None and not _is_known(model.config):
-        # All ranks ask together, whatever each has for a device.
+    elif other is None and not known:  # all ranks ask together, whatever each has for a device
         other = "nothing compares it" if compare is None else compare()
         other = other and f"{kind} is not among {', '.join(FAMILIES)}; {other}"
         reason += f"; {kind} was compared with its windows one by one"

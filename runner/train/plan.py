@@ -267,9 +267,10 @@ def compare_packing(
         # In float32 and as it is computed; then the same model, packed.
         alone = [pad(collate(windows, rows[n : n + 1]), pad_id) for n in range(len(rows))]
         read = partial(_logits, probe, device, segment_ids)
-        exact = [read(batch)[0] for batch in alone]
-        probe.to(_PRECISIONS[precision])
-        fresh = [read(batch)[0] for batch in alone]
+        exact = fresh = [read(batch)[0] for batch in alone]
+        if precision != "fp32":
+            probe.to(_PRECISIONS[precision])
+            fresh = [read(batch)[0] for batch in alone]
         attend_packed(probe)
         packing = packing_of(model, device, int(windows.lengths_N.max()))
         lone = [pack(collate(windows, rows[n : n + 1]), pad_id, packing) for n in range(len(rows))]

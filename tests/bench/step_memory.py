@@ -60,7 +60,8 @@ def step(args: argparse.Namespace, length: int, how: str) -> dict[str, float]:
     types = getattr(model.config, "type_vocab_size", 0) >= 2
     fed = SpanModel(model, WindowLoader(device, 0, plan.packing), types)
     span_loss = choose_span_loss("auto", model, device, 2)
-    windows = windows_of(np.full(args.batch_size, length), 1000)
+    words = model.config.vocab_size
+    windows = windows_of(np.full(args.batch_size, length), words)
 
     def take(rows: np.ndarray) -> float:
         began = time.perf_counter()
@@ -74,7 +75,7 @@ def step(args: argparse.Namespace, length: int, how: str) -> dict[str, float]:
             return torch.cuda.max_memory_allocated()
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
-    few = windows_of(np.full(2, 8), 1000)
+    few = windows_of(np.full(2, 8), words)
     span_loss(
         fed(fed.batch(few, np.arange(2)))
     ).backward()  # gradients, code and workspace are there
