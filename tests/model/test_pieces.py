@@ -7,9 +7,9 @@ import shutil
 from itertools import groupby
 
 import pytest
-from sentencepiece import SentencePieceProcessor
+from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
 from tokenizers import Tokenizer, normalizers
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from runner.data.dataset import Example
 from runner.data.windows import build_windows
@@ -197,3 +197,39 @@ def test_a_tokenizer_json_without_a_table_is_left_alone(published, tmp_path):
     changed, notes = opened(folder)
     assert notes == []
     assert changed.backend_tokenizer.normalizer.normalize_str("ﬁ A") == "ﬁ a"
+
+
+@pytest.mark.parametrize("table", ["AAAA", 3, None])
+def test_a_damaged_table_is_refused_in_a_line(published, tmp_path, table):
+    """Also where the tokenizer's library gives up in Rust."""
+    folder = shutil.copytree(published("deberta-v2"), tmp_path / "table")
+    AutoTokenizer.from_pretrained(folder).save_pretrained(folder)
+    path = folder / "tokenizer.json"
+    normaliser = {"type": "Precompiled"} | (
+        {} if table is None else {"precompiled_charsmap": table}
+    )
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"normalizer": normaliser}))
+    with pytest.raises(DataError, match=r"table: cannot be read: .*recompiled") as refused:
+        opened(folder)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_damaged_table_of_a_sentencepiece_model_is_refused(published, tmp_path):
+    folder = shutil.copytree(published("deberta-v2"), tmp_path / "table")
+    proto = sentencepiece_model_pb2.ModelProto()
+    proto.ParseFromString((folder / "spm.model").read_bytes())
+    proto.normalizer_spec.precompiled_charsmap = b"\xff" * 40
+    (folder / "spm.model").write_bytes(proto.SerializeToString())
+    with pytest.raises(DataError, match="the table of characters of its tokenizer: cannot be read"):
+        opened(folder)
+
+
+def test_a_tokenizer_in_python_is_refused_where_its_characters_are_asked_for(tmp_path):
+    config = AutoConfig.for_model(
+        "canine", hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64
+    )
+    config.save_pretrained(tmp_path)
+    tokenizer, notes = opened(tmp_path)
+    assert notes == []
+    with pytest.raises(DataError, match="has no fast tokenizer; character offsets need one"):
+        build_windows([Example("1", "what?", "a b", (), ())], tokenizer, 60, 8)

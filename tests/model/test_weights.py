@@ -144,6 +144,25 @@ def test_pickled_weights_keep_their_precision_in_the_cache(pickled, dtype, cache
     assert {t.dtype for t in load_file(kept).values()} == {dtype}
 
 
+def test_the_names_of_the_first_checkpoints_are_known(pickled):
+    """As BERT's were published: norms with gamma and beta, and the head of its pretraining."""
+    old = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+
+    def change(weights):
+        table = {"cls.seq_relationship.bias": torch.zeros(2)}
+        for name, tensor in weights.items():
+            for new, then in old.items():
+                name = name.replace(new, then)
+            table |= {} if name.startswith("qa_outputs") else {name: tensor}
+        return table
+
+    folder, weights = pickled(save(change=change))
+    assert load_outline(files_of(folder)).num_parameters() > 0
+    found = load_pretrained(files_of(folder), 0).state_dict()
+    body = {name for name in weights if not name.startswith("qa_outputs")}
+    assert all(torch.equal(found[name], weights[name]) for name in body)
+
+
 def test_safetensors_come_first_and_the_pickle_beside_them_is_never_opened(tiny, tmp_path, cache):
     folder = tmp_path / "both"
     shutil.copytree(tiny("bert"), folder)

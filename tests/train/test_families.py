@@ -19,7 +19,16 @@ from runner.data.loader import pad
 from runner.data.windows import build_windows
 from runner.job.schema import Model
 from runner.model.forward import span_logits, takes_segment_ids
-from runner.model.load import ModelFiles, load_pretrained, load_tokenizer
+from runner.model.freeze import parameter_table
+from runner.model.load import (
+    ModelFiles,
+    check_forward,
+    load_outline,
+    load_pretrained,
+    load_tokenizer,
+    padding_notes,
+)
+from runner.model.structure import longest_input
 from runner.run.folder import RunDir
 from tests.families import FAMILIES, POSITIONS, save_family
 from tests.interruptions import DATA, FAULT_JOB
@@ -67,6 +76,7 @@ def folder_of(tmp_path_factory):
 def test_the_table_has_a_row_for_every_family_that_is_tested_and_no_other():
     assert TABLE.keys() == FAMILIES.keys()
     assert {row["CPU"] for row in TABLE.values()} <= {"packed", "padded"}
+    assert all(row["GPU"] == row["CPU"] for row in TABLE.values())
     seen = {name for name, row in TABLE.items() if "sees padding" in row["remark"]}
     assert seen == SEES_PADDING
 
@@ -134,6 +144,8 @@ def test_padded_logits_are_those_of_each_window_alone(folder_of, family):
     """By plain transformers; where padding is seen, of windows that need none."""
     files = ModelFiles.locate(Model(name=str(folder_of(family))))
     tokenizer, model = load_tokenizer(files), load_pretrained(files, 0).eval()
+    assert bool(padding_notes(model, tokenizer)) == (family in SEES_PADDING)
+    assert not model.training
     plain = AutoModelForQuestionAnswering.from_pretrained(folder_of(family)).eval()
     asked = [Example(str(n), "Who wrote it?", "It was Ada. " * n, (), ()) for n in (2, 1, 7)]
     windows = build_windows(asked, tokenizer, 60, 8)
@@ -157,6 +169,19 @@ def test_padded_logits_are_those_of_each_window_alone(folder_of, family):
         torch.testing.assert_close(
             logits_T2[offset : offset + length], wanted_L2, atol=1e-4, rtol=1e-4
         )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_check_sees_of_every_family_what_the_run_does(folder_of, family):
+    files = ModelFiles.locate(Model(name=str(folder_of(family))))
+    outline, tokenizer = load_outline(files), load_tokenizer(files)
+    check_forward(outline, tokenizer, family, training=True)
+    model = load_pretrained(files, 0)
+    assert parameter_table(outline) == parameter_table(model)
+    assert longest_input(outline) == longest_input(model)
+    ends = {"deberta-v2": None, "xlnet": None, "roberta": 159, "longformer": 159}
+    ends |= dict.fromkeys(("xlm-roberta", "camembert", "mpnet"), 158)
+    assert longest_input(model) == ends.get(family, POSITIONS)
 
 
 @pytest.mark.parametrize(

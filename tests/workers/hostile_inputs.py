@@ -17,6 +17,7 @@ import signal
 import struct
 import sys
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -138,13 +139,23 @@ def evil_module(folder: Path) -> None:
     (folder / "evil.py").write_text(f"{CODE}\nclass Evil:\n    pass\n")
 
 
-def storage_of(numbers: int) -> bytes:
+def storage_of(numbers: int, *more: None) -> bytes:
     """A pickle of a tensor whose memory has so many numbers, as torch writes one."""
-    tensor = (
-        b"ctorch._utils\n_rebuild_tensor_v2\n((S'storage'\nctorch\nFloatStorage\nS'0'\nS'cpu'\n"
-        b"I%d\ntQI0\n(I%d\nt(I1\ntI00\nccollections\nOrderedDict\n(tRtR" % (numbers, numbers)
-    )
-    return b"(dS'x'\n" + tensor + b"s."
+    memory = object()
+
+    class Drawn:
+        def __reduce__(self):
+            values = (memory, 0, (numbers,), (1,), False, OrderedDict())
+            return torch._utils._rebuild_tensor_v2, values
+
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, obj: object) -> object:
+            told = ("storage", torch.FloatStorage, "0", "cpu", numbers, *more)
+            return told if obj is memory else None
+
+    written = io.BytesIO()
+    Pickler(written, protocol=2).dump({"x": Drawn()})
+    return written.getvalue()
 
 
 def put_zip(path: Path, pickled: bytes, **options: object) -> None:
@@ -167,10 +178,10 @@ PICKLES: dict[str, Callable[[Path], object]] = {
         pickle.dumps(0x1950A86A20F9469CFC6C, 2)
         + pickle.dumps(1001, 2)
         + pickle.dumps({"little_endian": True}, 2)
-        + storage_of(2**38)
+        + storage_of(2**38, None)
     ),
     "a bomb": lambda path: put_zip(path, b"\x80\x02" + b"N0" * 2**25, compression=8),
-    "deep": lambda path: put_zip(path, b"(" * 2**22 + b"t" * 2**22 + b"."),
+    "deep": lambda path: put_zip(path, b"(" * 2**18 + b"t" * 2**18 + b"."),
     "a name that steers": lambda path: torch.save({"\x1b[2J\n": 3}, path / "pytorch_model.bin"),
     "an index that leads out": lambda path: put_json(
         path / "pytorch_model.bin.index.json", weight_map={"a": str(VICTIM)}

@@ -13,10 +13,11 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer, normalizers
+from tokenizers import normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from runner.errors import DataError
+from runner.model.config import reading
 from runner.utils.text import first_line
 
 # Texts that every vocabulary of a language in Latin letters cuts into pieces, and rarer ones.
@@ -54,13 +55,16 @@ def restored(
     Raises:
         DataError: if it cuts plain texts otherwise than its sentencepiece model.
     """
-    notes = []
+    notes: list[str] = []
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        return tokenizer, notes  # not a fast one, which is refused where its tokens are asked for
     file = _model_file(folder)
     if file is not None and not _adds_special_tokens(tokenizer):
         tokenizer = _opened_again(tokenizer, folder)
-    table = _published_table(folder)
-    if table and b'"Precompiled"' not in _spelt(tokenizer):
-        tokenizer = _with_table(tokenizer, table)
+    table = b"" if b'"Precompiled"' in _spelt(tokenizer) else _published_table(folder)
+    if table:
+        with reading(f"{name}: the table of characters of its tokenizer"):
+            tokenizer = _with_table(tokenizer, table)
         notes.append(
             "tokenizer: the table of characters in its files, which transformers leaves out, is"
             " in use"
@@ -123,15 +127,15 @@ def _published_table(folder: Path) -> bytes:
         if '"Precompiled"' not in text:
             return b""
         found = json.loads(text)["normalizer"]
-    except (OSError, ValueError, KeyError, RecursionError):
-        return b""
-    parts = found.get("normalizers", [found])
-    tables = [part["precompiled_charsmap"] for part in parts if part["type"] == "Precompiled"]
-    return base64.b64decode(tables[0]) if tables and tables[0] else b""
+        parts = found.get("normalizers", [found])
+        tables = [part["precompiled_charsmap"] for part in parts if part["type"] == "Precompiled"]
+        return base64.b64decode(tables[0]) if tables else b""
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return b""  # whoever reads the file says what is wrong with it
 
 
-def _spelt(tokenizer: PreTrainedTokenizerBase) -> bytes:
-    normaliser: Any = getattr(tokenizer, "backend_tokenizer", tokenizer).normalizer
+def _spelt(tokenizer: Any) -> bytes:
+    normaliser = tokenizer.backend_tokenizer.normalizer
     return normaliser.__getstate__() if normaliser is not None else b""
 
 
@@ -152,7 +156,7 @@ def _opened_again(tokenizer: Any, folder: Path) -> Any:
 
 
 def _with_table(tokenizer: Any, table: bytes) -> PreTrainedTokenizerBase:
-    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend = tokenizer.backend_tokenizer
     rest = [] if backend.normalizer is None else [backend.normalizer]
     backend.normalizer = normalizers.Sequence([normalizers.Precompiled(table), *rest])  # type: ignore[assignment]
     kept = ("model_input_names", "model_max_length", "padding_side", "truncation_side")

@@ -238,7 +238,9 @@ def _refused(error: Exception) -> str:
             " save the weights alone, by save_pretrained"
         )
     reason = text.rpartition("WeightsUnpickler error:")[2].strip() or type(error).__name__
-    return f"cannot be read as pickled weights: {reason.splitlines()[0].partition('. ')[0]}"
+    return (
+        f"cannot be read as pickled weights: {reason.splitlines()[0].partition('. In PyTorch')[0]}"
+    )
 
 
 def _state(file: Path, table: Any) -> dict[str, Tensor]:
