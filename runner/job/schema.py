@@ -172,7 +172,7 @@ class Data(Section):
         description="train on this many questions drawn from `train` with the seed; unset: all",
     )
     validation_sample: Count | None = Field(default=None, description="the same for `validation`")
-    tuning: Text | None = Field(
+    tuning: DataName | None = Field(
         default=None,
         description=(
             "SQuAD v2: questions on which the null threshold is tuned after each epoch, in the same"

@@ -145,11 +145,14 @@ def write_predictions(
 def opening_lines(session: Session) -> list[str]:
     """What is about to happen, in a few lines."""
     job, layout, lines = session.job, session.sampler.layout, []
-    for name, split in session.splits.sets.named().items():
+    sets = session.splits.sets
+    counts = (f", {one.count} seen an epoch" for one in session.sampler.sets)
+    seen = dict(zip(sets.trained(), counts, strict=False))  # empty without weights
+    for name, split in sets.named().items():
         lines.append(
             f"{name}: {len(split.dataset.examples)} questions in {len(split.windows)} windows of"
             f" {split.windows.lengths_N.mean():.0f} tokens on"
-            f" average{' (cached)' if split.cached else ''}"
+            f" average{seen.get(name, '')}{' (cached)' if split.cached else ''}"
         )
         lines += [f"{name}: {sentence}" for sentence in split.dataset.contradictions]
         if split.dataset.dropped:

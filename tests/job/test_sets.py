@@ -188,6 +188,14 @@ def test_what_the_hub_has_is_asked_of_it(load):
             'train = "a.json"\nvalidation = ["5%", "6%"]',
             "job.toml:4: data.validation: 2 sets are called held-out",
         ),
+        (
+            'train = "a.json"\nvalidation = "b.csv"\nunanswerable = true\ntuning = "a.txt"',
+            "job.toml:6: data.tuning: 'a.txt' is neither a file of a kind that is read",
+        ),
+        (
+            'train = "a.json"\nvalidation = "b.csv"\nunanswerable = true\ntuning = "5%"',
+            "job.toml:6: data.tuning: '5%' names no data; a share is for validation",
+        ),
         ('train = "a.json"\nvalidation = "0%"', "job.toml:4: data.validation: '0%' is neither a"),
         ('train = "a.json"\nvalidation = "100%"', "job.toml:4: data.validation: '100%' is neither"),
     ],

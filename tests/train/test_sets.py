@@ -156,6 +156,9 @@ def test_each_training_set_is_seen_as_often_as_its_weight_says(run):
         name: int(re.search(rf"train {name}: \d+ questions in (\d+) windows", said)[1])
         for name in ("few", "more")
     }
+    for name, weight in (("few", 1.5), ("more", 0.5)):
+        seen = round(weight * windows[name])
+        assert re.search(rf"train {name}: .* on average, {seen} seen an epoch", said)
     steps = -(-(round(1.5 * windows["few"]) + round(0.5 * windows["more"])) // 8)
     assert [int(row["step"]) for row in read_rows(run.eval_table)] == [
         steps * epoch for epoch in (1, 2, 3)
