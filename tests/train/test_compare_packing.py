@@ -217,10 +217,10 @@ REFUSED = UNKNOWN + (
 )
 # What two starts know of the family and find, the ranks, and whether both pack.
 HISTORIES = [
-    pytest.param(UNKNOWN, REFUSED, 2, True, id="compared, then refused"),
+    pytest.param(UNKNOWN, REFUSED, 1, True, id="compared, then refused"),
     # As when a version learns of a family.
     pytest.param(REFUSED, "", 1, False, id="refused, then known"),
-    pytest.param(UNKNOWN, "", 1, True, id="compared, then known", marks=pytest.mark.slow),
+    pytest.param(UNKNOWN, REFUSED, 2, True, id="on two ranks", marks=pytest.mark.slow),
     pytest.param(REFUSED, UNKNOWN, 1, False, id="refused, then compared", marks=pytest.mark.slow),
 ]
 
