@@ -224,6 +224,7 @@ def test_a_damaged_table_of_a_sentencepiece_model_is_refused(published, tmp_path
         opened(folder)
 
 
+@pytest.mark.slow  # it has a million characters
 def test_a_tokenizer_in_python_is_refused_where_its_characters_are_asked_for(tmp_path):
     config = AutoConfig.for_model(
         "canine", hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64
