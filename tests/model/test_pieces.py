@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from itertools import groupby
 
 import pytest
@@ -104,6 +105,9 @@ def test_plain_transformers_opens_the_export_as_it_was_trained(published, tmp_pa
     assert again.model_input_names == tokenizer.model_input_names
     assert again.special_tokens_map == tokenizer.special_tokens_map
     assert again.padding_side == tokenizer.padding_side
+    if family in ("deberta-v2", "big_bird"):  # the general class, by a name of every version
+        saved = json.loads((tmp_path / "tokenizer_config.json").read_text())["tokenizer_class"]
+        assert saved == "PreTrainedTokenizerFast"
     once_more, notes = opened(shutil.copytree(tmp_path, tmp_path / "copy"))
     assert notes == []
     assert spelt(once_more, RARE[2]) == spelt(tokenizer, RARE[2])
@@ -180,6 +184,14 @@ def test_a_damaged_model_is_named(published, tmp_path, content):
     with pytest.raises(DataError, match=r"damaged: spm\.model is no sentencepiece model: ") as told:
         opened(folder)
     assert "\n" not in str(told.value)
+
+
+def test_a_package_that_is_not_here_is_named(published, monkeypatch):
+    folder = published("deberta-v2")
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    told = r"spm\.model is read with a package that is not here: .*sentencepiece.*; run: pip"
+    with pytest.raises(DataError, match=told):
+        opened(folder)
 
 
 def test_every_family_with_pieces_is_held_against_them():

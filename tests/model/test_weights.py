@@ -95,7 +95,15 @@ def transposed(weights):
     return {n: t.t().contiguous().t() if t.ndim == 2 else t for n, t in weights.items()}
 
 
+def of_a_gpu(folder, weights):
+    """As a GPU's tensors are noted in a pickle."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.serialization, "location_tag", lambda _: "cuda:0")
+        torch.save(weights, folder / "pytorch_model.bin")
+
+
 FORMS = {
+    "of a GPU": of_a_gpu,
     "zip": save(),
     "before torch 1.6": save(_use_new_zipfile_serialization=False),
     "shards with an index": shards,
@@ -594,6 +602,14 @@ def test_the_outline_reads_a_window(tiny, family):
     assert {n: b.shape for n, b in model.named_buffers()} == {
         n: b.shape for n, b in whole.named_buffers()
     }
+
+
+def test_weights_by_another_name_are_none(pickled):
+    folder, weights = pickled()
+    save_file(weights, folder / "weights.safetensors", {"format": "pt"})
+    for read in (load_outline, lambda files: load_pretrained(files, 0)):
+        with pytest.raises(DataError, match=r"cannot be read: .*no file .*model\.safetensors"):
+            read(files_of(folder))
 
 
 def other_names(weights):

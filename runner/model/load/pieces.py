@@ -20,6 +20,9 @@ from runner.errors import DataError
 from runner.model.config import reading
 from runner.utils.text import first_line
 
+# The general class, to be saved by the name that transformers 4 knows too.
+_General: Any = type("PreTrainedTokenizerFast", (PreTrainedTokenizerFast,), {})
+
 # Texts that every vocabulary of a language in Latin letters cuts into pieces, and rarer ones.
 PLAIN = (
     "Who wrote the old guide, and when was it printed?",
@@ -86,12 +89,17 @@ def refuse_damaged(folder: Path, name: str) -> None:
     """Say which sentencepiece model is none: transformers takes it for a file of tiktoken's then.
 
     Raises:
-        DataError: naming the file.
+        DataError: naming the file, or the package that reads it.
     """
     file = _model_file(folder)
     if file is not None:
         try:
             _proto(file)
+        except ImportError as error:
+            raise DataError(
+                f"{name}: {file.name} is read with a package that is not here: {error}; run: pip"
+                " install sentencepiece protobuf"
+            ) from None
         except Exception as error:
             raise DataError(
                 f"{name}: {file.name} is no sentencepiece model: {first_line(error)}"
@@ -160,7 +168,7 @@ def _with_table(tokenizer: Any, table: bytes) -> PreTrainedTokenizerBase:
     rest = [] if backend.normalizer is None else [backend.normalizer]
     backend.normalizer = normalizers.Sequence([normalizers.Precompiled(table), *rest])  # type: ignore[assignment]
     kept = ("model_input_names", "model_max_length", "padding_side", "truncation_side")
-    return PreTrainedTokenizerFast(
+    return _General(
         tokenizer_object=backend,
         **tokenizer.special_tokens_map,
         **{name: getattr(tokenizer, name) for name in kept},

@@ -113,8 +113,10 @@ def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     Raises:
         Exception: of many kinds, if they cannot be read.
     """
-    found = {}
-    for file in named_files(folder, SAFE):
+    found, files = {}, named_files(folder, SAFE)
+    if not files:
+        raise FileNotFoundError(f"no file {SAFE}, nor an index of its shards")
+    for file in files:
         with safe_open(file, "pt") as tensors:
             found |= {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118
     return found
@@ -234,8 +236,8 @@ def _refused(error: Exception) -> str:
     if foreign:
         return (
             f"asks for {foreign[1] or foreign[2]}, which is no part of a tensor; a pickle can run"
-            " code, so nothing but tensors is read from one. Where you trust it, load it there and"
-            " save the weights alone, by save_pretrained"
+            " code, so nothing but tensors is read from one. If you trust it, load it where it was"
+            " made and save the weights alone, by save_pretrained"
         )
     reason = text.rpartition("WeightsUnpickler error:")[2].strip() or type(error).__name__
     return (
