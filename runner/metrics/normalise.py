@@ -111,6 +111,21 @@ def likely_language(texts: Iterable[str]) -> str | None:
     return best if ordinary else None
 
 
+def foreign_answers(answers: Iterable[str], language: Language, key: str) -> str | None:
+    """What to say where English rules are for answers that are none, as far as letters tell; `key`
+    is how the user sets the language."""
+    texts = list(answers)
+    scripts = ({script_of(letter) for letter in text if letter.isalpha()} for text in texts)
+    foreign = sum("LATIN" not in names for names in scripts if names)
+    if language != "en" or 2 * foreign <= len(texts):
+        return None
+    likely = likely_language(texts)
+    return (
+        f"{foreign:,} of {len(texts):,} right answers hold no Latin letter, and are scored by the"
+        f" rules for English; set {key}{f', perhaps to {likely}' if likely else ''}"
+    )
+
+
 def _english(text: str) -> str:
     # ASCII's punctuation alone, as in SQuAD's scripts; MLQA's English takes all of Unicode's.
     return " ".join(_THE.sub(" ", text.lower().translate(_ASCII_PUNCTUATION)).split())
