@@ -169,8 +169,9 @@ def outcome(folder: Path) -> dict[str, object]:
     }
     return {
         "weights": hashlib.sha256((run.model / "model.safetensors").read_bytes()).hexdigest(),
-        "predictions": hashlib.sha256(run.predictions.read_bytes()).hexdigest(),
+        "predictions": [hashlib.sha256(path.read_bytes()).hexdigest() for path in run.answer_files],
         "metrics": result["metrics"],
+        "sets": result.get("sets"),
         "epoch": result["epoch"],
         "step": result["step"],
         **tables,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from runner.run.folder import RunDir
-from runner.utils.tables import append_row
+from runner.utils.tables import append_row, read_rows
 
 HOSTILE = (
     "<script>alert(1)</script> & \"quotes\" 'single' ]]> <!-- | `code` * _x_ [l](javascript:0) "
@@ -157,6 +157,25 @@ def result(rows: list[dict], exact: float, f1: float, unanswerable: bool) -> dic
         tuned |= {"metric": "f1", "percent": 64.5}
         table["null_threshold"] = {"in_use": -1.25, "default": 0.0, "tuned": tuned}
     return table
+
+
+def add_set(folder: Path, name: str, rows: list[dict]) -> None:
+    """Let a run of `make_run` have been scored on a further validation set."""
+    run = RunDir(folder)
+    dev = '"/somewhere/dev.json"'
+    further = f'[{dev}, {{ source = "/somewhere/{name}.json", name = "{name}" }}]'
+    run.job.write_text(run.job.read_text(encoding="utf-8").replace(dev, further), encoding="utf-8")
+    table = json.loads(run.result.read_text())
+    exact = 100 * sum(row["exact_match"] for row in rows) / len(rows)
+    f1 = 100 * sum(row["f1"] for row in rows) / len(rows)
+    found = result(rows, exact, f1, unanswerable=False)
+    found["data"] = {"source": f"/somewhere/{name}.json", "sha256": "0" * 64, "dropped": 0}
+    run.result.write_text(json.dumps(table | {"sets": table.get("sets", {}) | {name: found}}))
+    for row in read_rows(run.eval_table):
+        worse = {key: 0.8 * float(row[key]) for key in row if key.endswith("_percent")}
+        append_row(run.eval_table_of(name), {**row, **worse})
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    run.predictions_of(name).write_text(lines, encoding="utf-8")
 
 
 def make_evaluation(folder: Path, rows: list[dict]) -> Path:

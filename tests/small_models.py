@@ -20,8 +20,14 @@ def config_of(family: str, layers: int = 2, **extra: object):
         return AutoConfig.for_model(family, **shape, **extra)
     shape |= {"hidden_size": 32, "num_hidden_layers": layers, "num_attention_heads": 2}
     shape |= {"intermediate_size": 64, **extra}
-    if family == "electra":
+    if family in ("electra", "albert"):
         shape["embedding_size"] = 16
+    if family == "ernie":
+        shape["use_task_id"] = True
+    if family == "modernbert":  # global and local layers in turn; a token sees 4 to either side
+        shape |= {"global_attn_every_n_layers": 2, "local_attention": 8}
+        shape |= dict.fromkeys(("bos_token_id", "cls_token_id"), 1)
+        shape |= dict.fromkeys(("eos_token_id", "sep_token_id"), 2)
     if family in ("roberta", "xlm-roberta", "camembert"):
         shape |= {"type_vocab_size": 1, "pad_token_id": 1}
     return AutoConfig.for_model(family, **shape)
@@ -58,7 +64,7 @@ def windows_of(lengths, seed=0) -> Windows:
 
 
 def takes_types(family: str) -> bool:
-    return family in ("bert", "electra")
+    return family in ("bert", "electra", "albert", "ernie")
 
 
 def gradients_of(model) -> dict[str, torch.Tensor]:

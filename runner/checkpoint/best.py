@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,20 @@ _RECORD = "kept.json"
 
 @dataclass(frozen=True)
 class BestEvaluation:
-    """The evaluation whose weights stand in `model/`."""
+    """The evaluation whose weights stand in `model/`.
+
+    Attributes:
+        epoch, step: after which.
+        scores: on the first validation set.
+        logits: of its first windows.
+        further: scores on the other validation sets.
+    """
 
     epoch: int
     step: int
     scores: Evaluation
     logits: list[JsonArray]
+    further: dict[str, Evaluation] = field(default_factory=dict)
 
 
 def save_best(

@@ -45,7 +45,7 @@ _IDENTITY = {
     "layout": "was made with {} micro-batches a step, this start has {}",
     "precision": "was made in {}, this start computes in {}",
     "computing": "was computed with {}; this start computes with {}",
-    "train": "was trained on other questions: the content of data.train has changed",
+    "train": "was trained on other questions: the content of data.train has changed, or a weight",
     "validation": "was scored on other questions: the content of data.validation has changed",
     "tuning": "was tuned on other questions: the content of data.tuning has changed",
     "labels": "was trained on labels by another rule: an answer was {}, now it is {}; go on with"

@@ -2,6 +2,7 @@
 
 - `command`: reads arguments, calls one verb, turns errors into exit codes
 - `run`: the verbs that train here: check, run, rank, reproduce, schema
+- `init`: init, which writes a job file for somebody's data
 - `prune`: prune
 - `predict`: predict and evaluate
 - `report`: report

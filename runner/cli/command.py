@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 
 from runner import __version__
-from runner.cli import predict, prune, report, run, slurm
+from runner.cli import init, predict, prune, report, run, slurm
 from runner.errors import RunnerError, UsageError
 from runner.utils.console import print_error, stdout_errors
 from runner.utils.files import full_disk_errors, storage_errors
@@ -35,6 +35,7 @@ not reproduced
 """
 
 ADD_VERBS = (  # in the order of --help
+    init.add_init,
     run.add_check,
     run.add_run,
     run.add_rank,
@@ -55,6 +56,7 @@ ADD_VERBS = (  # in the order of --help
 HIDDEN_VERBS = ("rank", "may-requeue")  # what a launcher and a batch script say
 # Words for our verbs that people know from elsewhere.
 OTHER_VERBS = {
+    **dict.fromkeys(("new", "create", "draft", "make"), "init"),
     **dict.fromkeys(("train", "fit", "finetune", "fine-tune", "start", "resume"), "run"),
     **dict.fromkeys(("eval", "test", "score"), "evaluate"),
     **dict.fromkeys(("infer", "inference", "answer", "ask", "pipeline"), "predict"),

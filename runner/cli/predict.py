@@ -28,7 +28,7 @@ def add_predict(verbs: Any) -> None:
         "file",
         nargs="?",
         metavar="FILE",
-        help="SQuAD JSON, or flat JSON, JSONL, CSV, Parquet, perhaps a slice of it: dev.json[:10];"
+        help="a file of questions of any format that is read, perhaps a slice of it: dev.json[:10];"
         " absent or -: lines of JSON from stdin, answered as they come",
     )
     parser.add_argument("--question", metavar="TEXT", help="one question, instead of a file")

@@ -82,7 +82,8 @@ def run_check(arguments: argparse.Namespace) -> int:
     trials = load_trials(arguments.job, arguments.set)[1] if job.sweep else []
     if not arguments.data:
         swept = f", {len(trials)} trials" if trials else ""
-        summary = f"{job.name}: {job.model.name} on {job.data.train}{swept}"
+        trained = job.data.described(job.data.trained)
+        summary = f"{job.name}: {job.model.name} on {trained}{swept}"
         write_line(f"{arguments.job}: no problems ({summary})")
         _write_doubts(job)
         return 0

@@ -1,7 +1,7 @@
 """From files and the hub to batches of windows on the device.
 
 - `hub`: snapshots of the Hugging Face hub
-- `formats`: rows of files of every format (a folder: one file a format)
+- `formats`: rows of files of every format (a folder; `formats/layouts`: one file a format)
 - `dataset`: rows, checked, as examples
 - `splits`: a run's data sets: training, validation, tuning
 - `tokenize`: texts as token ids and offsets

@@ -7,39 +7,19 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from runner.data.formats import file_rows
 from runner.data.formats.hub_split import hub_rows
-from runner.data.formats.judge import meant, row_problem, spans
+from runner.data.formats.judge import Example, check_rows
 from runner.data.formats.repair import Repair, Repairer
-from runner.data.formats.rows import Row, without_marker
+from runner.data.formats.rows import Reading, Row, without_marker
 from runner.errors import DataError
 from runner.job.schema import Columns, OnBadRow
 from runner.job.sources import DataSource, parse_data, unread_here
-
-
-@dataclass(frozen=True)
-class Example:
-    """One question.
-
-    Attributes:
-        id: unique within its data set.
-        question: the question's text.
-        context: the text that holds the answer.
-        answers: right answers, verbatim in the context; empty for an unanswerable question.
-        answer_starts: character offset of each answer in the context.
-    """
-
-    id: str
-    question: str
-    context: str
-    answers: tuple[str, ...]
-    answer_starts: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -54,6 +34,7 @@ class Dataset:
         revision: the hub's commit, whatever the job calls it; None for a file.
         contradictions: a sentence for each kind of row that says "no answer" and also not.
         repairs: what `on_bad_row = "repair"` mended.
+        read_as: the format that the file was taken for, and how many questions it holds in all.
     """
 
     source: str
@@ -63,6 +44,7 @@ class Dataset:
     revision: str | None = None
     contradictions: tuple[str, ...] = ()
     repairs: tuple[Repair, ...] = ()
+    read_as: str = ""
 
 
 def load_dataset(
@@ -91,7 +73,8 @@ def load_dataset(
         DataError: naming the rows (file:line, row or id) and what is wrong with each kind.
         AssetError: if the data is neither here nor reachable.
     """
-    source, rows, commit = _read(name, columns)
+    source, reading, commit = _read(name, columns)
+    rows = reading.rows
     told: list[str] = []
     if no_answer is not None:
         rows, told = _unmarked(rows, no_answer)
@@ -103,10 +86,10 @@ def load_dataset(
         rows = rows[start:stop]
     if sample is not None:
         rows = [rows[place] for place in sample_places(len(rows), sample, seed, name)]
-    checked = _check(rows, unanswerable, repairer if on_bad_row == "repair" else None)
+    checked = check_rows(rows, unanswerable, repairer if on_bad_row == "repair" else None)
     examples, bad = checked.examples, checked.bad
     if bad and repairer is not None:
-        left = bad if on_bad_row == "repair" else _check(rows, unanswerable, repairer).bad
+        left = bad if on_bad_row == "repair" else check_rows(rows, unanswerable, repairer).bad
         raise DataError(_report(name, bad, len(rows), mendable=len(bad) - len(left)))
     if not examples:
         raise DataError(
@@ -120,11 +103,12 @@ def load_dataset(
         commit,
         (*told, *checked.contradictions),
         tuple(checked.repairs),
+        str(reading),
     )
 
 
-def _read(name: str, columns: Columns) -> tuple[DataSource, list[Row], str | None]:
-    """What a name means, all its rows, and the hub's commit."""
+def _read(name: str, columns: Columns) -> tuple[DataSource, Reading, str | None]:
+    """What a name points to, all its rows, and the hub's commit."""
     try:
         source = parse_data(name)
     except ValueError as error:
@@ -132,12 +116,12 @@ def _read(name: str, columns: Columns) -> tuple[DataSource, list[Row], str | Non
     if problem := unread_here(source, Path.cwd()):
         raise DataError(problem)
     if source.kind == "hub":
-        rows, commit = hub_rows(source, columns)
+        reading, commit = hub_rows(source, columns)
     else:
-        rows, commit = file_rows(Path(source.location), columns), None
-    if not rows:
+        reading, commit = file_rows(Path(source.location), columns), None
+    if not reading.rows:
         raise DataError(f"{name}: holds no questions")
-    return source, rows, commit
+    return source, reading, commit
 
 
 def without_rows(dataset: Dataset, bad: Mapping[int, str], on_bad_row: OnBadRow) -> Dataset:
@@ -182,79 +166,6 @@ def content_sha256(examples: Iterable[Example]) -> str:
         ]
         digest.update(json.dumps(row, ensure_ascii=True).encode() + b"\n")
     return digest.hexdigest()
-
-
-# --- checking ---------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Checked:
-    """Examples of the good rows; (place, problem) of the others; what good ones contradict; what
-    was mended in them."""
-
-    examples: list[Example] = field(default_factory=list)
-    bad: list[tuple[str, str]] = field(default_factory=list)
-    contradictions: list[str] = field(default_factory=list)
-    repairs: list[Repair] = field(default_factory=list)
-
-
-def _check(rows: Sequence[Row], unanswerable: bool, repairer: Repairer | None) -> _Checked:
-    """Judge rows, mending their answers if there is somebody who can."""
-    checked = _Checked()
-    seen: dict[str, str] = {}
-    contradictions: dict[tuple[str, str], list[str]] = {}
-    # A context is shared by several questions: check its encoding once.
-    texts: dict[str, str | None] = {}
-    for row in rows:
-        answers, why, contradiction = meant(row)
-        why = why or row_problem(row, texts)
-        if why is None and not answers and not unanswerable:
-            reason = f"{contradiction}; " if contradiction else ""
-            why = f"no answer ({reason}set data.unanswerable = true for SQuAD v2 data)"
-        if why is None and row.id in seen:
-            why = f"id repeated (first at {seen[row.id]})"
-        found: list[tuple[str, int]] = []
-        repairs: list[Repair] = []
-        if why is None:
-            answers = [_mended(pair, row, repairer, repairs) for pair in answers]
-            found, why = spans(answers, row.context)
-        if why is not None:
-            checked.bad.append((row.place, why))
-            continue
-        checked.repairs.extend(repairs)
-        seen[row.id] = row.place
-        if contradiction:
-            taken = "answered" if found else "without an answer"
-            contradictions.setdefault((contradiction, taken), []).append(row.place)
-        checked.examples.append(
-            Example(
-                row.id,
-                row.question,
-                row.context,
-                tuple(t for t, _ in found),
-                tuple(s for _, s in found),
-            )
-        )
-    checked.contradictions.extend(
-        f"{len(places)} question{'' if len(places) == 1 else 's'} taken as {taken} where"
-        f" {contradiction}, first: {places[0]}"
-        for (contradiction, taken), places in contradictions.items()
-    )
-    return checked
-
-
-def _mended(
-    answer: tuple[Any, Any], row: Row, repairer: Repairer | None, repairs: list[Repair]
-) -> tuple[Any, Any]:
-    """An answer as it is, or as it must have been meant, which `repairs` then holds."""
-    text, start = answer
-    if repairer is None or not isinstance(text, str):
-        return answer
-    found = repairer.mend(text, start, row.context)
-    if found is None or found[:2] == answer:
-        return answer
-    repairs.append(Repair(row.place, row.id, text, start, *found))
-    return found[:2]
 
 
 def _unmarked(rows: Sequence[Row], marker: str) -> tuple[list[Row], list[str]]:

@@ -3,11 +3,12 @@
 The order is a pure function of (seed, epoch): the position in it is all that a resumed run needs to
 know.
 
-Legend: N windows of the data set.
+Legend: N windows of the data set, E of an epoch, Q questions.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -97,6 +98,47 @@ def score_batches(
 
 
 @dataclass(frozen=True)
+class WeightedSet:
+    """The windows of one of several training sets, and how often they are seen in an epoch.
+
+    An epoch takes as many windows as the last one did, from where that one ended in an endless
+    row of passes over the set; each pass goes through all questions in an order of its own, a
+    question's windows together. So no question is seen a second time more often than another, and
+    all epochs have the same number of steps.
+
+    Attributes:
+        first: place of the set's first window.
+        questions_N: the question of each of its windows, ascending.
+        weight: passes in an epoch, to the nearest window.
+    """
+
+    first: int
+    questions_N: np.ndarray
+    weight: float
+
+    @property
+    def count(self) -> int:
+        """Its windows in an epoch."""
+        return max(1, round(self.weight * len(self.questions_N)))
+
+    def windows(self, seed: int, place: int, epoch: int) -> np.ndarray:
+        """Places of its windows in an epoch, counted from 0; `place` is that of the set among the
+        others."""
+        begin, size = epoch * self.count, len(self.questions_N)
+        first = begin // size
+        passes = range(first, -(-(begin + self.count) // size))
+        row = np.concatenate([self._pass(seed, number, place) for number in passes])
+        return self.first + row[begin - first * size :][: self.count]
+
+    def _pass(self, seed: int, number: int, place: int) -> np.ndarray:
+        # The last number is never 0, so that no order is drawn as `epoch_batches` draws its own.
+        generator = np.random.default_rng([seed, number, place + 1])
+        of_question = np.unique(self.questions_N, return_inverse=True)[1]
+        order_Q = generator.permutation(int(of_question[-1]) + 1)
+        return np.argsort(order_Q[of_question], kind="stable")
+
+
+@dataclass(frozen=True)
 class TrainSampler:
     """Deals the training windows to optimiser steps, ranks and forward passes.
 
@@ -106,6 +148,7 @@ class TrainSampler:
         layout: how a step's windows are spread over ranks and passes.
         seed: the job's.
         rank: this rank's index.
+        sets: the sets that the windows are of; none where each is seen once in an epoch.
     """
 
     lengths_N: np.ndarray
@@ -113,16 +156,26 @@ class TrainSampler:
     layout: BatchLayout
     seed: int
     rank: int
+    sets: Sequence[WeightedSet] = ()
+
+    @property
+    def windows(self) -> int:
+        """Windows of one epoch; with `sets` some may be there several times."""
+        return sum(one.count for one in self.sets) if self.sets else len(self.lengths_N)
 
     @property
     def steps(self) -> int:
         """Optimiser steps of one epoch; the last may be a short one."""
-        return -(-len(self.lengths_N) // self.section.batch_size)
+        return -(-self.windows // self.section.batch_size)
 
     def epoch(self, epoch: int) -> list[np.ndarray]:
         """The windows of each step of an epoch, counted from 1; see `epoch_batches`."""
         size, buckets = self.section.batch_size, self.section.length_buckets
-        return epoch_batches(self.lengths_N, size, self.seed, epoch - 1, buckets=buckets)
+        sets = enumerate(self.sets)
+        drawn = [one.windows(self.seed, place, epoch - 1) for place, one in sets]
+        rows_E = np.concatenate(drawn) if drawn else np.arange(len(self.lengths_N))
+        batches = epoch_batches(self.lengths_N[rows_E], size, self.seed, epoch - 1, buckets=buckets)
+        return [rows_E[batch] for batch in batches]
 
     def passes(self, rows: np.ndarray) -> list[np.ndarray]:
         """This rank's forward passes of one step over the windows at `rows`."""

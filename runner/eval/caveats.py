@@ -14,13 +14,8 @@ from runner.data.splits import Split
 from runner.data.tokenize import overlapping_tokens
 from runner.data.windows import Windows
 from runner.job.schema import Score
+from runner.metrics.normalise import foreign_answers
 
-# The language that a script is most often met in.
-_LANGUAGES = {
-    "CJK": "zh",
-    **{"HIRAGANA": "ja", "KATAKANA": "ja", "HANGUL": "ko", "CYRILLIC": "ru", "ARABIC": "ar"},
-    **{"DEVANAGARI": "hi", "THAI": "th", "GREEK": "el", "HEBREW": "he", "BENGALI": "bn"},
-}
 OFTEN = 0.05  # share of the questions above which one answer is told of
 
 
@@ -53,7 +48,8 @@ def caveats(
         )
         lines += [f"{name}: {line}" for line in found if line]
     for name in [name for name in parts if name not in trained]:
-        if score.language == "en" and (line := _foreign(parts[name], option("language"))):
+        answers = (text for e in parts[name].dataset.examples for text in e.answers)
+        if line := foreign_answers(answers, score.language, option("language")):
             lines.append(f"{name}: {line}")
         for other in trained:
             if other in parts:
@@ -118,25 +114,6 @@ def _often(examples: Sequence[Example]) -> str | None:
         f"{short_value(text)} is a right answer of {count:,} of {len(examples):,} questions"
         f" ({100 * count / len(examples):.1f} %): always to give it is right as often"
     )
-
-
-def _foreign(part: Split, key: str) -> str | None:
-    """What to say where English rules are for answers that are none, as far as letters tell."""
-    answers = [text for example in part.dataset.examples for text in example.answers]
-    scripts = [{_script(letter) for letter in text if letter.isalpha()} for text in answers]
-    foreign = [names for names in scripts if names and "LATIN" not in names]
-    if 2 * len(foreign) <= len(answers):
-        return None
-    ((script, _),) = Counter(name for names in foreign for name in names).most_common(1)
-    likely = _LANGUAGES.get(script)
-    return (
-        f"{len(foreign):,} of {len(answers):,} right answers hold no Latin letter, and are scored"
-        f" by the rules for English; set {key}{f', perhaps to {likely}' if likely else ''}"
-    )
-
-
-def _script(letter: str) -> str:
-    return unicodedata.name(letter, "NONE").partition(" ")[0]
 
 
 def _shared(scored: Sequence[Example], trained: Sequence[Example], name: str) -> list[str]:

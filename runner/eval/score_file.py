@@ -3,17 +3,18 @@ no torch."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from runner.data.dataset import Dataset
-from runner.data.formats import read_file
-from runner.data.formats.json_text import read_json
+from runner.data.formats.files import read_file
+from runner.data.formats.files.json_text import read_json
 from runner.data.formats.rows import RawTable, row_id, short_value
 from runner.errors import DataError, UsageError
 from runner.job.schema import Language
+from runner.metrics.normalise import foreign_answers
 from runner.metrics.squad import Scores, ScoresV2, squad_scores, squad_v2_scores
 from runner.metrics.statistics import LEVEL, RESAMPLES, intervals
 
@@ -93,6 +94,7 @@ def file_lines(result: Mapping[str, Any]) -> list[str]:
     ):
         if count:
             lines.append(f"{count:,} {what}")
+    lines += result["caveats"]
     resamples = result["bootstrap"]["resamples"]
     lines.append(f"In brackets: 95 % bootstrap intervals over questions ({resamples:,} resamples)")
     return lines
@@ -174,30 +176,38 @@ def score_predictions(
             f" {len(predictions.texts):,} predictions (ids such as {asked} here, {given} there);"
             " are they of other data, or was one of the two numbered anew?"
         )
-    scores: Scores | ScoresV2
-    if v2:
-        scores = squad_v2_scores(
-            predictions.texts, references, predictions.no_answer, threshold, language
-        )
-        if predictions.no_answer is None and predictions.spans is not None:
-            spans = predictions.spans
-            searched = squad_v2_scores(
-                spans.texts, references, spans.differences, language=language
-            )
-            scores = replace(scores, best=searched.best)
-        missing = 0
-    else:
-        scores = squad_scores(predictions.texts, references, language)
-        missing = scores.missing
+    scores = _scores(predictions, references, v2=v2, threshold=threshold, language=language)
+    answers = (text for golds in references.values() for text in golds)
+    doubt = foreign_answers(answers, language, "--language")
     return {
         "metrics": scores.official(),
         "intervals": {name: list(ends) for name, ends in intervals(scores, seed).items()},
         "bootstrap": {"level": LEVEL, "resamples": RESAMPLES, "seed": seed},
         "questions": scores.total,
-        "without_prediction": missing,
+        "without_prediction": 0 if isinstance(scores, ScoresV2) else scores.missing,
         "of_other_questions": sum(id not in references for id in predictions.texts),
         "data": {"source": dataset.source, "sha256": dataset.sha256},
+        "caveats": [] if doubt is None else [doubt],
     }
+
+
+def _scores(
+    predictions: SubmittedAnswers,
+    references: Mapping[str, Sequence[str]],
+    *,
+    v2: bool,
+    threshold: float,
+    language: Language,
+) -> Scores | ScoresV2:
+    texts = predictions.texts
+    if not v2:
+        return squad_scores(texts, references, language)
+    scores = squad_v2_scores(texts, references, predictions.no_answer, threshold, language)
+    spans = predictions.spans
+    if predictions.no_answer is None and spans is not None:
+        found = squad_v2_scores(spans.texts, references, spans.differences, language=language)
+        scores = replace(scores, best=found.best)
+    return scores
 
 
 def _from_rows(path: Path, rows: list[tuple[str, Any]]) -> SubmittedAnswers:

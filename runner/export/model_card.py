@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from types import MappingProxyType
 
 from huggingface_hub import EvalResult, ModelCardData
 
 from runner.job.inference import KEY, InferenceSettings
-from runner.job.schema import Job
-from runner.job.sources import describe_sample, parse_data, public_name
+from runner.job.schema import Data, Job, QuestionSet
+from runner.job.sources import parse_data, parse_share, public_name
 from runner.utils.templates import template_environment
 
 
@@ -22,6 +23,7 @@ def model_card(
     *,
     intervals: Mapping[str, tuple[float, float]],
     settings: InferenceSettings,
+    further: Mapping[str, Mapping[str, float]] = MappingProxyType({}),
 ) -> str:
     """Write the card in the hub's format: YAML front matter, then Markdown. Folders of this machine
     are left out: a card is made to be published.
@@ -29,33 +31,50 @@ def model_card(
     Args:
         job: the job as it ran.
         scores: metric name to percent (loss in nats).
-        data: "training", "validation", "tuning" to the sha256 of those questions' content.
+        data: "training", "validation", "tuning" (of several sets "training NAME") to the sha256 of
+            those questions' content.
         job_text: the resolved job file.
         intervals: metric name to its 95 % interval, for those that have one.
+        further: scores on each further validation set, by its name.
         settings: of inference, which the card names for those who use the model.
     """
-    paths = (job.data.train, job.data.validation, job.data.tuning, job.model.name)
-    for path in filter(None, paths):
+    for path in (*job.data.names, job.model.name):
         job_text = job_text.replace(_toml_string(path), _toml_string(public_name(path)))
     environment = template_environment(__file__, autoescape=False)
-    environment.filters |= {"public_name": public_name, "describe_sample": describe_sample}
+    environment.filters["public_name"] = public_name
     return environment.get_template("model_card.md.j2").render(
         front_matter=_front_matter(job, scores),
         job=job,
         scores=scores,
+        further=further,
         intervals=intervals,
         data=data,
+        slices=_slices(job.data),
         settings=settings,
         config_key=KEY,
         job_text=job_text.strip(),
     )
 
 
+def _slices(data: Data) -> dict[str, str]:
+    """Data names in Markdown, by what the questions are for: of several sets, those of each too."""
+
+    def shown(*sets: QuestionSet) -> str:
+        return data.described(sets, lambda name: f"`{public_name(name)}`")
+
+    slices = {"training": shown(*data.trained), "validation": shown(data.scored[0])}
+    slices |= {f"training {one.name}": shown(one) for one in data.trained}
+    slices |= {f"validation {one.name}": shown(one) for one in data.scored}
+    return slices | {"tuning": f"`{public_name(data.tuning or '')}`"}
+
+
 def _front_matter(job: Job, scores: Mapping[str, float]) -> str:
     """What the hub reads: where the model comes from, as far as the hub knows it by name, what the
     job declares, and the scores."""
-    validation = public_name(job.data.validation)
-    scored, training = parse_data(validation), parse_data(job.data.train)
+    first = job.data.scored[0]
+    held_out = parse_share(first.source) is not None
+    scored = parse_data(public_name(job.data.names[0] if held_out else first.source))
+    training = [parse_data(one.source) for one in job.data.trained]
     is_hub_model = not job.model.name.startswith(("/", "package:"))
     return ModelCardData(
         library_name="transformers",
@@ -64,13 +83,13 @@ def _front_matter(job: Job, scores: Mapping[str, float]) -> str:
         license=job.card.license,
         language=job.card.language,
         base_model=job.model.name if is_hub_model else None,
-        datasets=[training.location] if training.kind == "hub" else None,
+        datasets=[source.location for source in training if source.kind == "hub"] or None,
         metrics=["exact_match", "f1"],
         model_name=job.name,
         eval_results=[
             EvalResult(
                 task_type="question-answering",
-                dataset_name=f"{validation}{describe_sample(job.data.validation_sample)}",
+                dataset_name=job.data.described([first], public_name),
                 dataset_type=scored.location,
                 dataset_config=scored.config,
                 dataset_split=scored.split,

@@ -133,25 +133,45 @@ def verify_export(
         raise RunnerError(f"{folder}: the export lacks weights: {', '.join(fresh['missing'])}")
     if [len(window) for window in fresh["logits"]] != [len(window) for window in logits]:
         raise RunnerError(f"{folder}: the exported tokenizer cuts other windows than the run did")
-    run_T2, fresh_T2, exact_T2 = (
-        np.concatenate([np.asarray(window, np.float64) for window in found])
-        for found in (logits, fresh["logits"], fresh["exact"])
+    share, excess = beyond_rounding(logits, fresh["logits"], fresh["exact"])
+    if excess:
+        raise RunnerError(
+            f"{folder}: the run's logits are {excess}; the export is not the model that was scored"
+        )
+    return share
+
+
+def beyond_rounding(
+    found: Sequence[Any], fresh: Sequence[Any], exact: Sequence[Any]
+) -> tuple[float, str | None]:
+    """Compare two computations of the same logits, given those of the same weights in float32.
+
+    Args:
+        found, fresh, exact: logits [L, 2] of the same windows, found and computed afresh in one
+            precision, and in float32.
+
+    Returns:
+        The largest difference as a share of the largest logit; and, if `found` is farther from
+        `exact` than rounding explains, a clause that says so.
+    """
+    found_T2, fresh_T2, exact_T2 = (
+        np.concatenate([np.asarray(window, np.float64) for window in windows])
+        for windows in (found, fresh, exact)
     )
     # What rules a token out, as BigBird's -1e6 a question's, would set the scale for all others.
     floor = float(exact_T2.max()) - RULED_OUT
-    run_T2, fresh_T2, exact_T2 = (np.maximum(x, floor) for x in (run_T2, fresh_T2, exact_T2))
+    found_T2, fresh_T2, exact_T2 = (np.maximum(x, floor) for x in (found_T2, fresh_T2, exact_T2))
     largest = max(float(np.abs(exact_T2).max()), 1e-12)
-    share = float(np.abs(run_T2 - fresh_T2).max()) / largest
+    share = float(np.abs(found_T2 - fresh_T2).max()) / largest
     apart, rounding = (
-        float(np.sqrt(np.mean((found_T2 - exact_T2) ** 2))) / largest
-        for found_T2 in (run_T2, fresh_T2)
+        float(np.sqrt(np.mean((logits_T2 - exact_T2) ** 2))) / largest
+        for logits_T2 in (found_T2, fresh_T2)
     )
     # NaN is refused too.
-    if not (share <= FLOAT32_TOLERANCE or apart <= ROUNDING_TOLERANCE * rounding < np.inf):
-        allowed = max(FLOAT32_TOLERANCE, ROUNDING_TOLERANCE * rounding)
-        raise RunnerError(
-            f"{folder}: the run's logits are {apart:.1e} of the largest from those of the exported"
-            f" weights in float32 (rounding explains {allowed:.1e}); the export is not the model"
-            " that was scored"
-        )
-    return share
+    if share <= FLOAT32_TOLERANCE or apart <= ROUNDING_TOLERANCE * rounding < np.inf:
+        return share, None
+    allowed = max(FLOAT32_TOLERANCE, ROUNDING_TOLERANCE * rounding)
+    return share, (
+        f"{apart:.1e} of the largest from those of the same weights in float32 (rounding"
+        f" explains {allowed:.1e})"
+    )

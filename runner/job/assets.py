@@ -24,7 +24,10 @@ HUB_ANSWER_S = 5.0  # seconds for a connection; the libraries would try for minu
 # What is fetched of a repository, and what never (subfolders of a model: onnx/ and the like).
 WANTED = {
     "model": ("*.json", "*.txt", "*.model"),
-    "dataset": ("README.md", ".huggingface.yaml", "*.json", "*.jsonl", "*.csv", "*.parquet"),
+    "dataset": (
+        *("README.md", ".huggingface.yaml", "*.json", "*.jsonl", "*.csv", "*.tsv", "*.parquet"),
+        *("*.json.gz", "*.jsonl.gz", "*.csv.gz", "*.tsv.gz"),
+    ),
 }
 # Weights, besides: pickles where a repository has nothing else, never both.
 SAFE_WEIGHTS = ("*.safetensors",)
@@ -62,9 +65,8 @@ def hub_assets(job: Job) -> list[Asset]:
     wanted: list[tuple[AssetKind, str, str | None]] = []
     if not job.model.name.startswith(("/", "package:")):  # a folder's name has been made absolute
         wanted.append(("model", job.model.name, job.model.revision))
-    for text in (job.data.train, job.data.validation, job.data.tuning):
-        source = None if text is None else parse_data(text)
-        if source is not None and source.kind == "hub":
+    for source in map(parse_data, job.data.names):
+        if source.kind == "hub":
             wanted.append(("dataset", source.location, source.revision))
     return [Asset(*found) for found in dict.fromkeys(wanted)]
 

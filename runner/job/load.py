@@ -21,11 +21,12 @@ from runner.job.messages import (
     accepts_text,
     key_path,
     schema_problems,
+    set_problems,
     shown,
     tracker_problems,
 )
 from runner.job.schema import Job
-from runner.job.sources import find_file, is_hub_model, package_folder, parse_data, unread_here
+from runner.job.sources import find_file, is_hub_model, located_data, package_folder
 from runner.job.toml_lines import Path as KeyPath
 from runner.job.toml_lines import key_lines, line_of
 from runner.utils.files import is_there, read_regular, storage_errors
@@ -36,9 +37,10 @@ MAY_DIFFER: frozenset[KeyPath] = frozenset(
     {
         *(("slurm",), ("sweep",), ("track",), ("expect",)),
         *(("train", "checkpoint_minutes"), ("train", "timeout_minutes")),
-        ("train", "keep_checkpoints"),
+        *(("train", "keep_checkpoints"), ("train", "gradient_checkpointing")),
     }
 )
+_SETS = (("data", "train"), ("data", "validation"))  # which may be lists and tables too
 MAX_BYTES = 200_000  # a job is a page of text; anything larger is another kind of file
 
 
@@ -108,20 +110,22 @@ def check_table(
     """
     located, problems = _locate(table, beside)
     try:
-        job = Job.model_validate(table)
+        job = Job.model_validate(located)
     except ValidationError as error:
         return None, problems + schema_problems(error)
-    problems += tracker_problems(job.track)
+    problems += [*set_problems(job), *tracker_problems(job.track)]
     problems += _deepspeed_problems(job)
-    if job.zero.stage == 3 and job.model.compile == "on":
-        sentence = (
-            '"on" is not possible with zero.stage = 3, which gathers weights between operations'
-        )
-        problems.append(
-            (("model", "compile"), f'{sentence}; use "auto" or "off", or stage 0, 1 or 2')
-        )
-    parts = {name: getattr(job, name).model_copy(update=part) for name, part in located.items()}
-    return job.model_copy(update=parts), problems
+    hindrances = {
+        "zero.stage = 3, which gathers weights between operations": job.zero.stage == 3,
+        "train.gradient_checkpointing, which computes layers twice": (
+            job.train.gradient_checkpointing
+        ),
+    }
+    for what in [what for what, there in hindrances.items() if there]:
+        if job.model.compile == "on":
+            sentence = f'"on" is not possible with {what}; use "auto" or "off"'
+            problems.append((("model", "compile"), sentence))
+    return job, problems
 
 
 def dump_job(job: Job) -> str:
@@ -163,6 +167,10 @@ def first_difference(one: Job, other: Job, besides: Collection[KeyPath] = ()) ->
         if isinstance(a, dict) and isinstance(b, dict):
             keys = [*a, *(key for key in b if key not in a)]
             found = (walk(a.get(key), b.get(key), (*path, key)) for key in keys)
+            return next((sentence for sentence in found if sentence), None)
+        if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+            pairs = enumerate(zip(a, b, strict=True))
+            found = (walk(*pair, (*path, place)) for place, pair in pairs)
             return next((sentence for sentence in found if sentence), None)
         there, now = ("not set" if value is None else shown(value) for value in (a, b))
         return None if a == b else f"{key_path(path)} is {there} there and {now} now"
@@ -257,41 +265,41 @@ def _typed(path: KeyPath, text: str) -> Any:
         table = tomli.loads(f"value = {text}")
     except (ValueError, RecursionError):
         return text
-    if len(table) > 1 or (accepts_text(path) and not isinstance(table["value"], str)):
+    value = table["value"]
+    given = (str, list, dict) if path in _SETS else str
+    if len(table) > 1 or (accepts_text(path) and not isinstance(value, given)):
         return text
-    return table["value"]
+    return value
 
 
 def _locate(
     table: Mapping[str, Any], beside: Path
-) -> tuple[dict[str, dict[str, str]], list[tuple[KeyPath, str]]]:
-    """Find the files that the job names: absolute names by section and key, so that the job means
-    the same from its run folder, and a problem for each that is not there. What the schema refuses
-    is passed over."""
-    located: dict[str, dict[str, str]] = {"data": {}, "model": {}}
+) -> tuple[dict[str, Any], list[tuple[KeyPath, str]]]:
+    """Find the files that the job names: the table with absolute names, so that the job means the
+    same from its run folder, and a problem for each that is not there. What the schema refuses is
+    passed over."""
+    located = dict(table)
     problems: list[tuple[KeyPath, str]] = []
-    for key in ("train", "validation", "tuning"):
-        try:
-            source = parse_data(_text_at(table, "data", key))
-        except ValueError:
-            continue
-        if problem := unread_here(source, beside):
-            problems.append((("data", key), problem))
-        if source.kind == "file":
-            found = find_file(source.location, beside)
-            if found is None or found.is_dir():
-                sentence = (
-                    f"no file {shown(source.location)} beside the job file or in the current folder"
-                    if found is None
-                    else f"{shown(source.location)} is a folder; name a file in it"
-                )
-                problems.append((("data", key), sentence))
-            else:
-                located["data"][key] = source.relocated(found)
+
+    def one(value: Any, *at: str | int) -> Any:
+        name = value["source"] if isinstance(value, Mapping) and "source" in value else value
+        if not isinstance(name, str):
+            return value
+        name, problem = located_data(name, beside)
+        problems.extend([(at, problem)] if problem else [])
+        return {**value, "source": name} if isinstance(value, Mapping) else name
+
+    if isinstance(section := table.get("data"), Mapping):
+        located["data"] = data = dict(section)
+        for key in ("train", "validation", "tuning"):
+            if isinstance(value := section.get(key), list):
+                data[key] = [one(part, "data", key, place) for place, part in enumerate(value)]
+            elif key in section:
+                data[key] = one(value, "data", key)
     name = _text_at(table, "model", "name")
     found = find_file(name, beside) if name.strip() else None
     if found is not None and found.is_dir():
-        located["model"]["name"] = str(found)
+        located["model"] = {**table["model"], "name": str(found)}
     elif found is not None:
         problem = f"{shown(name)} is a file; name the folder of config.json and the weights"
         problems.append((("model", "name"), problem))

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from runner.job.deepspeed_keys import DeepSpeed
-from runner.job.schema import Job, Track
+from runner.job.schema import FORMS, Job, QuestionSet, Track, TrainSet
 from runner.job.toml_lines import Path as KeyPath
 from runner.utils.text import one_of, shorten
 
@@ -101,7 +101,10 @@ def schema_problems(error: ValidationError, within: KeyPath = ()) -> list[tuple[
         error: what pydantic found wrong.
         within: the path of the section that was checked; () is a whole job.
     """
-    errors: list[ErrorDetails] = [{**e, "loc": (*within, *e["loc"])} for e in error.errors()]
+    errors: list[ErrorDetails] = [
+        {**e, "loc": (*within, *(part for part in e["loc"] if part not in FORMS))}
+        for e in error.errors()
+    ]
     taken_for = {e["loc"]: _taken_for(e["loc"]) for e in errors if e["type"] == "extra_forbidden"}
     meant = {path for paths in taken_for.values() for path in paths}
     problems = []
@@ -249,7 +252,7 @@ def _header(path: KeyPath) -> str:
 
 def _description(loc: KeyPath) -> str:
     """What the schema says about a key, in brackets."""
-    if _section_at(loc):
+    if loc in _SECTIONS:
         return f"; a job needs a section {_header(loc)}"
     section = _section_at(loc[:-1])
     return f" ({section.model_fields[str(loc[-1])].description})" if section else ""
@@ -257,14 +260,16 @@ def _description(loc: KeyPath) -> str:
 
 def _section_at(path: KeyPath) -> type[BaseModel] | None:
     named = tuple(part for part in path if isinstance(part, str))
-    return _SECTIONS.get(named)
+    return _SECTIONS.get(named) or _TABLES.get(named)
 
 
 def _walk(section: type[BaseModel], path: KeyPath) -> Iterator[tuple[KeyPath, type[BaseModel]]]:
     yield path, section
     for name, field in section.model_fields.items():
-        for kind in _flat(field.annotation):
-            if isinstance(kind, type) and issubclass(kind, BaseModel):
+        kinds = _flat(field.annotation)
+        for kind in kinds:
+            # A table that may stand for a name is no section.
+            if str not in kinds and isinstance(kind, type) and issubclass(kind, BaseModel):
                 yield from _walk(kind, (*path, name))
 
 
@@ -296,6 +301,19 @@ def doubts(job: Job) -> list[str]:
     return said
 
 
+def set_problems(job: Job) -> list[tuple[KeyPath, str]]:
+    """Validation sets that are named by keys and are not there."""
+    names = tuple(str(one.name) for one in job.data.scored)
+    problems: list[tuple[KeyPath, str]] = []
+    for key in ("stop", "expect"):
+        section = getattr(job, key)
+        if section is not None and section.on not in (None, *names):
+            close = difflib.get_close_matches(section.on, names, 1)
+            hint = f"; did you mean {close[0]}?" if close else f"; there is {one_of(names)}"
+            problems.append(((key, "on"), f"no validation set is called {shown(section.on)}{hint}"))
+    return problems
+
+
 def tracker_problems(section: Track) -> list[tuple[KeyPath, str]]:
     """What a tracker would refuse at the run's start, and an address that holds a secret. No part
     of the schema: a run goes on without the tracker, and its record is to be read as ever."""
@@ -320,5 +338,6 @@ def tracker_problems(section: Track) -> list[tuple[KeyPath, str]]:
     ]
 
 
-# All sections of the schema, the top of the file first.
+# Tables that may stand for a name, and all sections of the schema, the top of the file first.
+_TABLES = dict([*_walk(TrainSet, ("data", "train")), *_walk(QuestionSet, ("data", "validation"))])
 _SECTIONS = dict([*_walk(Job, ()), *_walk(DeepSpeed, ("zero", "deepspeed"))])

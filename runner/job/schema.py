@@ -8,16 +8,26 @@ is said of a wrong one in `messages`.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import to_json
 
 from runner.errors import JobError
 from runner.job import slurm_values as allowed
-from runner.job.sources import parse_data
+from runner.job.sources import describe_sample, parse_data, parse_share, set_name
 from runner.utils.text import divisors, one_of
 
 Text = Annotated[str, Field(min_length=1, pattern=r"\S")]
@@ -31,6 +41,11 @@ Percent = Annotated[float, Field(ge=0, le=100)]
 WindowTokens = Annotated[int, Field(ge=16, le=8192)]
 
 Stride = Annotated[int, Field(ge=0)]
+
+SetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9-]{0,39}$")]
+
+# Where the schema takes a name, a table or a list, pydantic puts these into the path of an error.
+FORMS = ("<name>", "<table>", "<list>")
 
 # Languages whose answers are compared by rules of their own (metrics/normalise).
 Language = Literal[
@@ -69,24 +84,95 @@ class Columns(Section):
     )
 
 
+AnySet = TypeVar("AnySet", bound="QuestionSet")
+
+
+def _readable(text: str) -> str:
+    if parse_share(text) is None:
+        parse_data(text)
+    return text
+
+
+DataName = Annotated[Text, AfterValidator(_readable)]
+
+
+class QuestionSet(Section):
+    """One of several sets of questions."""
+
+    source: DataName = Field(description="a file or hub name with split and slice")
+    name: SetName | None = Field(
+        default=None,
+        description=(
+            "what it is called in the log and in names of files: letters, digits, dash; unset:"
+            " after its file or repository"
+        ),
+    )
+    sample: Count | None = Field(
+        default=None, description="this many questions drawn with the seed; unset: all"
+    )
+    columns: Columns | None = Field(default=None, description="of this set; unset: data.columns")
+
+
+class TrainSet(QuestionSet):
+    """One of several sets of training questions."""
+
+    weight: float = Field(
+        default=1.0,
+        gt=0,
+        le=1000,
+        description=(
+            "how often its questions are seen in an epoch; 0.5: half of them, and the others in the"
+            " next"
+        ),
+    )
+
+
+def _form(value: Any) -> str:
+    return "<list>" if isinstance(value, list | tuple) else _item_form(value)
+
+
+def _item_form(value: Any) -> str:
+    return "<table>" if isinstance(value, Mapping | QuestionSet) else "<name>"
+
+
+_Name = Annotated[DataName, Tag("<name>")]
+_Trained = Annotated[TrainSet, Tag("<table>")]
+_Scored = Annotated[QuestionSet, Tag("<table>")]
+_TrainedList = Annotated[
+    tuple[Annotated[_Name | _Trained, Discriminator(_item_form)], ...],
+    Field(strict=False),
+    Tag("<list>"),
+]
+_ScoredList = Annotated[
+    tuple[Annotated[_Name | _Scored, Discriminator(_item_form)], ...],
+    Field(strict=False),
+    Tag("<list>"),
+]
+
+
 class Data(Section):
     """Which questions are trained on and scored, and how contexts become windows."""
 
-    train: Text = Field(
+    train: Annotated[_Name | _Trained | _TrainedList, Discriminator(_form)] = Field(
         description=(
             "training questions: a file or hub name with split and slice,"
-            " rajpurkar/squad:train[:1000]; slices count questions"
+            " rajpurkar/squad:train[:1000] (slices count questions); or several, in a list of names"
+            " and of tables { source, name, weight, sample, columns }"
         )
     )
-    validation: Text = Field(
-        description="questions scored after each epoch, in the same form as train"
+    validation: Annotated[_Name | _Scored | _ScoredList, Discriminator(_form)] = Field(
+        description=(
+            "questions scored after each epoch, in the same form as train (without weight), of"
+            ' several the first decides; "10%": so many of the training questions, whole contexts,'
+            " drawn with the seed and not trained on"
+        )
     )
     sample: Count | None = Field(
         default=None,
         description="train on this many questions drawn from `train` with the seed; unset: all",
     )
     validation_sample: Count | None = Field(default=None, description="the same for `validation`")
-    tuning: Text | None = Field(
+    tuning: DataName | None = Field(
         default=None,
         description=(
             "SQuAD v2: questions on which the null threshold is tuned after each epoch, in the same"
@@ -126,10 +212,66 @@ class Data(Section):
 
     @field_validator("train", "validation", "tuning")
     @classmethod
-    def _readable_name(cls, text: str | None) -> str | None:
-        if text is not None:
-            parse_data(text)
-        return text
+    def _sets_differ(cls, value: Any, info: ValidationInfo) -> Any:
+        sets = () if value is None else _as_sets(value, None, Columns(), QuestionSet)
+        if value == ():
+            raise ValueError("is empty; name a file or a hub data set")
+        shares = [one for one in sets if parse_share(one.source) is not None]
+        if shares and info.field_name != "validation":
+            raise ValueError(f"{shares[0].source!r} names no data; a share is for validation")
+        if any(one.sample for one in shares):
+            raise ValueError(f"sample beside {shares[0].source!r}: write a smaller share")
+        names = [str(one.name) for one in sets]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(
+                    f'{names.count(name)} sets are called {name}; call one {{ source = "...",'
+                    ' name = "..." }'
+                )
+        return value
+
+    @field_validator("sample", "validation_sample")
+    @classmethod
+    def _sample_of_one(cls, sample: int | None, info: ValidationInfo) -> int | None:
+        key = "train" if info.field_name == "sample" else "validation"
+        value = info.data.get(key, "")
+        if sample is not None and (not isinstance(value, str) or parse_share(value) is not None):
+            raise ValueError(
+                f"is for a single {key} set; write"
+                f' {key} = [{{ source = "...", sample = {sample} }}, ...], or a smaller share'
+            )
+        return sample
+
+    @property
+    def trained(self) -> tuple[TrainSet, ...]:
+        """The training sets, with their names and columns."""
+        return _as_sets(self.train, self.sample, self.columns, TrainSet)
+
+    @property
+    def scored(self) -> tuple[QuestionSet, ...]:
+        """The validation sets, with their names and columns; the first decides."""
+        return _as_sets(self.validation, self.validation_sample, self.columns, QuestionSet)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of all data that is read."""
+        tuning = () if self.tuning is None else (self.tuning,)
+        texts = (*(one.source for one in (*self.trained, *self.scored)), *tuning)
+        return tuple(text for text in texts if parse_share(text) is None)
+
+    def described(
+        self, sets: Sequence[QuestionSet], spell: Callable[[str], str] = lambda name: name
+    ) -> str:
+        """Some of `trained` or of `scored` in words; `spell` makes a name fit to be shown."""
+
+        def words(one: QuestionSet) -> str:
+            if parse_share(one.source) is not None:
+                return f"{one.source} of {self.described(self.trained, spell)}"
+            weight = one.weight if isinstance(one, TrainSet) else 1
+            weighted = "" if weight == 1 else f" ({weight:g} times an epoch)"
+            return f"{spell(one.source)}{describe_sample(one.sample)}{weighted}"
+
+        return " + ".join(map(words, sets))
 
     @model_validator(mode="after")
     def _tuning_has_a_use(self) -> Data:
@@ -159,6 +301,22 @@ class Data(Section):
                 f" stride = {self.max_length // 3}"
             )
         return self
+
+
+def _as_sets(
+    value: Any, sample: int | None, columns: Columns, kind: type[AnySet]
+) -> tuple[AnySet, ...]:
+    """What stands at data.train or data.validation as tables that leave nothing open."""
+    tables = (
+        kind(source=one, sample=sample) if isinstance(one, str) else one
+        for one in (value if isinstance(value, tuple) else (value,))
+    )
+    return tuple(
+        one.model_copy(
+            update={"name": one.name or set_name(one.source), "columns": one.columns or columns}
+        )
+        for one in tables
+    )
 
 
 class Model(Section):
@@ -284,6 +442,13 @@ class Train(Section):
     length_buckets: bool = Field(
         default=True, description="windows of similar length share a batch; false: plain shuffling"
     )
+    gradient_checkpointing: bool = Field(
+        default=False,
+        description=(
+            "keep only each layer's input while training and compute the rest again in the backward"
+            " pass: less memory, about a third more time, the same numbers"
+        ),
+    )
     deterministic: bool = Field(
         default=False,
         description="only algorithms that repeat their bits on the same hardware (slower on a GPU)",
@@ -308,6 +473,9 @@ class Stop(Section):
         "f1", "exact_match", "span_accuracy", "start_accuracy", "end_accuracy", "loss"
     ] = Field(
         default="f1", description="the metric of eval.csv that decides; loss counts downwards"
+    )
+    on: SetName | None = Field(
+        default=None, description="the validation set that decides; unset: the first"
     )
     patience: int = Field(
         default=2, ge=0, description="evaluations without improvement that are still tolerated"
@@ -411,6 +579,9 @@ class Expect(Section):
         default=None, description="percent of windows with start and end right"
     )
     loss: float | None = Field(default=None, ge=0, description="validation loss in nats")
+    on: SetName | None = Field(
+        default=None, description="the validation set that is meant; unset: the first"
+    )
     tolerance: float = Field(
         default=0.5, ge=0, description="how far a metric may lie from its declared value"
     )
@@ -690,15 +861,17 @@ def batch_layout(train: Train, world: int) -> BatchLayout:
     return BatchLayout(world, micro, per_rank // micro)
 
 
-def missed_expectation(expect: Expect | None, metrics: Mapping[str, float]) -> str | None:
+def missed_expectation(expect: Expect | None, result: Mapping[str, Any]) -> str | None:
     """Say by how much a run missed its [expect]; None where it is met or nothing is expected.
 
     Args:
         expect: the job's section.
-        metrics: the run's scores, as in `result.json`.
+        result: the run's `result.json`: "metrics", and under "sets" those of further sets.
     """
     if expect is None:
         return None
+    further = result.get("sets", {})  # a run with one set has none
+    metrics = further[expect.on]["metrics"] if expect.on in further else result["metrics"]
     missed = []
     for name in ("exact_match", "f1", "span_accuracy", "loss"):
         wanted = getattr(expect, name)

@@ -4,13 +4,18 @@ installed package."""
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-FILE_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
+from runner.utils.text import shorten
+
+_TEXT_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv")
+FILE_SUFFIXES = (*_TEXT_SUFFIXES, ".parquet")
+_READABLE = f"{', '.join(_TEXT_SUFFIXES)}, each also as .gz, or .parquet"
 
 _SLICE = re.compile(r"\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\]\Z", re.ASCII)
 
@@ -19,6 +24,8 @@ _HUB = re.compile(
     r"(?::(?P<split>[\w.+-]+))?",
     re.ASCII,
 )
+
+_SHARE = re.compile(r"(\d{1,2}(?:\.\d+)?) ?%", re.ASCII)
 
 _HUB_MODEL = re.compile(r"(?:[A-Za-z0-9][\w.-]{0,95}/)?[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 
@@ -75,6 +82,13 @@ class DataSource:
         return f"{location}{tail[0] if tail else ''}"
 
 
+def file_suffix(name: str) -> str | None:
+    """Which of FILE_SUFFIXES a file's name ends in, a .gz after it aside; None if in none."""
+    name = name.lower()
+    suffix = Path(name.removesuffix(".gz")).suffix
+    return suffix if suffix in (_TEXT_SUFFIXES if name.endswith(".gz") else FILE_SUFFIXES) else None
+
+
 def parse_data(text: str) -> DataSource:
     """Read a data name; raise ValueError with a sentence where it has no meaning."""
     name, part = text, None
@@ -88,13 +102,13 @@ def parse_data(text: str) -> DataSource:
         )
     if part and part.is_empty():
         raise ValueError(f"{text!r} ends in a slice that never holds a question")
-    if Path(name).suffix.lower() in FILE_SUFFIXES:
+    if file_suffix(name) is not None:
         return DataSource(text=text, kind="file", location=name, slice=part)
     hub = _HUB.fullmatch(name)
     if hub is None:
         raise ValueError(
-            f"{text!r} is neither a file of a kind that is read ({', '.join(FILE_SUFFIXES)}) nor a"
-            " hub name such as rajpurkar/squad:train[:1000]"
+            f"{text!r} is neither a file of a kind that is read ({_READABLE}) nor a hub"
+            " name such as rajpurkar/squad:train[:1000]"
         )
     return DataSource(
         text=text,
@@ -105,6 +119,24 @@ def parse_data(text: str) -> DataSource:
         config=hub["config"],
         slice=part,
     )
+
+
+def parse_share(text: str) -> float | None:
+    """The share of the training questions that `10%` stands for, more than 0 and less than 1; None
+    for the name of a data set."""
+    found = _SHARE.fullmatch(text)
+    return float(found[1]) / 100 if found and float(found[1]) > 0 else None
+
+
+def set_name(text: str) -> str:
+    """What a set of questions is called unless the job says it: as its file, or as its repository
+    and split."""
+    if parse_share(text) is not None:
+        return "held-out"
+    source = parse_data(text)
+    last = source.location.rpartition("/")[2]
+    words = Path(last).stem if source.kind == "file" else f"{last}-{source.split}"
+    return re.sub(r"[^A-Za-z0-9]+", "-", words).strip("-")[:40].rstrip("-") or "data"
 
 
 def find_file(location: str, beside: Path) -> Path | None:
@@ -118,6 +150,23 @@ def find_file(location: str, beside: Path) -> Path | None:
         if os.path.exists(folder / path):
             return (folder / path).resolve()
     return None
+
+
+def located_data(name: str, beside: Path) -> tuple[str, str | None]:
+    """A data name, absolute where it is that of a file; what to say where the file is not there.
+    What the schema refuses is passed over."""
+    try:
+        source = parse_data(name)
+    except ValueError:
+        return name, None
+    if source.kind == "hub":
+        return name, unread_here(source, beside)
+    found, shown = find_file(source.location, beside), json.dumps(shorten(source.location))
+    if found is None:
+        return name, f"no file {shown} beside the job file or in the current folder"
+    if found.is_dir():
+        return name, f"{shown} is a folder; name a file in it"
+    return source.relocated(found), None
 
 
 def unread_here(source: DataSource, beside: Path) -> str | None:
@@ -135,13 +184,12 @@ def unread_here(source: DataSource, beside: Path) -> str | None:
 
 
 def _unread(name: str, found: Path) -> str:
-    readable = ", ".join(FILE_SUFFIXES)
     if found.is_dir():
         hub = f"for the hub's data set of this name write {name}@main"
-        return f"{name!r} is a folder here; name a file in it ({readable}); {hub}"
+        return f"{name!r} is a folder here; name a file in it ({_READABLE}); {hub}"
     packed = found.suffix.lower() in (".gz", ".bz2", ".xz", ".zst", ".zip", ".tar")
     fix = "unpack it" if packed else "convert it, or rename it if it is one of them"
-    return f"{name!r} is a file here, and of none of the kinds that are read ({readable}); {fix}"
+    return f"{name!r} is a file here, and of none of the kinds that are read ({_READABLE}); {fix}"
 
 
 def is_hub_model(name: str) -> bool:

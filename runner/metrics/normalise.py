@@ -12,7 +12,8 @@ import re
 import string
 import sys
 import unicodedata
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from functools import cache
 
 from runner.job.schema import Language
@@ -47,6 +48,25 @@ _UNPARTED = {
     "th": "\u0e00-\u0e7f",
     "zh": _HAN_OF_MLQA,
 }
+# The language that a script is most often met in.
+SCRIPTS = {
+    "CJK": "zh",
+    **{"HIRAGANA": "ja", "KATAKANA": "ja", "HANGUL": "ko", "CYRILLIC": "ru", "ARABIC": "ar"},
+    **{"DEVANAGARI": "hi", "THAI": "th", "GREEK": "el", "HEBREW": "he", "BENGALI": "bn"},
+}
+# Words that nearly every text of a language in Latin script has.
+_FREQUENT = {
+    "da": "og er det af på til hvad",
+    "de": "der die und ist das ein wie",
+    "en": "the of and is to in what",
+    "es": "el los y es que del cuál",
+    "fr": "le les et est des une quel",
+    "it": "il di che è della gli quale",
+    "nl": "de het een en van wat is",
+    "pt": "os e é que uma não qual",
+    "sv": "och är det av på till vad",
+    "vi": "là của và các có những gì",
+}
 _THE = re.compile(_ARTICLES["en"])
 _ASCII_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -63,6 +83,47 @@ def rules(language: Language, *, v2: bool) -> str:
         return official
     whose = "MLQA's rules" if language in OF_MLQA else "rules after MLQA's"
     return f"{official} with {whose} for {language}"
+
+
+def script_of(letter: str) -> str:
+    """The first word of a letter's name in Unicode, such as LATIN."""
+    return unicodedata.name(letter, "NONE").partition(" ")[0]
+
+
+def likely_language(texts: Iterable[str]) -> str | None:
+    """The language that texts are probably in: by the script of most of their letters, or by their
+    most frequent words; None where neither tells."""
+    joined = " ".join(texts).lower()
+    scripts = Counter(script_of(letter) for letter in joined if letter.isalpha())
+    if not scripts:
+        return None
+    if scripts["HIRAGANA"] + scripts["KATAKANA"] > scripts["CJK"] / 10:
+        scripts["HIRAGANA"] += scripts.pop("CJK", 0)  # Japanese is written in both
+    ((script, _),) = scripts.most_common(1)
+    if script != "LATIN":
+        return SCRIPTS.get(script)
+    words = Counter(re.findall(r"\w+", joined))
+    seen = {name: sum(words[w] for w in some.split()) for name, some in _FREQUENT.items()}
+    best = max(seen, key=seen.__getitem__)
+    ordinary = (
+        seen[best] >= max(3, words.total() / 10) and list(seen.values()).count(seen[best]) == 1
+    )
+    return best if ordinary else None
+
+
+def foreign_answers(answers: Iterable[str], language: Language, key: str) -> str | None:
+    """What to say where English rules are for answers that are none, as far as letters tell; `key`
+    is how the user sets the language."""
+    texts = list(answers)
+    scripts = ({script_of(letter) for letter in text if letter.isalpha()} for text in texts)
+    foreign = sum("LATIN" not in names for names in scripts if names)
+    if language != "en" or 2 * foreign <= len(texts):
+        return None
+    likely = likely_language(texts)
+    return (
+        f"{foreign:,} of {len(texts):,} right answers hold no Latin letter, and are scored by the"
+        f" rules for English; set {key}{f', perhaps to {likely}' if likely else ''}"
+    )
 
 
 def _english(text: str) -> str:

@@ -10,7 +10,8 @@ kept is divided by exactly one minus that, so the expectation is the input.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,19 @@ class DropoutMasks:
         words = self._bits.random_raw(-(-count // _WORD))
         levels = np.asarray(words).view(np.uint16)[:count]
         return np.greater_equal(levels, np.uint16(_threshold(p))).reshape(tuple(shape))
+
+    def repeated(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """Contexts of a computation that begins now and of its repetition, which draws the same
+        masks: `context_fn` of torch.utils.checkpoint, which sees to torch's generators itself."""
+        return nullcontext(), self._drawing_from(self._bits.state)
+
+    @contextmanager
+    def _drawing_from(self, state: Any) -> Iterator[None]:
+        after, self._bits.state = self._bits.state, state
+        try:
+            yield
+        finally:  # checkpoint leaves its repetition by an exception
+            self._bits.state = after
 
 
 def keep_scale(p: float) -> float:
@@ -79,12 +93,14 @@ class CpuDropout(nn.Dropout):
 class _Drop(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, keep: np.ndarray, scale: float) -> Tensor:
-        ctx.keep, ctx.scale = keep, scale
+        ctx.save_for_backward(torch.from_numpy(keep))
+        ctx.scale = scale
         return masked(values.contiguous(), keep).mul_(scale)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return masked(grads[0].contiguous(), ctx.keep).mul_(ctx.scale), None, None
+        (keep,) = ctx.saved_tensors
+        return masked(grads[0].contiguous(), keep.numpy()).mul_(ctx.scale), None, None
 
 
 def install_dropout(model: nn.Module, masks: DropoutMasks) -> int:

@@ -60,6 +60,12 @@ def takes_segment_ids(tokenizer: PreTrainedTokenizerBase) -> bool:
     return "token_type_ids" in tokenizer.model_input_names
 
 
+def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id that fills up; nothing is read of it, so that any does."""
+    pad_id = tokenizer.pad_token_id
+    return pad_id if isinstance(pad_id, int) else 0
+
+
 @dataclass(frozen=True)
 class SpanLogits:
     """A model's logits over a batch: [T, 2] start and end logits, T counts padding too."""
@@ -110,10 +116,9 @@ class SpanModel:
     ) -> SpanModel:
         """Feed a model that is on `device` as its tokenizer says; a GPU may hold the tokens of
         `sets`."""
-        pad_id = tokenizer.pad_token_id
         loader = WindowLoader(
             device=device,
-            pad_id=pad_id if isinstance(pad_id, int) else 0,
+            pad_id=pad_token(tokenizer),
             packing=packing,
             multiple=8 if device.type == "cuda" else 1,
             on_device=tokens_on_device(sets, device),

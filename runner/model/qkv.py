@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from runner.data.collate import Bounds
 from runner.errors import JobError
-from runner.model.attention import attend
+from runner.model.attention import FAMILIES, attend
 from runner.model.structure import encoder_layers
 
 # What families call the three.
@@ -89,8 +89,10 @@ def choose_projections(
         obstacle = "batches are padded"
     elif zero_stage == 3:
         obstacle = "ZeRO-3 shares out the weights"
+    elif model.config.model_type not in FAMILIES:  # whose attention does nothing else besides
+        obstacle = f"{model.config.model_type} is not among {', '.join(FAMILIES)}"
     elif not found or not all(len(each) == 1 for each in found):
-        obstacle = f"{model.config.model_type} has no three projections in each layer"
+        obstacle = f"{model.config.model_type} has no stack of layers with three projections each"
     if wanted == "on" and obstacle:
         raise JobError([f'model.fused_qkv: "on" is not possible: {obstacle}'])
     if obstacle or (wanted == "auto" and device.type == "cpu"):

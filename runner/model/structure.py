@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from runner.errors import JobError
 
 # As families call their tables of learned or fixed positions. What is relative between two tokens
 # has no end, and is called otherwise.
@@ -26,11 +29,29 @@ def encoder_layers(model: Any) -> list[nn.Module]:
     return [] if stack is None else list(stack.layer)
 
 
+def recomputable_layers(model: Any) -> list[Any]:
+    """The layers whose activations can be computed again in the backward pass.
+
+    Raises:
+        JobError: if the model has none.
+    """
+    found = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    if not found:
+        raise JobError(
+            [
+                f"train.gradient_checkpointing: not possible: {model.config.model_type} has no"
+                " layers that transformers can compute again; set it to false, or take smaller"
+                " train.micro_batch_size or data.max_length"
+            ]
+        )
+    return found
+
+
 def first_position(model: Any) -> int:
-    """Position of a window's first token: RoBERTa and its kin count from behind the padding's.
-    For a model with a table called position_embeddings."""
+    """Position of a window's first token: RoBERTa and its kin count from behind the padding's; 0
+    where no table is called position_embeddings."""
     tables = [m for name, m in model.named_modules() if name.endswith(_POSITIONS[0])]
-    return _before(tables[0])
+    return _before(tables[0]) if tables else 0
 
 
 def longest_input(model: Any) -> int | None:

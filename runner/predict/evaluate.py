@@ -26,7 +26,7 @@ from runner.job.inference import InferenceSettings
 from runner.job.schema import Language, OnBadRow
 from runner.job.sources import parse_data, public_name
 from runner.metrics.normalise import rules
-from runner.model.load import hash_weights
+from runner.model.load.weights import hash_weights
 from runner.predict.predictor import ALONE, Predictor
 from runner.report.render import write_report
 from runner.run import provenance

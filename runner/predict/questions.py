@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from runner.data.formats import file_rows
-from runner.data.formats.flat import flat_rows
-from runner.data.formats.json_text import parse_json
+from runner.data.formats import file_rows, is_flat
+from runner.data.formats.files.json_text import parse_json
+from runner.data.formats.files.packed import MAGIC
 from runner.data.formats.judge import row_problem
+from runner.data.formats.layouts.flat import flat_rows
 from runner.data.formats.rows import RawTable, Row
 from runner.errors import AssetError, DataError, StorageError
 from runner.job.schema import Columns
@@ -176,17 +177,16 @@ def _read_lines(descriptor: int, waiting: _Waiting) -> None:
 
 
 def _holds_rows(path: Path) -> bool:
-    """Whether a file's lines are questions, as its name says: not SQuAD's articles, nor one JSON
-    document."""
+    """Whether a file's lines are questions, as its name says: not articles, nor one JSON
+    document, nor packed."""
     first = b""
     try:
         with path.open("rb") as file:
             first = next((line.strip() for line in file if line.strip()), b"")
         row = json.loads(first)
     except (OSError, ValueError, RecursionError):
-        return first not in (b"[", b"{")
-    nested = isinstance(row, dict) and ("paragraphs" in row or isinstance(row.get("data"), list))
-    return isinstance(row, dict) and not nested
+        return first not in (b"[", b"{") and not first.startswith(MAGIC)
+    return isinstance(row, dict) and not isinstance(row.get("data"), list) and is_flat(row)
 
 
 def _grouped_lines(path: Path, columns: Columns) -> Iterator[list[QuestionRow]]:
@@ -246,7 +246,7 @@ def read_question_rows(name: str, columns: Columns) -> list[QuestionRow]:
     if source.kind == "hub":
         raise DataError(f"{name}: no file; questions are read from a file or from stdin")
     try:
-        rows = file_rows(Path(source.location), columns, answers=False)
+        rows = file_rows(Path(source.location), columns, answers=False).rows
     except DataError as error:
         raise DataError(_for_command(error)) from None
     if source.slice is not None:
@@ -264,7 +264,7 @@ def parse_question_row(
     try:
         text = line.decode("utf-8-sig" if number == 1 else "utf-8")
         table = RawTable([parse_json(text, place)], lines=[number])
-        row, *_ = flat_rows(file, table, columns, answers=False, first=count)
+        row, *_ = flat_rows(file, table, columns, answers=False, first=count).rows
     except UnicodeDecodeError as error:
         return QuestionRow(place, "", "", "", f"byte 0x{line[error.start]:02x} is not UTF-8")
     except DataError as error:

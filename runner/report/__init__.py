@@ -2,6 +2,7 @@
 
 - `read`: a run folder's records
 - `run_page`: the page of one run
+- `training_section`: its curves and epochs
 - `comparison_page`: the page of several
 - `error_analysis`: where a model is wrong
 - `sweep_table`: a sweep's trials

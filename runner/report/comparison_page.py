@@ -170,7 +170,9 @@ def _differing_settings(runs: Sequence[RunRecord], names: Sequence[str]) -> list
 
 def _leaves(table: Mapping[str, Any], above: str) -> Iterator[tuple[str, str]]:
     for key, value in table.items():
-        if isinstance(value, Mapping):
+        if above == "data." and isinstance(value, list):  # several sets, counted from 1
+            yield from _leaves({str(n): one for n, one in enumerate(value, 1)}, f"{above}{key}.")
+        elif isinstance(value, Mapping):
             yield from _leaves(value, f"{above}{key}.")
         else:
             yield f"{above}{key}", public_name(str(value))

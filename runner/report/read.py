@@ -49,6 +49,8 @@ class RunRecord:
         epochs, steps, probes: rows of eval.csv, train.csv, probes.csv.
         predictions: lines of predictions.jsonl.
         elsewhere: evaluations of this run's model on other data.
+        sets: of a run with several validation sets, what it found on each but the first.
+        first_set: what the first is called.
     """
 
     name: str
@@ -62,13 +64,34 @@ class RunRecord:
     probes: Rows
     predictions: Sequence[Mapping[str, Any]]
     elsewhere: Sequence[RunRecord]
+    sets: Sequence[RunRecord] = ()
+    first_set: str = ""
 
     @property
     def source(self) -> str:
         """The data that was scored, as it was declared."""
         if self.job is not None:
-            return str(self.job["data"]["validation"])
+            return declared(self.job["data"], "validation")[0][0]
         return str(self.result["data"]["source"]) if self.result else ""
+
+
+def declared(data: Mapping[str, Any], key: str) -> list[tuple[str, Any]]:
+    """Names and samples of the sets at data.train or data.validation, as a table has them that
+    nobody has checked.
+
+    Raises:
+        TypeError, KeyError: if it is no job's.
+    """
+    value, samples = data[key], {"train": "sample", "validation": "validation_sample"}
+    found = [
+        (one["source"], one.get("sample"))
+        if isinstance(one, Mapping)
+        else (one, data.get(samples[key]))
+        for one in (value if isinstance(value, list) else [value])
+    ]
+    if not found or not all(isinstance(name, str) for name, _ in found):
+        raise TypeError("a name is no text")
+    return found
 
 
 def read_run(path: str | Path, result: Mapping[str, Any] | None = None) -> RunRecord:
@@ -96,6 +119,7 @@ def read_run(path: str | Path, result: Mapping[str, Any] | None = None) -> RunRe
     if job is None and result is not None and "model" not in result:  # it is no evaluation's
         raise StorageError(f"{run.job}: {os.strerror(errno.ENOENT)}; the run is not whole without")
     elsewhere = sorted(p.parent for p in run.evaluations.glob("*/result.json"))
+    results = {} if result is None else result.get("sets", {})
     return RunRecord(
         name=str(job["name"]) if job else run.path.name,
         path=run.path,
@@ -110,6 +134,18 @@ def read_run(path: str | Path, result: Mapping[str, Any] | None = None) -> RunRe
         probes=read_rows(run.probe_table),
         predictions=_predictions(run.predictions),
         elsewhere=[read_run(folder) for folder in elsewhere],
+        sets=[
+            RunRecord(
+                *(name, run.path, None, "", results.get(name), None),
+                epochs=read_rows(run.eval_table_of(name)),
+                steps=(),
+                probes=(),
+                predictions=_predictions(run.predictions_of(name)),
+                elsewhere=(),
+            )
+            for name in run.further_sets
+        ],
+        first_set=(*run.set_names, "")[0],
     )
 
 
@@ -172,8 +208,9 @@ def _json(place: object, text: str) -> Any:
 def _toml(path: Path, text: str) -> dict[str, Any]:
     try:
         table = tomli.loads(text)
-        named = table["name"], table["data"]["train"], table["data"]["validation"]
-        if not all(isinstance(name, str) for name in (*named, table["model"]["name"])):
+        for key in ("train", "validation"):
+            declared(table["data"], key)
+        if not all(isinstance(name, str) for name in (table["name"], table["model"]["name"])):
             raise TypeError("a name is no text")
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: not the job of a run: {error!r}") from None

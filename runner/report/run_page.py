@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from runner.job.sources import describe_sample, public_name
+from runner.job.sources import describe_sample, parse_share, public_name
 from runner.report.error_analysis import FEWEST, decision_table, error_tables, worst
 from runner.report.page import (
     Block,
     Cell,
-    Chart,
-    Charts,
     Code,
     Headline,
     Misses,
@@ -19,18 +17,14 @@ from runner.report.page import (
     PageSection,
     Paragraph,
     PercentCell,
-    Series,
     Table,
 )
-from runner.report.plots import LOSS_CURVES, LOSS_STEPS, SCORE_CURVES, SCORE_STEPS, Curve
-from runner.report.read import Rows, RunRecord
+from runner.report.read import Rows, RunRecord, declared
+from runner.report.training_section import epoch_rows, named_sets, training
 from runner.utils.text import duration
 
 MISSES = 15
-POINTS = 300  # of the loss per step
 SEED = 0  # of the bootstrap where a run names none
-
-_ACCURACY = "Accuracy: windows whose start and end are both right."
 
 NAMES = {
     "exact_match": "exact match",
@@ -73,23 +67,28 @@ def percent_of(result: Mapping[str, Any], key: str) -> PercentCell:
 
 def scored_on(run: RunRecord) -> str:
     """The questions that were scored; a sample of a slice says that it is one."""
-    source = public_name(run.source)
-    return source if run.job is None else f"{source}{_drawn(run.job, 'validation_sample')}"
+    if run.job is None:
+        return public_name(run.source)
+    shown = _declared(run.job, "validation")[0]
+    return shown if parse_share(run.source) is None else f"{shown} of {_trained_on(run.job)}"
 
 
-def _drawn(job: Mapping[str, Any], key: str) -> str:
-    # The job is a table as it stands in the run folder: nobody has checked it.
-    sample = job["data"].get(key)
-    return describe_sample(sample if isinstance(sample, int) else None)
+def _declared(job: Mapping[str, Any], key: str) -> list[str]:
+    return [
+        f"{public_name(name)}{describe_sample(sample if isinstance(sample, int) else None)}"
+        for name, sample in declared(job["data"], key)
+    ]
+
+
+def _trained_on(job: Mapping[str, Any]) -> str:
+    return " + ".join(_declared(job, "train"))
 
 
 def _lead(run: RunRecord) -> str:
     if run.job is None:
         model = "" if run.result is None else run.result["model"]["name"]
         return f"{public_name(model)}, scored on {scored_on(run)}."
-    model, train = run.job["model"]["name"], run.job["data"]["train"]
-    questions = f"{public_name(train)}{_drawn(run.job, 'sample')}"
-    trained = f"{public_name(model)}, fine-tuned on {questions}"
+    trained = f"{public_name(run.job['model']['name'])}, fine-tuned on {_trained_on(run.job)}"
     if run.result is None:
         return f"{trained}; not finished, so there is no score yet."
     return f"{trained}, scored on {scored_on(run)}."
@@ -123,29 +122,18 @@ def _sections(run: RunRecord) -> Iterator[PageSection]:
     if run.result is not None:
         is_run = run.job is not None
         yield PageSection("Scores", list(_scores(run.result, is_run)))
+        if run.sets:
+            yield PageSection("Validation sets", [Table("Scores by set", _by_set(run))])
     if run.epochs:
-        table = Table("Epochs", _epochs(run.epochs))
-        yield PageSection("Training", [*_curves(run), table, Paragraph(_ACCURACY)])
+        yield PageSection("Training", list(training(run)))
     if run.probes:
         yield PageSection("Probes", list(_probes(run.probes)))
-    if run.predictions:
-        seed = SEED if run.result is None else int(run.result["bootstrap"]["seed"])
-        few = (
-            f"Groups of fewer than {FEWEST} questions, or all right or all wrong, have no interval."
-        )
-        tables: list[Block] = [*error_tables(run.predictions, seed), Paragraph(few)]
-        if any(not record["answers"] for record in run.predictions):
-            tables.insert(0, decision_table(run.predictions))
-        yield PageSection("Where it is wrong", tables)
-        misses = worst(run.predictions, MISSES)
-        if misses:
-            missed = sum(not record["exact_match"] for record in run.predictions)
-            about = (
-                f"{missed:,} of {len(run.predictions):,} questions have no exact match. These"
-                " share least with a right answer; of equal ones the model was surest of the"
-                " first."
-            )
-            yield PageSection("Worst misses", [Paragraph(about), Misses(misses)])
+    yield from _mistakes(run, "")
+    for one in run.sets:
+        if one.result is not None:
+            epochs = [Table("Epochs", epoch_rows(one.epochs))] if one.epochs else []
+            yield PageSection(f"Set {one.name}", [*_scores(one.result, True), *epochs])
+        yield from _mistakes(one, f" in {one.name}")
     if run.elsewhere:
         yield PageSection("Other data", [Table("Scored elsewhere", _elsewhere(run.elsewhere))])
     if run.result is not None and "seconds" in run.result:
@@ -156,6 +144,42 @@ def _sections(run: RunRecord) -> Iterator[PageSection]:
         yield PageSection("Time", [Table("Seconds by phase", rows)])
     if run.job_text:
         yield PageSection("Job", [Code("The job as it ran", "toml", run.job_text)])
+
+
+def _mistakes(run: RunRecord, where: str) -> Iterator[PageSection]:
+    """Where the model is wrong on a set, if its answers are there; `where` ends the headings."""
+    if not run.predictions:
+        return
+    seed = SEED if run.result is None else int(run.result["bootstrap"]["seed"])
+    few = f"Groups of fewer than {FEWEST} questions, or all right or all wrong, have no interval."
+    tables: list[Block] = [*error_tables(run.predictions, seed), Paragraph(few)]
+    if any(not record["answers"] for record in run.predictions):
+        tables.insert(0, decision_table(run.predictions))
+    yield PageSection(f"Where it is wrong{where}", tables)
+    misses = worst(run.predictions, MISSES)
+    if misses:
+        missed = sum(not record["exact_match"] for record in run.predictions)
+        about = (
+            f"{missed:,} of {len(run.predictions):,} questions have no exact match. These share"
+            " least with a right answer; of equal ones the model was surest of the first."
+        )
+        yield PageSection(f"Worst misses{where}", [Paragraph(about), Misses(misses)])
+
+
+def _by_set(run: RunRecord) -> list[dict[str, Cell]]:
+    """The first validation set and the further ones, a row each."""
+    return [
+        {
+            "set": name,
+            "data": scored_on(one),
+            "questions": one.result["questions"],
+            "exact match %": percent_of(one.result, "exact_match"),
+            "F1 %": percent_of(one.result, "f1"),
+            "loss": one.result["metrics"]["loss"],
+        }
+        for name, one in named_sets(run)
+        if one.result is not None
+    ]
 
 
 def _scores(result: Mapping[str, Any], is_run: bool) -> Iterator[Block]:
@@ -225,89 +249,6 @@ def _threshold_row(
         "exact match %": percent_of(result, f"{prefix}exact_match"),
         "F1 %": percent_of(result, f"{prefix}f1"),
     }
-
-
-def _curves(run: RunRecord) -> Iterator[Block]:
-    charts = [
-        Chart(
-            title=title,
-            x_label="epoch",
-            y_label=label,
-            series=[
-                Series(by_step[1], "grey", thinned(_points(run.steps, by_step[0]))),
-                *(_series(run.epochs, curve) for curve in curves),
-            ],
-            top=top,
-        )
-        for title, label, by_step, curves, top in (
-            ("Loss", "loss (nats)", LOSS_STEPS, LOSS_CURVES, None),
-            ("Scores", "score (%)", SCORE_STEPS, SCORE_CURVES, 100.0),
-        )
-    ]
-    yield Charts(charts, "curves.svg")
-    if len(run.epochs) > 1:
-        yield Paragraph(_best_epochs(run.epochs))
-
-
-def _series(epochs: Rows, curve: Curve) -> Series:
-    band = [] if curve.hatch is None else _band(epochs, curve.name.removesuffix("_percent"))
-    return Series(curve.label, curve.style, _points(epochs, curve.name), band)
-
-
-def _best_epochs(epochs: Rows) -> str:
-    """After which epoch the loss was lowest and the scores were highest: often not the same."""
-    lowest = min(epochs, key=lambda row: float(row["validation_loss_nats"]))["epoch"]
-    f1, exact = (
-        max(epochs, key=lambda row, key=key: float(row[key]))["epoch"]
-        for key in ("f1_percent", "exact_match_percent")
-    )
-    scores = (
-        f"F1 and exact match were highest after epoch {f1}"
-        if f1 == exact
-        else f"F1 was highest after epoch {f1}, exact match after epoch {exact}"
-    )
-    return f"Validation loss was lowest after epoch {lowest}; {scores}."
-
-
-def _points(rows: Rows, key: str) -> list[tuple[float, float]]:
-    return [(float(row["epoch"]), float(row[key])) for row in rows if row.get(key)]
-
-
-def _band(rows: Rows, name: str) -> list[tuple[float, float, float]]:
-    low, high = f"{name}_low_percent", f"{name}_high_percent"
-    return [
-        (float(row["epoch"]), float(row[low]), float(row[high])) for row in rows if row.get(low)
-    ]
-
-
-def thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """At most `POINTS` points: means of neighbours, each at its last x."""
-    size = -(-len(points) // POINTS)
-    groups = [points[place : place + size] for place in range(0, len(points), max(1, size))]
-    return [(group[-1][0], sum(y for _, y in group) / len(group)) for group in groups]
-
-
-def _epochs(rows: Rows) -> list[dict[str, Cell]]:
-    return [
-        {
-            "epoch": int(row["epoch"]),
-            "train loss": float(row["train_loss_nats"]),
-            "valid. loss": float(row["validation_loss_nats"]),
-            "exact match %": _between(row, "exact_match"),
-            "F1 %": _between(row, "f1"),
-            "train acc %": float(row["train_span_accuracy_percent"]),
-            "valid. acc %": float(row["span_accuracy_percent"]),
-            "windows/s": float(row["examples_per_second"]),
-        }
-        for row in rows
-    ]
-
-
-def _between(row: Mapping[str, str], name: str) -> PercentCell:
-    ends = (f"{name}_low_percent", f"{name}_high_percent")
-    return PercentCell(
-        float(row[f"{name}_percent"]), *(float(row[end]) for end in ends if end in row)
-    )
 
 
 def _probes(rows: Rows) -> Iterator[Block]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import re
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 
-from runner.errors import RunDirError, StorageError
+from runner.errors import DataError, RunDirError, StorageError
+from runner.job.load import recorded_job
 from runner.utils.files import is_there, storage_errors
 
 
@@ -78,17 +80,48 @@ class RunDir:
             raise RunDirError(f"{path} is no run folder: it has no job.toml")
         return run
 
+    @cached_property
+    def set_names(self) -> tuple[str, ...]:
+        """Names of the validation sets, by the run's own job; none without one.
+
+        Raises:
+            StorageError: if that cannot be read now.
+        """
+        try:
+            return tuple(str(one.name) for one in recorded_job(self.job).data.scored)
+        except DataError:
+            return ()
+
+    @property
+    def further_sets(self) -> tuple[str, ...]:
+        """Those after the first, whose files have names of their own."""
+        return self.set_names[1:]
+
+    def eval_table_of(self, name: str) -> Path:
+        """eval.csv of a further validation set."""
+        return self.path / f"eval-{name}.csv"
+
+    def predictions_of(self, name: str) -> Path:
+        """predictions.jsonl of a further validation set."""
+        return self.path / f"predictions-{name}.jsonl"
+
     @property
     def tables(self) -> tuple[Path, ...]:
         """The tables that grow as training goes on."""
-        return (self.train_table, self.eval_table, self.probe_table)
+        further = map(self.eval_table_of, self.further_sets)
+        return (self.train_table, self.eval_table, *further, self.probe_table)
+
+    @property
+    def answer_files(self) -> tuple[Path, ...]:
+        """The predictions of all validation sets."""
+        return (self.predictions, *map(self.predictions_of, self.further_sets))
 
     @property
     def written(self) -> tuple[Path, ...]:
         """All that a run writes; what stands beside it (submit.sh, a user's notes) is not its."""
         return (
-            *(self.job, self.provenance, self.deepspeed, *self.tables, self.repairs),
-            self.predictions,
+            *(self.job, self.provenance, self.deepspeed, *self.tables, *self.answer_files),
+            self.repairs,
             *(self.curves_svg, self.curves_png, self.report, self.report_page, self.evaluations),
             *(self.checkpoints, self.attempts, self.model, self.log, self.result),
         )

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -40,8 +41,8 @@ DIFF = (
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 
-# How a process was started decides no number.
-_MAY_DIFFER = ("command",)
+# How a process was started, and why something was chosen, decides no number.
+_MAY_DIFFER = re.compile(r"command(\.|$)|.*\.reason$")
 
 
 def collect(seed: int, world: int, threads: int, devices: list[str]) -> dict[str, Any]:
@@ -160,7 +161,7 @@ def differing_fields(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[s
     return [
         f"{name}: {_spell(first, name)}, now {_spell(second, name)}"
         for name in dict.fromkeys([*first, *second])
-        if _spell(first, name) != _spell(second, name) and name.split(".")[0] not in _MAY_DIFFER
+        if _spell(first, name) != _spell(second, name) and not _MAY_DIFFER.match(name)
     ]
 
 
@@ -169,7 +170,7 @@ def differing_results(one: RunDir, other: RunDir) -> list[str]:
     differing cell of each table. Seconds and speeds are no results."""
     found = []
     first, second = read_record(one.result), read_record(other.result)
-    for key in ("metrics", "epoch", "step", "weights_sha256"):
+    for key in ("metrics", "sets", "epoch", "step", "weights_sha256"):
         pairs = (dict(_fields({key: record.get(key)})) for record in (first, second))
         then, now = pairs
         for name in dict.fromkeys([*then, *now]):
@@ -177,8 +178,9 @@ def differing_results(one: RunDir, other: RunDir) -> list[str]:
                 found.append(
                     f"result.json: {name} is {_spell(then, name)}, now {_spell(now, name)}"
                 )
-    if one.predictions.read_bytes() != other.predictions.read_bytes():
-        found.append(f"{one.predictions.name}: {_first_line(one.predictions, other.predictions)}")
+    for then_file, now_file in zip(one.answer_files, other.answer_files, strict=True):
+        if then_file.read_bytes() != now_file.read_bytes():
+            found.append(f"{then_file.name}: {_first_line(then_file, now_file)}")
     for then_table, now_table in zip(one.tables, other.tables, strict=True):
         difference = _first_cell(then_table, now_table)
         if difference:

@@ -80,7 +80,7 @@ def check_finished(job: Job, run: RunDir) -> None:
     Raises:
         ExpectationError: if it is missed, now as at its end.
     """
-    missed = missed_expectation(job.expect, read_record(run.result)["metrics"])
+    missed = missed_expectation(job.expect, read_record(run.result))
     if missed:
         raise ExpectationError(f"{run.path}: the run is finished already, but {missed}")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import resource
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +13,7 @@ import torch
 
 from runner.checkpoint.best import BestEvaluation
 from runner.checkpoint.prune import find_superfluous, remove_superfluous
+from runner.data.dataset import Dataset
 from runner.data.window_cache import windows_sha256
 from runner.data.windows import LABELS
 from runner.errors import DataError, StorageError
@@ -20,7 +23,7 @@ from runner.export.model_card import model_card
 from runner.export.verify import FreshProcess, verify_export
 from runner.job.inference import InferenceSettings
 from runner.job.load import dump_job
-from runner.job.schema import Track
+from runner.job.schema import Job, Track
 from runner.report.render import write_report
 from runner.run import provenance
 from runner.train.run_log import RunLog
@@ -55,8 +58,13 @@ def verified_result(
             job.data.max_length,
             job.data.stride,
         )
+    further = {
+        name: further_result(scores, session.splits.sets.validation[name].dataset, job)
+        for name, scores in best.further.items()
+    }
     return {
         **result_scores(best.scores, job.score.null_threshold, job.seed),
+        **({"sets": further} if further else {}),
         "epoch": best.epoch,
         "step": best.step,
         "caveats": list(session.caveats),
@@ -65,6 +73,12 @@ def verified_result(
         "seconds": state.timer.seconds(),
         "peak_memory_bytes": list(peaks),
     }
+
+
+def further_result(scores: Evaluation, dataset: Dataset, job: Job) -> dict[str, Any]:
+    """The scores of a further validation set, as those of an evaluation stand in its folder."""
+    source = {"source": dataset.source, "sha256": dataset.sha256, "dropped": len(dataset.dropped)}
+    return {**result_scores(scores, job.score.null_threshold, job.seed), "data": source}
 
 
 def finish(
@@ -84,7 +98,11 @@ def finish(
     job, run = session.job, session.run
     changes = probe_changes(state.probe_rows)
     unanswerable = job.data.unanswerable
-    write_predictions(run, best.scores, session.splits.validation, fence, unanswerable=unanswerable)
+    for name, split in session.splits.sets.validation.items():
+        further = name in best.further
+        path = run.predictions_of(name) if further else run.predictions
+        scores = best.further[name] if further else best.scores
+        write_predictions(path, scores, split, fence, unanswerable=unanswerable)
     write_report(run.path, result, fence=fence)
     with storage_errors(run.model):
         published = file_sha256(run.weights)
@@ -100,7 +118,7 @@ def finish(
         log.table("What the model answers", changes)
     for line in closing_lines(job, run, result):
         log.line(line, indent="")
-    log.finish(best.scores)
+    log.finish(best)
 
 
 def remove_checkpoints(session: Session, log: RunLog, fence: Fence) -> None:
@@ -115,17 +133,18 @@ def remove_checkpoints(session: Session, log: RunLog, fence: Fence) -> None:
         log.line(f"checkpoints stay: {error}", indent="")
 
 
-def card_text(session: Session, scores: Evaluation, settings: InferenceSettings) -> str:
+def card_text(session: Session, best: BestEvaluation, settings: InferenceSettings) -> str:
     """The model card of an evaluation's weights."""
     # A card is made to be published: whose cluster and trackers it ran on is not for it.
     public = session.job.model_copy(update={"slurm": None, "track": Track()})
     return model_card(
         session.job,
-        reported(scores),
-        data_hashes(session.splits),
+        reported(best.scores),
+        data_hashes(session.splits.sets),
         dump_job(public),
-        intervals=scores.intervals,
+        intervals=best.scores.intervals,
         settings=settings,
+        further={name: reported(scores) for name, scores in best.further.items()},
     )
 
 
@@ -152,7 +171,7 @@ def provenance_record(session: Session) -> dict[str, Any]:
                 "revision": split.dataset.revision,
                 "sha256": split.dataset.sha256,
             }
-            for name, split in session.splits.named().items()
+            for name, split in session.splits.sets.named().items()
         },
         "model": {
             "name": job.model.name,
@@ -170,19 +189,29 @@ def provenance_record(session: Session) -> dict[str, Any]:
 
 def resume_identity(session: Session) -> dict[str, Any]:
     """What a checkpoint must share with this start to be its own; the keys stand in every one."""
-    splits = session.splits
+    splits, sets = session.splits, session.splits.sets
+    weights = [one.weight for one in session.job.data.trained]
+    trained = [(s.dataset.sha256, w) for s, w in zip(sets.training.values(), weights, strict=True)]
+    scored = [(split.dataset.sha256, name) for name, split in sets.validation.items()]
     return {
         "world": session.rank.world,
         "zero_stage": session.job.zero.stage,
         "layout": session.sampler.layout.micro_batches,
         "precision": session.precision,
         "computing": session.plan.choice(),
-        "train": splits.training.dataset.sha256,
-        "validation": splits.validation.dataset.sha256,
-        "tuning": None if splits.tuning is None else splits.tuning.dataset.sha256,
+        "train": trained[0][0] if weights == [1] else _digest(trained),
+        "validation": scored[0][0] if len(scored) == 1 else _digest(scored),
+        "tuning": None if sets.tuning is None else sets.tuning.dataset.sha256,
         "labels": LABELS,
-        "windows": windows_sha256(splits.training.windows, splits.validation.windows),
+        "windows": windows_sha256(
+            splits.training.windows, *(split.windows for split in sets.validation.values())
+        ),
         # Frozen layers may be read before the checkpoint is (model.cache_frozen).
         "model": session.files.weights_sha256,
         "job": session.job.model_dump(mode="json"),
     }
+
+
+def _digest(sets: Sequence[tuple[str, object]]) -> str:
+    """One hash for several sets, of their contents and of what else belongs to them."""
+    return hashlib.sha256(json.dumps(sets).encode()).hexdigest()

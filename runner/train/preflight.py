@@ -3,19 +3,20 @@ padding, parameters, steps and memory."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
-from runner.data.sampler import epoch_batches
-from runner.data.splits import Split, load_splits
+from runner.data.sampler import TrainSampler
+from runner.data.splits import Split, joined, load_splits, read_as_lines, weighted_sets
 from runner.data.windows import Windows
 from runner.distributed.engine import learning_rate_factor
 from runner.eval.caveats import caveats
-from runner.job.schema import BatchLayout, Job, batch_layout
+from runner.job.schema import Job, batch_layout
 from runner.model.freeze import freeze, parameter_table
 from runner.model.load import ModelFiles, check_forward, load_outline, load_tokenizer
+from runner.model.structure import recomputable_layers
 from runner.utils.tables import CellValue
 
 Rows = list[dict[str, CellValue]]
@@ -36,14 +37,21 @@ def check_data(job: Job, ranks: int) -> Iterator[str | Rows]:
     model, tokenizer = load_outline(files), load_tokenizer(files)
     check_forward(model, tokenizer, job.model.name, training=True)
     freeze(model, job.model.freeze)
+    if job.train.gradient_checkpointing:
+        recomputable_layers(model)
     warnings: list[str] = []
-    training, validation, tuning = load_splits(job.data, job.seed, tokenizer, warn=warnings.append)
-    parts = {"train": training, "validation": validation}
-    parts |= {} if tuning is None else {"tuning": tuning}
-    yield f"{job.name}: {job.model.name} on {job.data.train}"
-    notes = dict.fromkeys([*files.notes, *warnings])
-    yield from [*notes, *caveats(parts, job.score)]
-    yield [_data_row(name, part) for name, part in parts.items()]
+    sets = load_splits(job.data, job.seed, tokenizer, warn=warnings.append)
+    parts = sets.named()
+    yield f"{job.name}: {job.model.name} on {job.data.described(job.data.trained)}"
+    yield from [
+        *dict.fromkeys([*files.notes, *warnings]),
+        *caveats(parts, job.score, trained=sets.trained()),
+    ]
+    yield from read_as_lines(parts)
+    weighted = weighted_sets(job.data, sets)
+    seen = dict(zip(sets.trained(), (one.count for one in weighted), strict=False))
+    mended = any(part.dataset.repairs for part in parts.values())
+    yield [_data_row(name, part, seen, mended=mended) for name, part in parts.items()]
     for name, part in parts.items():
         contradictions, dropped = part.dataset.contradictions, part.dataset.dropped
         repairs = part.dataset.repairs
@@ -57,13 +65,15 @@ def check_data(job: Job, ranks: int) -> Iterator[str | Rows]:
         if len(repairs) > 5:
             yield f"mended: and {len(repairs) - 5} more"
 
+    training = joined([*sets.training.values()])
     lengths_N = training.windows.lengths_N
+    sampler = TrainSampler(lengths_N, job.train, layout, job.seed, 0, weighted)
     yield ""
     yield _lengths(lengths_N, job.data.max_length)
     yield f"as the model sees {SHOWN} of them, the answer between >> and <<:"
     yield from _examples(training.windows, tokenizer)
     yield ""
-    yield from _epochs(job, lengths_N, layout)
+    yield from _epochs(job, sampler)
     rows = parameter_table(model)
     yield [dict(row) for row in rows]
     total, trained = int(str(rows[-1]["parameters"])), int(str(rows[-1]["trained"]))
@@ -74,14 +84,13 @@ def check_data(job: Job, ranks: int) -> Iterator[str | Rows]:
     )
 
 
-def _epochs(job: Job, lengths_N: np.ndarray, layout: BatchLayout) -> Iterator[str]:
+def _epochs(job: Job, sampler: TrainSampler) -> Iterator[str]:
     """Padding and steps."""
-    batches = epoch_batches(
-        lengths_N, job.train.batch_size, job.seed, 0, buckets=job.train.length_buckets
-    )
-    padded = sum(int(lengths_N[rows].max()) * len(rows) for rows in batches)
-    whole = job.data.max_length * len(lengths_N)
-    tokens = int(lengths_N.sum())
+    batches, layout = sampler.epoch(1), sampler.layout
+    lengths = [sampler.lengths_N[rows] for rows in batches]
+    padded = sum(int(some.max()) * len(some) for some in lengths)
+    whole = job.data.max_length * sampler.windows
+    tokens = sum(int(some.sum()) for some in lengths)
     yield (
         f"padding: {100 * (1 - tokens / padded):.1f} % of the tokens computed "
         f"({100 * (1 - tokens / whole):.1f} % if every window were padded to {job.data.max_length})"
@@ -125,14 +134,19 @@ def _examples(windows: Windows, tokenizer: Any) -> Iterator[str]:
         yield f"  {len(tokens)} tokens: {' '.join([*before, *answer, *after])}"
 
 
-def _data_row(name: str, part: Split) -> dict[str, CellValue]:
+def _data_row(
+    name: str, part: Split, seen: Mapping[str, int], *, mended: bool
+) -> dict[str, CellValue]:
+    """What there is of a set; where sets have weights, how many windows an epoch sees of each;
+    where any answer was mended, how many were in each."""
     windows = part.windows
     return {
         "slice": name,
         "questions": len(part.dataset.examples),
         "dropped": len(part.dataset.dropped),
-        **({"mended": len(part.dataset.repairs)} if part.dataset.repairs else {}),
+        **({"mended": len(part.dataset.repairs)} if mended else {}),
         "windows": len(windows),
+        **({"seen": seen.get(name)} if seen else {}),
         "mean tokens": float(windows.lengths_N.mean()),
         "longest": int(windows.lengths_N.max()),
         "answers in no window": _cut_answers(part, windows),

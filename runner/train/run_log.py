@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
+from runner.checkpoint.best import BestEvaluation
 from runner.errors import RunnerError, StorageError
 from runner.eval.evaluation import Evaluation
 from runner.eval.inference import Predictions
@@ -96,13 +97,13 @@ class RunLog:
         if not self._rank.is_main:
             return
         write_json(self._run.deepspeed, session.config, self._fence)
-        write_repairs(self._run, session.splits, self._fence)
+        write_repairs(self._run, session.splits.sets, self._fence)
         for text in opening_lines(session):
             self.line(text)
         for text in detail_lines(session):
             self.line(text, detail=True)
-        splits = session.splits
-        self._validation_share = len(splits.validation.windows) / len(splits.training.windows)
+        scored = sum(len(split.windows) for split in session.splits.sets.validation.values())
+        self._validation_share = scored / session.sampler.windows
         if self._job.model.freeze:
             self.table("Frozen layers", session.parameters)
 
@@ -161,20 +162,23 @@ class RunLog:
         for row in rows:
             self._row(self._run.probe_table, row)
 
-    def evaluation(self, state: TrainState, scores: Evaluation) -> None:
-        """A row of eval.csv, the curves, and a row of the table of epochs."""
-        self._row(self._run.eval_table, eval_row(state.epoch, state.step, state.totals, scores))
+    def evaluation(self, state: TrainState, scores: Mapping[str, Evaluation]) -> None:
+        """A row of eval.csv for each validation set, the curves, and a row of the table of epochs
+        for each."""
+        tables = [self._run.eval_table, *map(self._run.eval_table_of, [*scores][1:])]
+        for table, found in zip(tables, scores.values(), strict=True):
+            self._row(table, eval_row(state.epoch, state.step, state.totals, found))
         self.curves()
-        self._scoring_s = scores.predictions.seconds
+        self._scoring_s = sum(found.predictions.seconds for found in scores.values())
         if self._rank.is_main:
             table = rich_table("", epoch_rows(self._run), right=INTERVAL_COLUMNS)
-            self._reporter.table(table, rows=1 if self._has_table else ALL_ROWS)
+            self._reporter.table(table, rows=len(scores) if self._has_table else ALL_ROWS)
             self._has_table = True
 
     def scores(self) -> None:
         """The whole table of epochs, where other lines stand between its rows."""
         rows = epoch_rows(self._run)
-        if len(rows) > 1 and not self._reporter.live:
+        if len(rows) > 1 + len(self._run.further_sets) and not self._reporter.live:
             self.table("", rows, right=INTERVAL_COLUMNS)
 
     def curves(self) -> None:
@@ -191,9 +195,14 @@ class RunLog:
         except Exception as error:
             self.line(f"no curves: {type(error).__name__}: {first_line(error)}")
 
-    def finish(self, scores: Evaluation) -> None:
+    def finish(self, best: BestEvaluation) -> None:
         """Give the trackers the last scores, and let them end."""
-        self._trackers.log("result", headline(scores))
+        further = {
+            f"{name}/{metric}": value
+            for name, scores in best.further.items()
+            for metric, value in headline(scores).items()
+        }
+        self._trackers.log("result", headline(best.scores) | further)
         self._trackers.close()
 
     def _row(self, table: Path, row: dict[str, CellValue]) -> None:

@@ -14,9 +14,17 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from runner.checkpoint.store import CheckpointStore, DamagedError
 from runner.data.dataset import Example
 from runner.data.sampler import TrainSampler, score_batches
-from runner.data.splits import Split, load_splits, probe_examples
+from runner.data.splits import (
+    LoadedSets,
+    Split,
+    joined,
+    load_splits,
+    probe_examples,
+    weighted_sets,
+)
 from runner.data.windows import Windows, build_windows
 from runner.distributed.collectives import all_gather, broadcast, main_first
 from runner.distributed.engine import deepspeed_config, start_engine
@@ -27,7 +35,7 @@ from runner.errors import StorageError
 from runner.eval.caveats import caveats
 from runner.job.schema import Job, Model, batch_layout
 from runner.model.dropout import DropoutMasks
-from runner.model.forward import SpanModel, fill_cache
+from runner.model.forward import SpanModel, fill_cache, pad_token, takes_segment_ids
 from runner.model.freeze import freeze, optimiser_groups, parameter_table
 from runner.model.frozen import FrozenLayers, allocate
 from runner.model.load import (
@@ -40,7 +48,7 @@ from runner.model.load import (
 )
 from runner.model.loss import SpanLoss, choose_span_loss
 from runner.run.folder import RunDir
-from runner.train.plan import ExecutionPlan, choose_plan
+from runner.train.plan import ExecutionPlan, choose_plan, compare_packing, was_packed
 from runner.train.state import seed_everything
 from runner.utils.ranks import Rank
 from runner.utils.tables import CellValue
@@ -52,25 +60,25 @@ class Splits:
     """The questions of a run, with their windows.
 
     Attributes:
-        training, validation: what is trained on, and what is scored.
-        tuning: what the null threshold is tuned on; None: it is not.
+        sets: all that the job names.
+        training: the training sets as one.
         probes, probe_windows: the job's probes, spelt as questions.
     """
 
+    sets: LoadedSets
     training: Split
-    validation: Split
-    tuning: Split | None
     probes: Sequence[Example]
     probe_windows: Windows
 
-    def named(self) -> dict[str, Split]:
-        """Those that there are, by what [data] calls them."""
-        splits = {"train": self.training, "validation": self.validation, "tuning": self.tuning}
-        return {name: split for name, split in splits.items() if split is not None}
+    @property
+    def validation(self) -> Split:
+        """The validation set that decides."""
+        return next(iter(self.sets.validation.values()))
 
     def windows(self) -> list[Windows]:
-        """Of each of these."""
-        return [split.windows for split in self.named().values()]
+        """Of all that the model reads."""
+        tuning = () if self.sets.tuning is None else (self.sets.tuning,)
+        return [s.windows for s in (self.training, *self.sets.validation.values(), *tuning)]
 
     def longest(self) -> int:
         """Tokens of the longest of these."""
@@ -142,13 +150,14 @@ def build_session(
     with timer("data"):
         files, tokenizer = main_first(rank, lambda: _files_and_tokenizer(job.model))
         splits = _load_data(job, tokenizer, rank, on_block, warnings.append)
-        doubts = caveats(splits.named(), job.score) if rank.is_main else []
+        sets = splits.sets
+        doubts = caveats(sets.named(), job.score, trained=sets.trained()) if rank.is_main else []
     stop_if_asked(run)
     watchdog.progress_at("loading the model", bounded=False)
     with timer("model"):
         layout = batch_layout(job.train, rank.world)
-        lengths_N = splits.training.windows.lengths_N
-        sampler = TrainSampler(lengths_N, job.train, layout, job.seed, rank.index)
+        lengths_N, weighted = splits.training.windows.lengths_N, weighted_sets(job.data, sets)
+        sampler = TrainSampler(lengths_N, job.train, layout, job.seed, rank.index, weighted)
         model = main_first(rank, lambda: load_pretrained(files, job.seed))
         check_forward(model, tokenizer, job.model.name, training=True)
         files.notes.extend(padding_notes(model, tokenizer))
@@ -159,7 +168,7 @@ def build_session(
         config = deepspeed_config(job.zero, job.train, layout, precision, trained)
         # From here on each rank draws its own dropout.
         seed_everything(job.seed * 1_000_003 + rank.index)
-        plan = _plan(job, model, splits, rank, device, precision)
+        plan = _plan(job, run, model, tokenizer, splits, sampler, rank, device, precision)
         span_loss = choose_span_loss(job.model.span_loss, model, device, job.zero.stage)
         groups = optimiser_groups(model, job.train.weight_decay)
         steps = sampler.steps * job.train.epochs
@@ -194,17 +203,37 @@ def _load_data(
     on_block: Callable[[], None],
     warn: Callable[[str], None],
 ) -> Splits:
-    training, validation, tuning = main_first(
-        rank, lambda: load_splits(job.data, job.seed, tokenizer, on_block, warn)
-    )
+    sets = main_first(rank, lambda: load_splits(job.data, job.seed, tokenizer, on_block, warn))
     probes = probe_examples(job.probe)
     windows = build_windows(probes, tokenizer, job.data.max_length, job.data.stride)
-    return Splits(training, validation, tuning, probes, windows)
+    return Splits(sets, joined([*sets.training.values()]), probes, windows)
 
 
 def _plan(
-    job: Job, model: Any, splits: Splits, rank: Rank, device: torch.device, precision: str
+    job: Job,
+    run: RunDir,
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    splits: Splits,
+    sampler: TrainSampler,
+    rank: Rank,
+    device: torch.device,
+    precision: str,
 ) -> ExecutionPlan:
+    def on_main(work: Callable[[], Any]) -> Any:
+        """Do it on rank 0, for all: what it finds may hang on the machine or the library."""
+        return broadcast(main_first(rank, lambda: work() if rank.is_main else None))
+
+    training = splits.training.windows
+    compare = partial(
+        compare_packing,
+        model,
+        training,
+        device,
+        precision,
+        pad_id=pad_token(tokenizer),
+        segment_ids=takes_segment_ids(tokenizer),
+    )
     return choose_plan(
         job.model,
         job.zero,
@@ -212,9 +241,24 @@ def _plan(
         device,
         precision,
         longest=splits.longest(),
-        tokens=len(splits.training.windows.tokens_T) * job.train.epochs,
+        tokens=len(training.tokens_T) * sampler.windows // len(training) * job.train.epochs,
         dropout=DropoutMasks(job.seed, rank.index),
+        recompute=job.train.gradient_checkpointing,
+        compare=partial(on_main, compare),
+        packed_before=on_main(partial(_packed_before, run)),
     )
+
+
+def _packed_before(run: RunDir) -> bool | None:
+    """How earlier starts of a run have decided, by its newest checkpoint whose manifest is whole;
+    None where there is none."""
+    store = CheckpointStore(run.checkpoints, 0)
+    for name in store.names(1, ()):
+        try:
+            return was_packed(store.manifest(name).facts["identity"]["computing"])
+        except DamagedError:  # whoever loads it says so
+            continue
+    return None
 
 
 def _files_and_tokenizer(section: Model) -> tuple[ModelFiles, PreTrainedTokenizerBase]:

@@ -64,11 +64,12 @@ class EarlyStopping:
         self.best: float | None = None
         self.waited = 0
 
-    def judge(self, scores: Evaluation) -> StopDecision:
-        """Decide on a new evaluation."""
+    def judge(self, scores: Mapping[str, Evaluation]) -> StopDecision:
+        """Decide on a new evaluation of each validation set."""
         if self.stop is None:
             return StopDecision(is_best=True, stop=False)
-        value = scores.metric(self.stop.metric)
+        decides = next(iter(scores)) if self.stop.on is None else self.stop.on
+        value = scores[decides].metric(self.stop.metric)
         gain = -value if self.stop.metric == "loss" else value
         if self.best is None or gain > self.best + self.stop.min_delta:
             self.best, self.waited = gain, 0

@@ -4,34 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
-from runner.data.splits import Split
+from runner.data.splits import LoadedSets, Split, read_as_lines
 from runner.eval.evaluation import Evaluation
 from runner.eval.inference import Predictions
 from runner.eval.predictions import as_lines, prediction_records
 from runner.eval.results import score_line, threshold_lines
 from runner.job.schema import Job, Probe
-from runner.job.sources import describe_sample
 from runner.metrics.normalise import rules
 from runner.model.load import emulation_warning
 from runner.run.folder import RunDir
-from runner.train.setup import Session, Splits
+from runner.train.setup import Session
 from runner.train.state import Totals, TrainState
 from runner.utils.files import Fence, below_here, write_atomic
 from runner.utils.tables import CellValue, read_rows
-from runner.utils.text import duration
+from runner.utils.text import duration, shorten
 
 THRESHOLD = "null_threshold_logits"  # column of eval.csv
+
+SET_WIDTH = 12  # characters of a validation set's name in the table of epochs
 
 INTERVAL_COLUMNS = ("EM %\n±95 % CI", "F1 %\n±95 % CI")  # of the table of epochs
 
 
-def data_hashes(splits: Splits) -> dict[str, str]:
+def data_hashes(sets: LoadedSets) -> dict[str, str]:
     """What questions are for to the hash of their content, for the model card: two samples may be
     of one slice."""
-    names = {"train": "training"}
-    return {names.get(name, name): split.dataset.sha256 for name, split in splits.named().items()}
+    trained = {name: name.replace("train", "training", 1) for name in sets.trained()}
+    return {trained.get(name, name): s.dataset.sha256 for name, s in sets.named().items()}
 
 
 def train_row(state: TrainState, totals: Totals, engine: Any) -> dict[str, CellValue]:
@@ -113,11 +115,11 @@ def probe_table(
     ]
 
 
-def write_repairs(run: RunDir, splits: Splits, fence: Fence) -> None:
+def write_repairs(run: RunDir, sets: LoadedSets, fence: Fence) -> None:
     """Write repairs.jsonl, an answer that was mended a line; nothing where none was."""
     records = [
         {"set": name, **asdict(repair)}
-        for name, split in splits.named().items()
+        for name, split in sets.named().items()
         for repair in split.dataset.repairs
     ]
     if records:
@@ -125,9 +127,9 @@ def write_repairs(run: RunDir, splits: Splits, fence: Fence) -> None:
 
 
 def write_predictions(
-    run: RunDir, scores: Evaluation, validation: Split, fence: Fence, *, unanswerable: bool
+    path: Path, scores: Evaluation, validation: Split, fence: Fence, *, unanswerable: bool
 ) -> None:
-    """Write predictions.jsonl: one question a line, with the right answers beside the model's;
+    """Write a predictions.jsonl: one question a line, with the right answers beside the model's;
     `fence` is asked before it gets its name."""
     records = prediction_records(
         scores.predictions.answers,
@@ -137,17 +139,20 @@ def write_predictions(
         scores.f1_N,
         unanswerable=unanswerable,
     )
-    write_atomic(run.predictions, as_lines(records), fence)
+    write_atomic(path, as_lines(records), fence)
 
 
 def opening_lines(session: Session) -> list[str]:
     """What is about to happen, in a few lines."""
     job, layout, lines = session.job, session.sampler.layout, []
-    for name, split in session.splits.named().items():
+    sets = session.splits.sets
+    counts = (f", {one.count} seen an epoch" for one in session.sampler.sets)
+    seen = dict(zip(sets.trained(), counts, strict=False))  # empty without weights
+    for name, split in sets.named().items():
         lines.append(
             f"{name}: {len(split.dataset.examples)} questions in {len(split.windows)} windows of"
             f" {split.windows.lengths_N.mean():.0f} tokens on"
-            f" average{' (cached)' if split.cached else ''}"
+            f" average{seen.get(name, '')}{' (cached)' if split.cached else ''}"
         )
         lines += [f"{name}: {sentence}" for sentence in split.dataset.contradictions]
         if split.dataset.dropped:
@@ -175,7 +180,11 @@ def opening_lines(session: Session) -> list[str]:
 
 def detail_lines(session: Session) -> list[str]:
     """How the run computes, for who wants to know."""
-    lines = [session.span_loss.described(), *session.plan.lines()]
+    lines = [
+        *read_as_lines(session.splits.sets.named()),
+        session.span_loss.described(),
+        *session.plan.lines(),
+    ]
     if session.exchanges_by_memory:
         lines.append("exchange: shared memory (all ranks are on CPUs of one machine)")
     return lines
@@ -184,7 +193,9 @@ def detail_lines(session: Session) -> list[str]:
 def epoch_rows(run: RunDir) -> list[dict[str, CellValue]]:
     """What eval.csv tells of each epoch, to fit a terminal of 80 columns: losses in nats, accuracy
     of whole spans over windows, scores with half the width of their 95 % intervals, the epoch's
-    wall seconds, windows trained a second."""
+    wall seconds, windows trained a second; with several validation sets a row for each."""
+    if run.further_sets:
+        return _rows_by_set(run)
     return [
         {
             "epoch": int(row["epoch"]),
@@ -201,6 +212,27 @@ def epoch_rows(run: RunDir) -> list[dict[str, CellValue]]:
     ]
 
 
+def _rows_by_set(run: RunDir) -> list[dict[str, CellValue]]:
+    """The same, in each epoch for one validation set after another."""
+    tables = [run.eval_table, *map(run.eval_table_of, run.further_sets)]
+    by_set = zip(*map(read_rows, tables), strict=False)  # their rows may differ by one epoch
+    return [
+        {
+            "epoch": int(row["epoch"]),
+            "set": shorten(name, SET_WIDTH),
+            "train\nloss": None if number else float(row["train_loss_nats"]),
+            "valid.\nloss": float(row["validation_loss_nats"]),
+            "valid.\nacc %": float(row["span_accuracy_percent"]),
+            INTERVAL_COLUMNS[0]: _with_half_width(row, "exact_match"),
+            INTERVAL_COLUMNS[1]: _with_half_width(row, "f1"),
+            "time\ns": round(float(row["evaluation_seconds"]))
+            + (0 if number else round(float(row["train_seconds"]))),
+        }
+        for rows in by_set
+        for number, (name, row) in enumerate(zip(run.set_names, rows, strict=True))
+    ]
+
+
 def _with_half_width(row: Mapping[str, str], name: str) -> str:
     """A score and how far its interval reaches, which is not quite as far on both sides."""
     value, low, high = (float(row[f"{name}{end}_percent"]) for end in ("", "_low", "_high"))
@@ -209,14 +241,16 @@ def _with_half_width(row: Mapping[str, str], name: str) -> str:
 
 def closing_lines(job: Job, run: RunDir, result: Mapping[str, Any]) -> list[str]:
     """The last lines of a run: its scores and where everything is."""
-    lines = [
-        (
-            f"{score_line(result, '')} on"
-            f" {below_here(job.data.validation)}{describe_sample(job.data.validation_sample)}"
-        ),
+    first, *further = (job.data.described([one], below_here) for one in job.data.scored)
+    lines = [f"{score_line(result, '')} on {first}"]
+    if further:
+        sets = zip(result["sets"].values(), further, strict=True)
+        lines += [f"{score_line(scores, '')} on {name}" for scores, name in sets]
+    over = "each set's" if further else f"the {result['questions']:,}"
+    lines += [
         *_language_lines(job),
         *threshold_lines(result),
-        f"In brackets: 95 % intervals over the {result['questions']:,} questions",
+        f"In brackets: 95 % intervals over {over} questions",
         (
             f"Done in {duration(result['seconds']['total'])}. Written to"
             f" {below_here(str(run.path))}:"
@@ -226,6 +260,7 @@ def closing_lines(job: Job, run: RunDir, result: Mapping[str, Any]) -> list[str]
     for name, what in (
         ("model/", "the tuned model, for from_pretrained"),
         ("eval.csv, train.csv", "scores per epoch, loss per step"),
+        *([("eval-*, predictions-*", "the same of the other validation sets")] if further else []),
         *probes,
         ("curves.png, curves.svg", "the same as pictures"),
         ("predictions.jsonl", "an answer for each validation question"),

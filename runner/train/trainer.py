@@ -23,6 +23,7 @@ from runner.checkpoint.commit import Ranks, agree
 from runner.checkpoint.manager import BEST, CheckpointManager
 from runner.checkpoint.store import Stage
 from runner.data.loader import DeviceBatch
+from runner.data.splits import Split
 from runner.distributed.collectives import (
     all_gather,
     broadcast,
@@ -238,17 +239,21 @@ class Trainer:
 
     def score_epoch(self, tuned: TunedThreshold | None) -> None:
         """Score the model, and save it: as the best so far if [stop] says so."""
-        state, validation = self.state, self.session.splits.validation
+        state, sets = self.state, self.session.splits.sets.validation
         with self.timer("evaluation"):
             place = "the scoring of the model"
-            found = self.predict(validation.windows, validation.dataset.examples, place, LISTED)
+            found = {name: self.predict(split, place, LISTED) for name, split in sets.items()}
         self.watchdog.progress_at(f"scoring after epoch {state.epoch}", bounded=False)
-        scores = None if found is None else self.evaluate(found, tuned)
-        decision = broadcast(None if scores is None else state.early_stopping.judge(scores))
+        scores = {
+            name: self.evaluate(predictions, sets[name], tuned)
+            for name, predictions in found.items()
+            if predictions is not None  # on rank 0
+        }
+        decision = broadcast(state.early_stopping.judge(scores) if scores else None)
         is_last = state.epoch == self.job.train.epochs
         if self.rank.is_main and (decision.stop or is_last):
             self.fresh_process = FreshProcess()  # it imports while curves are drawn and we save
-        if scores is not None:
+        if scores:
             self.log.evaluation(state, scores)
         state.scored, state.finished = True, decision.stop or is_last
         best = self.export_best(scores) if decision.is_best else None
@@ -256,9 +261,10 @@ class Trainer:
         if best is not None and self.rank.is_main:
             self.publish()
         if decision.stop and self.job.stop is not None and not is_last:
+            where = f" on {self.job.stop.on}" if self.job.stop.on else ""
             self.log.line(
-                f"{self.job.stop.metric} has stopped improving: training ends early, after epoch"
-                f" {state.epoch}",
+                f"{self.job.stop.metric}{where} has stopped improving: training ends early, after"
+                f" epoch {state.epoch}",
                 indent="",
             )
 
@@ -335,9 +341,8 @@ class Trainer:
         self.watchdog.progress_at("the longest batch of the scoring")
         splits = self.session.splits
         with self.timer("evaluation"):
-            for split in (splits.validation, splits.tuning):
-                if split is not None:
-                    dry_run(self.session.model, split.windows, self.job.score)
+            for windows in splits.windows()[1:]:  # all but those of training
+                dry_run(self.session.model, windows, self.job.score)
 
     # --- parts of an evaluation
 
@@ -348,12 +353,12 @@ class Trainer:
 
     def tune_threshold(self) -> TunedThreshold | None:
         """Tune the null threshold on data.tuning; rank 0 gets what was found."""
-        tuning = self.session.splits.tuning
+        tuning = self.session.splits.sets.tuning
         if tuning is None:
             return None
         with self.timer("evaluation"):
             place = "the tuning of the null threshold"
-            found = self.predict(tuning.windows, tuning.dataset.examples, place, 1)
+            found = self.predict(tuning, place, 1)
             return None if found is None else tune(found, tuning.dataset, self.job.score)
 
     def answer_probes(self, epoch: int, tuned: TunedThreshold | None = None) -> None:
@@ -378,14 +383,12 @@ class Trainer:
             if found is not None:
                 self.log.probes(state, epoch, found)
 
-    def predict(
-        self, windows: Any, examples: Sequence[Any], place: str, listed: int
-    ) -> Predictions | None:
+    def predict(self, split: Split, place: str, listed: int) -> Predictions | None:
         """Answer a data set; between two batches the ranks may save or stop."""
         return predict_windows(
             self.session.model,
-            windows,
-            examples,
+            split.windows,
+            split.dataset.examples,
             self.job.score,
             self.rank,
             unanswerable=self.job.data.unanswerable,
@@ -393,24 +396,28 @@ class Trainer:
             step=partial(self.save_or_stop, place),
         )
 
-    def evaluate(self, found: Predictions, tuned: TunedThreshold | None) -> Evaluation:
-        """Score the answers to the validation questions (rank 0)."""
+    def evaluate(
+        self, found: Predictions, split: Split, tuned: TunedThreshold | None
+    ) -> Evaluation:
+        """Score the answers to a validation set (rank 0)."""
         return evaluate(
             found,
-            self.session.splits.validation.dataset.examples,
+            split.dataset.examples,
             self.job.score,
             unanswerable=self.job.data.unanswerable,
             seed=self.job.seed,
             tuned=tuned,
         )
 
-    def export_best(self, scores: Evaluation | None) -> Callable[[Stage], None]:
+    def export_best(self, scores: Mapping[str, Evaluation]) -> Callable[[Stage], None]:
         """Gather the weights of the best evaluation so far; returns what writes them. Every rank
         must call this: with ZeRO-3 each has a part."""
         weights = gathered_state(self.engine, self.job.zero.stage)
         logits = own_logits(self.session.model, self.session.splits.validation.windows)
-        if scores is not None:
-            self.best = BestEvaluation(self.state.epoch, self.state.step, scores, logits)
+        if scores:
+            (_, first), *further = scores.items()
+            place = self.state.epoch, self.state.step
+            self.best = BestEvaluation(*place, first, logits, dict(further))
         return partial(self.write_best, weights)
 
     def write_best(self, weights: Mapping[str, Tensor], stage: Stage) -> None:
@@ -418,7 +425,7 @@ class Trainer:
         if self.best is None:
             raise AssertionError("rank 0 has scored the model")
         settings = settings_of_run(self.job, self.best.scores)
-        card = card_text(self.session, self.best.scores, settings)
+        card = card_text(self.session, self.best, settings)
         folder, tokenizer = stage.folder / BEST, self.session.tokenizer
         save_best(folder, self.best, self.engine.module, weights, tokenizer, card, settings)
 
@@ -446,7 +453,7 @@ class Trainer:
         fresh = self.fresh_process or FreshProcess()
         result = verified_result(self.session, self.best, exported, fresh, self.state, peaks)
         finish(self.session, self.log, self.best, self.state, result, self.fence)
-        return missed_expectation(self.job.expect, result["metrics"])
+        return missed_expectation(self.job.expect, result)
 
     def publish(self) -> Path:
         """Let `model/` be the best model so far, and return where that is kept (rank 0)."""

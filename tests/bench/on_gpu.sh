@@ -19,6 +19,7 @@
 #           bf16 losses padded compiled deepspeed     what these choices change must be speed alone:
 #                                           F1 of one seed, beside the spread of `bf16` over three
 #           frozen kept                     lower half frozen, its outputs kept or not
+#           memory                          gradient checkpointing: peak memory, time; ModernBERT packed
 #           strict                          train.deterministic on and off, 3 runs each, and a run that
 #                                           is stopped and resumed: hashes, and the price in seconds
 #
@@ -32,7 +33,7 @@ declare -A LIMIT=( # seconds; 90 where none is said
 )
 ALL="versions smoke-kernels smoke-job tests kernels sweep search base-32 base-64 large-32
 base-zero base-layout base-frozen large-zero large-layout large-frozen
-pair-1 pair-2 pair-3 bf16 losses padded compiled deepspeed frozen kept strict"
+pair-1 pair-2 pair-3 bf16 losses padded compiled deepspeed frozen kept memory strict"
 [ $# -ge 3 ] || { sed -n '2,/^set/{/^#/p}' "$0" >&2; exit 64; }
 # Before the change of folder: what is given may be relative to where the caller stands.
 mkdir -p "$1" || exit
@@ -195,6 +196,11 @@ for part in "$@"; do
         compiled) job compiled model.compile=on ;;
         deepspeed) job deepspeed zero.optimizer=deepspeed ;;
         frozen) job frozen train.epochs=3 "$bottom" ;;
+        memory)
+            step memory "$PYTHON" tests/bench/step_memory.py --model "$MODEL" --table "$work/results/memory.md"
+            step memory-modernbert "$PYTHON" tests/bench/step_memory.py --family modernbert \
+                --lengths 512 4096 --batch-size 8 --table "$work/results/memory-modernbert.md"
+            ;;
         kept) job kept train.epochs=3 "$bottom" model.cache_frozen=true ;;
         strict)
             for number in 1 2 3; do # one seed three times: what differs is not the job

@@ -117,6 +117,13 @@ def test_search_memory():
     assert all(float(row["CPU seconds"]) >= 0 for row in rows)
 
 
+@pytest.mark.slow
+def test_step_memory(tiny):
+    rows = tables(run("step_memory.py", "--model", tiny("bert"), "--lengths", 64, "--steps", 1))
+    assert [row["activations"] for row in rows] == ["all kept", "gradient checkpointing"]
+    assert all(float(row["seconds"]) > 0 for row in rows)
+
+
 def test_both_sides_train_in_float32_whatever_the_file_holds(tiny, tmp_path):
     """Weights travel as float16; the bf16 of both sides is a copy of float32 weights."""
     half = tmp_path / "half"

@@ -31,7 +31,18 @@ PROBLEMS = [
     "job.toml:1: name: expected a string in quotes, found 5",
     "job.toml:4: train.epoch: unknown key; did you mean epochs?",
 ]
-VERBS = ("check", "run", "predict", "evaluate", "report", "reproduce", "prune", "submit", "status")
+VERBS = (
+    "init",
+    "check",
+    "run",
+    "predict",
+    "evaluate",
+    "report",
+    "reproduce",
+    "prune",
+    "submit",
+    "status",
+)
 VERBS += ("logs", "cancel", "schema")
 CODES = {
     "JobError": 64,
@@ -512,7 +523,7 @@ def test_a_word_that_is_no_verb_leads_to_the_verb(word, verb, capsys):
 def test_what_looks_like_nothing_is_answered_by_what_there_is(tmp_path, capsys):
     assert cli.main(["qqqq"]) == 2
     said = capsys.readouterr().err
-    assert "there are check, run, predict" in said
+    assert "there are init, check, run" in said
     assert "may-requeue" not in said
     (tmp_path / "job.yaml").touch()
     assert cli.main([str(tmp_path / "job.yaml")]) == 2

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import csv
+import functools
+import gzip
 import io
 import json
 import math
+import operator
 import os
 import socket
 import time
@@ -18,10 +22,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from runner.data import formats
 from runner.data.dataset import Example, content_sha256, load_dataset
-from runner.data.formats import file_rows, hub_split
-from runner.data.formats.rows import number
+from runner.data.formats import file_rows, files, hub_split, table_rows
+from runner.data.formats.judge import check_rows
+from runner.data.formats.rows import RawTable, number
 from runner.data.hub import Snapshot
 from runner.errors import AssetError, DataError
 from runner.job.schema import Columns
@@ -106,9 +110,9 @@ def jsonl(rows, end="\n"):
     return "".join(json.dumps(row, ensure_ascii=False) + end for row in rows).encode()
 
 
-def csv_bytes(rows):
+def csv_bytes(rows, separator=","):
     out = io.StringIO(newline="")
-    writer = csv.DictWriter(out, list(rows[0]))
+    writer = csv.DictWriter(out, list(rows[0]), delimiter=separator)
     writer.writeheader()
     writer.writerows(rows)
     return out.getvalue().encode()
@@ -118,6 +122,142 @@ def parquet(rows):
     out = io.BytesIO()
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), out)
     return out.getvalue()
+
+
+def pandas_csv(rows):
+    """As datasets writes it: numpy's arrays, spelled by str."""
+    return pyarrow.Table.from_pylist(rows).to_pandas().to_csv(index=False).encode()
+
+
+def lists_and_starts(examples):
+    return [
+        {**row, "answers": list(e.answers), "answer_start": list(e.answer_starts)}
+        for row, e in zip(flat(examples), examples, strict=True)
+    ]
+
+
+def haystack(examples):
+    """What Haystack's annotation tool exports."""
+    for count, article in enumerate((whole := nested(examples, version="v2.0"))["data"]):
+        for paragraph in article["paragraphs"]:
+            paragraph["document_id"] = count
+            for qa in paragraph["qas"]:
+                for answer in qa["answers"]:
+                    answer |= {"answer_category": "SHORT", "answer_id": 1, "question_id": 1}
+                if qa["is_impossible"]:
+                    qa["answers"] = [{"text": "", "answer_start": 12, "answer_category": None}]
+    return whole
+
+
+def german_quad(example):
+    count = len(example.answers)
+    further = {"answer_category": ["SHORT"] * count, "answer_id": [7] * count}
+    return {**further, **texts_and_starts(example)}
+
+
+def paragraphs(examples):
+    return [
+        paragraph for article in nested(examples)["data"] for paragraph in article["paragraphs"]
+    ]
+
+
+MRQA_HEADER = {"header": {"dataset": "Made", "split": "dev"}}
+
+
+def spans(example):
+    """Start and end of each answer, the end exclusive."""
+    pairs = zip(example.answers, example.answer_starts, strict=True)
+    return [(start, start + len(text)) for text, start in pairs]
+
+
+def mrqa(examples):
+    lines, by_id = [], {e.id: e for e in examples}
+    for paragraph in paragraphs(examples):
+        for qa in paragraph["qas"]:
+            example = by_id[qa["id"]]
+            qa["qid"] = qa.pop("id")
+            found = {}
+            for text, (start, end) in zip(example.answers, spans(example), strict=True):
+                found.setdefault(text, []).append([start, end - 1])
+            qa["detected_answers"] = [
+                {"text": text, "char_spans": ends, "token_spans": [[0, 0]] * len(ends)}
+                for text, ends in found.items()
+            ]
+            qa["answers"] = [*found, "what the context lacks"]
+        lines.append({"id": "", **paragraph, "context_tokens": [["Its", 0]]})
+    return lines
+
+
+def mrqa_flat(examples):
+    rows = []
+    for line in mrqa(examples):
+        for qa in line["qas"]:
+            found = qa["detected_answers"]
+            ends = [
+                {"start": [s for s, _ in d], "end": [e for _, e in d]}
+                for d in (item["char_spans"] for item in found)
+            ]
+            detected = {"text": [item["text"] for item in found], "char_spans": ends}
+            rows.append({**qa, "subset": "Made", "context": line["context"]})
+            rows[-1]["detected_answers"] = detected
+    return rows
+
+
+def label_studio(examples, name="annotations"):
+    """Tasks of its template for question answering, by two who agree."""
+    tasks = []
+    for e in examples:
+        result = [
+            {
+                "value": {"start": start, "end": end, "text": text, "labels": ["Answer"]},
+                "id": "Dx_aB91ISN",
+                "from_name": "answer",
+                "to_name": "text",
+                "type": "labels",
+            }
+            for text, (start, end) in zip(e.answers, spans(e), strict=True)
+        ]
+        done = {"id": 1001, "completed_by": 1, "was_cancelled": False, "result": result}
+        skipped = {"id": 1002, "was_cancelled": True, "result": [{"value": {"choices": ["?"]}}]}
+        data = {"text": e.context, "question": e.question, "source": "made"}
+        tasks.append({"id": e.id, name: [done, skipped, done], "data": data, "predictions": []})
+    return tasks
+
+
+def label_studio_min(examples):
+    rows = []
+    for task, annotator in ((t, n) for t in label_studio(examples) for n in (1, 2)):
+        found = [result["value"] for result in task["annotations"][0]["result"]]
+        row = {**task["data"], "id": task["id"], "annotator": annotator, "annotation_id": len(rows)}
+        rows.append({**row, "lead_time": 3.5, **({"answer": found} if found else {})})
+    return rows
+
+
+def in_csv(rows):
+    names = dict.fromkeys(name for row in rows for name in row)
+    spelled = {**dict.fromkeys(names, "")}
+    return [
+        spelled | {k: json.dumps(v) if isinstance(v, list) else v for k, v in row.items()}
+        for row in rows
+    ]
+
+
+def doccano(examples, name, asked="question"):
+    rows = []
+    for e in examples:
+        question = {
+            "question": {"question": e.question, "Comments": []},
+            "meta": {"meta": {"question": e.question}},
+            "Comments": {"Comments": [e.question]},
+        }[asked]
+        labels = [
+            {"id": 1, "label": "ANSWER", "start_offset": start, "end_offset": end}
+            if name == "entities"
+            else [start, end, "ANSWER"]
+            for start, end in spans(e)
+        ]
+        rows.append({"id": e.id, "text": e.context, name: labels, **question})
+    return rows
 
 
 COLUMNS = {"id": "number", "question": "ask", "context": "text", "answer": "span"}
@@ -147,11 +287,40 @@ FORMATS = {
     "lists.parquet": (ALL, lambda e: parquet(flat(e)), {}),
     "tables.parquet": (ALL, lambda e: parquet(flat(e, tables)), {}),
     "named.PARQUET": (FIRSTS, lambda e: parquet(one_answer(e)), STARTS),
+    "packed.json.gz": (ALL, lambda e: gzip.compress(json_bytes(nested(e))), {}),
+    "packed.jsonl.gz": (ALL, lambda e: gzip.compress(jsonl(flat(e))), {}),
+    "packed.CSV.GZ": (FIRSTS, lambda e: gzip.compress(csv_bytes(one_answer(e))), STARTS),
+    "packed, called.jsonl": (ALL, lambda e: gzip.compress(jsonl(flat(e))), {}),
+    "unpacked, called.jsonl.gz": (ALL, lambda e: jsonl(flat(e)), {}),
+    "semicolons.csv": (FIRSTS, lambda e: csv_bytes(one_answer(e), ";"), STARTS),
+    "tabs.tsv": (FIRSTS, lambda e: csv_bytes(one_answer(e), "\t"), STARTS),
+    "tabs.csv": (FIRSTS, lambda e: csv_bytes(one_answer(e), "\t"), STARTS),
+    "commas.tsv": (FIRSTS, lambda e: csv_bytes(one_answer(e)), STARTS),
+    "pandas.csv": (ALL, lambda e: pandas_csv(flat(e)), {}),
+    "python.csv": (ALL, lambda e: csv_bytes(flat(e, lambda x: str(texts_and_starts(x)))), {}),
+    "json in.csv": (ALL, lambda e: csv_bytes(flat(e, lambda x: json.dumps(tables(x)))), {}),
+    "lists and starts.jsonl": (ALL, lambda e: jsonl(lists_and_starts(e)), {}),
+    "lists and starts.csv": (ALL, lambda e: pandas_csv(lists_and_starts(e)), {}),
+    "haystack.json": (ALL, lambda e: json_bytes(haystack(e)), {}),
+    "GermanQuAD.parquet": (ALL, lambda e: parquet(flat(e, german_quad)), {}),
+    "paragraphs.json": (ALL, lambda e: json_bytes(paragraphs(e)), {}),
+    "paragraphs.jsonl": (ALL, lambda e: jsonl(paragraphs(e)), {}),
+    "MRQA.jsonl": (ALL, lambda e: jsonl([MRQA_HEADER, *mrqa(e)]), {}),
+    "MRQA.jsonl.gz": (ALL, lambda e: gzip.compress(jsonl([MRQA_HEADER, *mrqa(e)])), {}),
+    "MRQA on the hub.parquet": (ALL, lambda e: parquet(mrqa_flat(e)), {}),
+    "Label Studio.json": (ALL, lambda e: json_bytes(label_studio(e)), {}),
+    "Label Studio, older.json": (ALL, lambda e: json_bytes(label_studio(e, "completions")), {}),
+    "Label Studio, JSON-MIN.json": (ALL, lambda e: json_bytes(label_studio_min(e)), {}),
+    "Label Studio.csv": (ALL, lambda e: csv_bytes(in_csv(label_studio_min(e))), {}),
+    "doccano.jsonl": (ALL, lambda e: jsonl(doccano(e, "label")), {}),
+    "doccano 1.0.jsonl": (ALL, lambda e: jsonl(doccano(e, "labels", "meta")), {}),
+    "doccano, comments.jsonl": (ALL, lambda e: jsonl(doccano(e, "label", "Comments")), {}),
+    "doccano, relations.jsonl": (ALL, lambda e: jsonl(doccano(e, "entities")), {}),
 }
 
 
 def test_each_suffix_that_a_job_may_name_has_its_format():
-    assert set(formats.FORMATS) == set(FILE_SUFFIXES)
+    assert set(files.PARSERS) == set(FILE_SUFFIXES)
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -213,7 +382,9 @@ def test_ids_are_read_as_meant_and_given_where_there_are_none(tmp_path, form, gi
     assert [row.id for row in sliced] == read[1:]
 
 
-@pytest.mark.parametrize("start", [15, 15.0, "15", " 15 ", "15.0"])
+@pytest.mark.parametrize(
+    "start", [15, 15.0, "15", " 15 ", "15.0", "(15, 17)", "[15, 17]", [15, 17], [15], "[15]"]
+)
 def test_a_start_may_be_spelled_as_csv_and_pandas_do(tmp_path, start):
     (tmp_path / "x.jsonl").write_bytes(jsonl([{**GOOD, "answer": "Bo", "answer_start": start}]))
     assert load(tmp_path / "x.jsonl").examples[0].answer_starts == (15,)
@@ -440,6 +611,7 @@ BAD_ROWS = {
         {"answer_start": -1},
         "no answer (answer_start is -1 beside an answer; ",
     ),
+    "start three": ({"answer_start": "[0, 3, 3]"}, "answer_start is a list, not a whole number"),
     "start three numbers": ({"answer_start": "(0, 3, 5)"}, "answer_start is text, not a whole"),
     "start of a pair": ({"answer_start": "(1, 4)"}, "not at answer_start: counted from 1 ("),
     "start past the end": ({"answer_start": 18}, "outside the context (18, of 18 characters)"),
@@ -451,7 +623,7 @@ BAD_ROWS = {
     "start of 5,000 digits": ({"answer_start": "1" * 5000}, "answer_start is text, not a whole"),
     "start a half": ({"answer_start": 0.5}, "answer_start is a number, not a whole number"),
     "start true": ({"answer_start": True}, "answer_start is true or false, not a whole number"),
-    "start a list": ({"answer_start": [0]}, "answer_start is a list, not a whole number"),
+    "start a list": ({"answer_start": [0, 1, 2]}, "answer_start is a list, not a whole number"),
     "text absent": ({"answer": "Cy"}, 'answer is not in the context ("Cy")'),
     "text twice, no start": ({"answer": "Bo"}, "occurs more than once and has no answer_start"),
     "other case": ({"answer": "ann"}, 'answer is not in the context ("ann")'),
@@ -466,10 +638,11 @@ BAD_ROWS = {
     ),
     "answer of spaces": ({"answer": "   "}, "no answer (set data.unanswerable = true"),
     "answer NaN": ({"answer": float("nan")}, "no answer (set data.unanswerable = true"),
-    "answer a list as text": ({"answer": "['Ann']"}, "and looks like a list written as text"),
-    "answer a list of spans": (
-        {"answer": [{"start": 0, "end": 3, "text": "Ann"}]},
-        "answer is a list of spans with start and end",
+    "answer a list as text": ({"answer": "['Ann', x]"}, "answers are a list written as text"),
+    "answer a list, one absent": ({"answer": ["Ann", "Cy"]}, 'is not in the context ("Cy")'),
+    "answers and starts": (
+        {"answer": ["Ann"], "answer_start": []},
+        "no texts with answer_start (1",
     ),
     "impossible": ({"is_impossible": True}, "no answer (is_impossible is true beside an answer; "),
     "impossible unclear": ({"is_impossible": "maybe"}, "is_impossible is text, not true or false"),
@@ -477,7 +650,7 @@ BAD_ROWS = {
     "answer null": ({"answer": None}, "no answer (set data.unanswerable = true"),
     "answer missing": ({"answer": ...}, "no answer"),
     "answer a number": ({"answer": 5}, "answer is a number, not text"),
-    "answer a table": ({"answer": {"text": "Ann"}}, "answer is a table, not text"),
+    "answer a table": ({"answer": {"words": "Ann"}}, "answers are a table, not tables with text"),
     "question empty": ({"question": ""}, "question is empty"),
     "question of spaces": ({"question": " \n\u00a0"}, "question is empty"),
     "question null": ({"question": None}, "no question"),
@@ -527,7 +700,8 @@ def test_a_bad_row_is_refused_by_file_and_row_or_dropped(tmp_path, case):
 
 BAD_ANSWERS = {
     "text": ("Ann", "answers are text, not tables"),
-    "a list of texts": (["Ann"], "answers are a list, not tables"),
+    "a list of numbers": ([5], "answers are a list, not tables"),
+    "a list of texts, absent": (["Cy"], 'answer is not in the context ("Cy")'),
     "tables without text": ([{"answer_start": 0}], "answers are a list, not tables"),
     "a table without text": ({"answer_start": [0]}, "answers are a table, not tables"),
     "fewer starts": ({"text": ["Ann", "Bo"], "answer_start": [0]}, "(2 and 1)"),
@@ -705,21 +879,29 @@ BAD_FILES = {
     "no answers.jsonl": (b'{"question": "q", "context": "c"}', "no column 'answers'"),
     "columns.parquet": (parquet([{"context": "c"}]), "no column 'question'"),
     "exports/doccano.jsonl": (
-        b'{"id": 1, "text": "c", "label": [[0, 1, "A"]], "question": "q"}',
-        "looks like doccano's lines",
+        b'{"id": 1, "text": "c", "label": [[0, 1, "A"]], "Comments": []}',
+        r"looks like doccano's lines, but none of its fields \('text'\) is the question; import it",
+    ),
+    "exports/doccano, classes.jsonl": (
+        b'{"id": 1, "text": "c", "label": ["good"], "question": "q"}',
+        "looks like doccano's lines, not read; convert it to SQuAD's JSON, or rows with a q",
     ),
     "exports/label studio.json": (
-        b'[{"id": 1, "annotations": [{"result": []}], "data": {"question": "q"}}]',
-        "looks like Label Studio's JSON, not read; convert it to SQuAD's JSON, or rows with a q",
+        b'[{"id": 1, "annotations": [{"result": []}], "data": {"url": 5}}]',
+        r"looks like Label Studio's JSON, but none of its fields \('url'\) is the question",
     ),
     "exports/mrqa.jsonl": (
-        b'{"header": {}}\n{"context": "c", "qas": [{"qid": "1"}]}',
-        "looks like MRQA's lines",
+        b'{"header": {}}\n{"context": "c", "qas": {"qid": "1"}}',
+        r"mrqa\.jsonl:2: expected a table with a list called 'qas'",
     ),
-    "exports/paragraphs.json": (b'[{"context": "c", "qas": []}]', "looks like SQuAD's paragraphs"),
+    "exports/paragraphs.json": (b'[{"context": "c", "qas": []}]', "holds no questions"),
+    "exports/prodigy.jsonl": (
+        b'{"text": "c", "spans": []}',
+        "looks like Prodigy's lines, not read",
+    ),
     "exports/to_csv.csv": (
-        b"question,context,answers\nq,c,\"{'text': array(['c'])}\"\n",
-        r"to_csv\.csv:2: answers are a table written as text, as to_csv does; write JSON Lines or",
+        b"question,context,answers\nq,c,\"{'text': array(['c'], ...)}\"\n",
+        r"to_csv\.csv:2: answers are a table written as text, as to_csv does, but not to be read",
     ),
     "exports/text.csv": (
         b"question,context,answers\nq,c,c\n",
@@ -727,7 +909,15 @@ BAD_FILES = {
     ),
     "other names.json": (
         b'[{"ask": "q", "text": "c", "answers": []}]',
-        r"'ask', 'text', 'answers' \(a list\); name them in \[data.columns\]$",
+        r"'ask', 'text', 'answers' \(a list\); name them in \[data.columns\]: question = \"ask",
+    ),
+    "papers by their ids.json": (
+        json_bytes({f"paper {n}": {"full_text": []} for n in range(999)}),
+        r"the columns are 'paper 0' \(a table\), .* 979 more; a row has a question",
+    ),
+    "exports/qasper.jsonl": (
+        b'{"full_text": {}, "qas": {}, "title": "t"}',
+        "looks like QASPER, not",
     ),
     "too few names.json": (
         b'[{"ask": "q", "text": {}, "answers": []}]',
@@ -776,7 +966,7 @@ def test_parquet_with_a_column_twice_is_refused(tmp_path):
         load(tmp_path / "x.parquet")
 
 
-@pytest.mark.parametrize("suffix", ["json", "jsonl", "csv", "parquet"])
+@pytest.mark.parametrize("suffix", ["json", "jsonl", "csv", "parquet", "tsv.gz"])
 @pytest.mark.parametrize(
     ("make", "error", "told"),
     [
@@ -821,9 +1011,15 @@ def test_a_number_written_as_text(written, meant):
     assert number(written) == meant
 
 
-@pytest.mark.parametrize("name", ["v2.json", "lines.jsonl", "named.csv", "lists.parquet"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("v2.json", "lines.jsonl", "named.csv", "lists.parquet", "pandas.csv", "MRQA.jsonl"),
+        *("Label Studio.json", "Label Studio.csv", "doccano, relations.jsonl", "packed.json.gz"),
+    ],
+)
 @settings(
-    max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(data=st.data())
 def test_a_damaged_file_is_read_or_refused_never_a_crash(tmp_path, name, data):
@@ -838,6 +1034,46 @@ def test_a_damaged_file_is_read_or_refused_never_a_crash(tmp_path, name, data):
     for on_bad_row in ("fail", "drop"):
         with contextlib.suppress(DataError):
             load(tmp_path / name, unanswerable=True, on_bad_row=on_bad_row, **columns)
+
+
+def places(value, at=()):
+    """Paths to all that is in a value."""
+    lists = dict(enumerate(value)) if isinstance(value, list) else {}
+    for key, part in (value if isinstance(value, dict) else lists).items():
+        yield (*at, key)
+        yield from places(part, (*at, key))
+
+
+TABLES = {
+    "articles": lambda e: nested(e)["data"],
+    "paragraphs": paragraphs,
+    "MRQA": lambda e: [MRQA_HEADER, *mrqa(e)],
+    "MRQA, flat": mrqa_flat,
+    "Label Studio": label_studio,
+    "Label Studio, JSON-MIN": label_studio_min,
+    "doccano": lambda e: doccano(e, "label"),
+    "doccano, relations": lambda e: doccano(e, "entities", "meta"),
+    "rows": flat,
+}
+JUNK = [None, 5, -1, 1.5, math.nan, "x", "['x']", [], {}, True, [1, 2], ["a"], [[0, 1]], "\ud800"]
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_whatever_stands_in_a_place_it_is_read_or_refused(name):
+    """Each value of a file in turn, replaced by each piece of junk: no crash, no answer that does
+    not stand where it says."""
+    whole = TABLES[name]([EXAMPLES[0], EXAMPLES[2]])
+    for path in places(whole):
+        for junk in JUNK:
+            table = copy.deepcopy(whole)
+            part = functools.reduce(operator.getitem, path[:-1], table)
+            part[path[-1]] = junk
+            for answers in (True, False):
+                with contextlib.suppress(DataError):
+                    rows = table_rows("x", RawTable(table), Columns(), answers=answers).rows
+                    for example in check_rows(rows, True, None).examples:
+                        pairs = zip(example.answers, example.answer_starts, strict=True)
+                        assert all(example.context.startswith(*pair) for pair in pairs)
 
 
 # ---- the hub (how a repository gets here: test_hub.py)
@@ -869,6 +1105,15 @@ def test_a_hub_data_set_is_read_like_a_file(hub):
     assert load("owner/repo").examples == EXAMPLES[:3]
     both = load("owner/repo:train+validation", unanswerable=True)
     assert both.sha256 == content_sha256(EXAMPLES)
+
+
+@pytest.mark.parametrize("name", ["MRQA.jsonl.gz", "v1.json", "paragraphs.jsonl", "tabs.tsv"])
+def test_a_hub_data_set_of_any_format(hub, name):
+    """As datasets reads such files: all lines with all columns, None where a line has none."""
+    examples, write, columns = FORMATS[name]
+    examples = [e for e in examples if e.answers]
+    hub(**{f"train.{name.partition('.')[2]}": write(examples)})
+    assert load("owner/repo", **columns).examples == tuple(examples)
 
 
 def test_a_hub_data_set_with_other_columns(hub):
@@ -917,15 +1162,15 @@ def test_a_hub_data_set_that_is_not_here_says_how_to_fetch_it(monkeypatch):
     assert refused.value.exit_code == 69
 
 
-@pytest.mark.parametrize("name", ["data/train.tsv", "data/train.json.gz", "data/saved"])
+@pytest.mark.parametrize("name", ["data/train.txt", "data/train.json.zip", "data/saved"])
 @pytest.mark.parametrize("tail", ["", "[:5]", ":train", ":train[:5]"])
 def test_what_is_here_is_never_the_hubs(tmp_path, monkeypatch, name, tail):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data/saved").mkdir(parents=True)
-    for file in ("train.tsv", "train.json.gz"):
+    for file in ("train.txt", "train.json.zip"):
         (tmp_path / "data" / file).touch()
     what = "folder" if name == "data/saved" else "file"
-    told = rf"'{name}' is a {what} here.* \(\.json, \.jsonl, \.csv, \.parquet\)"
+    told = rf"'{name}' is a {what} here.* \(\.json, \.jsonl, \.csv, \.tsv, each also as "
     for read in (load, lambda name: read_question_rows(name, Columns())):
         with pytest.raises(DataError, match=told):
             read(f"{name}{tail}")
@@ -949,6 +1194,20 @@ def test_real_data_sets_hold_no_bad_row(real_data, name, questions, unanswerable
         assert sum(not e.answers for e in data.examples) == 3168
         with pytest.raises(DataError, match="3168 of 6078 rows refused: 3168 x no answer;"):
             load(real_data / name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("MRQA.jsonl.gz", "MRQA on the hub.parquet", "Label Studio.json", "Label Studio.csv"),
+        *("doccano.jsonl", "doccano, relations.jsonl", "pandas.csv", "json in.csv"),
+        *("paragraphs.json", "haystack.json", "lists and starts.csv"),
+    ],
+)
+def test_real_questions_come_through_every_format(real_data, tmp_path, name):
+    examples = load(real_data / "xquad_en_v1.1.json").examples
+    (tmp_path / name).write_bytes(FORMATS[name][1](examples))
+    assert load(tmp_path / name).examples == examples
 
 
 def test_as_many_malformed_data_sets_as_promised():

@@ -261,6 +261,14 @@ def test_a_model_is_fetched_once_without_what_no_run_needs(hub, environment, mod
     assert hub.requests
 
 
+def test_of_a_data_set_every_file_that_can_be_read_is_fetched(hub, environment):
+    names = ("a.json", "a.json.gz", "b.jsonl", "b.jsonl.gz", "c.csv", "c.csv.gz", "d.parquet")
+    names += ("e.tsv", "e.tsv.gz", "README.md")
+    left = ("paper.pdf", "raw/all.zip", "model.safetensors", "x.py", "weights.bin.gz")
+    commit = hub.push("dataset", DATA, dict.fromkeys((*names, *left), b"{}"))
+    assert ask(environment, data()) == [" ".join([commit, *sorted(names)])]
+
+
 def test_a_branch_that_moved_is_fetched_anew_and_a_commit_stays(hub, environment, data_files):
     first = hub.push("dataset", DATA, data_files)
     (found,) = ask(environment, data())

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from runner.data import splits as prepare
-from runner.data.splits import load_splits, probe_examples
+from runner.data.splits import Split, probe_examples
+from runner.data.splits import load_splits as load_sets
 from runner.errors import DataError, JobError
 from runner.job.schema import Data, Model, Probe
 from runner.model.load import ModelFiles, load_tokenizer
@@ -33,6 +34,13 @@ def data(tmp_path, monkeypatch):
         return Data(**{"max_length": 128, "stride": 16} | section)
 
     return make
+
+
+def load_splits(*arguments) -> tuple[Split, Split, Split | None]:
+    """A single set of each kind."""
+    sets = load_sets(*arguments)
+    (train,), (validation,) = sets.training.values(), sets.validation.values()
+    return train, validation, sets.tuning
 
 
 @pytest.fixture

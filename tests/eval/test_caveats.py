@@ -111,3 +111,28 @@ def test_questions_and_contexts_that_are_trained_on_and_scored(split):
         "tuning: its 3 questions are those of train: their scores tell how well they were learnt by"
         " heart; take others"
     ]
+
+
+def asked_in_chinese(*answers: str) -> list[Example]:
+    context = "东京塔在东京。 It is 333 m high, made of steel."
+    return [
+        Example(str(n), "什么?", f"{n} {context}", (text,), (context.index(text) + len(f"{n} "),))
+        for n, text in enumerate(answers)
+    ]
+
+
+def test_answers_that_english_rules_do_not_part_are_told(split):
+    mostly, half = ("东京塔", "东京", "333", "东"), ("东京塔", "东京", "steel", "It")
+    sentence = (
+        "right answers hold no Latin letter, and are scored by the rules for English; set"
+        " score.language, perhaps to zh"
+    )
+    found = caveats({"validation": split(*asked_in_chinese(*mostly))}, Score())
+    assert [line for line in found if "Latin" in line] == [f"validation: 3 of 4 {sentence}"]
+    for parts, score in (
+        ({"validation": split(*asked_in_chinese(*half))}, Score()),
+        ({"validation": split(*asked_in_chinese(*mostly))}, Score(language="zh")),
+        ({"train": split(*asked_in_chinese(*mostly))}, Score()),
+        ({"validation": split(*asked_in_chinese("333", "3", "33", "333 m"))}, Score()),
+    ):
+        assert not [line for line in caveats(parts, score) if "Latin" in line]

@@ -193,3 +193,19 @@ def test_no_model_is_needed():
         [sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=True
     )
     assert not {"torch", "transformers", "datasets", "evaluate"} & set(done.stdout.split())
+
+
+def test_answers_in_another_script_are_told_and_compared_by_it(tmp_path):
+    examples = [Example("a", "?", "东京塔在东京", ("东京塔",), (0,))]
+    dataset = Dataset("d.json", examples, "0", ())
+    path = tmp_path / "p.json"
+    path.write_text('{"a": "东京"}', "utf-8")
+    options = {"v2": False, "no_answer": None, "threshold": None, "seed": 1}
+    english, chinese = (score_file(path, dataset, language=c, **options) for c in ("en", "zh"))
+    assert (english["metrics"]["f1"], chinese["metrics"]["f1"]) == (0.0, 80.0)
+    told = (
+        "1 of 1 right answers hold no Latin letter, and are scored by the rules for English; set"
+        " --language, perhaps to zh"
+    )
+    assert told in file_lines(english)
+    assert told not in file_lines(chinese)

@@ -33,7 +33,7 @@ from runner.train.state import compute_strictly
 from runner.utils.ranks import Rank, current_rank
 from tests.bench.training_loop import train_batches
 from tests.gpu.device import Device, install, pretend_group
-from tests.small_models import windows_of
+from tests.small_models import takes_types, windows_of
 
 STEPS = 3  # the last is steady: the optimiser's state is there, the next batch is under way
 BATCH = 32
@@ -43,6 +43,8 @@ SHAPES: dict[str, dict[str, int]] = {
     "distilbert": {"dim": 768, "n_heads": 12, "hidden_dim": 3072},
 }
 SHAPES |= {"roberta": SHAPES["bert"], "electra": SHAPES["bert"] | {"embedding_size": 768}}
+SHAPES |= {"ernie": SHAPES["bert"], "albert": SHAPES["electra"]}
+SHAPES |= {"modernbert": SHAPES["bert"] | {"intermediate_size": 1152, "attention_dropout": 0.1}}
 
 
 class Enough(Exception):
@@ -81,6 +83,7 @@ def train(device: Device, way: dict[str, Any], rank: Rank) -> dict[str, Any]:
         longest=LONGEST,
         tokens=way.get("tokens", 10**6),
         dropout=dropout,
+        recompute=train.gradient_checkpointing,
     )
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     layout = batch_layout(train, rank.world)
@@ -97,8 +100,8 @@ def train(device: Device, way: dict[str, Any], rank: Rank) -> dict[str, Any]:
     groups = optimiser_groups(model, 0.01)
     engine = start_engine(model, gpu, groups, train, config, 10**6, chosen.optimiser)
     there = tokens_on_device([windows], gpu) if way.get("resident", True) else ()
-    takes_types = way.get("family", "bert") in ("bert", "electra")
-    fed = SpanModel(engine, WindowLoader(gpu, 0, chosen.packing, 8, there), takes_types)
+    types = takes_types(way.get("family", "bert"))
+    fed = SpanModel(engine, WindowLoader(gpu, 0, chosen.packing, 8, there), types)
     with tempfile.TemporaryDirectory() as folder:
         fed, _ = cache_frozen_layers(fed, chosen.frozen, [windows], BATCH, Path(folder), rank)
     engine.train()

@@ -61,6 +61,10 @@ CEILINGS: dict[str, tuple[int, Way]] = {
     "DistilBERT": (470, {"family": "distilbert"}),
     "RoBERTa": (496, {"family": "roberta"}),
     "ELECTRA": (494, {"family": "electra"}),
+    "ERNIE": (494, {"family": "ernie"}),
+    "ALBERT": (936, {"family": "albert"}),
+    "ModernBERT": (899, {"family": "modernbert"}),
+    "computed twice": (662, {"train": {"gradient_checkpointing": True}}),
 }
 
 

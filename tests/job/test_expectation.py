@@ -28,8 +28,15 @@ METRICS = {"exact_match": 50.0, "f1": 60.25, "span_accuracy": 40.0, "loss": 1.5}
     ],
 )
 def test_what_is_missed_is_said(expect, missed):
-    assert missed_expectation(expect, METRICS) == missed
+    assert missed_expectation(expect, {"metrics": METRICS}) == missed
+
+
+def test_another_set_may_be_meant():
+    result = {"metrics": METRICS, "sets": {"second": {"metrics": METRICS | {"f1": 20.0}}}}
+    assert missed_expectation(Expect(f1=20.0, on="second"), result) is None
+    assert missed_expectation(Expect(f1=20.0, on="first"), result)
+    assert missed_expectation(Expect(f1=20.0), result)
 
 
 def test_a_score_that_is_no_number_is_missed():
-    assert missed_expectation(Expect(f1=50.0), {"f1": float("nan")})
+    assert missed_expectation(Expect(f1=50.0), {"metrics": {"f1": float("nan")}})

@@ -193,7 +193,7 @@ TYPES = [
     ("seed = 1.5", "expected a whole number, found 1.5"),
     ("seed = true", "expected a whole number, found true"),
     ("seed = 2024-01-01", "expected a whole number, found 2024-01-01"),
-    ("data.train = ['o/n']", "expected a string in quotes, found a list"),
+    ("data.tuning = ['o/n']", "expected a string in quotes, found a list"),
     ("data.max_length = 384.0", "expected a whole number, found 384.0"),
     ("data.sample = '10%'", 'expected a whole number, found "10%"'),
     ("data.unanswerable = 'yes'", 'expected true or false, found "yes"'),
@@ -733,19 +733,20 @@ def test_a_folder_is_no_data_and_a_file_is_no_model():
     ]
 
 
-@pytest.mark.parametrize("name", ["o/train.tsv", "o/train.tsv:train[:5]", "o/train.tsv[:5]"])
+@pytest.mark.parametrize("name", ["o/train.txt", "o/train.txt:train[:5]", "o/train.txt[:5]"])
 def test_what_is_here_is_never_the_hubs(name):
     Path("o").mkdir()
-    Path("o/train.tsv").touch()
+    Path("o/train.txt").touch()
     Path("o/model.safetensors").touch()
     text = JOB.replace('train = "o/n"', f'train = "{name}"')
     assert problems(text.replace('name = "o/n"', 'name = "o/model.safetensors"')) == [
-        "job.toml:4: data.train: 'o/train.tsv' is a file here, and of none of the kinds that are"
-        " read (.json, .jsonl, .csv, .parquet); convert it, or rename it if it is one of them",
+        "job.toml:4: data.train: 'o/train.txt' is a file here, and of none of the kinds that are"
+        " read (.json, .jsonl, .csv, .tsv, each also as .gz, or .parquet); convert it, or rename it"
+        " if it is one of them",
         'job.toml:8: model.name: "o/model.safetensors" is a file; name the folder of config.json'
         " and the weights",
     ]
-    hub = "o/train.tsv@main:train"
+    hub = "o/train.txt@main:train"
     assert load(JOB.replace('train = "o/n"', f'train = "{hub}"')).data.train == hub
 
 

@@ -35,12 +35,15 @@ def bounds():
     return Bounds(torch.tensor(ENDS, dtype=torch.int32), 23, ENDS)
 
 
-def by_hand(query, key, value, p, masks, scale):
+def by_hand(query, key, value, p, masks, scale, reach=99):
     """The formula, window by window, out of differentiable operations."""
     parts = []
     for low, high in pairwise(ENDS):
         q, k, v = (x[0, :, low:high] for x in (query, key, value))
-        weights = torch.softmax(scale * q @ k.transpose(1, 2), dim=-1)
+        place = torch.arange(high - low)
+        far = (place[:, None] - place).abs() > reach
+        scores = (scale * q @ k.transpose(1, 2)).masked_fill(far, -torch.inf)
+        weights = torch.softmax(scores, dim=-1)
         kept = torch.from_numpy(masks.keep_mask(weights.shape, p))
         parts.append((weights * kept * keep_scale(p)) @ v)
     return torch.cat(parts, dim=1).transpose(0, 1)[None]
@@ -56,6 +59,25 @@ def test_dropout_and_its_gradients_are_the_formula(p):
     assert weights is None
     wanted = by_hand(query, key, value, p, DropoutMasks(5, 0), 0.3)
     torch.testing.assert_close(found, wanted)
+    above = torch.randn_like(wanted)
+    mine = torch.autograd.grad(found, (query, key, value), above)
+    theirs = torch.autograd.grad(wanted, (query, key, value), above)
+    for one, other in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.4])
+@pytest.mark.parametrize("reach", [0, 3, 21, 22])
+def test_a_local_layer_sees_so_many_tokens_to_either_side(p, reach):
+    """transformers counts the token itself in `sliding_window`."""
+    query, key, value = inputs(torch.float64)
+    module = Module(CpuDropout(p, DropoutMasks(5, 0)))
+    options = {"dropout": p, "scaling": 0.3, "packed": bounds(), "sliding_window": reach + 1}
+    found, _ = packed_attention(module, query, key, value, None, **options)
+    wanted = by_hand(query, key, value, p, DropoutMasks(5, 0), 0.3, reach)
+    torch.testing.assert_close(found, wanted)
+    everything = by_hand(query, key, value, p, DropoutMasks(5, 0), 0.3)
+    assert torch.allclose(wanted, everything) is (reach == 22)  # the longest window has 23 tokens
     above = torch.randn_like(wanted)
     mine = torch.autograd.grad(found, (query, key, value), above)
     theirs = torch.autograd.grad(wanted, (query, key, value), above)
@@ -100,8 +122,9 @@ def test_plain_dropout_modules_draw_with_torch():
     assert not torch.equal(first, other)
 
 
+@pytest.mark.parametrize("window", [None, 65])
 @pytest.mark.parametrize(("p", "scale"), [(0.0, 32**-0.5), (0.0, 0.2), (0.1, 0.2)])
-def test_the_gpus_branch_has_the_right_shapes(p, scale):
+def test_the_gpus_branch_has_the_right_shapes(p, scale, window):
     """What can be known without a GPU: PyTorch's own shape functions take the arguments, forward
     and backward."""
     with FakeTensorMode(), torch.no_grad():
@@ -109,12 +132,31 @@ def test_the_gpus_branch_has_the_right_shapes(p, scale):
         fake = [torch.empty(1, 64, 4, 32, **shape).transpose(1, 2) for _ in range(3)]
         where = Bounds(torch.zeros(5, dtype=torch.int32, device="cuda"), 384, ())
         module = Module(nn.Dropout(p))
-        found, _ = packed_attention(module, *fake, None, dropout=p, scaling=scale, packed=where)
+        options = {"dropout": p, "scaling": scale, "packed": where, "sliding_window": window}
+        found, _ = packed_attention(module, *fake, None, **options)
         assert found.shape == (1, 64, 4, 32)
         assert found.device.type == "cuda"
         assert found.is_contiguous()
     shape = {"dtype": torch.bfloat16, "device": "meta", "requires_grad": True}
     meta = [torch.empty(64, 4, 32, **shape) for _ in range(3)]
     where = Bounds(torch.zeros(5, dtype=torch.int32, device="meta"), 384, ())
-    gradients = torch.autograd.grad(_flash(*meta, where, p, scale).sum(), meta)
+    reach = None if window is None else window - 1
+    gradients = torch.autograd.grad(_flash(*meta, where, p, scale, reach).sum(), meta)
     assert [g.shape for g in gradients] == [(64, 4, 32)] * 3
+
+
+def test_a_local_layer_reaches_a_gpus_kernel_as_transformers_says_it(monkeypatch):
+    """flash attention sees `left` and `right` tokens besides the token itself."""
+    seen = []
+    kernel = torch.ops.aten._flash_attention_forward
+
+    def spy(*arguments, **options):
+        seen.append(options)
+        return kernel(*arguments, **options)
+
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", spy)
+    shape = {"dtype": torch.bfloat16, "device": "meta"}
+    meta = [torch.empty(1, 64, 4, 32, **shape).transpose(1, 2) for _ in range(3)]
+    where = Bounds(torch.zeros(5, dtype=torch.int32, device="meta"), 384, ())
+    packed_attention(Module(nn.Dropout()), *meta, None, packed=where, sliding_window=65)
+    assert [(one["window_size_left"], one["window_size_right"]) for one in seen] == [(64, 64)]

@@ -81,7 +81,7 @@ def test_other_encoders_have_no_bottom():
 
 
 @pytest.mark.parametrize("layout", ["packed", "padded"])
-@pytest.mark.parametrize("family", ["bert", "distilbert", "roberta", "electra"])
+@pytest.mark.parametrize("family", ["bert", "distilbert", "roberta", "electra", "ernie"])
 def test_reading_above_the_bottom_is_reading_all_of_it(family, layout, tmp_path):
     """Every bit of the logits, where the batch is the one that was kept: nothing is rounded. (In
     another batch the products of matrices are of another size and may add up in another order.)"""

@@ -45,7 +45,7 @@ def first_losses(family: str, fused: str, frozen: tuple[str, ...] = ()) -> list[
     return losses
 
 
-@pytest.mark.parametrize("family", ["bert", "distilbert", "roberta", "electra"])
+@pytest.mark.parametrize("family", ["bert", "distilbert", "roberta", "electra", "ernie"])
 def test_training_with_dropout_takes_the_same_steps(family):
     separate, fused = (first_losses(family, how) for how in ("off", "on"))
     assert sum(separate[-5:]) < 0.9 * sum(separate[:5])
@@ -76,7 +76,10 @@ def test_weights_keep_their_names_their_values_and_their_place():
         ("bert", CPU, True, 2, False, "a CPU launches nothing"),
         ("bert", CUDA, False, 2, False, "batches are padded"),
         ("bert", CUDA, True, 3, False, "ZeRO-3 shares out the weights"),
-        ("albert", CUDA, True, 2, False, "albert has no three projections"),
+        ("albert", CUDA, True, 2, False, "albert has no stack of layers with three projections"),
+        ("modernbert", CUDA, True, 2, False, "modernbert has no stack of layers"),
+        # What its attention does besides is not known here.
+        ("data2vec-text", CUDA, True, 2, False, "data2vec-text is not among"),
     ],
 )
 def test_it_is_chosen_with_a_reason(family, device, packed, stage, choice, words):

@@ -6,7 +6,7 @@ import pytest
 
 from runner.report.render import write_comparison, write_report
 from tests.browser import find_browser, start_browser
-from tests.sample_runs import HOSTILE, make_run, predictions
+from tests.sample_runs import HOSTILE, add_set, make_run, predictions
 
 pytestmark = [
     pytest.mark.skipif(find_browser() is None, reason="no Chromium on the path"),
@@ -38,18 +38,21 @@ def pages(tmp_path_factory):
             excerpt["text"] = HOSTILE + "x" * 300
     probe = HOSTILE.replace("\ud800", "")
     third = make_run(folder / "third", rows, unanswerable=True, probe=probe)
-    for run in (first, second, third):
+    both = make_run(folder / "both", predictions())
+    add_set(both, "a-second-set-of-questions", predictions(60, better=9))
+    for run in (first, second, third, both):
         write_report(run)
     write_comparison([first, second], folder)
     return {
         "plain": first / "report.html",
         "hostile": third / "report.html",
         "comparison": folder / "comparison.html",
+        "sets": both / "report.html",
     }
 
 
 @pytest.mark.parametrize("width", [360, 1100])
-@pytest.mark.parametrize("name", ["plain", "hostile", "comparison"])
+@pytest.mark.parametrize("name", ["plain", "hostile", "comparison", "sets"])
 def test_a_page_is_whole_and_quiet_and_fits(browser, pages, name, width):
     browser.open(pages[name], width=width)
     requests = [r["request"]["url"] for r in browser.said("Network.requestWillBeSent")]
@@ -72,7 +75,7 @@ def test_a_page_is_whole_and_quiet_and_fits(browser, pages, name, width):
         "[...document.querySelectorAll('svg.chart')].map(s => [s.getBoundingClientRect().width,"
         " s.querySelector('title').textContent, s.querySelectorAll('path.line').length])"
     )
-    assert len(charts) == 2
+    assert len(charts) == (4 if name == "sets" else 2)
     assert all(size > 250 and title and lines for size, title, lines in charts)
     # Every link of the contents leads somewhere.
     assert browser.ask(

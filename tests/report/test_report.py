@@ -14,10 +14,10 @@ from runner.errors import DataError, RunDirError, StorageError
 from runner.report.comparison_page import short_names
 from runner.report.read import read_run
 from runner.report.render import write_comparison, write_report
-from runner.report.run_page import _best_epochs, thinned
+from runner.report.training_section import _best_epochs, thinned
 from runner.run.folder import RunDir
 from runner.run.lease import Lease
-from tests.sample_runs import make_evaluation, make_run, predictions
+from tests.sample_runs import add_set, make_evaluation, make_run, predictions
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -73,6 +73,44 @@ def test_a_report_says_that_only_a_sample_was_scored(tmp_path):
     write_comparison(runs, tmp_path / "out")
     text = (tmp_path / "out" / "comparison.md").read_text(encoding="utf-8")
     assert f"Scored on dev.json, {part}; each" in text
+
+
+def test_each_validation_set_has_its_part_of_the_page(tmp_path):
+    run, one = (make_run(tmp_path / name, predictions()) for name in ("run", "one"))
+    add_set(run, "second", predictions(60, better=9))
+    write_report(one)
+    write_report(run)
+    alone = text_of(one)
+    text = text_of(run)
+    headings = re.findall(r"^## (.*)$", text, re.M)
+    assert [name for name in headings if f"\n## {name}\n" not in alone] == [
+        *("Validation sets", "Set second", "Where it is wrong in second", "Worst misses in second")
+    ]
+    table = text.split("## Validation sets")[1].split("\n## ")[0]
+    assert re.search(r"\| dev \| dev\.json \| 40 \| ", table)
+    assert re.search(r"\| second \| second\.json \| 60 \| ", table)
+    # A comparison goes on about the first.
+    other = make_run(tmp_path / "other", predictions(better=6))
+    write_comparison([run, other], tmp_path / "out")
+    compared = (tmp_path / "out" / "comparison.md").read_text(encoding="utf-8")
+    assert "Scored on dev.json; each" in compared
+    assert "| data.validation.2.source | second.json | - |" in compared
+    assert "/somewhere" not in compared
+    # A run that is not finished has no scores of it yet.
+    RunDir(run).result.unlink()
+    RunDir(run).predictions_of("second").unlink()
+    RunDir(run).report.unlink()
+    RunDir(run).report_page.unlink()
+    write_report(run)
+    assert "## Set second" not in text_of(run)
+
+
+@pytest.mark.parametrize("validation", ["[]", "5", '[{ name = "x" }]', "[5]"])
+def test_a_record_whose_sets_are_none_is_refused(tmp_path, validation):
+    run = RunDir(make_run(tmp_path / "run", predictions()))
+    run.job.write_text(run.job.read_text().replace('"/somewhere/dev.json"', validation))
+    with pytest.raises(DataError, match=r"job\.toml: not the job of a run"):
+        write_report(run.path)
 
 
 def test_a_run_that_is_still_going_has_a_report_without_scores(tmp_path):

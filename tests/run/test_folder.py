@@ -17,7 +17,15 @@ from runner.utils.files import storage_errors, write_atomic, write_json
 
 NAMES = {
     *("job.toml", "provenance.json", "deepspeed.json", "train.csv", "eval.csv", "probes.csv"),
-    *("predictions.jsonl", "curves.svg", "curves.png", "report.md", "checkpoints", "model"),
+    *(
+        "predictions.jsonl",
+        "repairs.jsonl",
+        "curves.svg",
+        "curves.png",
+        "report.md",
+        "checkpoints",
+        "model",
+    ),
     *(
         "log.txt",
         "result.json",

@@ -126,3 +126,14 @@ def test_a_record_that_cannot_be_read_now_is_not_a_damaged_one(tmp_path, monkeyp
     monkeypatch.setattr(os, "open", fail)
     with pytest.raises(StorageError, match="Input/output error"):
         read_record(path)
+
+
+def test_another_reason_for_the_same_choice_is_no_difference():
+    def record(choice: str, reason: str) -> dict[str, object]:
+        return {"command": [reason], "computing": {"batches": {"choice": choice, "reason": reason}}}
+
+    one = record("packed", "compared")
+    assert provenance.differing_fields(one, record("packed", "as the run began")) == []
+    assert provenance.differing_fields(one, record("padded", "compared")) == [
+        'computing.batches.choice: "packed", now "padded"'
+    ]

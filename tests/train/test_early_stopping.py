@@ -18,7 +18,7 @@ def verdicts(stop: Stop | None, *values: float) -> list[tuple[bool, bool]]:
     def scores(value: float) -> Any:
         return SimpleNamespace(metric=lambda name: asked.append(name) or value)
 
-    found = [stopper.judge(scores(value)) for value in values]
+    found = [stopper.judge({"first": scores(value)}) for value in values]
     assert asked == ([] if stop is None else [stop.metric] * len(values))
     return [(verdict.is_best, verdict.stop) for verdict in found]
 
@@ -64,3 +64,17 @@ def test_a_gain_starts_patience_anew():
 
 def test_without_patience_the_first_that_is_no_gain_stops():
     assert verdicts(Stop(metric="f1", patience=0), 10.0, 10.0) == [KEPT, STOPPED]
+
+
+def test_another_set_may_decide():
+    stopper = EarlyStopping(Stop(metric="f1", patience=0, on="second"))
+
+    def scores(first: float, second: float) -> Any:
+        return {
+            "first": SimpleNamespace(metric=lambda _: first),
+            "second": SimpleNamespace(metric=lambda _: second),
+        }
+
+    assert stopper.judge(scores(50.0, 10.0)).is_best
+    verdict = stopper.judge(scores(60.0, 9.0))
+    assert (verdict.is_best, verdict.stop) == STOPPED

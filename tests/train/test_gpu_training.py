@@ -13,12 +13,12 @@ from runner.data.loader import WindowLoader, pack, pad, to_device, tokens_on_dev
 from runner.distributed.engine import deepspeed_config, start_engine
 from runner.distributed.process_group import start_distributed
 from runner.job.schema import Model, Train, Zero, batch_layout
-from runner.model.attention import choose_packing
+from runner.model.attention import FAMILIES, choose_packing
 from runner.model.dropout import DropoutMasks
 from runner.model.forward import SpanModel, span_logits
 from runner.model.freeze import optimiser_groups
 from runner.model.loss import choose_span_loss
-from runner.train.plan import choose_plan
+from runner.train.plan import choose_plan, compare_packing
 from runner.utils.ranks import Rank
 from tests.bench.training_loop import train_batches
 from tests.small_models import model_of, takes_types, windows_of
@@ -32,7 +32,7 @@ LENGTHS = (7, 1, 23, 12, 40, 33, 5, 18)
 STILL = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
-def trainer(*, zero=None, model=None, section=None, resident=False):
+def trainer(*, zero=None, model=None, section=None, resident=False, recompute=False):
     """A tiny BERT in bf16: its model, loss, dropout, windows, and the job's [train]."""
     device = start_distributed(Rank(0, 1, 0, 1))
     zero = zero or Zero()
@@ -41,8 +41,9 @@ def trainer(*, zero=None, model=None, section=None, resident=False):
     train = Train(epochs=1, batch_size=8, learning_rate=1e-3)
     dropout, windows = DropoutMasks(1, 0), windows_of(LENGTHS)
     computing = choose_plan(
-        section, zero, model, device, "bf16", longest=40, tokens=10**6, dropout=dropout
-    )
+        section, zero, model, device, "bf16",
+        longest=40, tokens=10**6, dropout=dropout, recompute=recompute,
+    )  # fmt: skip
     trained = sum(p.numel() for p in model.parameters())
     config = deepspeed_config(zero, train, batch_layout(train, 1), "bf16", trained)
     span_loss = choose_span_loss("auto", model, device, zero.stage)
@@ -70,7 +71,7 @@ def steps(count, **way):
     return [float(step(n)[0]) for n in range(count)], step
 
 
-@pytest.mark.parametrize("family", ["bert", "distilbert", "roberta", "electra"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_packed_logits_are_the_cpus(family):
     plain, packed_model = model_of(family), model_of(family).to(CUDA, torch.bfloat16)
     packing, reason = choose_packing("on", packed_model, CUDA, "bf16", 40)
@@ -90,6 +91,12 @@ def test_packed_logits_are_the_cpus(family):
     ):
         apart = found[mine : mine + length].float().cpu() - expected[theirs : theirs + length]
         assert apart.abs().max() <= 0.05 * scale
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_known_families_stand_the_comparison(family):
+    how = {"pad_id": 0, "segment_ids": takes_types(family)}
+    assert compare_packing(model_of(family), windows_of(LENGTHS), CUDA, "bf16", **how) is None
 
 
 def test_attention_dropout_drops_and_repeats_after_a_restart():
@@ -144,6 +151,7 @@ def test_every_way_to_take_a_step_has_the_same_result():
         "ZeRO-1": {"zero": Zero(stage=1)},
         "DeepSpeed's optimiser": {"zero": Zero(optimizer="deepspeed")},
         "padded": {"section": Model(name="x", precision="bf16", packing="off")},
+        "computed twice": {"recompute": True},
         "compiled": {"section": Model(name="x", precision="bf16", compile="on")},
     }
     for name, way in ways.items():

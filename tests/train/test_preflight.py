@@ -101,6 +101,26 @@ def test_the_report_counts_questions_windows_padding_and_steps(job):
     assert f"steps: {steps} from step 6" in told
 
 
+def test_each_set_has_a_row_and_says_what_an_epoch_sees_of_it(job, tmp_path):
+    (tmp_path / "more.json").write_text(json.dumps([row(f"m{n}", 5) for n in range(4)]))
+    sets = [
+        {"source": str(tmp_path / "train.json"), "weight": 0.5},
+        {"source": str(tmp_path / "more.json"), "weight": 2.0},
+    ]
+    scored = [str(tmp_path / "validation.json"), {"source": str(tmp_path / "more.json")}]
+    told = report(job(TRAIN[:4], data={"train": sets, "validation": scored}))
+    rows = {found["slice"]: found for found in table(told, "slice")}
+    assert [(name, found["windows"], found["seen"]) for name, found in rows.items()] == [
+        ("train train", "7", "4"),  # 3.5, to the even one
+        ("train more", "4", "8"),
+        ("validation validation", "1", "-"),
+        ("validation more", "4", "-"),
+    ]
+    assert "validation more: its 4 questions are those of train more" in told
+    assert "steps: 6 an epoch, 18 in all" in told
+    assert "on train.json (0.5 times an epoch) + " in told.replace(f"{tmp_path}/", "")
+
+
 def test_three_windows_are_shown_as_the_model_will_see_them(job):
     """Tokens of the tiny vocabulary; of the long context those around the answer."""
     rows = [
@@ -126,12 +146,15 @@ def test_three_windows_are_shown_as_the_model_will_see_them(job):
 
 def test_ceilings_and_leaks_stand_first(job):
     told = report(job([row("v", 5)])).splitlines()
-    assert told[1:3] == [
+    read = "read as rows of question, context, answer, answer_start, 1 question"
+    assert told[1:5] == [
         "validation: its 1 questions are those of train: their scores tell how well they were"
         " learnt by heart; take others",
+        f"train: {read}",
+        f"validation: {read}",
         "",
     ]
-    assert report(job([row("other", 6)])).splitlines()[1] == ""
+    assert report(job([row("other", 6)])).splitlines()[1] == f"train: {read}"
 
 
 def test_of_many_dropped_rows_the_first_five_are_named(job):

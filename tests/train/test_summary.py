@@ -12,10 +12,10 @@ import pytest
 from rich.console import Console
 
 from runner.data.dataset import Dataset, Example
-from runner.data.splits import Split
+from runner.data.splits import LoadedSets, Split
+from runner.job.load import dump_job
 from runner.job.schema import Job
 from runner.run.folder import RunDir
-from runner.train.setup import Splits
 from runner.train.summary import (
     INTERVAL_COLUMNS,
     closing_lines,
@@ -81,6 +81,30 @@ def test_the_table_of_epochs_fits_a_terminal_line_by_line(tmp_path):
         assert all(row[end - 1].isdigit() and row[end] == " " for row in rows)
 
 
+def test_with_several_sets_each_has_a_row_that_fits_too(tmp_path):
+    wide = {"exact_match_percent": 50.0, "exact_match_low_percent": 0.0}
+    wide |= {"exact_match_high_percent": 100.0, "train_loss_nats": 5e-4}
+    wide |= {"validation_loss_nats": 5e-4, "train_seconds": 12345.0}
+    run = RunDir(tmp_path)
+    sets = [{"source": "o/n", "name": "x" * 40}, {"source": "o/n", "name": "second"}]
+    data = {"train": "o/n", "validation": sets}
+    train = {"epochs": 1, "batch_size": 8, "learning_rate": 1e-5}
+    job = {"name": "n", "data": data, "model": {"name": "o/n"}, "train": train}
+    run.job.write_text(dump_job(Job.model_validate(job)))
+    for table in (run.eval_table, run.eval_table_of("second")):
+        append_row(table, {"epoch": 12, **SCORES, **wide})
+    append_row(run.eval_table, {"epoch": 13, **SCORES, **wide})  # before that of the second
+    rows = epoch_rows(run)
+    assert [(row["epoch"], row["set"]) for row in rows] == [(12, "xxxxxxxxx..."), (12, "second")]
+    assert [row["train\nloss"] for row in rows] == [5e-4, None]
+    screen = Console(file=io.StringIO(), width=80)
+    screen.print(rich_table("", rows, right=INTERVAL_COLUMNS))
+    shown = cast(io.StringIO, screen.file).getvalue().splitlines()
+    lines = [line for line in shown if line.strip()]
+    assert len(lines) == 5  # two of the head, a rule, a line for each row
+    assert max(map(len, lines)) <= 80
+
+
 def asked(epoch: int, probe: int, answer: str, start: int = 0) -> dict[str, Any]:
     place = {"start_character": start, "end_character": start + len(answer)}
     row = {"epoch": epoch, "probe": probe, "question": f"Question {probe}?", "answer": answer}
@@ -124,8 +148,17 @@ def test_two_samples_of_one_slice_have_a_hash_each():
         SimpleNamespace(dataset=SimpleNamespace(source="o/n:dev", sha256=digest))
         for digest in ("a1", "b2")
     )
-    found = data_hashes(Splits(cast(Any, one), cast(Any, other), None, (), cast(Any, None)))
-    assert found == {"training": "a1", "validation": "b2"}
+    sets: Any = {"a": one}, {"b": other, "c": one}
+    assert data_hashes(LoadedSets(sets[0], {"b": sets[1]["b"]}, None)) == {
+        "training": "a1",
+        "validation": "b2",
+    }
+    assert data_hashes(LoadedSets(*sets, sets[0]["a"])) == {
+        "training": "a1",
+        "validation b": "b2",
+        "validation c": "a1",
+        "tuning": "a1",
+    }
 
 
 def test_the_first_lines_count_rows_that_contradict_themselves():
@@ -134,7 +167,7 @@ def test_the_first_lines_count_rows_that_contradict_themselves():
     dataset = Dataset("t", (Example("a", "q", "c", (), ()),), "f" * 64, (), None, (told,))
     split = Split(dataset, windows, cached=False)
     session = MagicMock(notes=(), caveats=[], parameters=[{"parameters": 1, "trained": 1}])
-    session.splits.named.return_value = {"train": split}
+    session.splits.sets.named.return_value = {"train": split}
     assert f"train: {told}" in opening_lines(session)
 
 

@@ -1,13 +1,14 @@
 """Rows of questions from files and hub repositories, and what is to be said of them.
 
-The suffix of a file decides how its bytes become a table; of the layouts that rows may have there,
-the first one that recognises the table takes it. A new format is a file here and a line in FORMATS
-(and, with a new suffix, its name in `runner.job.sources.FILE_SUFFIXES`).
+A file becomes a table; of the layouts that rows may have there, the first one that recognises the
+table takes it. A new format is a file in `layouts` and its name in LAYOUTS there.
 
+- `files`: files as tables (a folder: one file a kind)
+- `layouts`: rows of a table (a folder: one file a format)
 - `rows`: a table, a row, and values as messages name them
-- `json_text`, `csv_text`, `parquet_file`: bytes as a table
-- `squad`, `flat`: layouts of a table
-- `judge`: what a row says, and whether it can be true
+- `written`: tables and lists that stand in a file as text
+- `columns`: which column is what, where nobody says
+- `judge`: what a row says, whether it can be true, and the examples of the good ones
 - `diagnosis`: what is seen where they do not fit
 - `repair`: what of it can be mended
 - `hub_split`: a split of a hub repository
@@ -15,55 +16,56 @@ the first one that recognises the table takes it. A new format is a file here an
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from runner.data.formats.csv_text import csv_table
-from runner.data.formats.flat import flat_rows
-from runner.data.formats.json_text import json_table
-from runner.data.formats.parquet_file import parquet_table
-from runner.data.formats.rows import RawTable, Row
-from runner.data.formats.squad import squad_rows
-from runner.errors import AssetError, DataError
+from runner.data.formats.columns import guess_columns, to_declare
+from runner.data.formats.files import file_table
+from runner.data.formats.layouts import LAYOUTS
+from runner.data.formats.rows import RawTable, Reading
+from runner.errors import DataError
 from runner.job.schema import Columns
 
-Parser = Callable[[Path, bytes], RawTable]
-Layout = Callable[..., list[Row] | None]
 
-FORMATS: dict[str, tuple[Parser, tuple[Layout, ...]]] = {
-    ".json": (json_table, (squad_rows, flat_rows)),
-    ".jsonl": (json_table, (squad_rows, flat_rows)),
-    ".csv": (csv_table, (flat_rows,)),
-    ".parquet": (parquet_table, (flat_rows,)),
-}
-
-
-def file_rows(path: Path, columns: Columns, *, answers: bool = True) -> list[Row]:
+def file_rows(path: Path, columns: Columns, *, answers: bool = True) -> Reading:
     """Rows of a file of a known suffix; without `answers`, right answers need not be there.
 
     Raises:
         AssetError: if there is no such file.
         DataError: if it cannot be read as a whole.
     """
-    parse, layouts = FORMATS[path.suffix.lower()]
-    table = parse(path, read_file(path))
-    found = (layout(path.name, table, columns, answers=answers) for layout in layouts)
-    return next(rows for rows in found if rows is not None)
+    return table_rows(path.name, file_table(path), columns, answers=answers)
 
 
-def read_file(path: Path) -> bytes:
-    """All bytes of a file.
+def table_rows(file: str, table: RawTable, columns: Columns, *, answers: bool = True) -> Reading:
+    """Rows of a table, in the first layout that recognises it.
 
     Raises:
-        AssetError: if there is no such file.
-        DataError: if it cannot be read.
+        DataError: if none does, or the one that does cannot read it as a whole.
     """
+    found = (layout(file, table, columns, answers=answers) for layout in LAYOUTS)
+    return next(reading for reading in found if reading is not None)
+
+
+def guessed_rows(file: str, table: RawTable, columns: Columns) -> tuple[Reading, Columns]:
+    """Rows of a table of which nobody has said what its columns are, but for those that `columns`
+    names, and the columns that a job must name to get the same.
+
+    Raises:
+        DataError: as `table_rows`.
+    """
+    if not table.rows or is_flat(table.rows[0]):
+        names = [name for name in table.columns() if isinstance(name, str) and name.strip()]
+        guessed = to_declare(guess_columns(table.rows, names, columns), names)
+        columns = Columns(**{**guessed, **columns.model_dump(exclude_unset=True)})
+    return table_rows(file, table, columns), columns
+
+
+def is_flat(row: Any) -> bool:
+    """Whether a row, the first one of its file, is in none of the layouts that are asked before the
+    flat one."""
     try:
-        if path.exists() and not path.is_file():
-            raise DataError(f"{path}: is not a file")
-        return path.read_bytes()
-    except FileNotFoundError:
-        raise AssetError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise DataError(f"{path}: cannot be read: {reason}") from None
+        table = RawTable([row])
+        return all(layout("", table, Columns(), answers=False) is None for layout in LAYOUTS[:-1])
+    except DataError:
+        return False

@@ -11,6 +11,7 @@ from itertools import islice
 from typing import Any
 
 from runner.data.formats.rows import kind, short_value
+from runner.data.formats.written import written_as_text
 from runner.utils.text import one_of
 
 _NFC, _NFD = (partial(unicodedata.normalize, form) for form in ("NFC", "NFD"))
@@ -33,13 +34,9 @@ _FORMS: dict[str, Callable[[str], str]] = {
 }
 _OCCURRENCES = 20  # places of a text that are looked at, the nearest ones
 
-# Columns by which an export is known; one of its columns, at least, holds tables or lists.
+# Columns by which an export that is not read is known; one, at least, holds tables or lists.
 _EXPORTS = (
-    ("Label Studio's JSON", {"annotations", "data"}),
-    ("Label Studio's JSON", {"completions", "data"}),
     ("Label Studio's JSON-MIN", {"annotation_id", "annotator"}),
-    ("MRQA's lines", {"header", "context", "qas"}),
-    ("SQuAD's paragraphs without articles (simpletransformers)", {"context", "qas"}),
     ("doccano's lines", {"text", "label"}),
     ("doccano's lines", {"text", "labels"}),
     ("doccano's lines", {"text", "entities"}),
@@ -49,6 +46,8 @@ _EXPORTS = (
     ("Natural Questions", {"question_text", "annotations"}),
     ("HotpotQA", {"context", "supporting_facts"}),
     ("TriviaQA", {"Data", "Domain"}),
+    ("QASPER", {"full_text", "qas"}),
+    ("NewsQA", {"text", "questions"}),
     ("a chat", {"messages"}),
 )
 
@@ -95,19 +94,7 @@ def no_start(start: Any) -> str:
 
 def no_text(text: Any) -> str:
     """What is wrong with an answer that is no text."""
-    spans = isinstance(text, list) and text and all(isinstance(item, dict) for item in text)
-    if spans and all({"start", "end"} <= item.keys() for item in text):
-        return "answer is a list of spans with start and end, as Label Studio exports it, not text"
     return f"answer is {kind(text)}, not text"
-
-
-def written_as_text(text: str) -> str | None:
-    """What a text is that a table or a list became in a file without such values."""
-    bare = text.strip()
-    for what, begins, end in (("table", "{", "}"), ("list", ("[", "array("), ("]", ")"))):
-        if bare.startswith(begins) and bare.endswith(end):
-            return f"{what} written as text, as to_csv does"
-    return None
 
 
 def nested_names(names: Sequence[str], rows: Sequence[Any]) -> dict[str, str]:

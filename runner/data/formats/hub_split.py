@@ -1,11 +1,11 @@
-"""A split of a hub repository, in the flat layout."""
+"""A split of a hub repository."""
 
 from __future__ import annotations
 
 import sys
 
-from runner.data.formats.flat import flat_rows
-from runner.data.formats.rows import RawTable, Row
+from runner.data.formats import table_rows
+from runner.data.formats.rows import RawTable, Reading
 from runner.data.hub import snapshot
 from runner.errors import DataError, StorageError
 from runner.job.schema import Columns
@@ -14,7 +14,7 @@ from runner.utils.disk import full_disk, no_room
 from runner.utils.text import first_line
 
 
-def hub_rows(source: DataSource, columns: Columns) -> tuple[list[Row], str]:
+def hub_rows(source: DataSource, columns: Columns) -> tuple[Reading, str]:
     """Rows of a hub data set's split, and the commit that they are from.
 
     The repository is fetched first and read as a folder: `datasets` by itself, when it cannot reach
@@ -44,4 +44,4 @@ def hub_rows(source: DataSource, columns: Columns) -> tuple[list[Row], str]:
     if not isinstance(table, datasets.Dataset):
         raise DataError(f"{source.text}: names no single split")
     rows = RawTable(table.to_list(), table.column_names)
-    return flat_rows(source.text, rows, columns), found.commit
+    return table_rows(source.text, rows, columns), found.commit

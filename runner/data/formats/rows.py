@@ -1,4 +1,4 @@
-"""A table as a file gives it, a row as every layout gives it, and values as messages name them."""
+"""A table as a file gives it, rows as every layout gives them, and values as messages name them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
+
+from runner.data.formats.written import unwritten, written_as_text
 
 NO_ROW = (None, None, None)  # id, question and context of a row that is none
 
@@ -24,6 +26,12 @@ class RawTable:
     rows: Sequence[Any]
     names: Sequence[str] | None = None
     lines: Sequence[int] | None = None
+
+    def columns(self) -> list[str]:
+        """Names of its columns: its own, or those that its rows have."""
+        tables = (row for row in self.rows if isinstance(row, dict))
+        own = self.names
+        return list(dict.fromkeys(k for row in tables for k in row) if own is None else own)
 
     def places(self, file: str) -> Iterator[str]:
         """How messages name each row of a file."""
@@ -45,6 +53,16 @@ class Row:
     impossible: Any = None
 
 
+class Reading(NamedTuple):
+    """What a layout made of a table: the format that it took it for, in a few words, and rows."""
+
+    format: str
+    rows: list[Row]
+
+    def __str__(self) -> str:
+        return f"{self.format}, {len(self.rows):,} question{'' if len(self.rows) == 1 else 's'}"
+
+
 def without_marker(row: Row, marker: str) -> Row:
     """A row whose answers are none where they are a text that means so, and whose context does not
     end in it, as where annotators could choose it there."""
@@ -60,24 +78,44 @@ def without_marker(row: Row, marker: str) -> Row:
 
 def paired_answers(value: Any) -> list[tuple[Any, Any]] | str:
     """Accept SQuAD's two spellings: a list of {text, answer_start}, or {text: [...], answer_start:
-    [...]}; texts that are all empty need no starts. A sentence says why it is neither."""
-    value = given(value)
+    [...]}; texts that are all empty need no starts. Also a list of texts alone, or of spans with a
+    start and an end, and all of it written as text. A sentence says why it is none of these."""
+    value = unwritten(given(value))
     if value is None:
         return []
     if isinstance(value, dict) and "text" in value:
         texts, starts = value["text"], given(value.get("answer_start"))
-        texts, starts = (v if isinstance(v, list) else [v] for v in (texts, starts))
+        texts, starts = (list(v) if isinstance(v, list | tuple) else [v] for v in (texts, starts))
         if starts == [None] or all(map(is_blank, texts)):
             starts = [None] * len(texts)
         if len(texts) != len(starts):
             return f"answers pair no texts with answer_start ({len(texts)} and {len(starts)})"
         return [(given(text), number(start)) for text, start in zip(texts, starts, strict=True)]
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         if all(isinstance(item, dict) and "text" in item for item in value):
-            return [(given(item["text"]), number(item.get("answer_start"))) for item in value]
-        if all(map(is_blank, value)):
-            return []
+            starts = (item.get("answer_start", item.get("start")) for item in value)
+            return [(given(i["text"]), number(at)) for i, at in zip(value, starts, strict=True)]
+        if all(isinstance(item, str) or is_blank(item) for item in value):
+            return [(given(item), None) for item in value]
+    if isinstance(value, str) and (written := written_as_text(value)):
+        return f"answers are a {written}, but not to be read; write JSON Lines or Parquet instead"
     return f"answers are {kind(value)}, not tables with text and answer_start"
+
+
+def marked(context: Any, start: Any, end: Any, text: Any = None) -> tuple[Any, Any]:
+    """The answer that a tool marked from character `start` up to `end`, in the context's own
+    spelling where the tool's `text` differs from it in case, blanks, signs or articles only."""
+    if not isinstance(context, str) or type(start) is not int or type(end) is not int:
+        return text, start
+    there = context[start:end] if 0 <= start < end else ""
+    if text is None:
+        return there or f"characters {start} to {end}", start
+    return (there, start) if _bare(there) == _bare(text) != "" else (text, start)
+
+
+def _bare(text: Any) -> str:
+    words = re.findall(r"[^\W_]+", str(text).casefold().replace("\\n", " "))
+    return "".join(word for word in words if word not in ("a", "an", "the"))
 
 
 def given(value: Any) -> Any:
@@ -94,7 +132,8 @@ def is_blank(value: Any) -> bool:
 def number(value: Any) -> Any:
     """A number that is written as text, as in CSV, where it looks like one; of a start and an end,
     (12, 20), the start."""
-    if isinstance(value, list | tuple) and len(value) == 2:
+    value = unwritten(value)
+    if isinstance(value, list | tuple) and 1 <= len(value) <= 2:
         return number(value[0])
     if not isinstance(value, str):
         return given(value)
@@ -121,6 +160,7 @@ def kind(value: Any) -> str:
     names: dict[type, str] = {
         dict: "a table",
         list: "a list",
+        tuple: "a list",
         str: "text",
         int: "a number",
         float: "a number",

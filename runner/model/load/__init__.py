@@ -135,11 +135,8 @@ def load_pretrained(files: ModelFiles, seed: int) -> PreTrainedModel:
 
 
 def load_outline(files: ModelFiles) -> PreTrainedModel:
-    """The model as `load_pretrained` gives it, of whose weights the shapes alone are read: all rows
-    of a tensor are one in memory, so that any model fits.
-
-    Raises:
-        DataError: as `load_pretrained`.
+    """The model as `load_pretrained` gives or refuses it, of whose weights the shapes alone are
+    read: all rows of a tensor are one in memory, so that any model fits.
     """
     files.check_weights()
     kind: Any = MODEL_FOR_QUESTION_ANSWERING_MAPPING[type(files.config)]

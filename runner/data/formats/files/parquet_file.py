@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from runner.data.formats.files.packed import expansion_limit, too_large
 from runner.data.formats.rows import RawTable
 from runner.errors import DataError
 from runner.utils.text import first_line
 
-_EXPANSION = 100  # times that a file may grow when it is read, beyond 256 MiB
 _BATCH = 64  # rows that are looked at before more are read
 
 
@@ -18,8 +18,8 @@ def parquet_table(path: Path, raw: bytes) -> RawTable:
     import pyarrow
     import pyarrow.parquet
 
-    # A few kilobytes can stand for any number of equal values: all is counted before it is made.
-    limit = _EXPANSION * len(raw) + 2**28
+    # Equal values are there once: all is counted before it is made.
+    limit = expansion_limit(len(raw))
     rows: list[Any] = []
     try:
         file = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(raw))
@@ -37,7 +37,7 @@ def parquet_table(path: Path, raw: bytes) -> RawTable:
     except (pyarrow.ArrowException, MemoryError, OSError, ValueError) as error:
         raise DataError(f"{path}: not valid Parquet: {first_line(error)}") from None
     if size > limit:
-        raise DataError(f"{path}: its {len(raw):,} bytes hold more than {limit:,} of content")
+        raise too_large(path, len(raw))
     return RawTable(rows, file.schema_arrow.names)
 
 

@@ -1,4 +1,4 @@
-"""CSV files as tables."""
+"""CSV files as tables, whatever separates their fields."""
 
 from __future__ import annotations
 
@@ -6,15 +6,22 @@ import csv
 import io
 from pathlib import Path
 
-from runner.data.formats.json_text import decode
+from runner.data.formats.files.json_text import decode
 from runner.data.formats.rows import RawTable
 from runner.errors import DataError
+from runner.job.sources import file_suffix
+
+_SEPARATORS = ",;\t"
 
 
 def csv_table(path: Path, raw: bytes) -> RawTable:
-    """Rows under a header that names the columns; a field may hold line breaks."""
+    """Rows under a header that names the columns, by whichever separator it has the most of them; a
+    field may hold line breaks."""
     csv.field_size_limit(2**31 - 1)
-    reader = csv.reader(io.StringIO(decode(path, raw), newline=""), strict=True)
+    text = decode(path, raw)
+    separators = _SEPARATORS[::-1] if file_suffix(path.name) == ".tsv" else _SEPARATORS
+    separator = max(separators, key=lambda sign: _count_columns(text, sign))
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     records: list[list[str]] = []
     lines: list[int] = []
     line = 1
@@ -28,6 +35,11 @@ def csv_table(path: Path, raw: bytes) -> RawTable:
         raise DataError(f"{path}:{line}: not valid CSV: {error}") from None
     names, *fields = records or [[]]
     return RawTable([_row(names, values) for values in fields], names, lines[1:])
+
+
+def _count_columns(text: str, separator: str) -> int:
+    header = csv.reader(io.StringIO(text[:100_000], newline=""), delimiter=separator)
+    return len(next(filter(None, header), []))
 
 
 def _row(names: list[str], values: list[str]) -> dict[str | None, str | list[str] | None]:

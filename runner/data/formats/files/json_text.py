@@ -9,6 +9,7 @@ from typing import Any
 
 from runner.data.formats.rows import RawTable, kind
 from runner.errors import DataError
+from runner.job.sources import file_suffix
 
 
 def json_table(path: Path, raw: bytes) -> RawTable:
@@ -40,7 +41,7 @@ def read_json(path: Path, raw: bytes) -> tuple[Any, list[int] | None]:
         try:
             return parse_json(text, str(path)), None
         except DataError:
-            if path.suffix.lower() != ".jsonl":
+            if file_suffix(path.name) != ".jsonl":
                 raise
     # The first wrong one of the lines is named.
     return [parse_json(line, f"{path}:{n}") for n, line in lines], [n for n, _ in lines]
