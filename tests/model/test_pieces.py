@@ -109,7 +109,7 @@ def test_plain_transformers_opens_the_export_as_it_was_trained(published, tmp_pa
         saved = json.loads((tmp_path / "tokenizer_config.json").read_text())["tokenizer_class"]
         assert saved == "PreTrainedTokenizerFast"
     once_more, notes = opened(shutil.copytree(tmp_path, tmp_path / "copy"))
-    assert notes == []
+    assert not [line for line in notes if line.startswith("tokenizer")]
     assert spelt(once_more, RARE[2]) == spelt(tokenizer, RARE[2])
 
 
