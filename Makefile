@@ -45,7 +45,7 @@ $(BIN)/.ready-dev: $(BIN)/.ready
 	touch $@
 
 quickstart: setup      ## fine-tune a small model on the product questions, without a GPU
-	@echo "Training takes about 4 minutes on 2 CPU cores, and 0.9 GB of disk in runs/ until it is over"
+	@echo "Training takes 1.5 to 4 minutes on 2 CPU cores, and 0.9 GB of disk in runs/ until it is over"
 	$(BIN)/spantune run jobs/quickstart.toml $(addprefix --ranks ,$(RANKS))
 
 test: dev              ## the tests, in minutes
