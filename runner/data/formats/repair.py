@@ -188,6 +188,8 @@ def _other_count(rows: Iterable[Row]) -> tuple[str, Count] | None:
 def _inverse(count: Count, start: int, context: str, text: str) -> int | None:
     """The character that a count says `start` of; of two with one count that where the text
     stands."""
+    if context.startswith(text, start) and count(context[:start]) == start:
+        return start  # most are, whatever a file counts in
     places = range(len(context) + 1)
     at = bisect_left(places, start, key=lambda at: count(context[:at]))
     same = [n for n in (at, at + 1) if n in places and count(context[:n]) == start]
