@@ -12,14 +12,14 @@ from pathlib import Path
 
 import numpy as np
 
-from runner.data.formats import file_rows
+from runner.data.formats import file_rows, source_here
 from runner.data.formats.hub_split import hub_rows
 from runner.data.formats.judge import Example, check_rows
 from runner.data.formats.repair import Repair, Repairer
 from runner.data.formats.rows import Reading, Row, without_marker
 from runner.errors import DataError
 from runner.job.schema import Columns, OnBadRow
-from runner.job.sources import DataSource, parse_data, unread_here
+from runner.job.sources import DataSource
 
 
 @dataclass(frozen=True)
@@ -109,12 +109,7 @@ def load_dataset(
 
 def _read(name: str, columns: Columns) -> tuple[DataSource, Reading, str | None]:
     """What a name points to, all its rows, and the hub's commit."""
-    try:
-        source = parse_data(name)
-    except ValueError as error:
-        raise DataError(str(error)) from None
-    if problem := unread_here(source, Path.cwd()):
-        raise DataError(problem)
+    source = source_here(name)
     if source.kind == "hub":
         reading, commit = hub_rows(source, columns)
     else:

@@ -114,10 +114,12 @@ def likely_language(texts: Iterable[str]) -> str | None:
 def foreign_answers(answers: Iterable[str], language: Language, key: str) -> str | None:
     """What to say where English rules are for answers that are none, as far as letters tell; `key`
     is how the user sets the language."""
+    if language != "en":
+        return None
     texts = list(answers)
     scripts = ({script_of(letter) for letter in text if letter.isalpha()} for text in texts)
     foreign = sum("LATIN" not in names for names in scripts if names)
-    if language != "en" or 2 * foreign <= len(texts):
+    if 2 * foreign <= len(texts):
         return None
     likely = likely_language(texts)
     return (

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from runner.data.formats import file_rows, is_flat
+from runner.data.formats import file_rows, is_flat, source_here
 from runner.data.formats.files.json_text import parse_json
 from runner.data.formats.files.packed import MAGIC
 from runner.data.formats.judge import row_problem
@@ -18,7 +18,6 @@ from runner.data.formats.layouts.flat import flat_rows
 from runner.data.formats.rows import RawTable, Row
 from runner.errors import AssetError, DataError, StorageError
 from runner.job.schema import Columns
-from runner.job.sources import parse_data, unread_here
 
 GROUP = 256  # questions answered together, sorted by length
 
@@ -237,12 +236,7 @@ def read_question_rows(name: str, columns: Columns) -> list[QuestionRow]:
     Raises:
         DataError, AssetError: if the file cannot be read as a whole; a wrong row has its problem.
     """
-    try:
-        source = parse_data(name)
-    except ValueError as error:
-        raise DataError(str(error)) from None
-    if problem := unread_here(source, Path.cwd()):
-        raise DataError(problem)
+    source = source_here(name)
     if source.kind == "hub":
         raise DataError(f"{name}: no file; questions are read from a file or from stdin")
     try:

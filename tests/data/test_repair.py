@@ -63,9 +63,10 @@ def test_a_guess_is_none(text, start):
 
 
 def test_words_come_before_letters_inside_one():
-    context = "Parties or art: both."
-    assert mend("art", 8, context, [("Parties", 0)]) == ("art", 11, "stands 3 characters later")
-    assert mend("art", 2, context, [("Parties", 0)]) == ("art", 1, "stands 1 character earlier")
+    context = "Ann's part, art too."
+    assert context.index("art") == 7  # nearer to 9, and inside a word
+    assert mend("art", 9, context, [("Ann", 0)]) == ("art", 12, "stands 3 characters later")
+    assert mend("art", 6, context, [("Ann", 0)]) == ("art", 7, "stands 1 character later")
 
 
 def _damaged(way, context, text, start):

@@ -25,6 +25,22 @@ from runner.data.formats.layouts import LAYOUTS
 from runner.data.formats.rows import RawTable, Reading
 from runner.errors import DataError
 from runner.job.schema import Columns
+from runner.job.sources import DataSource, parse_data, unread_here
+
+
+def source_here(name: str) -> DataSource:
+    """What a data name points to, from the current folder.
+
+    Raises:
+        DataError: if it has no meaning, or is that of a file of another kind.
+    """
+    try:
+        source = parse_data(name)
+    except ValueError as error:
+        raise DataError(str(error)) from None
+    if problem := unread_here(source, Path.cwd()):
+        raise DataError(problem)
+    return source
 
 
 def file_rows(path: Path, columns: Columns, *, answers: bool = True) -> Reading:
